@@ -1,0 +1,129 @@
+"""Insert a reduction after each marked tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.layout import Measurement, Site
+from tmm.metrics import Reduction
+from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, tap
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.trace_function import insert_call, insert_function
+
+MEASUREMENTS = "tmm_measurements"
+"""Node metadata: the measurements whose row (or whole values) the node computes."""
+
+
+@dataclass(frozen=True)
+class ReductionOptions:
+    """What ``insert_reductions`` measures.
+
+    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
+    a module's output of a given dtype; ``compiled`` chooses the compiled kernel for them.
+    """
+
+    modules: Mapping[int, str]
+    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    family: str = "activation"
+    compiled: bool = False
+
+
+def insert_reductions(
+    module: GraphModule, *, options: ReductionOptions
+) -> tuple[tuple[Site, str], ...]:
+    """After each tap, insert the nodes that reduce the tapped tensor to rows.
+
+    Afterwards each inserted row carries its measurements in ``node.meta``. Reductions come
+    directly after the tap, so that a later in-place operation cannot change what is measured.
+    Taps of one tensor with no computation between them share their rows. Taps stay in the graph.
+    Returns the sites that were selected but have no rows, each with the reason.
+    """
+    return tuple(_insert(module, options))
+
+
+def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Site, str]]:
+    bodies = dict(nested_calls(module))
+    computed: dict[tuple[Node, Reduction], Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target is tap:
+            yield from _measure(module, node, options, computed)
+        elif node.op not in ("placeholder", "get_attr"):
+            computed.clear()
+        if node in bodies:
+            if returns_body_outputs(node):
+                yield from _insert(bodies[node], options)
+            else:
+                yield from _refuse(bodies[node], options, f"inside {node.target}")
+
+
+def _measure(
+    module: GraphModule,
+    node: Node,
+    options: ReductionOptions,
+    computed: dict[tuple[Node, Reduction], Node],
+) -> Iterator[tuple[Site, str]]:
+    site = _site(node, options)
+    if site is None:
+        return
+    tensor = node.args[0]
+    assert isinstance(tensor, Node)
+    dtype = tensor.meta["example_value"].dtype
+    reductions = options.select(site.module, dtype)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        if reductions:
+            yield site, f"{str(dtype).removeprefix('torch.')} output"
+        return
+    position = node
+    for reduction in reductions:
+        row = computed.get((tensor, reduction))
+        if row is None:
+            with module.graph.inserting_after(position):
+                position = row = _reduce(module, tensor, reduction, options)
+            row.meta[MEASUREMENTS] = ()
+            computed[tensor, reduction] = row
+        row.meta[MEASUREMENTS] += (Measurement(options.family, site, reduction),)
+
+
+def _reduce(
+    module: GraphModule, tensor: Node, reduction: Reduction, options: ReductionOptions
+) -> Node:
+    """Insert the nodes of one reduction at the insertion point and give back the last of them."""
+    graph = module.graph
+    value = insert_call(graph, "detach", tensor)
+    if reduction.function is not None:
+        with graph.inserting_after(value):
+            if not reduction.trace:
+                return insert_call(graph, "clone", value)
+            value = insert_function(graph, value, reduction)
+        if reduction.collects_values:
+            return value
+    with graph.inserting_after(value):
+        if reduction.is_histogram:
+            return insert_call(graph, histogram, value)
+        columns = COLUMN_SEPARATOR.join(reduction.columns)
+        return insert_call(graph, summarize, value, columns, options.compiled)
+
+
+def _refuse(
+    module: GraphModule, options: ReductionOptions, reason: str
+) -> Iterator[tuple[Site, str]]:
+    for node in module.graph.find_nodes(op="call_function", target=tap):
+        site = _site(node, options)
+        if site is not None and options.select(site.module, torch.float32):
+            yield site, reason
+    for _, body in nested_calls(module):
+        yield from _refuse(body, options, reason)
+
+
+def _site(node: Node, options: ReductionOptions) -> Site | None:
+    """The site that a tap marks; None for a module that has no name here."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    identity = next(reversed(stack)).partition("@")[0]  # a repeated call is marked with "@n"
+    name = options.modules.get(int(identity))
+    return None if name is None else Site(name, str(node.args[1]))

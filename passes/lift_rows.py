@@ -1,0 +1,40 @@
+"""Bring rows out of nested graphs."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import GraphModule, Node
+
+from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+
+
+def lift_rows(module: GraphModule) -> int:
+    """Make each row of a nested graph an extra output of it, and an item of its call's result.
+
+    Afterwards every row stands in ``module.graph`` itself, and nested graphs hold no measurements.
+    A row inside activation checkpointing is computed once: it is no input of the recomputation's
+    results. Returns the number of rows lifted.
+    """
+    lifted = 0
+    for call, body in list(nested_calls(module)):
+        if not returns_body_outputs(call):
+            continue
+        lifted += lift_rows(body)
+        rows = [node for node in body.graph.nodes if MEASUREMENTS in node.meta]
+        output = body.graph.output_node()
+        (returned,) = output.args
+        assert isinstance(returned, (tuple, list))
+        output.args = ((*returned, *rows),)
+        body.recompile()
+        examples = tuple(row.meta["example_value"] for row in rows)
+        call.meta["example_value"] = (*call.meta["example_value"], *examples)
+        position: Node = call
+        for index, row in enumerate(rows, start=len(returned)):
+            with module.graph.inserting_after(position):
+                position = module.graph.call_function(operator.getitem, (call, index))
+            position.meta[MEASUREMENTS] = row.meta.pop(MEASUREMENTS)
+            position.meta["example_value"] = row.meta["example_value"]
+        lifted += len(rows)
+    return lifted

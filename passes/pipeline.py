@@ -1,0 +1,63 @@
+"""Run the passes over a traced graph: the one place that checks, times and names failures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.fx import GraphModule
+
+from tmm.layout import PackedLayout
+from tmm.passes.copy_graph import copy_graph
+from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
+from tmm.passes.lift_rows import lift_rows
+from tmm.passes.pack_rows import pack_rows
+from tmm.passes.remove_taps import remove_taps
+
+Result = TypeVar("Result")
+
+
+class PassError(RuntimeError):
+    """A pass failed on a graph; names the pass and the passes that ran before it."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten graph, what its extra outputs hold, and the seconds that each pass took."""
+
+    module: GraphModule
+    layout: PackedLayout
+    seconds: dict[str, float]
+
+
+def rewrite(module: GraphModule, options: ReductionOptions) -> Rewritten:
+    """Measure the marked tensors of ``module`` inside a copy of it.
+
+    The copy returns what ``module`` returns, followed by ``layout.outputs`` further tensors.
+    Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
+    of a pass.
+    """
+    seconds: dict[str, float] = {}
+
+    def run(name: str, apply: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        try:
+            result = apply()
+            rewritten.graph.lint()
+        except ValueError:
+            raise
+        except Exception as error:
+            ran = ", ".join(seconds) or "none"
+            raise PassError(f"pass {name} failed ({error!r}); passes before it: {ran}") from error
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    rewritten = copy_graph(module)
+    unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
+    run("remove_taps", lambda: remove_taps(rewritten))
+    run("lift_rows", lambda: lift_rows(rewritten))
+    layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))
+    rewritten.recompile()
+    return Rewritten(rewritten, layout, seconds)

@@ -1,0 +1,83 @@
+"""Trace a user's metric function into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tmm.metrics import Reduction
+
+
+class MetricFunctionError(ValueError):
+    """A user's metric function cannot be part of a compiled graph."""
+
+
+def insert_call(
+    graph: Graph, target: Callable[..., torch.Tensor] | str, value: Node, *arguments: object
+) -> Node:
+    """Insert a call of a function, or of a method by name, with the example of its result."""
+    example = value.meta["example_value"]
+    if isinstance(target, str):
+        node = graph.call_method(target, (value, *arguments))
+        node.meta["example_value"] = getattr(example, target)(*arguments)
+    else:
+        node = graph.call_function(target, (value, *arguments))
+        node.meta["example_value"] = target(example, *arguments)
+    return node
+
+
+def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
+    """Insert the operations of ``reduction.function`` on ``value`` at the insertion point.
+
+    Returns the node of the function's result, flattened where all of its values are collected.
+    What the function does to its argument in place, it does to a copy. Raises
+    ``MetricFunctionError``, which names the metric and the reason, for a function that cannot be
+    traced, draws random numbers (training would see others) or returns something else than one
+    tensor.
+    """
+    function, (name,) = reduction.function, reduction.metrics
+    assert function is not None
+    example: torch.Tensor = value.meta["example_value"]
+    fake_mode = example.fake_mode  # type: ignore[attr-defined]
+
+    def traced_function(tensor: torch.Tensor) -> torch.Tensor:
+        result = torch.as_tensor(function(tensor))
+        return result.reshape(-1) if reduction.collects_values else result
+
+    try:
+        with torch.no_grad(), fake_mode:
+            traced = make_fx(traced_function)(example)
+    except Exception as error:
+        raise MetricFunctionError(
+            f"the metric {name!r} cannot be traced into the graph: {error}\n"
+            "Write it with tensor operations only, without .item() or branches on values, or give"
+            f" its rule trace=False to run {name!r} eagerly on the tensor."
+        ) from error
+    operations = [n for n in traced.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    if any(torch.Tag.nondeterministic_seeded in n.target.tags for n in operations):
+        raise MetricFunctionError(
+            f"the metric {name!r} draws random numbers, which would change those of the training;"
+            " draw them beforehand, or give its rule trace=False and use a generator of your own."
+        )
+    if traced.graph.find_nodes(op="get_attr"):
+        raise MetricFunctionError(
+            f"the metric {name!r} uses a tensor from outside of the function, which a compiled"
+            " graph would keep as a constant; give its rule trace=False."
+        )
+    if any(n.target._schema.is_mutable for n in operations):
+        value = insert_call(graph, "clone", value)
+    with graph.inserting_after(value):
+        (placeholder,) = traced.graph.find_nodes(op="placeholder")
+        copies: dict[Node, Node] = {placeholder: value}
+        position = value
+        for node in traced.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            with graph.inserting_after(position):
+                position = copies[node] = graph.node_copy(node, copies.__getitem__)
+            position.meta = {"example_value": node.meta.get("val")}
+    (result,) = traced.graph.output_node().all_input_nodes
+    return copies[result]

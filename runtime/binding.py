@@ -1,0 +1,110 @@
+"""From the rows of a graph to the keys that they are recorded under."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tmm.layout import KeyInfo, Measurement, PackedLayout, Row
+from tmm.metrics import Reduction
+
+Resolve = Callable[[Measurement], str | None]
+"""The absolute name of a measurement's site, or None for a site that is not to be recorded."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroup:
+    """Rows of one reduction in one packed output: ``indices`` is (sites, width), sites differ."""
+
+    reduction: Reduction
+    sites: tuple[str, ...]
+    output: int
+    indices: npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class WholeOutput:
+    """An output that is not packed: all values of one reduction of one site."""
+
+    reduction: Reduction
+    site: str
+    output: int
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A graph's layout with its sites named, as for one of the layers that the graph serves."""
+
+    groups: tuple[RowGroup, ...]
+    whole: tuple[WholeOutput, ...]
+
+
+class KeyRegistry:
+    """Names sites and keys, and keeps the order in which sites were first executed."""
+
+    def __init__(self) -> None:
+        self._positions: dict[str, int] = {}
+        self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
+
+    def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
+        """Name the sites of ``layout``."""
+        rounds: dict[tuple[int, Reduction, int], list[tuple[str, range]]] = {}
+        turns: Counter[tuple[Reduction, str]] = Counter()
+        whole: list[WholeOutput] = []
+        for row in layout.rows:
+            reduction = row.measurement.reduction
+            name = resolve(row.measurement)
+            if name is None:
+                continue
+            site = f"{row.measurement.family}/{name}"
+            self._positions.setdefault(site, len(self._positions))
+            if row.start == row.stop:
+                whole.append(WholeOutput(reduction, site, row.output))
+                continue
+            # A module that is called several times in a graph has several rows: one per round.
+            turn = turns[reduction, site]
+            turns[reduction, site] += 1
+            entry = (site, range(row.start, row.stop))
+            rounds.setdefault((row.output, reduction, turn), []).append(entry)
+        groups = tuple(
+            RowGroup(
+                reduction,
+                tuple(site for site, _ in entries),
+                output,
+                np.array([list(span) for _, span in entries], dtype=np.intp),
+            )
+            for (output, reduction, _), entries in rounds.items()
+        )
+        return Binding(groups, tuple(whole))
+
+    def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
+        """Keys of the metrics of each site; the same object for the same sites."""
+        known = self._infos.get((reduction, sites))
+        if known is None:
+            known = tuple(
+                self._info(f"{site}/{metric}", site, reduction.aggregate_name)
+                for site in sites
+                for metric in reduction.metrics
+            )
+            self._infos[reduction, sites] = known
+        return known
+
+    def logged(self, key: str, aggregate: str) -> KeyInfo:
+        """The key of a value that the user logs."""
+        self._positions.setdefault(key, len(self._positions))
+        return self._info(key, key, aggregate)
+
+    def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
+        kind, _, name = site.partition("/")
+        return KeyInfo(key, kind, name or site, self._positions[site], aggregate)
+
+
+def single_row(measurement: Measurement) -> PackedLayout:
+    """The layout of one measurement made outside of any graph."""
+    reduction = measurement.reduction
+    width = 0 if reduction.leaves_whole else reduction.width
+    return PackedLayout((Row(measurement, 0, 0, width),), 1)

@@ -1,0 +1,196 @@
+"""What one step has measured: gathered while it runs, evaluated when somebody asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
+from tmm.runtime.binding import Binding, KeyRegistry
+from tmm.runtime.eager import apply_function
+
+
+@dataclass(frozen=True, eq=False)
+class HostCopy:
+    """A tensor on its way to the host; reading it waits for that, making it does not."""
+
+    tensor: torch.Tensor
+    ready: torch.Event | None
+
+    def read(self) -> torch.Tensor:
+        """The tensor in host memory."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.tensor
+
+
+def copy_to_host(tensor: torch.Tensor) -> HostCopy:
+    """Start to copy ``tensor`` to pinned host memory, in stream order and without waiting."""
+    if tensor.device.type == "cpu":
+        return HostCopy(tensor, None)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    host.copy_(tensor, non_blocking=True)
+    ready = torch.Event(device=tensor.device)
+    ready.record(torch.accelerator.current_stream(tensor.device))
+    return HostCopy(host, ready)
+
+
+class StepCollector:
+    """Gathers what arrives during one step and turns it into a ``StepRecord``, once.
+
+    ``add`` and ``log`` cost the training thread a list entry. ``record`` may be called from any
+    thread after the step has ended.
+    """
+
+    def __init__(self, step: int, registry: KeyRegistry) -> None:
+        self.step = step
+        self.registry = registry
+        self.events: tuple[Event, ...] = ()
+        self.failed = False
+        self._arrivals: list[tuple[Binding, list[HostCopy]]] = []
+        self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
+        self._record: StepRecord | None = None
+        self._lock = threading.Lock()
+
+    def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
+        """Take the extra outputs of one call of a graph."""
+        arrived = [copy_to_host(output) for output in outputs]
+        for whole in binding.whole:
+            if not whole.reduction.trace:
+                arrived[whole.output] = copy_to_host(
+                    apply_function(outputs[whole.output], whole.reduction)
+                )
+        self._arrivals.append((binding, arrived))
+
+    def log(self, key: str, values: torch.Tensor, aggregate: Aggregate) -> None:
+        """Take values that the user logs; all values of a key in a step are joined."""
+        _, logged = self._logged.setdefault(key, (aggregate, []))
+        logged.append(copy_to_host(values.detach().reshape(-1).clone()))
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether anything arrived."""
+        return bool(self._arrivals or self._logged)
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether everything can be read without waiting for an accelerator."""
+        copies = [c for _, arrived in self._arrivals for c in arrived]
+        copies += [c for _, logged in self._logged.values() for c in logged]
+        return all(copy.ready is None for copy in copies)
+
+    def record(self) -> StepRecord:
+        """Evaluate the step; waits for copies that are still under way.
+
+        Raises ``ValueError`` for a user's aggregate that fails or does not give a number.
+        """
+        with self._lock:
+            if self._record is None:
+                self._record = self._evaluate()
+                self._arrivals.clear()
+                self._logged.clear()
+            return self._record
+
+    def _evaluate(self) -> StepRecord:
+        accumulators: dict[Reduction, Accumulator] = {}
+        collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
+        for binding, arrived in self._arrivals:
+            tensors = [copy.read() for copy in arrived]
+            for group in binding.groups:
+                packed = tensors[group.output].numpy().astype(np.float64, copy=False)
+                accumulator = accumulators.setdefault(group.reduction, Accumulator(group.reduction))
+                accumulator.add(group.sites, packed[group.indices])
+            for whole in binding.whole:
+                reduction, values = whole.reduction, tensors[whole.output]
+                if reduction.collects_values:
+                    collected.setdefault((reduction, whole.site), []).append(values)
+                else:
+                    row = values.numpy().astype(np.float64)[None]
+                    accumulators.setdefault(reduction, Accumulator(reduction)).add(
+                        (whole.site,), row
+                    )
+
+        scalars: list[Table] = []
+        histograms: list[Table] = []
+        for accumulator in accumulators.values():
+            table = accumulator.table(self.registry)
+            (histograms if accumulator.reduction.is_histogram else scalars).append(table)
+        extra = [
+            (self.registry.infos(reduction, (site,))[0], _join(site, reduction.aggregate, values))
+            for (reduction, site), values in collected.items()
+        ]
+        extra += [
+            (
+                self.registry.logged(key, aggregate if isinstance(aggregate, str) else "function"),
+                _join(key, aggregate, [copy.read() for copy in copies]),
+            )
+            for key, (aggregate, copies) in self._logged.items()
+        ]
+        scalars.append(_table([(info, value) for info, value in extra if value is not None]))
+        return StepRecord(
+            self.step,
+            tuple(table for table in scalars if table.infos),
+            tuple(table for table in histograms if table.infos),
+            self.events,
+        )
+
+
+class Accumulator:
+    """Rows of one reduction, merged by site."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        self.reduction = reduction
+        self._sites: tuple[str, ...] = ()
+        self._rows: FloatArray = np.empty((0, reduction.width))
+
+    def add(self, sites: tuple[str, ...], rows: FloatArray) -> None:
+        """Merge ``rows``, shape ``(sites, width)``, into those of the same sites."""
+        if not self._sites:
+            self._sites, self._rows = sites, rows
+        elif sites == self._sites:
+            self._rows = merge(self.reduction, self._rows, rows)
+        else:
+            index = {site: i for i, site in enumerate(self._sites)}
+            known = [i for i, site in enumerate(sites) if site in index]
+            targets = [index[sites[i]] for i in known]
+            new = [i for i, site in enumerate(sites) if site not in index]
+            self._rows[targets] = merge(self.reduction, self._rows[targets], rows[known])
+            self._rows = np.concatenate([self._rows, rows[new]])
+            self._sites += tuple(sites[i] for i in new)
+
+    def table(self, registry: KeyRegistry) -> Table:
+        """Values of the metrics of each site that had any elements."""
+        measured = self._rows[:, 0] > 0
+        sites, rows = self._sites, self._rows
+        if not measured.all():
+            sites = tuple(site for site, there in zip(sites, measured, strict=True) if there)
+            rows = rows[measured]
+        values = finalize(self.reduction, rows)
+        if not self.reduction.is_histogram:
+            values = values.reshape(-1)
+        return Table(registry.infos(self.reduction, sites), values)
+
+
+def _join(key: str, aggregate: Aggregate, parts: list[torch.Tensor]) -> float | None:
+    """One number from all values of a key; None if there are none."""
+    values = torch.cat([part.reshape(-1) for part in parts])
+    if values.numel() == 0:
+        return None
+    if not isinstance(aggregate, str):
+        try:
+            return float(aggregate(values))  # type: ignore[arg-type]
+        except Exception as error:
+            raise ValueError(
+                f"the aggregate of {key!r} failed on its {values.numel()} values: {error}"
+            ) from error
+    joined: torch.Tensor = getattr(values.to(torch.float64), aggregate)()
+    return float(joined)
+
+
+def _table(items: list[tuple[KeyInfo, float]]) -> Table:
+    return Table(tuple(info for info, _ in items), np.array([value for _, value in items]))

@@ -1,0 +1,299 @@
+"""Writes a run, one folder, from a background thread."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from tmm.layout import StepRecord
+from tmm.metrics import FloatArray
+from tmm.runtime.segment import SegmentWriter
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+INFO_NAME = "run.json"
+
+Submission: TypeAlias = StepRecord | Callable[[], StepRecord]
+
+
+class RunWriter:
+    """Records steps into the folder ``path``, which it creates where it is missing.
+
+    ``info`` becomes ``run.json``, where ``"starts"`` lists the processes that opened the run; of a
+    run that exists, ``run.json`` is kept and gains a start, with what differs in ``info``. The
+    first record starts the thread and a new segment. ``histogram_edges`` has shape (bins + 1,).
+
+    At most ``capacity`` records wait; where nothing gets written for ``stall_seconds``, a caller
+    who needs room or closes gets a TimeoutError. A record that cannot be built, makes no sense or
+    cannot be stored ends the recording: the next call of `submit`, `raise_pending` or `close`
+    raises the reason in the training thread, and every later `submit` and `raise_pending` does so
+    again. What was flushed before stays readable.
+
+    A writer that nobody closes writes what was submitted, at the latest when the interpreter
+    exits. In a forked child `close` does nothing and the other methods raise RuntimeError.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        info: Mapping[str, object],
+        histogram_edges: FloatArray | None = None,
+        capacity: int = 64,
+        stall_seconds: float = 60.0,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity}")
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        _add_start(self.path, info)
+        self._edges = histogram_edges
+        self._channel = _Channel(self.path, capacity, stall_seconds)
+        self._thread: threading.Thread | None = None
+        # Only a signal, no join: the garbage collector may run in the middle of anything.
+        weakref.finalize(self, self._channel.end).atexit = False
+
+    def submit(self, record: Submission, *, wait_seconds: float = 0.0) -> bool:
+        """Hand over one step, or a function that the writer's thread calls to get it.
+
+        Waits up to ``wait_seconds`` for the record to be flushed and tells whether it was; what
+        is flushed outlives this process. The arrays of a record must not change any more.
+
+        Raises OSError, naming the file and the step, where the storage failed; TimeoutError, an
+        OSError too, where it stalls; RuntimeError after a wrong record and after `close`.
+        """
+        self._refuse_child()
+        channel = self._channel
+        ticket = channel.put(record)
+        with channel.changed:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_write_all, args=(channel, self._edges), name="tmm-writer", daemon=True
+                )
+                # On the thread, as the writer may be gone before everything is written.
+                weakref.finalize(self._thread, channel.finish)
+                self._thread.start()
+        return wait_seconds > 0 and channel.wait_written(ticket, wait_seconds)
+
+    def raise_pending(self) -> None:
+        """Raise what went wrong in the thread, as `submit` does."""
+        self._refuse_child()
+        self._channel.raise_failure()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file into the run, whole or not at all; raises OSError at once."""
+        self._refuse_child()
+        if Path(name).name != name or name.startswith(".") or name.endswith((".h5", INFO_NAME)):
+            raise ValueError(f"a run cannot take a text under the name {name!r}")
+        _replace(self.path / name, text)
+
+    def close(self) -> None:
+        """Write what was submitted and end the thread; a second call does nothing.
+
+        Raises what `submit` would raise, unless it did.
+        """
+        if not self._channel.ended:
+            self._channel.end()
+            if self._thread is not None:
+                self._channel.finish()
+
+    def _refuse_child(self) -> None:
+        if self._channel.process != os.getpid():
+            raise RuntimeError(
+                f"the run {self.path} belongs to process {self._channel.process}: "
+                "a child forked from it cannot record into it"
+            )
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Channel:
+    """What the training thread and the writer's thread share, so that neither holds the other."""
+
+    def __init__(self, path: Path, capacity: int, stall_seconds: float) -> None:
+        self.path = path
+        self.process = os.getpid()
+        self.changed = threading.Condition()
+        self.ended = False  # no more is put
+        self._capacity, self._stall_seconds = capacity, stall_seconds
+        self._waiting: deque[Submission] = deque()
+        self._put = self._written = 0
+        self._stopped = False  # no more is taken
+        self._failure: Exception | None = None
+        self._raised = False
+
+    def put(self, submission: Submission) -> int:
+        """Queue it and return its number, which `wait_written` takes."""
+        with self.changed:
+            self._wait_while(lambda: len(self._waiting) >= self._capacity and not self._stopped)
+            self.raise_failure()
+            if self.ended:
+                raise RuntimeError(f"the writer of the run {self.path} is closed")
+            self._waiting.append(submission)
+            self._put += 1
+            self.changed.notify_all()
+            return self._put
+
+    def take(self) -> Submission | None:
+        """Wait for the next one; None says that there will be none."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._waiting or self.ended)
+            return self._waiting.popleft() if self._waiting else None
+
+    def mark_written(self) -> None:
+        with self.changed:
+            self._written += 1
+            self.changed.notify_all()
+
+    def wait_written(self, number: int, seconds: float) -> bool:
+        with self.changed:
+            self.changed.wait_for(lambda: self._written >= number or self._stopped, seconds)
+            if self._written < number:
+                self.raise_failure()
+            return self._written >= number
+
+    def stop(self, failure: Exception | None) -> None:
+        """Say that the thread takes no more, and why."""
+        with self.changed:
+            self._stopped, self._failure = True, failure
+            self._waiting.clear()
+            self.changed.notify_all()
+
+    def end(self) -> None:
+        """Say that no more is put."""
+        if self.process == os.getpid():  # a child may have inherited the lock locked
+            with self.changed:
+                self.ended = True
+                self.changed.notify_all()
+
+    def finish(self) -> None:
+        """End, wait for the thread and raise what was not raised yet."""
+        if self.process == os.getpid():
+            self.end()
+            with self.changed:
+                self._wait_while(lambda: not self._stopped)
+                if not self._raised:
+                    self.raise_failure()
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            self._raised = True
+            if isinstance(self._failure, OSError):
+                raise OSError(self._failure.errno, self._failure.strerror) from self._failure
+            message = f"the recording into {self.path} has ended: {self._failure}"
+            raise RuntimeError(message) from self._failure
+
+    def _wait_while(self, blocked: Callable[[], bool]) -> None:
+        while blocked():
+            if not self.changed.wait(self._stall_seconds) and blocked():
+                reason = f"nothing was written to {self.path} for {self._stall_seconds} s"
+                raise TimeoutError(errno.ETIMEDOUT, reason)
+
+
+def _write_all(channel: _Channel, edges: FloatArray | None) -> None:
+    failure: Exception | None = RuntimeError("something ended the writer's thread")
+    segment: SegmentWriter | None = None
+    try:
+        with ExitStack() as stack:
+            while (submission := channel.take()) is not None:
+                record = submission() if callable(submission) else submission
+                if segment is None:
+                    segment = stack.enter_context(closing(_segment_for(channel, record, edges)))
+                segment.write(record)
+                channel.mark_written()
+                del submission, record  # so that their memory need not wait for the next ones
+        failure = None
+    except Exception as error:  # whatever it is, the training thread raises it
+        failure = error
+    finally:
+        channel.stop(failure)
+
+
+def _segment_for(channel: _Channel, record: StepRecord, edges: FloatArray | None) -> SegmentWriter:
+    keys = sum(len(table.infos) for table in record.scalars)
+    widths = [table.values.shape[-1] for table in record.histograms]
+    bins = widths[0] if widths else 64 if edges is None else len(edges) - 1
+    return SegmentWriter(channel.path, keys=keys, bins=max(1, bins), histogram_edges=edges)
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """Return what ``run.json`` in ``folder`` holds; ValueError, naming it, where it is damaged."""
+    path = folder / INFO_NAME
+    try:
+        info = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return info
+
+
+def _add_start(folder: Path, info: Mapping[str, object]) -> None:
+    if "starts" in info:
+        raise ValueError("info must not hold 'starts', which the writer keeps")
+    given: dict[str, Any] = json.loads(json.dumps(dict(info)))
+    start: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "process": os.getpid(),
+    }
+    with _locked(folder):
+        if (folder / INFO_NAME).exists():
+            known = read_info(folder)
+            changed = {key: value for key, value in given.items() if known.get(key) != value}
+            start |= {"info": changed} if changed else {}
+        else:
+            known = given
+        known.setdefault("starts", []).append(start)
+        _replace(folder / INFO_NAME, json.dumps(known, indent=2) + "\n")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from changing ``run.json`` at the same time, where that is possible."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,29 @@
+"""See inside a PyTorch training run at almost no cost.
+
+``tmm.instrument(torch.compile(model), spec)`` rewrites the graph that Dynamo traces, so that the
+statistics of every module are computed inside of it, on the steps that ``spec`` monitors.
+"""
+
+from tmm.explain import Explanation
+from tmm.instrument import explain, instrument, monitor, remove
+from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
+from tmm.monitor import Monitor, MonitoringWarning
+from tmm.reader import Run, open_run
+from tmm.spec import Rule, Spec, activation
+
+__all__ = [
+    "HISTOGRAM_EDGES",
+    "METRIC_NAMES",
+    "Explanation",
+    "Monitor",
+    "MonitoringWarning",
+    "Rule",
+    "Run",
+    "Spec",
+    "activation",
+    "explain",
+    "instrument",
+    "monitor",
+    "open_run",
+    "remove",
+]

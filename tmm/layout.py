@@ -1,0 +1,109 @@
+"""What is measured, where it lies and what it is called: the words that every part of tmm shares.
+
+Plain frozen data, so that passes and runtime need not know each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tmm.metrics import FloatArray, Reduction
+
+ROOT_NAME = "[root module]"
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """What a store keeps about one key besides its values.
+
+    ``kind`` is the family (the part of the key before the first slash), ``site`` names the tensor,
+    ``position`` orders keys by execution, ``aggregate`` says how values of several calls and
+    micro-batches were joined.
+    """
+
+    key: str
+    kind: str
+    site: str
+    position: int
+    aggregate: str
+    notes: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Values of one step for a fixed sequence of keys.
+
+    ``values`` has shape ``(keys,)``, or ``(keys, bins)`` for histograms. A producer that measures
+    the same keys on every step passes the same ``infos`` object each time, so that consumers can
+    recognise it by identity.
+    """
+
+    infos: tuple[KeyInfo, ...]
+    values: FloatArray
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to the recording itself, such as a gap."""
+
+    step: int
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """Everything that one finished step recorded. A key occurs at most once in it."""
+
+    step: int
+    scalars: tuple[Table, ...] = ()
+    histograms: tuple[Table, ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor in a model's forward: an output of a module.
+
+    ``module`` is the module's dotted name, relative to the module whose frame was traced (empty
+    for that module itself); ``path`` locates the tensor in the output, such as ``"[0]"``.
+    """
+
+    module: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One reduction of one site; ``family`` is the first part of its keys."""
+
+    family: str
+    site: Site
+    reduction: Reduction
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a measurement lies: a slice of one of a rewritten graph's extra outputs.
+
+    Measurements of one and the same tensor share a slice. A reduction that collects values has an
+    output of its own, all of which it is.
+    """
+
+    measurement: Measurement
+    output: int
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """What the extra outputs of a rewritten graph hold.
+
+    ``outputs`` is their number: packed rows, one tensor per device, then tensors that leave whole.
+    ``unmeasured`` names sites that have no rows and says why.
+    """
+
+    rows: tuple[Row, ...]
+    outputs: int
+    unmeasured: tuple[tuple[Site, str], ...] = ()

@@ -1,0 +1,309 @@
+"""The steps of a run: which are monitored, what they measured, where it goes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from tmm.layout import Event, FloatArray
+from tmm.metrics import Aggregate
+from tmm.preserve import BufferVersions, RandomState, unchanged
+from tmm.reader import open_run
+from tmm.runtime.binding import Binding, KeyRegistry
+from tmm.runtime.collector import StepCollector
+from tmm.runtime.writer import RunWriter
+from tmm.spec import Spec
+
+Value: TypeAlias = float | FloatArray
+OnError: TypeAlias = Literal["raise", "warn"]
+Forward: TypeAlias = Callable[..., Any]
+
+_FAILURES_UNTIL_SILENT = 3  # in a row; each may cost a compilation
+_WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
+
+
+class MonitoringWarning(UserWarning):
+    """Monitoring failed on a step; the training goes on without it."""
+
+
+class Monitor:
+    """Runs the steps of one instrumented model; ``tmm.monitor(model)`` gives it.
+
+    A step is open from ``begin_step`` to ``end_step``; ``with monitor.step(n):`` is both. Forward
+    passes in an open, monitored step are measured, and all of them together make the values of
+    the step. Whatever runs outside of a step runs the user's own compiled program.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        module: torch.nn.Module,
+        registry: KeyRegistry,
+        writer: RunWriter | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        self.spec = spec
+        self.module = module
+        self.registry = registry
+        self.recording = False
+        self.current_step: int | None = None
+        self._writer = writer
+        self._on_error = on_error
+        self._twin: Forward | None = None
+        self._open: StepCollector | None = None
+        self._finished: StepCollector | None = None
+        self._history: dict[int, StepCollector] = {}
+        self._events: list[Event] = []
+        self._has_measured = on_error == "warn"
+        self._failures = 0
+
+    def attach(self, twin: Forward) -> None:
+        """Let ``twin`` run the forward passes of monitored steps."""
+        self._twin = twin
+
+    # Steps
+
+    def is_step_monitored(self, step: int) -> bool:
+        """Whether the spec monitors ``step``."""
+        return self.spec.is_step_monitored(step)
+
+    def is_monitoring(self) -> bool:
+        """Whether a forward pass would be measured now."""
+        return self.recording
+
+    def begin_step(self, step: int) -> bool:
+        """Open ``step`` and tell whether it is monitored.
+
+        A step that is recorded once more replaces the earlier record. A step that was never
+        ended, as after an exception, is dropped and leaves an event in the run.
+
+        Raises:
+            TypeError: if ``step`` is not an integer.
+            ValueError: if ``step`` lies before the current one.
+            OSError: if what was measured before could not be written.
+        """
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+            raise TypeError(f"step={step!r} is not an integer")
+        step = int(step)
+        if self.current_step is not None and step < self.current_step:
+            raise ValueError(
+                f"step={step} lies before the current step {self.current_step}; steps must not"
+                " decrease"
+            )
+        if self._open is not None:
+            self._drop_step("was not ended")
+        if self._writer is not None:
+            self._writer.raise_pending()
+        monitored = self.is_step_monitored(step)
+        self.current_step = step
+        self._finished = None
+        self._open = StepCollector(step, self.registry)
+        self.recording = monitored
+        return monitored
+
+    def end_step(self) -> None:
+        """Close the open step and hand what it measured to the run.
+
+        Raises:
+            RuntimeError: if no step is open.
+            ValueError: for a user's aggregate that fails.
+            OSError: if what was measured before could not be written.
+        """
+        finished = self._require_step("end_step")
+        monitored = self.is_step_monitored(finished.step)
+        self._open, self.recording = None, False
+        if finished.failed or not (monitored or finished.holds_values):
+            return
+        self._finished = finished
+        finished.events, self._events = tuple(self._events), []
+        if finished.is_on_host:
+            finished.record()
+        self._has_measured, self._failures = True, 0
+        if self._writer is None:
+            self._history[finished.step] = finished
+        else:
+            wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
+            self._writer.submit(finished.record, wait_seconds=wait)
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[bool]:
+        """``begin_step(step)`` before and ``end_step()`` after the block.
+
+        An exception in the block drops what the step measured; the monitor stays usable.
+        """
+        yield_value = self.begin_step(step)
+        try:
+            yield yield_value
+        except BaseException as error:
+            self._drop_step(f"ended by {type(error).__name__}: {error}")
+            raise
+        self.end_step()
+
+    def after_micro_batch(self) -> None:
+        """Mark the end of a micro-batch. All micro-batches of a step are joined.
+
+        Raises:
+            RuntimeError: if no step is open.
+        """
+        self._require_step("after_micro_batch")
+
+    @contextmanager
+    def no_monitor(self) -> Iterator[None]:
+        """Do not measure forward passes in the block, such as those of an evaluation."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording and self._open is not None
+
+    # Values
+
+    def log_scalar(
+        self,
+        key: str,
+        value: float | torch.Tensor,
+        aggregate: Aggregate = "mean",
+        force: bool = False,
+    ) -> None:
+        """Record a number under ``key``; several of one step are joined by ``aggregate``.
+
+        A tensor on an accelerator is not waited for. Nothing happens outside of a monitored step;
+        ``force=True`` records in any open step.
+
+        Raises:
+            ValueError: if ``value`` is not one number.
+        """
+        number = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+        if number.numel() != 1:
+            raise ValueError(
+                f"log_scalar({key!r}): the value has shape {tuple(number.shape)}, not one number;"
+                " log_tensor joins all elements"
+            )
+        if self.recording or force:
+            self._require_step("log_scalar").log(key, number, aggregate)
+
+    def log_scalars(self, values: Mapping[str, float | torch.Tensor], force: bool = False) -> None:
+        """``log_scalar`` for each item."""
+        for key, value in values.items():
+            self.log_scalar(key, value, force=force)
+
+    def log_tensor(self, key: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> None:
+        """Record under ``key`` the elements of ``tensor``, joined by ``aggregate``.
+
+        All elements logged under the key in one step are joined. Nothing happens outside of a
+        monitored step.
+        """
+        if self.recording:
+            self._require_step("log_tensor").log(key, tensor, aggregate)
+
+    def get_step_metrics(self) -> dict[str, Value]:
+        """Key to value of the step that ended last; empty if it was not monitored.
+
+        Histograms are arrays of shape ``(bins,)``. Waits for an accelerator that is still busy
+        with the step.
+        """
+        return {} if self._finished is None else _values(self._finished)
+
+    def get_all_metrics(self) -> dict[int, dict[str, Value]]:
+        """Step to the metrics of that step, of all steps recorded so far (of the whole run)."""
+        if self._writer is None:
+            return {step: _values(collector) for step, collector in self._history.items()}
+        self._writer.flush()
+        with open_run(self._writer.path) as run:
+            return {int(step): run.at(int(step)) for step in run.steps}
+
+    # Forward passes
+
+    def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
+        """Take the extra outputs of one call of a graph."""
+        if self._open is not None and self.recording:
+            self._open.add(binding, outputs)
+
+    def run_forward(self, plain: Forward, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass of a monitored step.
+
+        A fault of the monitoring is raised until a first step has succeeded (unless
+        ``on_error="warn"``). After that the user's own program runs in its place, from the same
+        random state, and the step is dropped with a warning and an event in the run.
+        """
+        collector = self._open
+        assert self._twin is not None
+        assert collector is not None
+        if collector.failed or self._failures >= _FAILURES_UNTIL_SILENT:
+            collector.failed = True
+            return plain(*args, **kwargs)
+        if not self._has_measured:
+            return self._twin(*args, **kwargs)
+        random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
+        try:
+            return self._twin(*args, **kwargs)
+        except Exception as error:
+            if buffers.changed():
+                raise  # a forward pass that has begun to write cannot be repeated
+            random_state.restore()
+            output = plain(*args, **kwargs)  # an error of the model itself is raised here
+            self._give_up(collector, error)
+            return output
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the monitored program for these arguments of the model, ahead of its first step.
+
+        Runs one forward pass and leaves random state and buffers as they were; nothing is
+        recorded.
+
+        Raises:
+            RuntimeError: if a step is open.
+        """
+        if self._open is not None:
+            raise RuntimeError("prepare(): call it before begin_step, or after end_step")
+        assert self._twin is not None
+        with unchanged(self.module):
+            self._twin(*args, **kwargs)
+
+    def close(self) -> None:
+        """Write what is left, and close the run's files; the monitor cannot record afterwards."""
+        if self._open is not None:
+            self._drop_step("was not ended")
+        if self._writer is not None:
+            self._writer.close()
+
+    def _give_up(self, collector: StepCollector, error: Exception) -> None:
+        collector.failed = True
+        self._failures += 1
+        self._mark_gap(collector.step, f"monitoring failed: {type(error).__name__}: {error}")
+        if self._failures == 1:
+            warnings.warn(
+                f"monitoring failed on step {collector.step}, which is not recorded; the training"
+                f" goes on. {type(error).__name__}: {error}",
+                MonitoringWarning,
+                stacklevel=4,
+            )
+
+    def _drop_step(self, reason: str) -> None:
+        if self._open is not None:
+            if self.is_step_monitored(self._open.step):
+                self._mark_gap(self._open.step, reason)
+            self._open, self.recording = None, False
+
+    def _mark_gap(self, step: int, text: str) -> None:
+        self._events.append(Event(step, "gap", text))
+
+    def _require_step(self, caller: str) -> StepCollector:
+        if self._open is None:
+            raise RuntimeError(f"{caller}(): no step is open; call begin_step(step) first")
+        return self._open
+
+
+def _values(collector: StepCollector) -> dict[str, Value]:
+    record = collector.record()
+    values: dict[str, Value] = {}
+    for table in record.scalars:
+        values.update(zip((info.key for info in table.infos), table.values.tolist(), strict=True))
+    for table in record.histograms:
+        values.update(zip((info.key for info in table.infos), table.values, strict=True))
+    return values

@@ -1,0 +1,64 @@
+"""Names of modules as users know them: wrapper components removed."""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+
+from tmm.layout import ROOT_NAME
+
+_WRAPPED = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+
+
+def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that ``module`` merely wraps (for compilation, sharding, ...), if it does."""
+    if isinstance(module, _PARALLEL):
+        inner: torch.nn.Module = module.module
+        return inner
+    for name in _WRAPPED:
+        inner_or_none = module._modules.get(name)
+        if inner_or_none is not None:
+            return inner_or_none
+    return None
+
+
+def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """Dotted names of ``module`` (empty) and its descendants, in the order of ``named_modules``.
+
+    A wrapper and the module that it wraps have one name; it is given to the wrapped one. A module
+    that occurs several times has the first of its names.
+    """
+    names: dict[torch.nn.Module, str] = {}
+    seen: set[torch.nn.Module] = set()
+
+    def visit(current: torch.nn.Module, name: str) -> None:
+        if current in seen:
+            return
+        seen.add(current)
+        inner = wrapped_module(current)
+        if inner is None:
+            names[current] = name
+        for child_name, child in current.named_children():
+            if child is inner:
+                visit(child, name)
+            else:
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(module, "")
+    return names
+
+
+def absolute_name(owner: str, relative: str) -> str:
+    """The name of a module from its name relative to ``owner``; both may be empty."""
+    return ".".join(part for part in (owner, relative) if part)
+
+
+def display_name(name: str) -> str:
+    """A module's name in keys and for patterns: the root, whose name is empty, has one too."""
+    return name or ROOT_NAME
+
+
+def is_compiled_wrapper(module: object) -> bool:
+    """Whether ``module`` is what ``torch.compile(module)`` returns."""
+    return isinstance(module, OptimizedModule)

@@ -1,0 +1,42 @@
+"""The tensors inside a module's output."""
+
+from __future__ import annotations
+
+import torch
+
+from tmm.operators import tap
+
+
+def tensors_in(output: object) -> list[tuple[str, torch.Tensor]]:
+    """Each tensor in ``output`` with its path: empty for a tensor, else ``"[0]"``, ``"[a][b]"``.
+
+    Tuples and lists are walked by position, dicts by key and dataclasses by field; whatever else
+    is no tensor is skipped. Also traced by Dynamo, hence so plain.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    _walk(output, "", found)
+    return found
+
+
+def _walk(value: object, path: str, found: list[tuple[str, torch.Tensor]]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append((path, value))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _walk(item, f"{path}[{key}]", found)
+    elif isinstance(value, (tuple, list)):
+        for position, item in enumerate(value):
+            _walk(item, f"{path}[{position}]", found)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            _walk(getattr(value, name), f"{path}[{name}]", found)
+
+
+def mark_outputs(module: torch.nn.Module, arguments: object, output: object) -> None:
+    """Forward hook for tracing: mark every tensor of the output in the graph.
+
+    One function for all modules, without a closure, so that modules that are otherwise equal can
+    share one graph. It returns nothing: the traced program stays the user's own.
+    """
+    for path, tensor in tensors_in(output):
+        tap(tensor, path)

@@ -1,0 +1,209 @@
+"""Reads a run: all its segments as one, while it is recorded and afterwards."""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_left
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tmm.layout import Event, KeyInfo
+from tmm.metrics import FloatArray
+from tmm.runtime.segment import ABSENT, is_measured, segment_paths
+from tmm.runtime.segment_reader import SegmentReader
+from tmm.runtime.writer import INFO_NAME, read_info
+
+StepArray: TypeAlias = npt.NDArray[np.int64]
+
+_NO_STEPS: StepArray = np.empty(0, dtype=np.int64)
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open the folder of a run for reading, also while another process records into it.
+
+    Raises FileNotFoundError where there is no such folder, and ValueError where it is no run or
+    one of its files is damaged.
+    """
+    return Run(path)
+
+
+class Run:
+    """What a run has recorded, of all its segments together.
+
+    Every access sees what was recorded until then. A step that was recorded again, in the same
+    segment or a later one, is what it was the last time, as a whole; its events stay. Keys that
+    several segments hold are one series. Damaged files raise ValueError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(
+                f"{self.path} is no folder; expected that of a run, with {INFO_NAME} "
+                "and metrics-NNN.h5 in it"
+            )
+        if not (self.path / INFO_NAME).exists():
+            raise ValueError(f"{self.path} is not the folder of a run: it has no {INFO_NAME}")
+        self._closed = False
+        self._segments: list[SegmentReader] = []  # oldest first
+        self._merged_sizes: tuple[int, ...] = ()
+        self._merge()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        return read_info(self.path)
+
+    @property
+    def steps(self) -> StepArray:
+        """The recorded steps: sorted, each once."""
+        self.refresh()
+        return self._steps.copy()
+
+    @property
+    def events(self) -> list[Event]:
+        """All events, in the order in which they were recorded."""
+        self.refresh()
+        return [event for segment in self._segments for event in segment.events]
+
+    @property
+    def histogram_edges(self) -> FloatArray | None:
+        """The edges of the bins, shape (bins + 1,); None where the run has none."""
+        self.refresh()
+        edges = [segment.histogram_edges for segment in self._segments]
+        return next((found for found in reversed(edges) if found is not None), None)
+
+    def keys(self, pattern: str | None = None) -> list[str]:
+        """Return the keys, histograms included, that ``pattern`` matches (`re.match`).
+
+        They are in the order of execution, then of first appearance.
+        """
+        self.refresh()
+        if pattern is None:
+            return list(self._infos)
+        try:
+            match = re.compile(pattern).match
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
+        return [key for key in self._infos if match(key)]
+
+    def key_info(self, key: str) -> KeyInfo:
+        """Return what the newest segment says of ``key``; KeyError names the nearest keys."""
+        self.refresh()
+        return self._known(key)
+
+    def series(self, key: str) -> tuple[StepArray, FloatArray]:
+        """Return the steps at which ``key`` was measured, shape (n,), and its values.
+
+        The values have shape (n,), or (n, bins) for a histogram; NaN is a value. Raises KeyError,
+        naming the nearest keys, and ValueError for a key that the segments disagree about.
+        """
+        self.refresh()
+        self._known(key)
+        held = [
+            segment.series(key) if key in segment.infos or key in segment.histogram_infos else None
+            for segment in self._segments
+        ]
+        shapes = {values.shape[1:] for values in held if values is not None}
+        if len(shapes) > 1:
+            raise ValueError(f"segments hold {key!r} in the shapes {shapes}; read it with at(step)")
+        shape = shapes.pop()
+        parts = [
+            np.full((len(segment.steps), *shape), ABSENT) if values is None else values
+            for segment, values in zip(self._segments, held, strict=True)
+        ]
+        values = np.concatenate(parts)[self._rows]
+        measured = is_measured(values)
+        return self._steps[measured], values[measured]
+
+    def at(self, step: int) -> dict[str, float | FloatArray]:
+        """Return what was measured at ``step``: a number, or an array of shape (bins,), by key.
+
+        The keys are in the order of `keys`. Raises KeyError, naming the nearest steps.
+        """
+        self.refresh()
+        place = bisect_left(self._steps, step)
+        if place == len(self._steps) or self._steps[place] != step:
+            near = self._steps[max(0, place - 2) : place + 2].tolist()
+            raise KeyError(f"step {step} was not recorded; nearest: {near}")
+        row = int(self._rows[place])
+        for segment in self._segments:
+            if row < len(segment.steps):
+                values = segment.row(row)
+                return {key: values[key] for key in self._infos if key in values}
+            row -= len(segment.steps)
+        raise AssertionError("every merged row lies in a segment")
+
+    def text(self, name: str) -> str:
+        """Return a text saved with the run; FileNotFoundError names those that there are."""
+        path = self.path / name
+        if Path(name).name != name or not path.is_file():
+            texts = sorted(
+                found.name
+                for found in self.path.iterdir()
+                if not found.name.startswith(".") and found.suffix != ".h5"
+            )
+            raise FileNotFoundError(f"{self.path} holds no text {name!r}; it holds: {texts}")
+        return path.read_bytes().decode("utf-8", "surrogatepass")
+
+    def refresh(self) -> None:
+        """Take in what was recorded since the last access; every access does this by itself."""
+        if self._closed:
+            raise ValueError(f"the run {self.path} is closed")
+        opened = {segment.path for segment in self._segments}
+        for path in segment_paths(self.path):
+            if path not in opened:
+                self._segments.append(SegmentReader(path))
+        self._segments.sort(key=lambda segment: (len(segment.path.name), segment.path.name))
+        for segment in self._segments:
+            segment.refresh()
+        sizes = tuple(len(segment.steps) for segment in self._segments)
+        if sizes != self._merged_sizes:
+            self._merge()
+            self._merged_sizes = sizes
+
+    def _merge(self) -> None:
+        steps = np.concatenate([_NO_STEPS, *(segment.steps for segment in self._segments)])
+        measured = [np.empty(0, dtype=np.bool_), *(segment.measured for segment in self._segments)]
+        rows = np.flatnonzero(np.concatenate(measured))
+        # `unique` finds the first of equal steps; reversed, it is the newest.
+        self._steps, newest = np.unique(steps[rows][::-1], return_index=True)
+        self._rows = rows[::-1][newest]
+        infos: dict[str, KeyInfo] = {}
+        for segment in self._segments:
+            infos |= segment.infos | segment.histogram_infos
+        self._infos = dict(sorted(infos.items(), key=lambda item: item[1].position))
+
+    def _known(self, key: str) -> KeyInfo:
+        if key not in self._infos:
+            near = get_close_matches(key, self._infos)
+            raise KeyError(f"no key {key!r}" + (f"; nearest: {near}" if near else ""))
+        return self._infos[key]
+
+    def close(self) -> None:
+        """Close the files."""
+        self._closed = True
+        for segment in self._segments:
+            segment.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
