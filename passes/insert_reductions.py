@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
@@ -16,6 +16,8 @@ from tmm.passes.trace_function import insert_call, insert_function
 
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""
+
+_MEASURED = "tmm_measured"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is tap:
-            yield from _measure(module, node, options, computed)
+            if not node.meta.setdefault(_MEASURED, False):
+                node.meta[_MEASURED] = True
+                yield from _measure(module, node, options, computed)
         elif node.op not in ("placeholder", "get_attr"):
             computed.clear()
         if node in bodies:
@@ -77,23 +81,20 @@ def _measure(
         if reductions:
             yield site, f"{str(dtype).removeprefix('torch.')} output"
         return
-    position = node
+    value: Node | None = None
     for reduction in reductions:
         row = computed.get((tensor, reduction))
         if row is None:
-            with module.graph.inserting_after(position):
-                position = row = _reduce(module, tensor, reduction, options)
+            if value is None:
+                with module.graph.inserting_after(node):
+                    value = insert_call(module.graph, "detach", tensor)
+            row = computed[tensor, reduction] = _reduce(module.graph, value, reduction, options)
             row.meta[MEASUREMENTS] = ()
-            computed[tensor, reduction] = row
         row.meta[MEASUREMENTS] += (Measurement(options.family, site, reduction),)
 
 
-def _reduce(
-    module: GraphModule, tensor: Node, reduction: Reduction, options: ReductionOptions
-) -> Node:
-    """Insert the nodes of one reduction at the insertion point and give back the last of them."""
-    graph = module.graph
-    value = insert_call(graph, "detach", tensor)
+def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionOptions) -> Node:
+    """Insert the nodes of one reduction after ``value`` and give back the last of them."""
     if reduction.function is not None:
         with graph.inserting_after(value):
             if not reduction.trace:

@@ -49,6 +49,8 @@ def pack_rows(
         extra.append(node)
     output.args = ((*returned, *extra),)
 
+    for node, _ in rows:
+        node.meta.pop(MEASUREMENTS, None)
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     rows.sort(key=lambda item: order[item[0]])
     return PackedLayout(tuple(row for _, row in rows), len(extra), unmeasured)

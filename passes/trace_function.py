@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from torch.fx import Graph, Node
@@ -48,7 +49,8 @@ def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
         return result.reshape(-1) if reduction.collects_values else result
 
     try:
-        with torch.no_grad(), fake_mode:
+        # Tensors from outside are let in, so that they can be named below.
+        with torch.no_grad(), fake_mode, patch.object(fake_mode, "allow_non_fake_inputs", True):
             traced = make_fx(traced_function)(example)
     except Exception as error:
         raise MetricFunctionError(

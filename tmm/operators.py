@@ -109,9 +109,13 @@ def _flatten(x: torch.Tensor) -> torch.Tensor:
     """All elements in one dimension, without a copy where they lie densely in any order."""
     if x.is_contiguous():
         return x.view(-1)
-    if torch._prims_common.is_non_overlapping_and_dense(x):
-        return x.as_strided((x.numel(),), (1,))
-    return x.reshape(-1)
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return x.reshape(-1)
+            expected *= size
+    return x.as_strided((x.numel(),), (1,))
 
 
 @functools.lru_cache(maxsize=4096)

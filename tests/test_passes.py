@@ -1,0 +1,249 @@
+"""Each pass: it matches, leaves the rest alone, is idempotent, keeps metadata; and its golden text.
+
+Small passes over the same few graphs share this file; the golden texts are in ``golden``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.graphs import check_golden, measure, text, trace
+from tmm.metrics import Reduction
+from tmm.operators import tap
+from tmm.passes.copy_graph import copy_graph
+from tmm.passes.insert_reductions import MEASUREMENTS, ReductionOptions, insert_reductions
+from tmm.passes.lift_rows import lift_rows
+from tmm.passes.pack_rows import pack_rows
+from tmm.passes.pipeline import PassError, rewrite
+from tmm.passes.remove_taps import remove_taps
+from tmm.passes.trace_function import MetricFunctionError
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = checkpoint(self.fc, x, use_reentrant=False)
+        return output * 2
+
+
+def in_place() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+
+
+X = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0], [2.0, 2.0]])
+
+
+def nothing(_: str, __: torch.dtype) -> tuple[Reduction, ...]:
+    return ()
+
+
+def test_copy_graph_leaves_the_original_alone() -> None:
+    original = trace(Checkpointed(), X)
+    before = text(original)
+    copied = copy_graph(original)
+    assert text(copied) == before
+    remove_taps(copied)
+    assert text(original) == before
+    assert text(copied) != before
+
+
+def test_copy_graph_keeps_metadata() -> None:
+    original = trace(in_place(), X)
+    copied = copy_graph(original)
+    for ours, theirs in zip(copied.graph.nodes, original.graph.nodes, strict=True):
+        assert ours is not theirs
+        assert ours.meta.keys() == theirs.meta.keys()
+
+
+def test_insert_reductions_golden() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    before = text(graph)
+    options = measure(module, "rms", "histogram", l2=lambda x: x.norm(dim=-1))
+    assert insert_reductions(graph, options=options) == ()
+    check_golden("insert_reductions", before + "\n# becomes\n\n" + text(graph))
+
+
+def test_insert_reductions_measures_before_an_in_place_operation() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    insert_reductions(graph, options=measure(module, "min"))
+    nodes = list(graph.graph.nodes)
+    (relu,) = (n for n in nodes if n.target is torch.nn.functional.relu)
+    rows = [n for n in nodes if MEASUREMENTS in n.meta]
+    assert [nodes.index(row) < nodes.index(relu) for row in rows] == [True, False]
+
+
+def test_insert_reductions_shares_rows_of_one_tensor() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    insert_reductions(graph, options=measure(module, "rms"))
+    rows = [n for n in graph.graph.nodes if MEASUREMENTS in n.meta]
+    sites = [[m.site.module for m in row.meta[MEASUREMENTS]] for row in rows]
+    assert sites == [["0"], ["1", ""]]
+
+
+class PassThroughThenChanged(nn.Module):
+    """The child's output is the root's, but changed in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x)
+        y.mul_(2)
+        return y
+
+
+def test_insert_reductions_does_not_share_rows_across_a_change() -> None:
+    module = PassThroughThenChanged()
+    graph = trace(module, X)
+    insert_reductions(graph, options=measure(module, "rms"))
+    assert len([n for n in graph.graph.nodes if MEASUREMENTS in n.meta]) == 2
+
+
+def test_insert_reductions_is_idempotent_and_leaves_unselected_graphs_alone() -> None:
+    module = Checkpointed()
+    graph = trace(module, X)
+    options = measure(module, "rms")
+    untouched = text(graph)
+    insert_reductions(graph, options=ReductionOptions(options.modules, nothing))
+    assert text(graph) == untouched
+
+    graph = trace(module, X)
+    insert_reductions(graph, options=options)
+    once = text(graph)
+    insert_reductions(graph, options=options)
+    assert text(graph) == once
+
+
+def test_insert_reductions_reports_integer_outputs() -> None:
+    class Integers(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x.argmax(-1), x * 2
+
+    module = Integers()
+    graph = trace(module, X)
+    ((site, reason),) = insert_reductions(graph, options=measure(module, "rms"))
+    assert (site.module, site.path, reason) == ("", "[0]", "int64 output")
+
+
+def test_remove_taps_golden() -> None:
+    graph = trace(Checkpointed(), X)
+    before = text(graph)
+    assert remove_taps(graph) == 2
+    after = text(graph)
+    check_golden("remove_taps", before + "\n# becomes\n\n" + after)
+    assert remove_taps(graph) == 0
+    assert text(graph) == after
+
+
+def test_lift_rows_golden() -> None:
+    module = Checkpointed()
+    graph = trace(module, X)
+    insert_reductions(graph, options=measure(module, "rms"))
+    remove_taps(graph)
+    before = text(graph)
+    assert lift_rows(graph) == 1
+    after = text(graph)
+    check_golden("lift_rows", before + "\n# becomes\n\n" + after)
+    sites = [
+        m.site.module for n in graph.graph.nodes for m in n.meta.get(MEASUREMENTS, ())
+    ]
+    assert sites == ["fc", ""]
+    assert lift_rows(graph) == 0
+    assert text(graph) == after
+
+
+def test_pack_rows_golden() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    insert_reductions(graph, options=measure(module, "rms"))
+    remove_taps(graph)
+    before = text(graph)
+    layout = pack_rows(graph)
+    after = text(graph)
+    check_golden("pack_rows", before + "\n# becomes\n\n" + after)
+    assert layout.outputs == 1
+    assert [(r.measurement.site.module, r.start, r.stop) for r in layout.rows] == [
+        ("0", 0, 2),
+        ("1", 2, 4),
+        ("", 2, 4),
+    ]
+    assert pack_rows(graph).outputs == 0
+    assert text(graph) == after
+
+
+def test_pack_rows_leaves_a_graph_without_measurements_alone() -> None:
+    graph = trace(in_place(), X)
+    before = text(graph)
+    layout = pack_rows(graph)
+    assert (layout.rows, layout.outputs) == ((), 0)
+    assert text(graph) == before
+
+
+def test_rewrite_gives_the_outputs_and_then_the_rows() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    rewritten = rewrite(graph, measure(module, "min", "max"))
+    parameters = list(module.parameters())
+    output, packed = rewritten.module(X, *parameters)
+    linear = torch.nn.functional.linear(X, *parameters)
+    linear = linear.detach()
+    expected = [12, linear.min(), linear.max(), 12, linear.relu().min(), linear.relu().max()]
+    assert torch.equal(output, linear.relu())
+    assert packed.tolist() == [float(value) for value in expected]
+    assert not rewritten.module.graph.find_nodes(op="call_function", target=tap)
+    assert list(rewritten.seconds) == ["insert_reductions", "remove_taps", "lift_rows", "pack_rows"]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.sum().item(), "cannot be traced"),
+        (lambda x: x * torch.rand_like(x), "random numbers"),
+        (lambda x: x @ torch.ones(7), "cannot be traced"),
+        (lambda x: "text", "cannot be traced"),
+    ],
+)
+def test_rewrite_names_a_function_that_cannot_be_traced(function: object, reason: str) -> None:
+    module = in_place()
+    graph = trace(module, X)
+    with pytest.raises(MetricFunctionError, match=f"'mine'.*{reason}"):
+        rewrite(graph, measure(module, mine=function))
+
+
+def test_a_function_that_captures_a_tensor_is_refused() -> None:
+    module = in_place()
+    direction = torch.ones(3)
+    graph = trace(module, X)
+    with pytest.raises(MetricFunctionError, match="'projection'.*outside"):
+        rewrite(graph, measure(module, projection=lambda x: x @ direction))
+
+
+def test_a_function_that_changes_its_argument_gets_a_copy() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    rewritten = rewrite(graph, measure(module, largest=lambda x: x.mul_(100).amax()))
+    output, packed = rewritten.module(X, *module.parameters())
+    assert torch.equal(output, module(X))
+    assert packed[1] == module[0](X).mul(100).amax()
+
+
+def test_a_fault_of_a_pass_names_the_pass() -> None:
+    module = in_place()
+    graph = trace(module, X)
+
+    def select(_: str, __: torch.dtype) -> tuple[Reduction, ...]:
+        raise KeyError("broken")
+
+    options = ReductionOptions(measure(module).modules, select)
+    with pytest.raises(PassError, match="pass insert_reductions failed.*passes before it: none"):
+        rewrite(graph, options)
