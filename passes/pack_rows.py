@@ -59,4 +59,3 @@ def pack_rows(
 def _measurements(node: Node) -> tuple[Measurement, ...]:
     measurements: tuple[Measurement, ...] = node.meta[MEASUREMENTS]
     return measurements
-

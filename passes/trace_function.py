@@ -17,7 +17,7 @@ class MetricFunctionError(ValueError):
 
 
 def insert_call(
-    graph: Graph, target: Callable[..., torch.Tensor] | str, value: Node, *arguments: object
+    graph: Graph, target: Callable[..., torch.Tensor] | str, value: Node, *arguments: str | bool
 ) -> Node:
     """Insert a call of a function, or of a method by name, with the example of its result."""
     example = value.meta["example_value"]

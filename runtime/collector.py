@@ -121,7 +121,10 @@ class StepCollector:
             table = accumulator.table(self.registry)
             (histograms if accumulator.reduction.is_histogram else scalars).append(table)
         extra = [
-            (self.registry.infos(reduction, (site,))[0], _join(site, reduction.aggregate, values))
+            (
+                info := self.registry.infos(reduction, (site,))[0],
+                _join(info.key, reduction.aggregate, values),
+            )
             for (reduction, site), values in collected.items()
         ]
         extra += [

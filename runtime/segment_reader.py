@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tmm.runtime.segment import ABSENT, COMMIT_FIELDS, FORMAT, inode, is_measure
 
 _CACHE_BYTES = 32 << 20  # the chunks of one series of 16,000 rows, so that its neighbours come free
 _CACHE_SLOTS = 10_007  # many times the number of chunks in the cache, and a prime
+_READ_ATTEMPTS = 28
 
 
 class SegmentReader:
@@ -44,8 +46,7 @@ class SegmentReader:
         self.refresh()
 
     def _open(self) -> None:
-        cache = {"rdcc_nbytes": _CACHE_BYTES, "rdcc_nslots": _CACHE_SLOTS}
-        self._file = h5py.File(self.path, "r", swmr=True, locking=False, **cache)
+        self._file = h5py.File(_open_file(self.path))
         self._inode = inode(self.path)
         if self._file.attrs["format"] != FORMAT:
             raise ValueError(f"its format is {self._file.attrs['format']}, not {FORMAT}")
@@ -132,6 +133,29 @@ class SegmentReader:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _open_file(path: Path) -> Any:
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_cache(0, _CACHE_SLOTS, _CACHE_BYTES, 0.75)
+    access.set_file_locking(False, True)
+    _limit_attempts(access)
+    flags = h5py.h5f.ACC_RDONLY | h5py.h5f.ACC_SWMR_READ
+    return h5py.h5f.open(os.fsencode(path), flags, fapl=access)
+
+
+def _limit_attempts(access: Any) -> None:
+    """Let a damaged file fail after a quarter of a second.
+
+    Where a checksum is wrong, as it may be for a moment while a writer is at work, HDF5 reads again
+    after 1, 2, 4, ... ns, and that 100 times by default: for ever. h5py does not offer the setting;
+    without the function or the lock that guards it, a damaged file hangs.
+    """
+    with suppress(AttributeError, OSError):
+        set_attempts = ctypes.PyDLL(h5py.h5p.__file__).H5Pset_metadata_read_attempts
+        set_attempts.argtypes = [ctypes.c_int64, ctypes.c_uint]
+        with h5py._objects.phil:
+            set_attempts(access.id, _READ_ATTEMPTS)
 
 
 @contextmanager

@@ -154,9 +154,7 @@ def test_lift_rows_golden() -> None:
     assert lift_rows(graph) == 1
     after = text(graph)
     check_golden("lift_rows", before + "\n# becomes\n\n" + after)
-    sites = [
-        m.site.module for n in graph.graph.nodes for m in n.meta.get(MEASUREMENTS, ())
-    ]
+    sites = [m.site.module for n in graph.graph.nodes for m in n.meta.get(MEASUREMENTS, ())]
     assert sites == ["fc", ""]
     assert lift_rows(graph) == 0
     assert text(graph) == after

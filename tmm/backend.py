@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule
 
-from tmm.compile_settings import CompilerFunction, CompileSettings
-from tmm.layout import Measurement, PackedLayout
+from tmm.compile_settings import CompileSettings
+from tmm.layout import Measurement, PackedLayout, Site
 from tmm.metrics import Reduction
 from tmm.passes.insert_reductions import ReductionOptions
 from tmm.passes.pipeline import rewrite
@@ -33,6 +33,9 @@ class Host(Protocol):
 
     def scope(self) -> Scope:
         """The scope of the frame that is being compiled."""
+
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
 
     def collect(
         self,
@@ -101,6 +104,7 @@ class MeasuringBackend:
             scope.modules, scope.select, compiled=self.settings.uses_inductor
         )
         rewritten = rewrite(module, options)
+        self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         witness = _find_witness(module, scope.owner)
         run = self.settings.backend(rewritten.module, inputs)
         graph = MeasuredGraph(run, rewritten.layout, scope.owner, witness, self.host)

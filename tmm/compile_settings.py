@@ -57,7 +57,7 @@ def settings_of(model: OptimizedModule) -> CompileSettings:
 
 
 def compile_separately(
-    function: types.FunctionType,
+    function: Callable[..., Any],
     settings: CompileSettings,
     backend: CompilerFunction,
     guard_filter: GuardFilter,
@@ -79,6 +79,7 @@ def compile_separately(
     if "isolate_recompiles" in inspect.signature(torch._dynamo.optimize).parameters:
         isolation["isolate_recompiles"] = True
     # A code object of its own: Dynamo keeps what it compiled by code object.
+    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
     own = types.FunctionType(code, function.__globals__, function.__name__)
     compiled: Callable[..., Any] = torch._dynamo.optimize(

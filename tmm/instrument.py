@@ -11,6 +11,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.compile_settings import settings_of
 from tmm.explain import Explanation
+from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
 from tmm.naming import display_name, relative_names
 from tmm.run_info import describe_environment
@@ -19,7 +20,8 @@ from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
 from tmm.twin import Twin
 
-Model = TypeVar("Model", bound=torch.nn.Module)
+# To type checkers, torch.compile(module) is any callable.
+Model = TypeVar("Model", bound=Callable[..., Any])
 
 
 class Dispatch:
@@ -82,7 +84,9 @@ def instrument(
     names = [display_name(name) for name in relative_names(module).values()]
     plan = Plan(spec, names)
     settings = settings_of(model)
-    writer = None if run is None else RunWriter(run, info=describe_environment(spec))
+    writer = None
+    if run is not None:
+        writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
     monitor = Monitor(spec, module, KeyRegistry(), writer, on_error)
     twin = Twin(module, plan, settings, monitor)
     monitor.attach(twin)
@@ -92,7 +96,7 @@ def instrument(
     return model
 
 
-def monitor(model: torch.nn.Module) -> Monitor:
+def monitor(model: Callable[..., Any]) -> Monitor:
     """The monitor of an instrumented model.
 
     Raises:
@@ -109,12 +113,12 @@ def remove(model: Model) -> Model:
         OSError: if what was measured could not be written.
     """
     dispatch = _require(model)
-    model.forward = dispatch.plain
+    setattr(model, "forward", dispatch.plain)  # noqa: B010
     dispatch.monitor.close()
     return model
 
 
-def explain(model: torch.nn.Module) -> Explanation:
+def explain(model: Callable[..., Any]) -> Explanation:
     """What the spec matched, what the graphs hold, and what is not measured and why.
 
     Graphs are known once the model has run in a monitored step (or ``monitor.prepare``).
@@ -125,12 +129,12 @@ def explain(model: torch.nn.Module) -> Explanation:
     return Explanation.of(_require(model).twin)
 
 
-def _dispatch(model: torch.nn.Module) -> Dispatch | None:
-    forward = model.__dict__.get("forward")
+def _dispatch(model: Callable[..., Any]) -> Dispatch | None:
+    forward = model.__dict__.get("forward") if isinstance(model, torch.nn.Module) else None
     return forward if isinstance(forward, Dispatch) else None
 
 
-def _require(model: torch.nn.Module) -> Dispatch:
+def _require(model: Callable[..., Any]) -> Dispatch:
     dispatch = _dispatch(model)
     if dispatch is None:
         raise ValueError("the model is not instrumented; call tmm.instrument(model, spec) first")

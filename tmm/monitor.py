@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from tmm.layout import Event, FloatArray
-from tmm.metrics import Aggregate
+from tmm.layout import Event
+from tmm.metrics import Aggregate, FloatArray
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
 from tmm.runtime.binding import Binding, KeyRegistry

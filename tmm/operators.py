@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeAlias, cast
 
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.metrics import HISTOGRAM_EDGES
+
+Kernel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 COLUMN_SEPARATOR = ","
 _UNROLL = 4  # independent partial sums per row: the latency of one addition chain would dominate
@@ -52,9 +55,7 @@ def _summarize(x: torch.Tensor, columns: str, compiled: bool) -> torch.Tensor:
     x = _real(x)
     names = tuple(columns.split(COLUMN_SEPARATOR))
     if compiled and (shape := _row_shape(x.numel())) is not None:
-        kernel = _compiled_kernel(names, x.dtype, x.device.type)
-        row: torch.Tensor = kernel(_flatten(x).view(shape))
-        return row
+        return _compiled_kernel(names, x.dtype, x.device.type)(_flatten(x).view(shape))
     return _summarize_eagerly(x, names)
 
 
@@ -93,9 +94,9 @@ for _name, _implementation, _shape in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tmm::{_name}", _shape, lib=_library)
 
-summarize = torch.ops.tmm.summarize.default
-histogram = torch.ops.tmm.histogram.default
-pack = torch.ops.tmm.pack.default
+summarize: Callable[[torch.Tensor, str, bool], torch.Tensor] = torch.ops.tmm.summarize.default
+histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
+pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _flatten(x: torch.Tensor) -> torch.Tensor:
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1:
             if stride != expected:
-                return x.reshape(-1)
+                return x.contiguous().view(-1)
             expected *= size
     return x.as_strided((x.numel(),), (1,))
 
@@ -140,7 +141,7 @@ def _summarize_eagerly(x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
         identity = {"absmax": 0.0, "minimum": math.inf, "maximum": -math.inf}
         values = [identity.get(name, 0.0) for name in names]
         return torch.tensor(values, dtype=packed_dtype(x.device), device=x.device)
-    columns = {
+    columns: dict[str, Callable[[], torch.Tensor]] = {
         "count": lambda: flat.new_full((), flat.numel(), dtype=packed_dtype(x.device)),
         "sum": flat.sum,
         "sum_squares": lambda: flat.square().sum(),
@@ -165,19 +166,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def _compiled_kernel(
-    names: tuple[str, ...], dtype: torch.dtype, device_type: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _compiled_kernel(names: tuple[str, ...], dtype: torch.dtype, device_type: str) -> Kernel:
     """The kernel for tensors of shape (rows, length) of one dtype, both dimensions dynamic."""
     body = functools.partial(_summarize_rows, names)
     with torch.no_grad():
         example = torch.empty(1024, _ROW_LIMIT, dtype=dtype, device=device_type)
         graph = make_fx(body, tracing_mode="symbolic")(example)
         (placeholder,) = graph.graph.find_nodes(op="placeholder")
-        compiled: Callable[[torch.Tensor], torch.Tensor] = compile_fx(
-            graph, [placeholder.meta["val"]]
-        )
-    return compiled
+        return cast("Kernel", compile_fx(graph, [placeholder.meta["val"]]))
 
 
 def _summarize_rows(names: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ class RandomState:
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if started else (),
             random.getstate(),
-            np.random.get_state(legacy=False),  # type: ignore[arg-type]
+            np.random.get_state(legacy=False),
         )
 
     def restore(self) -> None:

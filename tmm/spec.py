@@ -97,7 +97,8 @@ def _rule(
             nearest = difflib.get_close_matches(name, METRIC_NAMES, n=1)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(
-                f"{rule}: unknown metric {name!r}.{hint} Built-in metrics: {', '.join(METRIC_NAMES)}"
+                f"{rule}: unknown metric {name!r}.{hint} Built-in metrics:"
+                f" {', '.join(METRIC_NAMES)}"
             )
     for name, function in functions.items():
         if not callable(function):
@@ -227,9 +228,7 @@ class Plan:
         }
 
 
-def _reductions(
-    module_name: str, rules: Iterable[Rule], is_complex: bool
-) -> tuple[Reduction, ...]:
+def _reductions(module_name: str, rules: Iterable[Rule], is_complex: bool) -> tuple[Reduction, ...]:
     builtin: dict[str, Rule] = {}
     functions: dict[str, tuple[Reduction, Rule]] = {}
     for rule in rules:

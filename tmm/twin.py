@@ -161,6 +161,11 @@ class Twin:
 
         return Scope(owner, modules, select)
 
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        for site, reason in unmeasured:
+            self.unmeasured[_resolve(self.names[owner], site.module) + site.path] = reason
+
     def collect(
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
@@ -203,8 +208,7 @@ class Twin:
             wanted += self.plan.select(name, torch.complex64)
             return name + measurement.site.path if measurement.reduction in wanted else None
 
-        for site, reason in graph.layout.unmeasured:
-            self.unmeasured[_resolve(owner_name, site.module) + site.path] = reason
+        self.leave_out(owner, graph.layout.unmeasured)
         return self.recorder.registry.bind(graph.layout, resolve)
 
 
@@ -236,5 +240,3 @@ def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
 
 def _is_hook_guard(entry: GuardFilterEntry) -> bool:
     return entry.value is mark_outputs or entry.name.endswith("._forward_hooks")
-
-

@@ -1,0 +1,72 @@
+"""Training steps that the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from tmm.demo.gpt import GPT, GPTConfig
+
+FIVE_METRICS = ("mean", "std", "rms", "absmax", "zero_fraction")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A GPT and the batches it is trained on, all from one seed."""
+
+    name: str
+    config: GPTConfig
+    batch: int
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    def model(self) -> GPT:
+        """The same model each time."""
+        torch.manual_seed(0)
+        return GPT(self.config).to(self.device, self.dtype)
+
+    def tokens(self) -> torch.Tensor:
+        """Random tokens; shape (batch, context)."""
+        generator = torch.Generator().manual_seed(1)
+        shape = (self.batch, self.config.context)
+        return torch.randint(self.config.vocabulary, shape, generator=generator).to(self.device)
+
+
+GPT_SMALL = Workload(
+    "GPT, 4 layers, width 256, float32, batch 4 x 256",
+    GPTConfig(vocabulary=256, context=256, layers=4, heads=8, width=256),
+    batch=4,
+)
+GPT_124M = Workload(
+    "GPT-2 124M, bfloat16, batch 8 x 1024",
+    GPTConfig(vocabulary=50304, context=1024, layers=12, heads=12, width=768, tie_weights=True),
+    batch=8,
+    device="cuda",
+    dtype=torch.bfloat16,
+)
+
+
+def on_cpu(workload: Workload) -> Workload:
+    """The workload on the CPU."""
+    return replace(workload, device="cpu")
+
+
+def training_step(
+    module: nn.Module, forward: Callable[..., torch.Tensor], tokens: torch.Tensor
+) -> Callable[[], None]:
+    """One step of SGD on the next token, by ``forward``, which runs ``module``."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+
+    def step() -> None:
+        logits = forward(tokens)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
