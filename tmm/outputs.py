@@ -40,3 +40,7 @@ def mark_outputs(module: torch.nn.Module, arguments: object, output: object) -> 
     """
     for path, tensor in tensors_in(output):
         tap(tensor, path)
+
+
+def mark_nothing(module: torch.nn.Module, arguments: object) -> None:
+    """Forward pre-hook for tracing: keeps the place of one that runs between graphs."""

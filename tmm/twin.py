@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -16,12 +16,14 @@ from tmm.compile_settings import CompileSettings, compile_separately
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.naming import absolute_name, display_name, relative_names
-from tmm.outputs import mark_outputs, tensors_in
+from tmm.outputs import mark_nothing, mark_outputs, tensors_in
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
 
 _HOOK_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
+
+_HOOK_DICTS = ("._forward_hooks", "._forward_pre_hooks")
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
@@ -58,10 +60,8 @@ class Twin:
         self.eager_modules: set[torch.nn.Module] = set()
         self.unmeasured: dict[str, str] = {}
         self._program = compile_separately(_traced, settings, self.backend, _keep_guards)
-        self._settled = False
         self._tracing = False
         self._frames: list[torch.nn.Module] = []
-        self._hooked_modules: tuple[torch.nn.Module, ...] = ()
         self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,15 +73,11 @@ class Twin:
     def _hooked(self) -> Iterator[None]:
         outer = _running.set(self)
         frames, self._frames = self._frames, [self.module]
-        started, self._settled = self._settled, True
-        self._hook_eagerly(self.eager_modules if started else self.names)
+        self._hook_eagerly()
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
         try:
             yield
-        except BaseException:
-            self._settled = False
-            raise
         finally:
             callback_handler.remove_start_callback(self._start_tracing)
             callback_handler.remove_end_callback(self._end_tracing)
@@ -91,26 +87,28 @@ class Twin:
 
     def _start_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is CallbackTrigger.DYNAMO and _running.get() is self:
-            self._settled = False
             self._tracing = True
+            self._unhook()  # of the modules known so far: there may be others now
             self.names = relative_names(self.module)
             for module in self.names:
-                module._forward_pre_hooks.pop(_HOOK_KEY, None)
                 module._forward_hooks[_HOOK_KEY] = mark_outputs
+                if module._forward_pre_hooks:
+                    # The user's hooks are guarded on, with the length of the dict that holds them.
+                    module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
         if self._tracing and _running.get() is self:
             self._tracing = False
-            self._hook_eagerly(self.names)
+            self._hook_eagerly()
 
-    def _hook_eagerly(self, modules: Collection[torch.nn.Module]) -> None:
-        self._hooked_modules = tuple(modules)
-        for module in modules:
+    def _hook_eagerly(self) -> None:
+        # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
+        for module in self.names:
             module._forward_pre_hooks[_HOOK_KEY] = self._enter_module
             module._forward_hooks[_HOOK_KEY] = self._leave_module
 
     def _unhook(self) -> None:
-        for module in self._hooked_modules:
+        for module in self.names:
             module._forward_pre_hooks.pop(_HOOK_KEY, None)
             module._forward_hooks.pop(_HOOK_KEY, None)
 
@@ -171,6 +169,9 @@ class Twin:
     ) -> None:
         """Credit the rows of one call of ``graph`` to the module whose frame is running."""
         owner = self._owner(graph, inputs)
+        if owner is None:
+            self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
+            return
         key = (id(graph), owner)
         if key not in self._bindings:
             self._bindings[key] = self._bind(graph, owner)
@@ -178,10 +179,10 @@ class Twin:
         if binding is not None:
             self.recorder.add(binding, extra)
 
-    def _owner(self, graph: MeasuredGraph, inputs: Sequence[object]) -> torch.nn.Module:
+    def _owner(self, graph: MeasuredGraph, inputs: Sequence[object]) -> torch.nn.Module | None:
         """The module whose frame is running: the innermost called one, as parameters confirm."""
         owner = self._frames[-1]
-        if graph.witness is None:
+        if graph.witness is None or owner is graph.owner is self.module:
             return owner
         parameter = inputs[graph.witness.input]
         for candidate in (owner, *reversed(self._frames), *self.names):
@@ -190,7 +191,7 @@ class Twin:
                 and _parameter(candidate, graph.witness.parameter) is parameter
             ):
                 return candidate
-        return owner
+        return owner if owner is graph.owner else None
 
     def _bind(self, graph: MeasuredGraph, owner: torch.nn.Module) -> Binding | None:
         if type(owner) is not type(graph.owner):
@@ -239,4 +240,5 @@ def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
 
 
 def _is_hook_guard(entry: GuardFilterEntry) -> bool:
-    return entry.value is mark_outputs or entry.name.endswith("._forward_hooks")
+    ours = entry.value is mark_outputs or entry.value is mark_nothing
+    return ours or entry.name.endswith(_HOOK_DICTS)
