@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, tap
+from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, tap, why_unmeasurable
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.trace_function import insert_call, insert_function
 
@@ -48,7 +48,9 @@ def insert_reductions(
 
 
 def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Site, str]]:
-    bodies = dict(nested_calls(module))
+    bodies: dict[Node, list[GraphModule]] = {}
+    for call, body in nested_calls(module):
+        bodies.setdefault(call, []).append(body)
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target is tap:
@@ -57,11 +59,11 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
                 yield from _measure(module, node, options, computed)
         elif node.op not in ("placeholder", "get_attr"):
             computed.clear()
-        if node in bodies:
+        for body in bodies.get(node, ()):
             if returns_body_outputs(node):
-                yield from _insert(bodies[node], options)
+                yield from _insert(body, options)
             else:
-                yield from _refuse(bodies[node], options, f"inside {node.target}")
+                yield from _refuse(body, options, f"inside {node.target}")
 
 
 def _measure(
@@ -75,11 +77,10 @@ def _measure(
         return
     tensor = node.args[0]
     assert isinstance(tensor, Node)
-    dtype = tensor.meta["example_value"].dtype
-    reductions = options.select(site.module, dtype)
-    if not (dtype.is_floating_point or dtype.is_complex):
-        if reductions:
-            yield site, f"{str(dtype).removeprefix('torch.')} output"
+    example = tensor.meta["example_value"]
+    reductions = options.select(site.module, example.dtype)
+    if reductions and (reason := why_unmeasurable(example)):
+        yield site, reason
         return
     value: Node | None = None
     for reduction in reductions:
@@ -88,6 +89,9 @@ def _measure(
             if value is None:
                 with module.graph.inserting_after(node):
                     value = insert_call(module.graph, "detach", tensor)
+                if example.is_nested:
+                    with module.graph.inserting_after(value):
+                        value = insert_call(module.graph, "values", value)
             row = computed[tensor, reduction] = _reduce(module.graph, value, reduction, options)
             row.meta[MEASUREMENTS] = ()
         row.meta[MEASUREMENTS] += (Measurement(options.family, site, reduction),)

@@ -47,8 +47,9 @@ class StepCollector:
     thread after the step has ended.
     """
 
-    def __init__(self, step: int, registry: KeyRegistry) -> None:
+    def __init__(self, step: int, registry: KeyRegistry, *, monitored: bool) -> None:
         self.step = step
+        self.monitored = monitored
         self.registry = registry
         self.events: tuple[Event, ...] = ()
         self.failed = False

@@ -102,7 +102,7 @@ class Monitor:
         monitored = self.is_step_monitored(step)
         self.current_step = step
         self._finished = None
-        self._open = StepCollector(step, self.registry)
+        self._open = StepCollector(step, self.registry, monitored=monitored)
         self.recording = monitored
         return monitored
 
@@ -115,9 +115,8 @@ class Monitor:
             OSError: if what was measured before could not be written.
         """
         finished = self._require_step("end_step")
-        monitored = self.is_step_monitored(finished.step)
         self._open, self.recording = None, False
-        if finished.failed or not (monitored or finished.holds_values):
+        if finished.failed or not (finished.monitored or finished.holds_values):
             return
         self._finished = finished
         finished.events, self._events = tuple(self._events), []
@@ -286,7 +285,7 @@ class Monitor:
 
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:
-            if self.is_step_monitored(self._open.step):
+            if self._open.monitored:
                 self._mark_gap(self._open.step, reason)
             self._open, self.recording = None, False
 

@@ -46,6 +46,23 @@ _library.define("histogram(Tensor x) -> Tensor", tags=_tags)
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 
 
+def why_unmeasurable(tensor: torch.Tensor) -> str | None:
+    """Why an output has no rows, in a few words; None for one that has.
+
+    Of a nested tensor with jagged layout the values are measured.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return f"{str(tensor.dtype).removeprefix('torch.')} output"
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return "inside torch.func.vmap"
+    if tensor.layout not in (torch.strided, torch.jagged) or (
+        tensor.is_nested and tensor.layout is torch.strided
+    ):
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        return f"{kind} output"
+    return None
+
+
 def packed_dtype(device: torch.device) -> torch.dtype:
     """Float64, which keeps counts above 2**24 exact, or float32 on a device without it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -27,7 +27,7 @@ def _walk(value: object, path: str, found: list[tuple[str, torch.Tensor]]) -> No
     elif isinstance(value, (tuple, list)):
         for position, item in enumerate(value):
             _walk(item, f"{path}[{position}]", found)
-    elif hasattr(value, "__dataclass_fields__"):
+    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
         for name in value.__dataclass_fields__:
             _walk(getattr(value, name), f"{path}[{name}]", found)
 

@@ -16,6 +16,7 @@ from tmm.compile_settings import CompileSettings, compile_separately
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.naming import absolute_name, display_name, relative_names
+from tmm.operators import why_unmeasurable
 from tmm.outputs import mark_nothing, mark_outputs, tensors_in
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.runtime.eager import reduce_eagerly
@@ -62,6 +63,7 @@ class Twin:
         self._program = compile_separately(_traced, settings, self.backend, _keep_guards)
         self._tracing = False
         self._frames: list[torch.nn.Module] = []
+        self._eager_bindings: dict[tuple[Site, Reduction], Binding] = {}
         self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,13 +130,16 @@ class Twin:
 
     def _measure_eagerly(self, site: Site, tensor: torch.Tensor) -> None:
         reductions = self.plan.select(site.module, tensor.dtype)
-        if reductions and not (tensor.is_floating_point() or tensor.is_complex()):
-            self.unmeasured[site.module + site.path] = _not_floating(tensor.dtype)
+        if reductions and (reason := why_unmeasurable(tensor)):
+            self.unmeasured[site.module + site.path] = reason
             return
+        values = tensor.values() if tensor.is_nested else tensor
         for reduction in reductions:
-            layout = single_row(Measurement("activation", site, reduction))
-            binding = self.recorder.registry.bind(layout, _site_key)
-            self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
+            key = (site, reduction)
+            if key not in self._eager_bindings:
+                layout = single_row(Measurement("activation", site, reduction))
+                self._eager_bindings[key] = self.recorder.registry.bind(layout, _site_key)
+            self.recorder.add(self._eager_bindings[key], [reduce_eagerly(values, reduction)])
 
     def scope(self) -> Scope:
         """The scope of the frame that Dynamo is compiling now."""
@@ -228,10 +233,6 @@ def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
         return module.get_parameter(name)
     except AttributeError:
         return None
-
-
-def _not_floating(dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} output"
 
 
 def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:

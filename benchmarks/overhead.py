@@ -1,0 +1,226 @@
+"""What it costs to watch every module: five metrics, each step monitored.
+
+    python -m benchmarks.overhead [--rounds 60] [--quick] [--save]
+
+Ratios within one run, variants interleaved; the cold compilation in fresh processes with empty
+caches. The eager hooks compute the same five metrics with one torch call each and read them back
+once per step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import tmm
+from benchmarks.timing import Timing, environment, interleave
+from benchmarks.workloads import FIVE_METRICS, GPT_124M, GPT_SMALL, Workload, training_step
+
+RESULTS = Path(__file__).parent / "results"
+SPEC = tmm.Spec(tmm.activation(*FIVE_METRICS))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the report: a ratio to the plain compiled program in the same rounds."""
+
+    variant: str
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
+    goal: float | None = None
+
+
+class EagerHooks:
+    """The five metrics of every module's output by forward hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values: list[torch.Tensor] = []
+        for child in module.modules():
+            child.register_forward_hook(self._measure)
+
+    def _measure(self, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        x = output.detach().float()
+        self.values.append(
+            torch.stack(
+                [
+                    x.mean(),
+                    x.std(),
+                    x.square().mean().sqrt(),
+                    x.abs().amax(),
+                    (x == 0).float().mean(),
+                ]
+            )
+        )
+
+    def read(self) -> list[list[float]]:
+        """All values of the step."""
+        values: list[list[float]] = torch.stack(self.values).tolist()
+        self.values.clear()
+        return values
+
+
+def steps(workload: Workload) -> dict[str, Callable[[], None]]:
+    """A training step of each variant; all but the hooks run one and the same module."""
+    module, tokens = workload.model(), workload.tokens()
+    plain = torch.compile(module)
+    watched = tmm.instrument(torch.compile(module), SPEC)
+    monitor = tmm.monitor(watched)
+    off_step = training_step(module, watched, tokens)
+
+    hooked = workload.model()
+    hooks = EagerHooks(hooked)
+    hooked_step = training_step(hooked, hooked, tokens)
+    bare = workload.model()
+
+    def monitored() -> None:
+        with monitor.step((monitor.current_step or 0) + 1):
+            off_step()
+        monitor.get_step_metrics()
+
+    def with_hooks() -> None:
+        hooked_step()
+        hooks.read()
+
+    return {
+        "plain compiled": training_step(module, plain, tokens),
+        "tmm, not monitored": off_step,
+        "tmm, monitored": monitored,
+        "eager": training_step(bare, bare, tokens),
+        "eager with hooks": with_hooks,
+    }
+
+
+def read_once(workload: Workload) -> float:
+    """Seconds to read every module's output once: the time of one sum over each."""
+    module, outputs = workload.model(), list[torch.Tensor]()
+    for child in module.modules():
+        child.register_forward_hook(lambda m, i, output: outputs.append(output.detach()))
+    module(workload.tokens())
+
+    def read() -> None:
+        for output in outputs:
+            output.sum()
+
+    return interleave({"read": read}, rounds=20)["read"].median
+
+
+def first_step_seconds(workload: Workload, *, watched: bool) -> float:
+    """Seconds of the first training step of a process, which compiles everything."""
+    module, tokens = workload.model(), workload.tokens()
+    model = torch.compile(module)
+    started = time.perf_counter()
+    if watched:
+        monitor = tmm.monitor(tmm.instrument(model, SPEC))
+        with monitor.step(0):
+            training_step(module, model, tokens)()
+    else:
+        training_step(module, model, tokens)()
+    return time.perf_counter() - started
+
+
+def cold_compilation(name: str, repeats: int) -> Timing:
+    """First steps of fresh processes with empty caches, plain and watched in turns."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(repeats):
+        for watched in (False, True):
+            with tempfile.TemporaryDirectory() as cache:
+                command = [sys.executable, "-m", "benchmarks.overhead", "--first-step", name]
+                command += ["--watched"] if watched else []
+                done = subprocess.run(
+                    command,
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                    cwd=Path(__file__).parent.parent,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+                seconds[watched].append(float(done.stdout.split()[-1]))
+    return Timing(tuple(seconds[True]), tuple(seconds[False]))
+
+
+def measure(workload: Workload, rounds: int, repeats: int) -> list[Line]:
+    """All lines of the report on one workload."""
+    goals = {"tmm, monitored": 1.04, "tmm, not monitored": 1.005}
+    lines = []
+    for variant, timing in interleave(steps(workload), rounds).items():
+        low, high = timing.interval
+        lines.append(
+            Line(variant, timing.median * 1e3, timing.ratio, low, high, goals.get(variant))
+        )
+    plain = lines[0].milliseconds
+    read = read_once(workload) * 1e3
+    lines.append(Line("reading every output once", read, read / plain, 0.0, 0.0))
+    if repeats:
+        cold = cold_compilation(workload.name, repeats)
+        low, high = min(cold.ratios), max(cold.ratios)
+        milliseconds = statistics.median(cold.baseline) * 1e3
+        lines.append(Line("cold compilation, plain", milliseconds, 1.0, 1.0, 1.0))
+        lines.append(
+            Line("cold compilation, tmm", cold.median * 1e3, cold.ratio, low, high, goal=1.6)
+        )
+    return lines
+
+
+def show(workload: Workload, lines: list[Line]) -> None:
+    """Print the table."""
+    table = Table("variant", "ms", "ratio", "95 % interval", "goal", title=workload.name)
+    for line in lines:
+        interval = f"{line.low:.4f} to {line.high:.4f}" if line.low else ""
+        goal = "" if line.goal is None else f"<= {line.goal}"
+        table.add_row(line.variant, f"{line.milliseconds:.2f}", f"{line.ratio:.4f}", interval, goal)
+    Console(width=100).print(table)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 60,
+    repeats: Annotated[int, typer.Option(help="Cold compilations of each kind.")] = 3,
+    quick: Annotated[bool, typer.Option(help="Few rounds, no cold compilation.")] = False,
+    save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
+    first_step: Annotated[str, typer.Option(hidden=True)] = "",
+    watched: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Measure the overhead of five metrics on every module."""
+    workloads = [GPT_124M] if torch.cuda.is_available() else [GPT_SMALL]
+    if first_step:
+        (workload,) = (w for w in workloads if w.name == first_step)
+        print(first_step_seconds(workload, watched=watched))
+        return
+    if quick:
+        rounds, repeats = 10, 0
+    for workload in workloads:
+        lines = measure(workload, rounds, repeats)
+        show(workload, lines)
+        report = {
+            "workload": workload.name,
+            "metrics": FIVE_METRICS,
+            "modules": len(list(workload.model().modules())),
+            "rounds": rounds,
+            "environment": environment(),
+            "lines": [asdict(line) for line in lines],
+        }
+        if save:
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / f"overhead-{workload.device}-{date.today()}.json"
+            path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
