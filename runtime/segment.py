@@ -86,7 +86,10 @@ class SegmentWriter:
         bins: int = 64,
         histogram_edges: FloatArray | None = None,
     ) -> None:
-        temporary, self.path = _claim(folder)
+        try:
+            temporary, self.path = _claim(folder)
+        except OSError as error:
+            raise _storage_error(f"cannot create a segment in {folder}", error) from error
         self._descriptor = -1
         try:
             # Without a chunk cache HDF5 writes what changed in a chunk, and not the whole of it.
@@ -274,7 +277,8 @@ def _create_datasets(file: Any, keys: int, bins: int, edges: FloatArray | None) 
         create(name, "u1", (_CHUNK_BYTES,))
     if edges is not None:
         file["histogram_edges"] = np.asarray(edges, dtype="<f8")
-    file["commits"].attrs["fields"] = " ".join(COMMIT_FIELDS)
+    # Bytes, because h5py converts no str any more while the interpreter exits.
+    file["commits"].attrs["fields"] = np.bytes_(" ".join(COMMIT_FIELDS))
     file.attrs["format"] = FORMAT
 
 

@@ -1,25 +1,35 @@
-"""Reads one segment of a run: what its writer has committed, while it grows or afterwards."""
+"""Reads one segment of a run: what its writer has committed, while it grows or afterwards.
+
+Not in SWMR mode. There HDF5 shares one state among all who have a file open in a process, which
+breaks `refresh` with two readers and any reading beside a writer that failed; and it meets a wrong
+checksum with waits that double a hundred times, so that a damaged file hangs. Instead a file is
+opened anew when there is more in it. The order in which SWMR writes keeps every such view
+consistent, but for reads in the very moment of a write: those fail, and are done again.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import io
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
-from tmm.runtime.segment import ABSENT, COMMIT_FIELDS, FORMAT, inode, is_measured
+from tmm.runtime.segment import ABSENT, COMMIT_FIELDS, FORMAT, is_measured
 
 _CACHE_BYTES = 32 << 20  # the chunks of one series of 16,000 rows, so that its neighbours come free
 _CACHE_SLOTS = 10_007  # many times the number of chunks in the cache, and a prime
-_READ_ATTEMPTS = 28
+_PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # seconds between attempts
+_CLOCK_SECONDS = 2.0  # more than the resolution of a file's time of change
+
+_Result = TypeVar("_Result")
 
 
 class SegmentReader:
@@ -35,134 +45,172 @@ class SegmentReader:
         self.measured = np.empty(0, dtype=np.bool_)
         self.infos: dict[str, KeyInfo] = {}
         self.histogram_infos: dict[str, KeyInfo] = {}
-        self.histogram_edges: FloatArray | None = None
         self.events: list[Event] = []
         self._columns: dict[str, int] = {}
         self._texts = {"keys": 0, "histogram_keys": 0, "events": 0}  # bytes read so far
-        with _damage_named(self.path):
-            self._open()
-            if "histogram_edges" in self._file:
-                self.histogram_edges = self._file["histogram_edges"][()]
+        self._file: Any = None
+        self._datasets: dict[str, Any] = {}
+        self._seen: tuple[int, int] | None = None
+        self.histogram_edges: FloatArray | None = self._attempt(self._read_edges)
         self.refresh()
-
-    def _open(self) -> None:
-        self._file = h5py.File(_open_file(self.path))
-        self._inode = inode(self.path)
-        if self._file.attrs["format"] != FORMAT:
-            raise ValueError(f"its format is {self._file.attrs['format']}, not {FORMAT}")
-        names = ("steps", "commits", "values", "histograms", *self._texts)
-        self._datasets = {name: self._file[name] for name in names}
 
     def refresh(self) -> bool:
         """Take in what was committed since the last time; tell whether there was anything."""
-        known = len(self.steps)
-        with _damage_named(self.path):
-            self._follow()
-            self._datasets["steps"].refresh()
-            rows = len(self._datasets["steps"])
-            if rows == known:
-                return False
-            for dataset in self._datasets.values():
-                dataset.refresh()
-            # A reader in the writer's own process may see ``steps`` grown and not yet filled,
-            # but no row of ``commits`` that way: the numbers are read from there.
-            commits = self._read("commits", np.s_[known:rows])
-            last = dict(zip(COMMIT_FIELDS, commits[-1].tolist(), strict=True))
-            size = os.fstat(self._file.id.get_vfd_handle()).st_size
-            if not 0 < last["file_bytes"] <= size:
-                raise ValueError(f"it was cut off at {size} bytes")
-            keys, histogram_keys, events = (
-                self._new_lines(name, last[field])
-                for name, field in zip(self._texts, COMMIT_FIELDS[-3:], strict=True)
-            )
-            for fields, infos in ((keys, self.infos), (histogram_keys, self.histogram_infos)):
-                for info in fields:
-                    self._columns[info["key"]] = len(infos)
-                    infos[info["key"]] = KeyInfo(**info)
-            self.events.extend(Event(**event) for event in events)
-        self._texts = dict(zip(self._texts, commits[-1, -3:].tolist(), strict=True))
+        status = os.stat(self.path)
+        seen = (status.st_size, status.st_mtime_ns)
+        if seen == self._seen:
+            return False
+        grown = self._attempt(self._take_in)
+        # What changed just now may change again without another time of change.
+        self._seen = seen if time.time() - status.st_mtime > _CLOCK_SECONDS else None
+        return grown
+
+    def _take_in(self) -> bool:
+        file = _open(self.path)
+        try:
+            grown = len(file["steps"]) > len(self.steps)
+            if grown:
+                self._take_rows(file)
+                self.close()
+                self._file = file
+            return grown
+        finally:
+            if file is not self._file:
+                file.close()
+
+    def _take_rows(self, file: Any) -> None:
+        # Of ``steps`` only the length is needed, as ``commits`` has the numbers too.
+        commits = file["commits"][len(self.steps) : len(file["steps"])]
+        last = dict(zip(COMMIT_FIELDS, commits[-1].tolist(), strict=True))
+        size = os.stat(self.path).st_size
+        if not 0 < last["file_bytes"] <= size:
+            raise ValueError(f"it was cut off at {size} bytes")
+        ends = dict(zip(self._texts, commits[-1, -3:].tolist(), strict=True))
+        keys, histogram_keys, events = (
+            _lines(file[name][start : ends[name]]) for name, start in self._texts.items()
+        )
+        for fields, infos in ((keys, self.infos), (histogram_keys, self.histogram_infos)):
+            for info in fields:
+                self._columns[info["key"]] = len(infos)
+                infos[info["key"]] = KeyInfo(**info)
+        self.events.extend(Event(**event) for event in events)
         self.steps = np.concatenate([self.steps, commits[:, 0]])
         self.measured = np.concatenate([self.measured, commits[:, 1] != 0])
-        return True
-
-    def _new_lines(self, name: str, end: int) -> list[dict[str, Any]]:
-        text: bytes = self._read(name, np.s_[self._texts[name] : end]).tobytes()
-        lines: list[dict[str, Any]] = json.loads(b"[" + b",".join(text.splitlines()) + b"]")
-        return lines
+        self._texts = ends
 
     def series(self, key: str) -> FloatArray:
         """Return shape (rows,), or (rows, bins) for a histogram; `ABSENT` where not measured."""
         name = "values" if key in self.infos else "histograms"
-        with _damage_named(self.path):
-            shape = self._datasets[name].shape
-            rows = min(len(self.steps), shape[0])
-            result = np.full((len(self.steps), *shape[2:]), ABSENT)
-            result[:rows] = self._read(name, np.s_[:rows, self._columns[key]])
-        return result
+
+        def read() -> FloatArray:
+            dataset = self._dataset(name)
+            rows = min(len(self.steps), len(dataset))
+            result = np.full((len(self.steps), *dataset.shape[2:]), ABSENT)
+            result[:rows] = dataset[:rows, self._columns[key]]
+            return result
+
+        return self._attempt(read)
 
     def row(self, index: int) -> dict[str, float | FloatArray]:
         """Return what was measured in a row: a number or an array of shape (bins,) by key."""
-        result: dict[str, float | FloatArray] = {}
-        for name, infos in (("values", self.infos), ("histograms", self.histogram_infos)):
-            with _damage_named(self.path):
-                if index < len(self._datasets[name]):
-                    values = self._read(name, np.s_[index, : len(infos)])
+
+        def read() -> dict[str, float | FloatArray]:
+            result: dict[str, float | FloatArray] = {}
+            for name, infos in (("values", self.infos), ("histograms", self.histogram_infos)):
+                dataset = self._dataset(name)
+                if index < len(dataset):
+                    values = dataset[index, : len(infos)]
                     plain = values.tolist() if values.ndim == 1 else values
                     columns = zip(infos, plain, is_measured(values), strict=True)
                     result |= {key: value for key, value, measured in columns if measured}
-        return result
+            return result
 
-    def _read(self, name: str, selection: Any) -> Any:
-        values = self._datasets[name][selection]
-        if self._follow():
-            values = self._datasets[name][selection]
-        return values
+        return self._attempt(read)
 
-    def _follow(self) -> bool:
-        """Open the file anew where a writer in this process has abandoned it; tell whether so.
+    def _read_edges(self) -> FloatArray | None:
+        file = self._opened()
+        if file.attrs["format"] != FORMAT:
+            raise ValueError(f"its format is {file.attrs['format']}, not {FORMAT}")
+        return file["histogram_edges"][()] if "histogram_edges" in file else None
 
-        HDF5 shares one descriptor among all who have a file open in a process, and that of an
-        abandoned file leads to the null device, which would be read as zeros.
-        """
-        if inode(self._file.id.get_vfd_handle()) == self._inode:
-            return False
-        self._file.close()
-        self._open()
-        return True
+    def _attempt(self, read: Callable[[], _Result]) -> _Result:
+        for pause in (*_PAUSES, None):
+            try:
+                return read()
+            except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+                self.close()
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the system's answer, such as a missing permission, is no damage
+                if pause is None:
+                    raise ValueError(f"{self.path} is not a readable segment: {error}") from error
+                time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            self._file = _open(self.path)
+        return self._file
+
+    def _dataset(self, name: str) -> Any:
+        if name not in self._datasets:  # kept, since HDF5's cache of chunks goes with it
+            self._datasets[name] = self._opened()[name]
+        return self._datasets[name]
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; it is opened again when needed."""
+        self._datasets.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
-def _open_file(path: Path) -> Any:
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_cache(0, _CACHE_SLOTS, _CACHE_BYTES, 0.75)
-    access.set_file_locking(False, True)
-    _limit_attempts(access)
-    flags = h5py.h5f.ACC_RDONLY | h5py.h5f.ACC_SWMR_READ
-    return h5py.h5f.open(os.fsencode(path), flags, fapl=access)
+class _View(io.RawIOBase):
+    """A file that never ends: zeros follow.
 
-
-def _limit_attempts(access: Any) -> None:
-    """Let a damaged file fail after a quarter of a second.
-
-    Where a checksum is wrong, as it may be for a moment while a writer is at work, HDF5 reads again
-    after 1, 2, 4, ... ns, and that 100 times by default: for ever. h5py does not offer the setting;
-    without the function or the lock that guards it, a damaged file hangs.
+    HDF5 refuses a file that is shorter than it says at its beginning, which it may be when its
+    writer was killed, and be complete as far as it was committed. What is committed is known
+    better, from ``commits``. Reads have their own offset, for children that share a descriptor.
     """
-    with suppress(AttributeError, OSError):
-        set_attempts = ctypes.PyDLL(h5py.h5p.__file__).H5Pset_metadata_read_attempts
-        set_attempts.argtypes = [ctypes.c_int64, ctypes.c_uint]
-        with h5py._objects.phil:
-            set_attempts(access.id, _READ_ATTEMPTS)
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._offset = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._offset = offset + (1 << 62 if whence == os.SEEK_END else 0)
+        return self._offset
+
+    def tell(self) -> int:
+        return self._offset
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        read = os.preadv(self._descriptor, [view], self._offset)
+        view[read:] = bytes(len(view) - read)
+        self._offset += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _open(path: Path) -> Any:
+    view = _View(path)
     try:
-        yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the system's answer, such as a missing permission, says nothing of the file
-        raise ValueError(f"{path} is not a readable segment: {error}") from error
+        return h5py.File(view, "r", rdcc_nbytes=_CACHE_BYTES, rdcc_nslots=_CACHE_SLOTS)
+    except BaseException:
+        view.close()
+        raise
+
+
+def _lines(text: Any) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = json.loads(b"[" + b",".join(text.tobytes().splitlines()) + b"]")
+    return lines

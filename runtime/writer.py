@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -89,6 +90,11 @@ class RunWriter:
                 self._thread.start()
         return wait_seconds > 0 and channel.wait_written(ticket, wait_seconds)
 
+    def flush(self) -> None:
+        """Wait until everything submitted is written; raises as `submit` does."""
+        self._refuse_child()
+        self._channel.wait_all_written()
+
     def raise_pending(self) -> None:
         """Raise what went wrong in the thread, as `submit` does."""
         self._refuse_child()
@@ -97,7 +103,8 @@ class RunWriter:
     def write_text(self, name: str, text: str) -> None:
         """Write a small file into the run, whole or not at all; raises OSError at once."""
         self._refuse_child()
-        if Path(name).name != name or name.startswith(".") or name.endswith((".h5", INFO_NAME)):
+        plain = name and Path(name).name == name and not name.startswith(".")
+        if not plain or name == INFO_NAME or name.endswith(".h5"):
             raise ValueError(f"a run cannot take a text under the name {name!r}")
         _replace(self.path / name, text)
 
@@ -161,7 +168,10 @@ class _Channel:
         """Wait for the next one; None says that there will be none."""
         with self.changed:
             self.changed.wait_for(lambda: self._waiting or self.ended)
-            return self._waiting.popleft() if self._waiting else None
+            if not self._waiting:
+                return None
+            self.changed.notify_all()
+            return self._waiting.popleft()
 
     def mark_written(self) -> None:
         with self.changed:
@@ -174,6 +184,11 @@ class _Channel:
             if self._written < number:
                 self.raise_failure()
             return self._written >= number
+
+    def wait_all_written(self) -> None:
+        with self.changed:
+            self._wait_while(lambda: self._written < self._put and not self._stopped)
+            self.raise_failure()
 
     def stop(self, failure: Exception | None) -> None:
         """Say that the thread takes no more, and why."""
@@ -215,21 +230,37 @@ class _Channel:
 
 def _write_all(channel: _Channel, edges: FloatArray | None) -> None:
     failure: Exception | None = RuntimeError("something ended the writer's thread")
-    segment: SegmentWriter | None = None
     try:
-        with ExitStack() as stack:
-            while (submission := channel.take()) is not None:
-                record = submission() if callable(submission) else submission
-                if segment is None:
-                    segment = stack.enter_context(closing(_segment_for(channel, record, edges)))
-                segment.write(record)
-                channel.mark_written()
-                del submission, record  # so that their memory need not wait for the next ones
+        _write_until_end(channel, edges)
         failure = None
     except Exception as error:  # whatever it is, the training thread raises it
+        clear_frames(error.__traceback__)
         failure = error
     finally:
+        # Last of all, and with every HDF5 object gone: the interpreter may exit at once, and a
+        # thread that it ends inside of h5py holds h5py's lock for ever.
         channel.stop(failure)
+
+
+def _write_until_end(channel: _Channel, edges: FloatArray | None) -> None:
+    segment: SegmentWriter | None = None
+    with ExitStack() as stack:
+        while (submission := channel.take()) is not None:
+            record = _built(submission)
+            if segment is None:
+                segment = stack.enter_context(closing(_segment_for(channel, record, edges)))
+            segment.write(record)
+            channel.mark_written()
+            del submission, record  # so that their memory need not wait for the next ones
+
+
+def _built(submission: Submission) -> StepRecord:
+    if not callable(submission):
+        return submission
+    try:
+        return submission()
+    except Exception as error:
+        raise RuntimeError(f"a record could not be built: {error!r}") from error
 
 
 def _segment_for(channel: _Channel, record: StepRecord, edges: FloatArray | None) -> SegmentWriter:

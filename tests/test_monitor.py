@@ -150,11 +150,11 @@ class Lifecycle(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert self.monitor.is_monitoring() == self.monitored
-        assert self.monitor.get_step_metrics() == pytest.approx(self.last, abs=1e-6)
+        assert self.monitor.get_step_metrics() == pytest.approx(self.last, rel=1e-6, abs=1e-6)
         metrics = self.monitor.get_all_metrics()
         assert metrics.keys() == self.history.keys()
         for step, values in self.history.items():
-            assert metrics[step] == pytest.approx(values, abs=1e-6)
+            assert metrics[step] == pytest.approx(values, rel=1e-6, abs=1e-6)
 
 
 class TestLifecycle(Lifecycle.TestCase):  # type: ignore[misc, name-defined]
@@ -179,6 +179,7 @@ def test_a_run_holds_what_the_monitor_gave(tmp_path: Path) -> None:
         info = run.key_info("activation/scale/low")
         assert (info.kind, info.site, info.aggregate) == ("activation", "scale", "min")
         assert "tmm.activation('mean', 'norm', 'max'): 1 modules" in run.text("explain.txt")
+        assert "graph 0: 3 rows" in run.text("explain.txt")
 
 
 def test_a_dropped_step_leaves_an_event(tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ class Fault:
 
 def broken(monitor: tmm.Monitor) -> Fault:
     fault = Fault(monitor._twin)
-    monitor.attach(fault)
+    monitor.attach(fault, lambda: "")
     return fault
 
 

@@ -89,10 +89,8 @@ def instrument(
         writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
     monitor = Monitor(spec, module, KeyRegistry(), writer, on_error)
     twin = Twin(module, plan, settings, monitor)
-    monitor.attach(twin)
+    monitor.attach(twin, lambda: str(Explanation.of(twin)))
     model.forward = Dispatch(model.forward, monitor, twin)
-    if writer is not None:
-        writer.write_text("explain.txt", str(explain(model)))
     return model
 
 

@@ -55,16 +55,18 @@ class Monitor:
         self._writer = writer
         self._on_error = on_error
         self._twin: Forward | None = None
+        self._explain: Callable[[], str] | None = None
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
         self._events: list[Event] = []
-        self._has_measured = on_error == "warn"
+        self._has_recorded = False
         self._failures = 0
 
-    def attach(self, twin: Forward) -> None:
-        """Let ``twin`` run the forward passes of monitored steps."""
-        self._twin = twin
+    def attach(self, twin: Forward, explain: Callable[[], str]) -> None:
+        """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them."""
+        self._twin, self._explain = twin, explain
+        self._save_explanation()
 
     # Steps
 
@@ -122,12 +124,14 @@ class Monitor:
         finished.events, self._events = tuple(self._events), []
         if finished.is_on_host:
             finished.record()
-        self._has_measured, self._failures = True, 0
         if self._writer is None:
             self._history[finished.step] = finished
         else:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
             self._writer.submit(finished.record, wait_seconds=wait)
+        if not self._has_recorded:
+            self._save_explanation()  # the graphs are known now
+        self._has_recorded, self._failures = True, 0
 
     @contextmanager
     def step(self, step: int) -> Iterator[bool]:
@@ -236,7 +240,7 @@ class Monitor:
         if collector.failed or self._failures >= _FAILURES_UNTIL_SILENT:
             collector.failed = True
             return plain(*args, **kwargs)
-        if not self._has_measured:
+        if not self._has_recorded and self._on_error == "raise":
             return self._twin(*args, **kwargs)
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
         try:
@@ -268,8 +272,13 @@ class Monitor:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
         if self._open is not None:
             self._drop_step("was not ended")
+        self._save_explanation()
         if self._writer is not None:
             self._writer.close()
+
+    def _save_explanation(self) -> None:
+        if self._writer is not None and self._explain is not None:
+            self._writer.write_text("explain.txt", self._explain())
 
     def _give_up(self, collector: StepCollector, error: Exception) -> None:
         collector.failed = True

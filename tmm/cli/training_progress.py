@@ -1,0 +1,77 @@
+"""Shows a training while it runs: a bar on a terminal, a few lines elsewhere."""
+
+from __future__ import annotations
+
+import statistics
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tmm.demo.training import StepReport, TrainingSettings
+
+_LINES_WITHOUT_TERMINAL = 10
+
+
+class TrainingProgress:
+    """Give ``report`` to ``tmm.demo.training.train``, inside of a ``with`` block."""
+
+    def __init__(self, console: Console, settings: TrainingSettings) -> None:
+        self.first_loss = float("nan")
+        self.last_loss = float("nan")
+        self._settings = settings
+        self._console = console
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(
+            "compiling, monitored program", total=settings.steps, numbers=""
+        )
+
+    def report(self, report: StepReport) -> None:
+        """Take in one finished step."""
+        if report.step == 0:
+            self.first_loss = report.loss
+        self.last_loss = report.loss
+        self._seconds[report.monitored].append(report.seconds)
+        compiled = all(self._seconds.values()) or self._settings.every == 1
+        numbers = f"loss {report.loss:.3f}, {report.seconds * 1000:.0f} ms"
+        self._bar.update(
+            self._task,
+            advance=1,
+            description="training" if compiled else "compiling, plain program",
+            numbers=numbers,
+        )
+        interval = max(1, self._settings.steps // _LINES_WITHOUT_TERMINAL)
+        if not self._console.is_terminal and (report.step + 1) % interval == 0:
+            self._console.print(f"step {report.step + 1}/{self._settings.steps}: {numbers}")
+
+    def step_times(self) -> str:
+        """Typical times of a step, without the first of each kind, which compiles."""
+        kinds = {True: "monitored", False: "not monitored"}
+        medians = [
+            f"{statistics.median(seconds[1:]) * 1000:.0f} ms {kinds[monitored]}"
+            for monitored, seconds in self._seconds.items()
+            if len(seconds) > 1
+        ]
+        return f"Median step: {', '.join(medians)}." if medians else ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
