@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TypeAlias, cast
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.metrics import HISTOGRAM_EDGES
@@ -185,6 +184,8 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 @functools.cache
 def _compiled_kernel(names: tuple[str, ...], dtype: torch.dtype, device_type: str) -> Kernel:
     """The kernel for tensors of shape (rows, length) of one dtype, both dimensions dynamic."""
+    from torch._inductor.compile_fx import compile_fx  # slow to import, and not always needed
+
     body = functools.partial(_summarize_rows, names)
     with torch.no_grad():
         example = torch.empty(1024, _ROW_LIMIT, dtype=dtype, device=device_type)
