@@ -189,12 +189,13 @@ def test_a_dropped_step_leaves_an_event(tmp_path: Path) -> None:
         raise KeyError("data")
     with monitor.step(2):
         model(batch(1.0))
+    monitor.begin_step(4)
     tmm.remove(model)
     with tmm.open_run(tmp_path / "run") as run:
         assert run.steps.tolist() == [2]
-        ((step, kind, text),) = [(e.step, e.kind, e.text) for e in run.events]
-        assert (step, kind) == (0, "gap")
-        assert "KeyError: 'data'" in text
+        assert [(event.step, event.kind) for event in run.events] == [(0, "gap"), (4, "gap")]
+        assert "KeyError: 'data'" in run.events[0].text
+        assert "was not ended" in run.events[1].text
 
 
 def test_a_failing_aggregate_is_named() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from tmm.layout import Event
+from tmm.layout import Event, StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
@@ -272,8 +272,12 @@ class Monitor:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
         if self._open is not None:
             self._drop_step("was not ended")
-        self._save_explanation()
         if self._writer is not None:
+            self._save_explanation()
+            if self._events:
+                last = self._events[-1].step
+                self._writer.submit(StepRecord(last, events=tuple(self._events)))
+                self._events.clear()
             self._writer.close()
 
     def _save_explanation(self) -> None:
