@@ -1,11 +1,14 @@
 """What was flushed is there after a process was killed or its disk was full."""
 
+import ctypes
 import errno
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import get_context
 
 import numpy as np
@@ -15,6 +18,11 @@ from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.reader import open_run
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.writer import RunWriter
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None
 
 LONG = 60.0
 TRIALS = 30
@@ -162,7 +170,7 @@ if closes:
 def small_disk(request, tmp_path):
     """A folder that takes two megabytes, and the limit that the process has to set for it."""
     if request.param == "file size":
-        if sys.platform == "win32":
+        if resource is None:
             pytest.skip("needs RLIMIT_FSIZE")
         yield tmp_path, 2_000_000, errno.EFBIG
         return
@@ -201,6 +209,42 @@ def test_a_full_disk_raises_in_the_loop_and_harms_nothing(small_disk, closes, re
             assert run.series(key)[1].tolist() == [step + 0.5 for step in range(count)]
 
 
+def fill_disk(path, limit, connection):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    writer = RunWriter(path, info={})
+    with suppress(OSError):
+        for step in range(STEPS):
+            if writer.submit(record(step, 0), wait_seconds=LONG):
+                connection.send(step)
+    with suppress(OSError):
+        writer.close()
+    ctypes.CDLL(None).exit(0)  # as an interpreter does, with what HDF5 does then
+
+
+@pytest.mark.skipif(resource is None, reason="needs RLIMIT_FSIZE")
+def test_wherever_in_the_file_the_disk_becomes_full(tmp_path):
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
+    counts = set()
+    for limit in (*range(1000, 60_000, 997), *range(60_000, 400_000, 9973)):
+        folder = tmp_path / str(limit)
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=fill_disk, args=(folder, limit, theirs))
+        process.start()
+        theirs.close()
+        steps = list(received(ours))
+        process.join(LONG)
+        assert process.exitcode == 0, limit
+        counts.add(len(steps))
+        with open_run(folder) as run:
+            assert run.steps.tolist() == steps == list(range(len(steps)))
+            for step in steps:
+                check_step(run, step, 0)
+    assert len(counts) > 5
+
+
+@pytest.mark.skipif(resource is None, reason="needs RLIMIT_FSIZE")
 def test_a_disk_that_is_full_from_the_start(tmp_path):
     script = FULL.replace(
         "run = open_run", "resource.setrlimit(resource.RLIMIT_FSIZE, (9,) * 2)\nrun = open_run"

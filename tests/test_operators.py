@@ -105,3 +105,11 @@ def test_the_operators_are_well_behaved() -> None:
     rows = [torch.ones(2), torch.zeros(3)]
     torch.library.opcheck(torch.ops.tmm.pack.default, (rows,), test_utils=tests)
     assert pack(rows).tolist() == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-13, 1e-6, 1.0, 1e9, 1e30])
+def test_kurtosis_does_not_depend_on_the_scale(scale: float, compiled: bool) -> None:
+    x = sample((64, 128), torch.float64, 0.0)
+    expected = values(x, compiled=False)["kurtosis"]
+    assert values((x * scale).float(), compiled)["kurtosis"] == pytest.approx(expected, rel=2e-6)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import count
 from pathlib import Path
 
@@ -230,6 +231,31 @@ def test_a_file_is_published_only_when_readers_can_open_it(tmp_path, monkeypatch
     assert seen == [[]]
 
 
+def test_a_number_that_was_taken_in_the_meantime_is_left(tmp_path, monkeypatch):
+    SegmentWriter(tmp_path, keys=1).close()
+    first = (tmp_path / "metrics-001.h5").read_bytes()
+    monkeypatch.setattr("tmm.runtime.segment.segment_paths", lambda _: [])  # as seen before
+    writer = SegmentWriter(tmp_path, keys=1)
+    writer.close()
+    assert writer.path.name == "metrics-002.h5"
+    assert (tmp_path / "metrics-001.h5").read_bytes() == first
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_came_within_the_resolution_of_the_clock_is_seen(tmp_path):
+    writer = SegmentWriter(tmp_path, keys=1)
+    writer.write(record(0, {"a": 1.0}))
+    now = time.time_ns()
+    os.utime(writer.path, ns=(now, now))
+    reader = SegmentReader(writer.path)
+    writer.write(record(1, {"a": 2.0}))
+    os.utime(writer.path, ns=(now, now))
+    assert reader.refresh()
+    assert reader.series("a").tolist() == [1.0, 2.0]
+    writer.close()
+    reader.close()
+
+
 def test_a_folder_that_is_gone_raises_and_names_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         SegmentWriter(tmp_path / "missing", keys=1)
@@ -351,21 +377,29 @@ import numpy as np
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.runtime.segment import SegmentWriter
 
+class ForkWhileWriting(tuple):
+    def __iter__(self):
+        if os.fork() == 0:
+            os.close(write)
+            os.read(read, 1)  # until the parent has gone on for long
+            sys.exit(0)  # runs what HDF5 does at exit
+        return super().__iter__()
+
+read, write = os.pipe()
 infos = tuple(KeyInfo(f"k/{i}", "k", str(i), i, "mean") for i in range(300))
 writer = SegmentWriter(Path(sys.argv[1]), keys=300)
 for step in range(300):
-    writer.write(StepRecord(step, (Table(infos, np.full(300, step + 0.5)),)))
-    if step in (30, 200):
-        child = os.fork()
-        if child == 0:
-            try:
-                writer.write(StepRecord(-1, (Table(infos, np.zeros(300)),)))
-            except OSError:
-                sys.exit(0)  # runs what HDF5 does at exit
-            os._exit(1)
-        if step == 30:
-            assert os.waitpid(child, 0)[1] == 0
-assert writer.path.name == "metrics-001.h5"
+    events = ForkWhileWriting() if step == 50 else ()
+    writer.write(StepRecord(step, (Table(infos, np.full(300, step + 0.5)),), events=events))
+if os.fork() == 0:
+    try:
+        writer.write(StepRecord(-1, (Table(infos, np.zeros(300)),)))
+    except OSError:
+        sys.exit(0)
+    os._exit(1)
+os.close(write)
+for _ in range(2):
+    assert os.wait()[1] == 0
 writer.close()
 """
 

@@ -243,6 +243,28 @@ def test_nothing_is_kept_of_a_record_once_it_is_written(tmp_path):
         assert finalized.wait(5)
 
 
+def test_what_still_waits_after_a_failure_is_let_go(tmp_path):
+    gate = threading.Event()
+
+    def fail():
+        gate.wait(LONG)
+        raise KeyError
+
+    def late():
+        return record(1)
+
+    finalized = threading.Event()
+    weakref.finalize(late, finalized.set)
+    writer = RunWriter(tmp_path, info={})
+    writer.submit(fail)
+    writer.submit(late)
+    del late
+    gate.set()
+    with pytest.raises(RuntimeError):
+        writer.close()
+    assert finalized.wait(5)
+
+
 def test_a_writer_that_is_dropped_writes_everything_and_ends_its_thread(tmp_path):
     writer = RunWriter(tmp_path, info={})
     for step in range(50):

@@ -49,11 +49,6 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
     return names
 
 
-def absolute_name(owner: str, relative: str) -> str:
-    """The name of a module from its name relative to ``owner``; both may be empty."""
-    return ".".join(part for part in (owner, relative) if part)
-
-
 def display_name(name: str) -> str:
     """A module's name in keys and for patterns: the root, whose name is empty, has one too."""
     return name or ROOT_NAME

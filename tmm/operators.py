@@ -240,31 +240,39 @@ def _central_moments(
 
     ``values`` is (rows, parts, n) and ``centre`` (rows,) is near the mean of each row. Power sums
     about the centre are moved to the row's mean, then rows are merged; both in float64, and both
-    exact in arithmetic, so that a rounded centre does no harm.
+    exact in arithmetic, so that a rounded centre does no harm. Fourth powers leave the range of
+    float32 soon: for them, deviations are taken in units of the row's largest.
     """
     wide = packed_dtype(values.device)
     length = values.shape[1] * values.shape[2]
     deviation = values - centre[:, None, None]
+    unit = torch.ones_like(centre)
+    if highest == 4:
+        unit = deviation.abs().amax((1, 2))
+        unit = torch.where(unit == 0, torch.ones_like(unit), unit)
+        deviation = deviation / unit[:, None, None]
     power, sums = deviation, []
     for _ in range(highest):
         partial = _pairwise(power, torch.add) if power.shape[1] == _UNROLL else power[:, 0]
         sums.append(partial.sum(1).to(wide) / length)
         power = power * deviation
     shift = sums[0]
-    row_mean = centre.to(wide) + shift
+    unit = unit.to(wide)
+    row_mean = centre.to(wide) + shift * unit
     second = sums[1] - shift**2
     # A constant row: what is left is the rounding of its centre.
     second = torch.where(second <= 1e-5 * sums[1], torch.zeros_like(second), second)
     mean = row_mean.mean()
     delta = row_mean - mean
-    moments = {"mean": mean, "moment2": length * (second + delta**2).sum()}
+    variance = second * unit**2
+    moments = {"mean": mean, "moment2": length * (variance + delta**2).sum()}
     if highest == 4:
         third = sums[2] - 3 * shift * sums[1] + 2 * shift**3
         fourth = sums[3] - 4 * shift * sums[2] + 6 * shift**2 * sums[1] - 3 * shift**4
-        third = torch.where(second == 0, torch.zeros_like(third), third)
-        fourth = torch.where(second == 0, torch.zeros_like(fourth), fourth)
-        moments["moment3"] = length * (third + 3 * delta * second + delta**3).sum()
+        third = torch.where(second == 0, torch.zeros_like(third), third * unit**3)
+        fourth = torch.where(second == 0, torch.zeros_like(fourth), fourth * unit**4)
+        moments["moment3"] = length * (third + 3 * delta * variance + delta**3).sum()
         moments["moment4"] = (
-            length * (fourth + 4 * delta * third + 6 * delta**2 * second + delta**4).sum()
+            length * (fourth + 4 * delta * third + 6 * delta**2 * variance + delta**4).sum()
         )
     return moments

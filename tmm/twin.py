@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from tmm.backend import OUTSIDE, MeasuredGraph, MeasuringBackend, Scope
 from tmm.compile_settings import CompileSettings, compile_separately
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
-from tmm.naming import absolute_name, display_name, relative_names
+from tmm.naming import display_name, relative_names
 from tmm.operators import why_unmeasurable
 from tmm.outputs import mark_nothing, mark_outputs, tensors_in
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
@@ -151,14 +151,12 @@ class Twin:
         owner = self._frames[-1]
         modules = {id(module): OUTSIDE + name for module, name in self.names.items()}
         modules |= {id(module): name for module, name in relative_names(owner).items()}
-        if owner is self.module:
-            peers = [""]
-        else:
-            # Equal modules may come to share the graph: it measures what any of them asks for.
-            peers = [name for module, name in self.names.items() if type(module) is type(owner)]
+        # Equal modules may come to share the graph: it measures what any of them asks for.
+        peers = [module for module in self.names if type(module) is type(owner)]
+        resolvers = [self._resolver(peer) for peer in peers]
 
-        def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
-            names = [_resolve(peer, name) for peer in peers]
+        def select(relative: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
             selected = [r for name in names for r in self.plan.select(name, dtype)]
             return tuple(dict.fromkeys(selected))
 
@@ -166,8 +164,9 @@ class Twin:
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        resolve = self._resolver(owner)
         for site, reason in unmeasured:
-            self.unmeasured[_resolve(self.names[owner], site.module) + site.path] = reason
+            self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
 
     def collect(
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
@@ -183,6 +182,18 @@ class Twin:
         binding = self._bindings[key]
         if binding is not None:
             self.recorder.add(binding, extra)
+
+    def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
+        """From names relative to ``owner`` to those in keys: a shared module has its first name."""
+        modules = {name: module for module, name in relative_names(owner).items()}
+
+        def resolve(name: str) -> str | None:
+            if name.startswith(OUTSIDE):
+                return display_name(name.removeprefix(OUTSIDE))
+            module = modules.get(name)
+            return None if module not in self.names else display_name(self.names[module])
+
+        return resolve
 
     def _owner(self, graph: MeasuredGraph, inputs: Sequence[object]) -> torch.nn.Module | None:
         """The module whose frame is running: the innermost called one, as parameters confirm."""
@@ -204,24 +215,18 @@ class Twin:
                 f"ran a graph of a {type(graph.owner).__name__}"
             )
             return None
-        owner_name = self.names[owner]
+        absolute = self._resolver(owner)
 
         def resolve(measurement: Measurement) -> str | None:
-            if graph.outside(measurement) and owner is not graph.owner:
+            name = absolute(measurement.site.module)
+            if name is None or (graph.outside(measurement) and owner is not graph.owner):
                 return None
-            name = _resolve(owner_name, measurement.site.module)
             wanted = [*self.plan.select(name, torch.float32)]
             wanted += self.plan.select(name, torch.complex64)
             return name + measurement.site.path if measurement.reduction in wanted else None
 
         self.leave_out(owner, graph.layout.unmeasured)
         return self.recorder.registry.bind(graph.layout, resolve)
-
-
-def _resolve(owner: str, name: str) -> str:
-    if name.startswith(OUTSIDE):
-        return display_name(name.removeprefix(OUTSIDE))
-    return display_name(absolute_name(owner, name))
 
 
 def _site_key(measurement: Measurement) -> str:
