@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import os
@@ -85,8 +86,9 @@ class RunWriter:
                 self._thread = threading.Thread(
                     target=_write_all, args=(channel, self._edges), name="tmm-writer", daemon=True
                 )
-                # On the thread, as the writer may be gone before everything is written.
-                weakref.finalize(self._thread, channel.finish)
+                # Not weakref.finalize, which may come after h5py's own exit handler: that one
+                # changes HDF5's tables without a lock.
+                atexit.register(channel.finish)
                 self._thread.start()
         return wait_seconds > 0 and channel.wait_written(ticket, wait_seconds)
 
@@ -116,6 +118,7 @@ class RunWriter:
         if not self._channel.ended:
             self._channel.end()
             if self._thread is not None:
+                atexit.unregister(self._channel.finish)
                 self._channel.finish()
 
     def _refuse_child(self) -> None:
@@ -233,6 +236,7 @@ def _write_all(channel: _Channel, edges: FloatArray | None) -> None:
     try:
         _write_until_end(channel, edges)
         failure = None
+        atexit.unregister(channel.finish)
     except Exception as error:  # whatever it is, the training thread raises it
         clear_frames(error.__traceback__)
         failure = error
