@@ -97,7 +97,7 @@ class SegmentWriter:
                 temporary, "w", libver=_FILE_FORMAT, locking=False, rdcc_nbytes=0
             )
             self._descriptor = self._file.id.get_vfd_handle()
-            self._inode = inode(self._descriptor)
+            self._inode = _inode(self._descriptor)
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=partial(_abandon, weakref.ref(self)))
             _create_datasets(self._file, keys, bins, histogram_edges)
@@ -194,7 +194,7 @@ class SegmentWriter:
         if self._descriptor < 0:
             return
         with suppress(OSError):  # best effort, after an error that was reported
-            if inode(self._descriptor) == self._inode:
+            if _inode(self._descriptor) == self._inode:
                 null = os.open(os.devnull, os.O_RDWR)
                 os.dup2(null, self._descriptor, inheritable=False)
                 os.close(null)
@@ -311,9 +311,8 @@ def _append_lines(dataset: Any, lines: Iterable[dict[str, Any]]) -> None:
         dataset[length:] = data
 
 
-def inode(file: int | Path) -> tuple[int, int]:
-    """Tell which file lies behind a descriptor or a path."""
-    status = os.stat(file)
+def _inode(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 

@@ -1,15 +1,14 @@
 """Reads one segment of a run: what its writer has committed, while it grows or afterwards.
 
 Not in SWMR mode. There HDF5 shares one state among all who have a file open in a process, which
-breaks `refresh` with two readers and any reading beside a writer that failed; and it meets a wrong
-checksum with waits that double a hundred times, so that a damaged file hangs. Instead a file is
-opened anew when there is more in it. The order in which SWMR writes keeps every such view
-consistent, but for reads in the very moment of a write: those fail, and are done again.
+breaks refreshing with two readers, and any reading beside a writer that failed; and it meets a
+wrong checksum with waits that double a hundred times, so that a damaged file hangs. Instead a file
+is opened anew when there is more in it. The order in which a SWMR writer writes keeps every such
+view consistent; a read in the very moment of a write may fail, and is done again.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import time
@@ -22,6 +21,7 @@ import numpy as np
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
+from tmm.runtime.file_view import FileView
 from tmm.runtime.segment import ABSENT, COMMIT_FIELDS, FORMAT, is_measured
 
 _CACHE_BYTES = 32 << 20  # the chunks of one series of 16,000 rows, so that its neighbours come free
@@ -164,46 +164,8 @@ class SegmentReader:
             self._file = None
 
 
-class _View(io.RawIOBase):
-    """A file that never ends: zeros follow.
-
-    HDF5 refuses a file that is shorter than it says at its beginning, which it may be when its
-    writer was killed, and be complete as far as it was committed. What is committed is known
-    better, from ``commits``. Reads have their own offset, for children that share a descriptor.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._offset = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._offset = offset + (1 << 62 if whence == os.SEEK_END else 0)
-        return self._offset
-
-    def tell(self) -> int:
-        return self._offset
-
-    def readinto(self, buffer: Any, /) -> int:
-        view = memoryview(buffer).cast("B")
-        read = os.preadv(self._descriptor, [view], self._offset)
-        view[read:] = bytes(len(view) - read)
-        self._offset += len(view)
-        return len(view)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
-
-
 def _open(path: Path) -> Any:
-    view = _View(path)
+    view = FileView(os.open(path, os.O_RDONLY))
     try:
         return h5py.File(view, "r", rdcc_nbytes=_CACHE_BYTES, rdcc_nslots=_CACHE_SLOTS)
     except BaseException:

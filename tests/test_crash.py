@@ -227,7 +227,7 @@ def test_wherever_in_the_file_the_disk_becomes_full(tmp_path):
     context = get_context("forkserver")
     context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
     counts = set()
-    for limit in (*range(1000, 60_000, 997), *range(60_000, 400_000, 9973)):
+    for limit in (*range(1000, 57_000, 1999), *range(57_000, 400_000, 12_000)):
         folder = tmp_path / str(limit)
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=fill_disk, args=(folder, limit, theirs))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 250,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
     run: Annotated[
         Path,
         typer.Option(
@@ -37,7 +37,7 @@ def demo(
 ) -> None:
     """Train a small GPT on Python's own documentation, compiled and monitored.
 
-    Takes one to two minutes on two CPU cores, compilation included.
+    Takes about a minute on two CPU cores, compilation included.
     Prints what the last monitored step measured and leaves a run folder.
     """
     import torch

@@ -23,7 +23,7 @@ class TrainingSettings:
     """How to train. ``run`` is the folder to record into, ``every`` as in ``tmm.Spec``."""
 
     run: Path
-    steps: int = 250
+    steps: int = 200
     every: int = 10
     backend: str = "inductor"
     seed: int = 0
