@@ -1,6 +1,6 @@
 """What it costs to watch every module: five metrics, each step monitored.
 
-    python -m benchmarks.overhead [--rounds 60] [--quick] [--save]
+    python -m benchmarks.overhead [--rounds 100] [--quick] [--save]
 
 Ratios within one run, variants interleaved; the cold compilation in fresh processes with empty
 caches. The eager hooks compute the same five metrics with one torch call each and read them back
@@ -77,35 +77,37 @@ class EagerHooks:
         return values
 
 
-def steps(workload: Workload) -> dict[str, Callable[[], None]]:
-    """A training step of each variant; all but the hooks run one and the same module."""
+def compiled_steps(workload: Workload) -> dict[str, Callable[[], None]]:
+    """Training steps of one and the same module, by the compiled programs."""
     module, tokens = workload.model(), workload.tokens()
     plain = torch.compile(module)
     watched = tmm.instrument(torch.compile(module), SPEC)
     monitor = tmm.monitor(watched)
     off_step = training_step(module, watched, tokens)
 
-    hooked = workload.model()
-    hooks = EagerHooks(hooked)
-    hooked_step = training_step(hooked, hooked, tokens)
-    bare = workload.model()
-
     def monitored() -> None:
         with monitor.step((monitor.current_step or 0) + 1):
             off_step()
         monitor.get_step_metrics()
 
-    def with_hooks() -> None:
-        hooked_step()
-        hooks.read()
-
     return {
         "plain compiled": training_step(module, plain, tokens),
         "tmm, not monitored": off_step,
         "tmm, monitored": monitored,
-        "eager": training_step(bare, bare, tokens),
-        "eager with hooks": with_hooks,
     }
+
+
+def eager_steps(workload: Workload) -> dict[str, Callable[[], None]]:
+    """Training steps without compilation, with and without hooks."""
+    tokens, bare, hooked = workload.tokens(), workload.model(), workload.model()
+    hooks = EagerHooks(hooked)
+    hooked_step = training_step(hooked, hooked, tokens)
+
+    def with_hooks() -> None:
+        hooked_step()
+        hooks.read()
+
+    return {"eager": training_step(bare, bare, tokens), "eager with hooks": with_hooks}
 
 
 def read_once(workload: Workload) -> float:
@@ -160,7 +162,11 @@ def measure(workload: Workload, rounds: int, repeats: int) -> list[Line]:
     """All lines of the report on one workload."""
     goals = {"tmm, monitored": 1.04, "tmm, not monitored": 1.005}
     lines = []
-    for variant, timing in interleave(steps(workload), rounds).items():
+    compiled = compiled_steps(workload)
+    plain_step = next(iter(compiled.items()))
+    timings = interleave(compiled, rounds)
+    timings |= interleave(dict([plain_step]) | eager_steps(workload), max(5, rounds // 4))
+    for variant, timing in timings.items():
         low, high = timing.interval
         lines.append(
             Line(variant, timing.median * 1e3, timing.ratio, low, high, goals.get(variant))
@@ -190,7 +196,7 @@ def show(workload: Workload, lines: list[Line]) -> None:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 100,
     repeats: Annotated[int, typer.Option(help="Cold compilations of each kind.")] = 3,
     quick: Annotated[bool, typer.Option(help="Few rounds, no cold compilation.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -46,12 +47,12 @@ class Timing:
 def interleave(
     variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 3
 ) -> dict[str, Timing]:
-    """Time each variant once per round, in an order that rotates; the first is the baseline."""
+    """Time each variant once per round, in random order; the first one is the baseline."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for turn in range(warm_up + rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             started = time.perf_counter()
             variants[name]()
             if torch.cuda.is_available():

@@ -188,7 +188,7 @@ def _compiled_kernel(names: tuple[str, ...], dtype: torch.dtype, device_type: st
 
     body = functools.partial(_summarize_rows, names)
     with torch.no_grad():
-        example = torch.empty(1024, _ROW_LIMIT, dtype=dtype, device=device_type)
+        example = torch.empty(128, _ROW_LIMIT, dtype=dtype, device=device_type)
         graph = make_fx(body, tracing_mode="symbolic")(example)
         (placeholder,) = graph.graph.find_nodes(op="placeholder")
         return cast("Kernel", compile_fx(graph, [placeholder.meta["val"]]))
