@@ -272,12 +272,15 @@ class Monitor:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
         if self._open is not None:
             self._drop_step("was not ended")
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             self._save_explanation()
             if self._events:
                 last = self._events[-1].step
                 self._writer.submit(StepRecord(last, events=tuple(self._events)))
                 self._events.clear()
+        finally:
             self._writer.close()
 
     def _save_explanation(self) -> None:
