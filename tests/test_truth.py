@@ -312,7 +312,7 @@ def hooked() -> nn.Module:
     """A model with hooks of its user's own, which change inputs and outputs."""
     module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     module[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
-    module[1].register_forward_hook(lambda _, __, output: (output + 1) * 5)
+    module[1].register_forward_hook(lambda _, __, output: (output + 2) * 5)
     return module
 
 
