@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -47,11 +47,6 @@ GPT_124M = Workload(
     device="cuda",
     dtype=torch.bfloat16,
 )
-
-
-def on_cpu(workload: Workload) -> Workload:
-    """The workload on the CPU."""
-    return replace(workload, device="cpu")
 
 
 def training_step(

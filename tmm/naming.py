@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.layout import ROOT_NAME
 
@@ -52,8 +51,3 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
 def display_name(name: str) -> str:
     """A module's name in keys and for patterns: the root, whose name is empty, has one too."""
     return name or ROOT_NAME
-
-
-def is_compiled_wrapper(module: object) -> bool:
-    """Whether ``module`` is what ``torch.compile(module)`` returns."""
-    return isinstance(module, OptimizedModule)
