@@ -1,0 +1,50 @@
+"""Names of modules as users know them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tmm.naming import display_name, relative_names
+
+
+class Wrapper(nn.Module):
+    """Holds a module under the name that a wrapper gives it."""
+
+    def __init__(self, attribute: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(attribute, module)
+
+
+def names(module: nn.Module) -> list[str]:
+    return [display_name(name) for name in relative_names(module).values()]
+
+
+def test_names_are_those_of_named_modules() -> None:
+    module = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
+    assert list(relative_names(module).values()) == [name for name, _ in module.named_modules()]
+    assert names(module) == ["[root module]", "0", "1", "1.0"]
+
+
+def test_wrapper_components_are_removed_and_wrappers_have_no_name() -> None:
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
+        inner = nn.Linear(1, 1)
+        module = nn.Sequential(Wrapper(attribute, nn.Sequential(inner)))
+        assert names(module) == ["[root module]", "0", "0.0"]
+        assert list(relative_names(module))[-1] is inner
+    assert names(nn.DataParallel(nn.Sequential(nn.ReLU()))) == ["[root module]", "0"]
+    assert names(nn.Sequential(torch.compile(nn.Sequential(nn.ReLU())))) == [
+        "[root module]",
+        "0",
+        "0.0",
+    ]
+
+
+def test_whole_components_only() -> None:
+    module = Wrapper("my_module", Wrapper("module", nn.Linear(1, 1)))
+    assert names(module) == ["[root module]", "my_module", "my_module.module"]
+
+
+def test_a_shared_module_has_its_first_name() -> None:
+    shared = nn.ReLU()
+    assert names(nn.Sequential(shared, nn.Sequential(shared))) == ["[root module]", "0", "1"]
