@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tmm.layout import Measurement, Site
+from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, tap, why_unmeasurable
+from tmm.operators import (
+    COLUMN_SEPARATOR,
+    copy,
+    histogram,
+    summarize,
+    tap,
+    tap_value,
+    why_unmeasurable,
+    why_unreadable,
+)
 from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import add_site
 from tmm.passes.trace_function import insert_call, insert_function
 
 MEASUREMENTS = "tmm_measurements"
@@ -25,12 +35,13 @@ class ReductionOptions:
     """What ``insert_reductions`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a module's output of a given dtype; ``compiled`` chooses the compiled kernel for them.
+    a module's output of a given dtype; ``values`` that of each value recorded by name;
+    ``compiled`` chooses the compiled kernel for them.
     """
 
     modules: Mapping[int, str]
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
-    family: str = "activation"
+    values: Mapping[str, Reduction] = field(default_factory=dict)
     compiled: bool = False
 
 
@@ -39,7 +50,8 @@ def insert_reductions(
 ) -> tuple[tuple[Site, str], ...]:
     """After each tap, insert the nodes that reduce the tapped tensor to rows.
 
-    Afterwards each inserted row carries its measurements in ``node.meta``. Reductions come
+    Afterwards each inserted row carries its measurements in ``node.meta``, and each inserted node
+    the sites that it serves. Reductions come
     directly after the tap, so that a later in-place operation cannot change what is measured.
     Taps of one tensor with no computation between them share their rows. Taps stay in the graph.
     Returns the sites that were selected but have no rows, each with the reason.
@@ -53,7 +65,7 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
         bodies.setdefault(call, []).append(body)
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target is tap:
+        if node.op == "call_function" and node.target in (tap, tap_value):
             if not node.meta.setdefault(_MEASURED, False):
                 node.meta[_MEASURED] = True
                 yield from _measure(module, node, options, computed)
@@ -72,16 +84,17 @@ def _measure(
     options: ReductionOptions,
     computed: dict[tuple[Node, Reduction], Node],
 ) -> Iterator[tuple[Site, str]]:
-    site = _site(node, options)
-    if site is None:
-        return
     tensor = node.args[0]
     assert isinstance(tensor, Node)
     example = tensor.meta["example_value"]
-    reductions = options.select(site.module, example.dtype)
-    if reductions and (reason := why_unmeasurable(example)):
+    family, site, reductions = _mark(node, options, example.dtype)
+    if not reductions:
+        return
+    reason = why_unmeasurable(example) if node.target is tap else why_unreadable(example)
+    if reason:
         yield site, reason
         return
+    following = node.next
     value: Node | None = None
     for reduction in reductions:
         row = computed.get((tensor, reduction))
@@ -94,7 +107,13 @@ def _measure(
                         value = insert_call(module.graph, "values", value)
             row = computed[tensor, reduction] = _reduce(module.graph, value, reduction, options)
             row.meta[MEASUREMENTS] = ()
-        row.meta[MEASUREMENTS] += (Measurement(options.family, site, reduction),)
+        else:
+            add_site(row, family, site)
+        row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
+    inserted = node.next
+    while inserted is not following:
+        add_site(inserted, family, site)
+        inserted = inserted.next
 
 
 def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionOptions) -> Node:
@@ -102,10 +121,12 @@ def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionO
     if reduction.function is not None:
         with graph.inserting_after(value):
             if not reduction.trace:
-                return insert_call(graph, "clone", value)
+                return insert_call(graph, copy, value)
             value = insert_function(graph, value, reduction)
         if reduction.collects_values:
-            return value
+            # A copy, not a view of what a later operation may overwrite.
+            with graph.inserting_after(value):
+                return insert_call(graph, copy, value)
     with graph.inserting_after(value):
         if reduction.is_histogram:
             return insert_call(graph, histogram, value)
@@ -116,19 +137,27 @@ def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionO
 def _refuse(
     module: GraphModule, options: ReductionOptions, reason: str
 ) -> Iterator[tuple[Site, str]]:
-    for node in module.graph.find_nodes(op="call_function", target=tap):
-        site = _site(node, options)
-        if site is not None and options.select(site.module, torch.float32):
-            yield site, reason
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in (tap, tap_value):
+            _, site, reductions = _mark(node, options, torch.float32)
+            if reductions:
+                yield site, reason
     for _, body in nested_calls(module):
         yield from _refuse(body, options, reason)
 
 
-def _site(node: Node, options: ReductionOptions) -> Site | None:
-    """The site that a tap marks; None for a module that has no name here."""
+def _mark(
+    node: Node, options: ReductionOptions, dtype: torch.dtype
+) -> tuple[str, Site, tuple[Reduction, ...]]:
+    """What a tap marks: family, site, and the reductions that are wanted of it."""
+    label = str(node.args[1])
+    if node.target is tap_value:
+        return VALUE_FAMILY, Site(label), (options.values[label],)
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return None
+        return "activation", Site("", label), ()
     identity = next(reversed(stack)).partition("@")[0]  # a repeated call is marked with "@n"
     name = options.modules.get(int(identity))
-    return None if name is None else Site(name, str(node.args[1]))
+    if name is None:
+        return "activation", Site("", label), ()
+    return "activation", Site(name, label), options.select(name, dtype)

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import copy_sites
 
 
 def lift_rows(module: GraphModule) -> int:
@@ -36,5 +37,6 @@ def lift_rows(module: GraphModule) -> int:
                 position = module.graph.call_function(operator.getitem, (call, index))
             position.meta[MEASUREMENTS] = row.meta.pop(MEASUREMENTS)
             position.meta["example_value"] = row.meta["example_value"]
+            copy_sites(row, position)
         lifted += len(rows)
     return lifted

@@ -13,6 +13,7 @@ from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
 from tmm.passes.lift_rows import lift_rows
+from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps
 
@@ -32,7 +33,13 @@ class Rewritten:
     seconds: dict[str, float]
 
 
-def rewrite(module: GraphModule, options: ReductionOptions) -> Rewritten:
+Watch = Callable[[str, GraphModule, float], None]
+"""Called with the name of each pass, the graph after it and the seconds that it took."""
+
+
+def rewrite(
+    module: GraphModule, options: ReductionOptions, *, watch: Watch | None = None
+) -> Rewritten:
     """Measure the marked tensors of ``module`` inside a copy of it.
 
     The copy returns what ``module`` returns, followed by ``layout.outputs`` further tensors.
@@ -42,6 +49,7 @@ def rewrite(module: GraphModule, options: ReductionOptions) -> Rewritten:
     seconds: dict[str, float] = {}
 
     def run(name: str, apply: Callable[[], Result]) -> Result:
+        known = set(all_nodes(rewritten))
         started = time.perf_counter()
         try:
             result = apply()
@@ -52,6 +60,9 @@ def rewrite(module: GraphModule, options: ReductionOptions) -> Rewritten:
             ran = ", ".join(seconds) or "none"
             raise PassError(f"pass {name} failed ({error!r}); passes before it: {ran}") from error
         seconds[name] = time.perf_counter() - started
+        sign_new_nodes(rewritten, name, known)
+        if watch is not None:
+            watch(name, rewritten, seconds[name])
         return result
 
     rewritten = copy_graph(module)

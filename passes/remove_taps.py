@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from tmm.operators import tap
+from tmm.operators import tap, tap_value
 from tmm.passes.nesting import nested_calls
 
 
@@ -14,10 +14,11 @@ def remove_taps(module: GraphModule) -> int:
     Returns the number of taps erased.
     """
     erased = 0
-    for node in module.graph.find_nodes(op="call_function", target=tap):
-        tensor = node.args[0]
-        assert isinstance(tensor, Node)
-        node.replace_all_uses_with(tensor)
-        module.graph.erase_node(node)
-        erased += 1
+    for target in (tap, tap_value):
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            tensor = node.args[0]
+            assert isinstance(tensor, Node)
+            node.replace_all_uses_with(tensor)
+            module.graph.erase_node(node)
+            erased += 1
     return erased + sum(remove_taps(body) for _, body in nested_calls(module))

@@ -60,7 +60,7 @@ class KeyRegistry:
             name = resolve(row.measurement)
             if name is None:
                 continue
-            site = f"{row.measurement.family}/{name}"
+            site = _join(row.measurement.family, name)
             self._positions.setdefault(site, len(self._positions))
             if row.start == row.stop:
                 whole.append(WholeOutput(reduction, site, row.output))
@@ -86,7 +86,7 @@ class KeyRegistry:
         known = self._infos.get((reduction, sites))
         if known is None:
             known = tuple(
-                self._info(f"{site}/{metric}", site, reduction.aggregate_name)
+                self._info(_join(site, metric), site, reduction.aggregate_name)
                 for site in sites
                 for metric in reduction.metrics
             )
@@ -101,6 +101,11 @@ class KeyRegistry:
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, _, name = site.partition("/")
         return KeyInfo(key, kind, name or site, self._positions[site], aggregate)
+
+
+def _join(*parts: str) -> str:
+    """A key of these parts; values that a model records by name have a site and nothing else."""
+    return "/".join(part for part in parts if part)
 
 
 def single_row(measurement: Measurement) -> PackedLayout:

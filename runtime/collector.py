@@ -53,6 +53,7 @@ class StepCollector:
         self.registry = registry
         self.events: tuple[Event, ...] = ()
         self.failed = False
+        self.ran_forward = False
         self._arrivals: list[tuple[Binding, list[HostCopy]]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
         self._record: StepRecord | None = None
@@ -136,6 +137,13 @@ class StepCollector:
             for key, (aggregate, copies) in self._logged.items()
         ]
         scalars.append(_table([(info, value) for info, value in extra if value is not None]))
+        recorded = {info.key for table in scalars[:-1] for info in table.infos}
+        recorded |= {info.key for info, _ in extra[: len(collected)]}
+        if clash := recorded & self._logged.keys():
+            raise ValueError(
+                f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
+                " log it under another name"
+            )
         return StepRecord(
             self.step,
             tuple(table for table in scalars if table.infos),

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import truth_table
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -14,3 +16,17 @@ def fresh_compiler() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    lines = [
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == truth_table.PROPERTY
+    ]
+    if lines:
+        terminalreporter.section("agreement with eager hooks, by way of compiling")
+        terminalreporter.write_line("\n".join(truth_table.table(lines)))

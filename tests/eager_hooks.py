@@ -70,6 +70,7 @@ class Recording:
 
     def add(self, name: str, output: object) -> None:
         for path, tensor in walk(output):
+            tensor = tensor.values() if tensor.is_nested else tensor
             if tensor.is_floating_point() or tensor.is_complex():
                 self.sites.setdefault(name + path, []).append(tensor.detach().clone())
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,19 +48,37 @@ def test_it_gives_back_the_same_object() -> None:
     assert measured(model, x)
 
 
+def step(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+MODULE = nn.Linear(2, 2)
+
+
 @pytest.mark.parametrize(
-    ("model", "error", "message"),
+    ("model", "options", "error", "message"),
     [
-        (nn.Linear(2, 2), TypeError, "Linear that is not compiled.*torch.compile\\(model\\)"),
-        (torch.compile(lambda x: x), TypeError, "is not what torch.compile\\(module\\) returns"),
-        (None, TypeError, "model=None"),
+        (None, {}, TypeError, "model=None is neither a module nor a function"),
+        (torch.compile(step), {}, ValueError, "say whose modules to measure.*module=model"),
+        (step, {"module": step}, TypeError, "module=.* is not a torch.nn.Module"),
+        (MODULE, {"module": MODULE}, ValueError, "module= goes with a step function"),
+        (MODULE, {"backend": "fast"}, ValueError, "backend='fast' is not known; there are .*eager"),
+        (torch.compile(MODULE), {"backend": "eager"}, ValueError, "this one is, or a part of it"),
+        (
+            torch.compile(step),
+            {"backend": "eager", "module": MODULE},
+            ValueError,
+            "this one is, or a part of it",
+        ),
     ],
 )
-def test_what_is_not_a_compiled_module(
-    model: nn.Module, error: type[Exception], message: str
+def test_what_cannot_be_instrumented(
+    model: nn.Module, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        tmm.instrument(model, RMS)
+        tmm.instrument(model, RMS, **options)
+    with pytest.raises(ValueError, match="not instrumented"):
+        tmm.monitor(MODULE)
 
 
 def test_twice_says_so() -> None:
@@ -86,10 +105,11 @@ def test_a_wrong_spec_leaves_no_run_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_whose_compilation_is_disabled() -> None:
-    model = compiled(disable=True)
-    with pytest.raises((TypeError, ValueError), match="compile"):
-        tmm.instrument(model, RMS)
+def test_a_model_whose_compilation_is_disabled_is_measured_eagerly() -> None:
+    model = tmm.instrument(torch.compiler.disable(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), RMS)
+    assert len(measured(model, torch.randn(2, 4))) == 3
+    assert set(tmm.explain(model).eager) == {"[root module]", "0", "1"}
+    assert not tmm.explain(model).graphs
 
 
 class Nothing(nn.Module):
@@ -160,12 +180,3 @@ def test_fullgraph_stays_fullgraph() -> None:
     model = tmm.instrument(compiled(Breaks(), fullgraph=True), RMS)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         measured(model, torch.randn(1))
-
-
-def test_explain_before_and_after_the_first_step() -> None:
-    model = tmm.instrument(compiled(), RMS)
-    before = tmm.explain(model)
-    assert before.matched == {"tmm.activation('rms')": ("[root module]", "0", "1")}
-    assert "no graph yet" in str(before)
-    measured(model, torch.randn(2, 4))
-    assert "graph 0: 3 rows in 1 extra outputs" in str(tmm.explain(model))

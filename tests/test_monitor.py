@@ -15,6 +15,7 @@ from torch import nn
 
 import tmm
 from tmm.monitor import MonitoringWarning
+from tmm.twin import Twin
 
 
 class Scale(nn.Module):
@@ -178,8 +179,8 @@ def test_a_run_holds_what_the_monitor_gave(tmp_path: Path) -> None:
         assert run.series("loss")[1].tolist() == [1.0, 1 / 3, 1 / 5]
         info = run.key_info("activation/scale/low")
         assert (info.kind, info.site, info.aggregate) == ("activation", "scale", "min")
-        assert "tmm.activation('mean', 'norm', 'max'): 1 modules" in run.text("explain.txt")
-        assert "graph 0: 3 rows" in run.text("explain.txt")
+        assert "tmm.activation('mean', 'norm', 'max'): 1 of 2 modules" in run.text("explain.txt")
+        assert "graph 0, of [root module]: 3 rows, extra outputs: 2 (" in run.text("explain.txt")
 
 
 def test_a_dropped_step_leaves_an_event(tmp_path: Path) -> None:
@@ -238,20 +239,21 @@ def test_log_scalar_takes_one_number() -> None:
 class Fault:
     """Stands in for a twin that breaks."""
 
-    def __init__(self, twin: object) -> None:
-        self.twin, self.broken, self.calls = twin, True, 0
+    def __init__(self, twin: Twin) -> None:
+        self.intact, self.broken, self.calls = twin.run, True, 0
 
-    def __call__(self, *args: object) -> object:
+    def run(self, *args: object) -> object:
         self.calls += 1
         torch.rand(3)  # a forward pass that fails midway has drawn random numbers
         if self.broken:
             raise MemoryError("no room")
-        return self.twin(*args)  # type: ignore[operator]
+        return self.intact(*args)  # type: ignore[arg-type]
 
 
 def broken(monitor: tmm.Monitor) -> Fault:
+    assert monitor._twin is not None
     fault = Fault(monitor._twin)
-    monitor.attach(fault, lambda: "")
+    monitor._twin.run = fault.run  # type: ignore[method-assign]
     return fault
 
 

@@ -9,6 +9,7 @@ from tmm.instrument import explain, instrument, monitor, remove
 from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
 from tmm.monitor import Monitor, MonitoringWarning
 from tmm.reader import Run, open_run
+from tmm.record import record
 from tmm.spec import Rule, Spec, activation
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "instrument",
     "monitor",
     "open_run",
+    "record",
     "remove",
 ]

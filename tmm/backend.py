@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from tmm.breaks import end_of_graph
 from tmm.compile_settings import CompileSettings
 from tmm.layout import Measurement, PackedLayout, Site
 from tmm.metrics import Reduction
+from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
 from tmm.passes.insert_reductions import ReductionOptions
-from tmm.passes.pipeline import rewrite
+from tmm.passes.pipeline import Rewritten, rewrite
+from tmm.trace import TraceFolder
 
 OUTSIDE = "//"
 """Prefix of the name of a site that does not lie under the module whose frame was traced."""
@@ -21,15 +25,23 @@ OUTSIDE = "//"
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a frame is traced: its module (the owner) and what modules are called from there."""
+    """Where a frame is traced: its module (the owner) and what modules are called from there.
+
+    ``values`` says how what the model records by name is reduced.
+    """
 
     owner: torch.nn.Module
+    owner_name: str
     modules: Mapping[int, str]
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    values: Mapping[str, Reduction]
 
 
 class Host(Protocol):
     """The side of the running program that a backend needs."""
+
+    graphs: list[MeasuredGraph]
+    trace: TraceFolder | None
 
     def scope(self) -> Scope:
         """The scope of the frame that is being compiled."""
@@ -54,6 +66,35 @@ class Witness:
     parameter: str
 
 
+@dataclass(frozen=True)
+class GraphReport:
+    """A rewritten graph as ``tmm.explain`` shows it.
+
+    ``before`` and ``after`` are its nodes, ``code`` Python that runs by itself, ``bytes`` the size
+    of the extra outputs for the batch that was traced, ``seconds`` the time of each pass,
+    ``ended_by`` where and why a graph break ended it (empty where none did).
+    """
+
+    owner: str
+    settings: str
+    before: tuple[NodeLine, ...]
+    after: tuple[NodeLine, ...]
+    code: str
+    rows: int
+    outputs: int
+    bytes: int
+    seconds: dict[str, float]
+    ended_by: str = ""
+    index: int = 0
+
+    @property
+    def diff(self) -> str:
+        """A unified diff of the nodes before and after; inserted ones name pass and site."""
+        before, after = (list(map(str, nodes)) for nodes in (self.before, self.after))
+        names = (f"graph {self.index}, traced", f"graph {self.index}, measured")
+        return "\n".join(difflib.unified_diff(before, after, *names, lineterm="", n=2))
+
+
 class MeasuredGraph:
     """A compiled, rewritten graph: gives back the outputs of the original one, keeps the rest."""
 
@@ -61,12 +102,14 @@ class MeasuredGraph:
         self,
         run: Callable[..., Sequence[Any]],
         layout: PackedLayout,
+        report: GraphReport,
         owner: torch.nn.Module,
         witness: Witness | None,
         host: Host,
     ) -> None:
         self.run = run
         self.layout = layout
+        self.report = report
         self.owner = owner
         self.witness = witness
         self.host = host
@@ -91,7 +134,6 @@ class MeasuringBackend:
     def __init__(self, host: Host, settings: CompileSettings) -> None:
         self.host = host
         self.settings = settings
-        self.graphs: list[MeasuredGraph] = []
         # What Dynamo reads from a backend besides calling it.
         for name in ("get_compiler_config", "backend_ctx_ctor", "reset"):
             if hasattr(settings.backend, name):
@@ -101,15 +143,49 @@ class MeasuringBackend:
         """Compile ``module`` with its measurements."""
         scope = self.host.scope()
         options = ReductionOptions(
-            scope.modules, scope.select, compiled=self.settings.uses_inductor
+            scope.modules, scope.select, scope.values, compiled=self.settings.uses_inductor
         )
-        rewritten = rewrite(module, options)
+        index = len(self.host.graphs)
+        watch = None
+        if self.host.trace is not None:
+            watch = self.host.trace.begin(index, module, scope.modules)
+        rewritten = rewrite(module, options, watch=watch)
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
+        report = GraphReport(
+            owner=scope.owner_name,
+            settings=str(self.settings),
+            before=tuple(node_lines(module, scope.modules)),
+            after=tuple(node_lines(rewritten.module, scope.modules)),
+            code=runnable_code(rewritten.module),
+            rows=len(rewritten.layout.rows),
+            outputs=rewritten.layout.outputs,
+            bytes=_extra_bytes(rewritten),
+            seconds=rewritten.seconds,
+            ended_by=end_of_graph(module),
+            index=index,
+        )
         witness = _find_witness(module, scope.owner)
         run = self.settings.backend(rewritten.module, inputs)
-        graph = MeasuredGraph(run, rewritten.layout, scope.owner, witness, self.host)
-        self.graphs.append(graph)
+        graph = MeasuredGraph(run, rewritten.layout, report, scope.owner, witness, self.host)
+        self.host.graphs.append(graph)
         return graph
+
+
+def _extra_bytes(rewritten: Rewritten) -> int:
+    count = rewritten.layout.outputs
+    (returned,) = rewritten.module.graph.output_node().args
+    assert isinstance(returned, (tuple, list))
+    extra = [node for node in returned[len(returned) - count :] if isinstance(node, Node)]
+    return sum(_hinted_bytes(node.meta["example_value"]) for node in extra)
+
+
+def _hinted_bytes(example: torch.Tensor) -> int:
+    """Size of a traced tensor; dynamic dimensions have the size that they had in the trace."""
+    elements = 1
+    for size in example.shape:
+        hint = size.node.hint if isinstance(size, torch.SymInt) else size
+        elements *= int(hint or 0)
+    return elements * example.element_size()
 
 
 def _find_witness(module: GraphModule, owner: torch.nn.Module) -> Witness | None:

@@ -1,4 +1,4 @@
-"""How a user compiled a model, read back from what ``torch.compile`` returned."""
+"""How a user compiled something, read back from what ``torch.compile`` returned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
+from torch._dynamo.eval_frame import (
+    DisableContext,
+    OptimizedModule,
+    _TorchDynamoContext,
+    innermost_backend,
+)
+from torch._dynamo.exc import InvalidBackend
 from torch._dynamo.types import GuardFilterEntry
 
 GuardFilter = Callable[[Sequence[GuardFilterEntry]], Sequence[bool]]
@@ -35,18 +41,25 @@ class CompileSettings:
             return True
         return getattr(self.backend, "__module__", "").startswith("torch._inductor")
 
+    def __str__(self) -> str:
+        kinds = (getattr(self.backend, name, None) for name in ("compiler_name", "__name__"))
+        backend = next((kind for kind in kinds if kind), type(self.backend).__name__)
+        parts = [f"backend={str(backend)!r}"]
+        if self.fullgraph:
+            parts.append("fullgraph=True")
+        if self.dynamic is not None:
+            parts.append(f"dynamic={self.dynamic}")
+        return ", ".join(parts)
 
-def settings_of(model: OptimizedModule) -> CompileSettings:
-    """The settings ``model`` was compiled with.
 
-    Raises ``ValueError`` for a model compiled with ``disable=True``: nothing is traced then.
+def settings_of(compiled: object) -> CompileSettings | None:
+    """The settings of a module or function that ``torch.compile`` returned, else None.
+
+    Also None for what was compiled with ``disable=True``: no graph of it exists.
     """
-    context = model.dynamo_ctx
-    if not isinstance(context, _TorchDynamoContext) or not callable(context.callback):
-        raise ValueError(
-            "the model was compiled with disable=True, so that no graph of it exists; compile it"
-            " with torch.compile(model)"
-        )
+    context = _context(compiled)
+    if context is None or isinstance(context, DisableContext) or not callable(context.callback):
+        return None
     hooks = context._hooks
     return CompileSettings(
         backend=innermost_backend(context.callback),
@@ -54,6 +67,20 @@ def settings_of(model: OptimizedModule) -> CompileSettings:
         dynamic=context._dynamic,
         guard_filter=None if hooks is None else hooks.guard_filter_fn,
     )
+
+
+def settings_for(backend: str | CompilerFunction) -> CompileSettings:
+    """What ``torch.compile(..., backend=backend)`` would set.
+
+    Raises ``ValueError`` for a backend that does not exist.
+    """
+    try:
+        settings = settings_of(torch.compile(lambda: None, backend=backend))
+    except InvalidBackend as error:
+        known = ", ".join(["inductor", *torch._dynamo.list_backends(exclude_tags=())])
+        raise ValueError(f"backend={backend!r} is not known; there are {known}") from error
+    assert settings is not None
+    return settings
 
 
 def compile_separately(
@@ -90,3 +117,17 @@ def compile_separately(
         **isolation,
     )(own)
     return compiled
+
+
+def _context(compiled: object) -> _TorchDynamoContext | None:
+    if isinstance(compiled, OptimizedModule):
+        context: object = compiled.dynamo_ctx
+    elif isinstance(compiled, types.FunctionType) and hasattr(
+        compiled, "_torchdynamo_orig_callable"
+    ):
+        # What torch.compile makes of a function keeps its settings in its closure only.
+        cells = zip(compiled.__code__.co_freevars, compiled.__closure__ or (), strict=True)
+        context = {name: cell.cell_contents for name, cell in cells}.get("self")
+    else:
+        return None
+    return context if isinstance(context, _TorchDynamoContext) else None

@@ -1,48 +1,163 @@
-"""What monitoring covers of a model."""
+"""What monitoring covers of a model, and what the passes did to its graphs."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
+
+from tmm.backend import GraphReport
 from tmm.naming import display_name
 from tmm.twin import Twin
+
+_SHOWN = 12  # names of modules in a line of text
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """A module of the model: its type, the metrics asked for and how its rows come about.
+
+    ``measured`` is ``"graph"``, ``"eager"``, both joined by ``" and "``, or empty for a module
+    that has no rows (yet).
+    """
+
+    name: str
+    type: str
+    metrics: tuple[str, ...]
+    measured: str
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``tmm.explain`` found; ``str`` of it is a report.
+    """What ``tmm.explain`` found; ``str`` of it is a report and ``to_html`` writes a page.
 
-    ``matched`` lists the modules of each rule; ``graphs`` the rows and extra outputs of each
-    rewritten graph; ``eager`` the modules that were called outside of graphs; ``unmeasured`` what
-    has no rows, and why.
+    Attributes:
+        modules: every module of the model, in the order of ``named_modules``.
+        matched: the names of the modules that each rule measures.
+        regions: the parts that are compiled, by name, with their settings.
+        graphs: the rewritten graphs; each has its nodes ``before`` and ``after``, a ``diff`` and
+            ``code`` that runs as Python.
+        rows: how many rows a step records; several metrics of a tensor share one.
+        recorded: the names that the model gave to ``tmm.record``.
+        eager: the modules that ran outside of graphs, with the reason.
+        unmeasured: what has no rows, with the reason.
     """
 
+    modules: tuple[ModuleReport, ...]
     matched: dict[str, tuple[str, ...]]
-    graphs: tuple[tuple[int, int], ...]
-    eager: tuple[str, ...]
+    regions: dict[str, str]
+    graphs: tuple[GraphReport, ...]
+    rows: int
+    recorded: tuple[str, ...]
+    eager: dict[str, str]
     unmeasured: dict[str, str]
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
         """The state of ``twin`` now."""
-        matched = {str(rule): names for rule, names in twin.plan.matched.items()}
-        graphs = tuple((len(g.layout.rows), g.layout.outputs) for g in twin.backend.graphs)
-        eager = tuple(display_name(n) for m, n in twin.names.items() if m in twin.eager_modules)
-        return Explanation(matched, graphs, eager, dict(twin.unmeasured))
+        attribution = twin.attribution
+        traced = _traced_modules(twin)
+        eager = {
+            attribution.name(module): twin.breaks.of(module, caller)
+            if module in traced
+            else "it is not compiled"
+            for module, caller in twin.eager_modules.items()
+        }
+        return Explanation(
+            modules=tuple(
+                ModuleReport(
+                    display_name(name),
+                    type(module).__name__,
+                    twin.plan.metrics(display_name(name)),
+                    attribution.how_measured(module),
+                )
+                for module, name in attribution.names.items()
+            ),
+            matched={str(rule): names for rule, names in twin.plan.matched.items()},
+            regions=_regions(twin),
+            graphs=tuple(graph.report for graph in twin.graphs),
+            rows=len(attribution.rows),
+            recorded=tuple(twin.values.reductions),
+            eager=eager,
+            unmeasured=dict(attribution.unmeasured),
+        )
 
     def __str__(self) -> str:
+        lines = [*self._rules(), *self._programs(), *self._graphs()]
+        if self.recorded:
+            lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
+        lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        lines += _listed("not measured:", self.unmeasured)
+        lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
+        return "\n".join(lines)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one page that needs nothing else: module tree, nodes, graphs side by side.
+
+        Raises:
+            OSError: if ``path`` cannot be written.
+        """
+        from tmm.explain_page import page
+
+        target = Path(path)
+        target.write_text(page(self), encoding="utf-8")
+        return target
+
+    def _rules(self) -> list[str]:
         lines = []
         for rule, names in self.matched.items():
-            lines.append(f"{rule}: {len(names)} modules")
+            lines.append(f"{rule}: {len(names)} of {len(self.modules)} modules")
             lines += [f"    {name}" for name in names]
+            if rest := [m.name for m in self.modules if m.name not in set(names)]:
+                more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
+                lines.append(f"    not matched: {', '.join(rest[:_SHOWN])}{more}")
+        return lines
+
+    def _programs(self) -> list[str]:
+        lines = ["compiled:"] if self.regions else ["not compiled"]
+        groups: dict[str, list[str]] = {}
+        for name, settings in self.regions.items():
+            groups.setdefault(settings, []).append(name)
+        return lines + [f"    {', '.join(names)}: {how}" for how, names in groups.items()]
+
+    def _graphs(self) -> list[str]:
+        if self.eager and not self.graphs:
+            return [f"rows in a step: {self.rows}", "no graph: everything ran eagerly"]
         if not self.graphs:
-            lines.append("no graph yet: the model has not run in a monitored step")
-        for index, (rows, outputs) in enumerate(self.graphs):
-            lines.append(f"graph {index}: {rows} rows in {outputs} extra outputs")
-        if self.eager:
-            lines.append("measured eagerly, because a graph break leaves them outside of graphs:")
-            lines += [f"    {name}" for name in self.eager]
-        if self.unmeasured:
-            lines.append("not measured:")
-            lines += [f"    {site}: {reason}" for site, reason in self.unmeasured.items()]
-        return "\n".join(lines)
+            return [
+                "no graph yet: the model has not run in a monitored step; graphs, what they hold"
+                " and what stays outside are known after the first one (or monitor.prepare(*batch))"
+            ]
+        lines = [f"rows in a step: {self.rows}"]
+        for graph in self.graphs:
+            passes = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in graph.seconds.items())
+            lines.append(
+                f"graph {graph.index}, of {graph.owner}: {graph.rows} rows, extra outputs:"
+                f" {graph.outputs} ({graph.bytes} bytes); {passes}"
+            )
+            if graph.ended_by:
+                lines.append(f"    ended by a graph break at {graph.ended_by}")
+        return lines
+
+
+def _listed(title: str, items: dict[str, str]) -> list[str]:
+    return [title, *(f"    {name}: {text}" for name, text in items.items())] if items else []
+
+
+def _traced_modules(twin: Twin) -> set[torch.nn.Module]:
+    """The modules that Dynamo traces where nothing keeps it from doing so."""
+    roots = [r.module or twin.module for r in (twin.root, *twin.regions) if r.settings is not None]
+    return {module for root in roots for module in root.modules()}
+
+
+def _regions(twin: Twin) -> dict[str, str]:
+    regions: dict[str, str] = {}
+    for region in (twin.root, *twin.regions):
+        if region.settings is not None:
+            name = "the step function"
+            if region.module is not None:
+                name = twin.attribution.name(region.module)
+            regions.setdefault(name, str(region.settings))
+    return regions

@@ -1,46 +1,31 @@
-"""Attach monitoring to a compiled model, find it, take it off."""
+"""Attach monitoring to a model, find it, take it off."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
-from tmm.compile_settings import settings_of
+from tmm.compile_settings import CompilerFunction, settings_for, settings_of
+from tmm.dispatch import Dispatch, attach, detach, root_dispatch
 from tmm.explain import Explanation
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
 from tmm.naming import display_name, relative_names
+from tmm.regions import Region, region_of, regions_in
 from tmm.run_info import describe_environment
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
+from tmm.trace import TraceFolder
 from tmm.twin import Twin
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])
-
-
-class Dispatch:
-    """The forward of an instrumented model: the twin in a monitored step, else the user's own.
-
-    It stands in an attribute that copies and pickles of a compiled model do not carry, so that
-    those are clean.
-    """
-
-    def __init__(self, plain: Callable[..., Any], monitor: Monitor, twin: Twin) -> None:
-        self.plain = plain
-        self.monitor = monitor
-        self.twin = twin
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one forward pass."""
-        if not self.monitor.recording:
-            return self.plain(*args, **kwargs)
-        return self.monitor.run_forward(self.plain, *args, **kwargs)
 
 
 def instrument(
@@ -48,54 +33,74 @@ def instrument(
     spec: Spec,
     run: str | os.PathLike[str] | None = None,
     *,
+    module: torch.nn.Module | None = None,
+    backend: str | CompilerFunction | None = None,
     on_error: OnError = "raise",
+    trace: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """Measure what ``spec`` asks for in the monitored steps of a compiled model.
+    """Measure what ``spec`` asks for in the monitored steps of a model.
 
     Args:
-        model: what ``torch.compile(module)`` returned, with any backend, mode and options.
+        model: a module, compiled in any way (``torch.compile(module)``, ``module.compile()``,
+            parts of it one by one) or not at all; or, with ``module``, a step function that calls
+            the module, such as what ``torch.compile(step)`` returned.
         spec: what to measure, where and when.
         run: folder to record into; one that exists is continued. In memory only without it.
+        module: the module whose parts are measured, when ``model`` is a function.
+        backend: the compiler of the monitored steps of a model that is not compiled at all.
+            Without it they are traced and run by the same eager kernels as the others.
         on_error: what a fault of the monitoring does before the first step has been recorded:
             ``"raise"`` it, or ``"warn"``, drop the step and run the plain program. After that
             it warns in either case.
+        trace: folder for the text of each graph before and after each pass, to look for faults.
+            The environment variable TMM_TRACE sets it, too.
 
     Returns:
-        The same object, monitored. ``tmm.monitor(model)`` opens its steps.
+        The same object, monitored; for a function, a new one to call in its place.
+        ``tmm.monitor(model)`` opens its steps.
 
     Raises:
-        TypeError: if ``model`` is not a compiled module or ``spec`` not a ``tmm.Spec``.
+        TypeError: if ``model`` is neither a module nor a function, or ``spec`` not a ``tmm.Spec``.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
-            matches none of its modules, or ``run`` holds something that is not a run.
-        OSError: if ``run`` cannot be written.
+            matches none of its modules, ``module`` or ``backend`` does not go with ``model``, or
+            ``run`` holds something that is not a run.
+        OSError: if ``run`` or ``trace`` cannot be written.
     """
-    if not isinstance(model, OptimizedModule):
-        raise TypeError(_not_compiled(model))
     if not isinstance(spec, Spec):
         raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
     if on_error not in ("raise", "warn"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'warn'")
-    if _dispatch(model) is not None:
+    measured = _measured_module(model, module)
+    if root_dispatch(model) is not None or root_dispatch(measured) is not None:
         raise ValueError(
             "the model is instrumented already; tmm.remove(model) first, or put all rules into"
             " one tmm.Spec"
         )
-    module = model._orig_mod
-    names = [display_name(name) for name in relative_names(module).values()]
+    regions = regions_in(model if isinstance(model, torch.nn.Module) else module or measured)
+    root = _root(model, regions, backend)
+    if not isinstance(model, torch.nn.Module) and region_of(measured) is None:
+        regions.append(Region(measured, None, measured))  # it may be called by itself, too
+    names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names)
-    settings = settings_of(model)
+    trace = trace or os.environ.get("TMM_TRACE")
+    trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None
     if run is not None:
         writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
-    monitor = Monitor(spec, module, KeyRegistry(), writer, on_error)
-    twin = Twin(module, plan, settings, monitor)
+    monitor = Monitor(spec, measured, KeyRegistry(), writer, on_error)
+    twin = Twin(root, regions, measured, plan, monitor, trace_folder)
     monitor.attach(twin, lambda: str(Explanation.of(twin)))
-    model.forward = Dispatch(model.forward, monitor, twin)
-    return model
+    siblings: list[Dispatch] = []
+    for region in regions:
+        if region.holder is not root.holder:
+            is_root = region.callee is measured
+            attach(Dispatch.of(region, monitor, twin, siblings, is_root=is_root))
+    function = attach(Dispatch.of(root, monitor, twin, siblings, is_root=True, plain=model))
+    return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 
 
 def monitor(model: Callable[..., Any]) -> Monitor:
-    """The monitor of an instrumented model.
+    """The monitor of an instrumented model, or of the module of an instrumented function.
 
     Raises:
         ValueError: if the model is not instrumented.
@@ -106,14 +111,19 @@ def monitor(model: Callable[..., Any]) -> Monitor:
 def remove(model: Model) -> Model:
     """Take the monitoring off ``model``, write what is left of its run, and give ``model`` back.
 
+    Of an instrumented function, the function that it was made of is given back.
+
     Raises:
         ValueError: if the model is not instrumented.
         OSError: if what was measured could not be written.
     """
     dispatch = _require(model)
-    setattr(model, "forward", dispatch.plain)  # noqa: B010
+    for attached in dispatch.siblings:
+        detach(attached)
     dispatch.monitor.close()
-    return model
+    if isinstance(model, torch.nn.Module):
+        return model
+    return dispatch.plain  # type: ignore[return-value]
 
 
 def explain(model: Callable[..., Any]) -> Explanation:
@@ -127,22 +137,54 @@ def explain(model: Callable[..., Any]) -> Explanation:
     return Explanation.of(_require(model).twin)
 
 
-def _dispatch(model: Callable[..., Any]) -> Dispatch | None:
-    forward = model.__dict__.get("forward") if isinstance(model, torch.nn.Module) else None
-    return forward if isinstance(forward, Dispatch) else None
+def _measured_module(model: object, module: torch.nn.Module | None) -> torch.nn.Module:
+    """The module whose parts are measured, without the wrapper of ``torch.compile``."""
+    if isinstance(model, torch.nn.Module):
+        if module is not None:
+            raise ValueError(
+                "module= goes with a step function; a module is measured itself: write"
+                " tmm.instrument(model, spec)"
+            )
+    elif not callable(model):
+        raise TypeError(f"model={model!r} is neither a module nor a function")
+    elif module is None:
+        raise ValueError(
+            f"model={model!r} is a function; say whose modules to measure:"
+            " tmm.instrument(torch.compile(step), spec, module=model)"
+        )
+    elif not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module={module!r} is not a torch.nn.Module")
+    found = model if module is None else module
+    assert isinstance(found, torch.nn.Module)
+    inner: torch.nn.Module = found._orig_mod if isinstance(found, OptimizedModule) else found
+    return inner
+
+
+def _root(
+    model: Callable[..., Any], regions: list[Region], backend: str | CompilerFunction | None
+) -> Region:
+    """The region that a call of ``model`` enters."""
+    holder = model if isinstance(model, torch.nn.Module) else None
+    settings = None
+    if holder is None:
+        settings = settings_of(model)
+    elif (region := region_of(holder)) is not None:
+        settings = region.settings
+    disabled = isinstance(holder, OptimizedModule) and settings is None
+    if settings is None and not regions and not disabled:
+        settings = settings_for("eager" if backend is None else backend)
+    elif backend is not None:
+        raise ValueError(
+            f"backend={backend!r} goes with a model that is not compiled; this one is, or a part"
+            " of it, and is measured as it was compiled"
+        )
+    if isinstance(holder, OptimizedModule):
+        return Region(holder._orig_mod, settings, holder, "forward")
+    return Region(model if holder is not None else innermost_fn(model), settings, holder)
 
 
 def _require(model: Callable[..., Any]) -> Dispatch:
-    dispatch = _dispatch(model)
+    dispatch = root_dispatch(model)
     if dispatch is None:
         raise ValueError("the model is not instrumented; call tmm.instrument(model, spec) first")
     return dispatch
-
-
-def _not_compiled(model: object) -> str:
-    if isinstance(model, torch.nn.Module):
-        return (
-            f"model is a {type(model).__name__} that is not compiled; write"
-            " tmm.instrument(torch.compile(model), spec)"
-        )
-    return f"model={model!r} is not what torch.compile(module) returns"

@@ -11,6 +11,16 @@ from tmm.metrics import FloatArray, Reduction
 
 ROOT_NAME = "[root module]"
 
+VALUE_FAMILY = ""
+"""The family of values that a model records by name: their keys have no family."""
+
+FAMILIES = (
+    *("activation", "activation_difference", "activation_gradient"),
+    *("gradient", "gradient_before_clip", "update", "optimizer_state"),
+    *("parameter", "parameter_difference", "attention", "RCC", "step", "system"),
+)
+"""First words of keys that tmm makes itself."""
+
 
 @dataclass(frozen=True)
 class KeyInfo:
@@ -75,7 +85,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One reduction of one site; ``family`` is the first part of its keys."""
+    """One reduction of one site; ``family`` is the first part of its keys.
+
+    In ``VALUE_FAMILY`` the site's module is the key.
+    """
 
     family: str
     site: Site

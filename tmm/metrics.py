@@ -121,6 +121,7 @@ _AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "min": ("count", "minimum"),
     "max": ("count", "maximum"),
 }
+AGGREGATE_NAMES = tuple(_AGGREGATE_COLUMNS)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from tmm.layout import Event, StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
+from tmm.regions import Region
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
+from tmm.twin import Twin
 
 Value: TypeAlias = float | FloatArray
 OnError: TypeAlias = Literal["raise", "warn"]
@@ -54,7 +56,7 @@ class Monitor:
         self.current_step: int | None = None
         self._writer = writer
         self._on_error = on_error
-        self._twin: Forward | None = None
+        self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
@@ -62,8 +64,9 @@ class Monitor:
         self._events: list[Event] = []
         self._has_recorded = False
         self._failures = 0
+        self._missed_forward = False
 
-    def attach(self, twin: Forward, explain: Callable[[], str]) -> None:
+    def attach(self, twin: Twin, explain: Callable[[], str]) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them."""
         self._twin, self._explain = twin, explain
         self._save_explanation()
@@ -76,7 +79,7 @@ class Monitor:
 
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
-        return self.recording
+        return self.recording and self._open is not None and not self._open.failed
 
     def begin_step(self, step: int) -> bool:
         """Open ``step`` and tell whether it is monitored.
@@ -120,6 +123,8 @@ class Monitor:
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
+        if finished.monitored and not finished.ran_forward:
+            self._warn_of_missed_forward(finished.step)
         self._finished = finished
         finished.events, self._events = tuple(self._events), []
         if finished.is_on_host:
@@ -159,6 +164,8 @@ class Monitor:
     def no_monitor(self) -> Iterator[None]:
         """Do not measure forward passes in the block, such as those of an evaluation."""
         recording, self.recording = self.recording, False
+        if self._open is not None:
+            self._open.ran_forward = True  # or would not have been measured
         try:
             yield
         finally:
@@ -227,29 +234,31 @@ class Monitor:
         if self._open is not None and self.recording:
             self._open.add(binding, outputs)
 
-    def run_forward(self, plain: Forward, *args: Any, **kwargs: Any) -> Any:
+    def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
 
         A fault of the monitoring is raised until a first step has succeeded (unless
         ``on_error="warn"``). After that the user's own program runs in its place, from the same
         random state, and the step is dropped with a warning and an event in the run.
         """
-        collector = self._open
-        assert self._twin is not None
+        collector, twin = self._open, self._twin
+        assert twin is not None
         assert collector is not None
-        if collector.failed or self._failures >= _FAILURES_UNTIL_SILENT:
+        collector.ran_forward = True
+        if self._failures >= _FAILURES_UNTIL_SILENT:
             collector.failed = True
             return plain(*args, **kwargs)
         if not self._has_recorded and self._on_error == "raise":
-            return self._twin(*args, **kwargs)
+            return twin.run(region, *args, **kwargs)
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
         try:
-            return self._twin(*args, **kwargs)
+            return twin.run(region, *args, **kwargs)
         except Exception as error:
             if buffers.changed():
                 raise  # a forward pass that has begun to write cannot be repeated
             random_state.restore()
-            output = plain(*args, **kwargs)  # an error of the model itself is raised here
+            with self.no_monitor():
+                output = plain(*args, **kwargs)  # an error of the model itself is raised here
             self._give_up(collector, error)
             return output
 
@@ -260,13 +269,20 @@ class Monitor:
         recorded.
 
         Raises:
-            RuntimeError: if a step is open.
+            RuntimeError: if a step is open, or the model is a step function, which could change
+                more than that.
         """
         if self._open is not None:
             raise RuntimeError("prepare(): call it before begin_step, or after end_step")
         assert self._twin is not None
-        with unchanged(self.module):
-            self._twin(*args, **kwargs)
+        if self._twin.root.module is None:
+            raise RuntimeError("prepare(): a step function would train; its first step compiles")
+        self.recording = True  # of the parts, too
+        try:
+            with unchanged(self.module):
+                self._twin.repeat(self._twin.root, *args, **kwargs)
+        finally:
+            self.recording = False
 
     def close(self) -> None:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
@@ -295,6 +311,18 @@ class Monitor:
             warnings.warn(
                 f"monitoring failed on step {collector.step}, which is not recorded; the training"
                 f" goes on. {type(error).__name__}: {error}",
+                MonitoringWarning,
+                stacklevel=4,
+            )
+
+    def _warn_of_missed_forward(self, step: int) -> None:
+        if not self._missed_forward:
+            self._missed_forward = True
+            warnings.warn(
+                f"no forward pass of the instrumented model ran in the monitored step {step}, so"
+                " nothing of it was measured. Call the object that tmm.instrument gave back. If it"
+                " is called inside a function or module that is compiled itself, instrument that:"
+                " tmm.instrument(torch.compile(step), spec, module=model)",
                 MonitoringWarning,
                 stacklevel=4,
             )

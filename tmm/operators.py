@@ -1,6 +1,7 @@
 """The operators that rewritten graphs call: tensors in, rows of partial sums out.
 
-``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::pack`` joins rows.
+``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::pack`` joins rows,
+``tmm::copy`` keeps a whole tensor.
 They are opaque to the compiler: one kernel per dtype and set of columns, compiled once with
 dynamic shapes, serves every site of every graph, so that watching a module adds one node to a
 graph and next to nothing to its compile time. ``tap`` marks a module's output while Dynamo traces.
@@ -34,8 +35,14 @@ def tap(tensor: torch.Tensor, path: str) -> torch.Tensor:
     return tensor
 
 
-torch._dynamo.allow_in_graph(tap)
-torch.fx.node.has_side_effect(tap)  # its result is unused: dead-code elimination must keep it
+def tap_value(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Mark ``tensor`` as a value that the model records under ``name``; an identity."""
+    return tensor
+
+
+for _mark in (tap, tap_value):
+    torch._dynamo.allow_in_graph(_mark)
+    torch.fx.node.has_side_effect(_mark)  # unused results: dead-code elimination must keep them
 
 _library = torch.library.Library("tmm", "DEF")
 # The reductions do not care in which order elements lie, so no layout is forced on producers.
@@ -43,6 +50,7 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("summarize(Tensor x, str columns, bool compiled) -> Tensor", tags=_tags)
 _library.define("histogram(Tensor x) -> Tensor", tags=_tags)
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
+_library.define("copy(Tensor x) -> Tensor", tags=_tags)
 
 
 def why_unmeasurable(tensor: torch.Tensor) -> str | None:
@@ -52,6 +60,11 @@ def why_unmeasurable(tensor: torch.Tensor) -> str | None:
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"{str(tensor.dtype).removeprefix('torch.')} output"
+    return why_unreadable(tensor)
+
+
+def why_unreadable(tensor: torch.Tensor) -> str | None:
+    """Why the elements of a tensor of any dtype cannot be reduced; None if they can."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "inside torch.func.vmap"
     if tensor.layout not in (torch.strided, torch.jagged) or (
@@ -102,10 +115,19 @@ def _pack_shape(rows: list[torch.Tensor]) -> torch.Tensor:
     return rows[0].new_empty(sum(row.numel() for row in rows))
 
 
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _copy_shape(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
 for _name, _implementation, _shape in (
     ("summarize", _summarize, _summarize_shape),
     ("histogram", _histogram, _histogram_shape),
     ("pack", _pack, _pack_shape),
+    ("copy", _copy, _copy_shape),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tmm::{_name}", _shape, lib=_library)
@@ -113,6 +135,9 @@ for _name, _implementation, _shape in (
 summarize: Callable[[torch.Tensor, str, bool], torch.Tensor] = torch.ops.tmm.summarize.default
 histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
 pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
+# Unlike a clone, which Inductor takes for an alias of a graph's input even where that is
+# overwritten later in the graph.
+copy: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.copy.default
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:

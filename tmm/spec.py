@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 
 from tmm.metrics import (
+    AGGREGATE_NAMES,
     METRIC_NAMES,
     Aggregate,
     MetricFunction,
@@ -20,8 +21,6 @@ from tmm.metrics import (
 )
 
 StepPredicate: TypeAlias = Callable[[int], bool]
-
-_AGGREGATE_NAMES = ("mean", "sum", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,10 @@ def _rule(
                 f"{rule}: aggregate= does not apply to the built-in {metrics[0]!r}; give the"
                 " built-in metrics in a rule of their own"
             )
-        if not callable(aggregate) and aggregate not in _AGGREGATE_NAMES:
+        if not callable(aggregate) and aggregate not in AGGREGATE_NAMES:
             raise ValueError(
                 f"{rule}: aggregate={aggregate!r} is neither callable nor one of"
-                f" {', '.join(_AGGREGATE_NAMES)}"
+                f" {', '.join(AGGREGATE_NAMES)}"
             )
     if not trace and not functions:
         raise ValueError(f"{rule}: trace=False belongs to your own functions")
@@ -218,6 +217,14 @@ class Plan:
                 module_name, self.spec.matching(module_name), dtype.is_complex
             )
         return self._reductions[key]
+
+    def metrics(self, module_name: str) -> tuple[str, ...]:
+        """The names of the metrics of the module of that name."""
+        return tuple(
+            metric
+            for reduction in self.select(module_name, torch.float32)
+            for metric in reduction.metrics
+        )
 
     @property
     def matched(self) -> dict[Rule, tuple[str, ...]]:

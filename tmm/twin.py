@@ -1,4 +1,4 @@
-"""The monitored program of a model: traced from the same module, run on monitored steps."""
+"""The monitored program of a model: traced from the same modules, run on monitored steps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from typing import Any, Protocol
 
 import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
-from tmm.backend import OUTSIDE, MeasuredGraph, MeasuringBackend, Scope
+from tmm.attribution import Attribution
+from tmm.backend import MeasuredGraph, MeasuringBackend, Scope
+from tmm.breaks import GraphBreaks
 from tmm.compile_settings import CompileSettings, compile_separately
-from tmm.layout import Measurement, Site
-from tmm.metrics import Reduction
-from tmm.naming import display_name, relative_names
-from tmm.operators import why_unmeasurable
-from tmm.outputs import mark_nothing, mark_outputs, tensors_in
-from tmm.runtime.binding import Binding, KeyRegistry, single_row
+from tmm.layout import VALUE_FAMILY, Measurement, Site
+from tmm.metrics import Aggregate, Reduction
+from tmm.outputs import mark_nothing, mark_outputs
+from tmm.passes.trace_function import MetricFunctionError
+from tmm.regions import COMPILED_CALL, Region
+from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
+from tmm.trace import TraceFolder
+from tmm.values import RecordedValues, RecordError
 
 _HOOK_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
 
-_HOOK_DICTS = ("._forward_hooks", "._forward_pre_hooks")
+# What exists only while tracing, or only between graphs: no guard may depend on it.
+_UNGUARDED = ("._forward_hooks", "._forward_pre_hooks", f".{COMPILED_CALL}")
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
@@ -38,43 +44,112 @@ class Recorder(Protocol):
         """Take the extra outputs of one call of a graph."""
 
 
-def _traced(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
+def running_twin() -> Twin | None:
+    """The twin whose forward pass is running in this context."""
+    return _running.get()
 
 
 class Twin:
-    """Runs a module with its measurements.
+    """Runs a model with its measurements.
 
-    While Dynamo traces, every module carries a hook that marks its outputs in the graph. While the
-    program runs, modules that no graph holds (after graph breaks) carry hooks that measure them
-    eagerly and tell which module the running frame belongs to. Outside of both, no hook exists.
+    ``root`` is what the user calls; ``regions`` are the parts of it that are compiled on their
+    own. Regions of one class with equal settings share one program, hence its graphs.
+
+    While Dynamo traces, every module carries a hook that marks its outputs in the graph. While
+    the program runs, every module carries hooks that measure it where no graph holds it, and tell
+    which module the running frame belongs to. Outside of both, no hook exists.
     """
 
     def __init__(
-        self, module: torch.nn.Module, plan: Plan, settings: CompileSettings, recorder: Recorder
+        self,
+        root: Region,
+        regions: Sequence[Region],
+        module: torch.nn.Module,
+        plan: Plan,
+        recorder: Recorder,
+        trace: TraceFolder | None = None,
     ) -> None:
+        self.root = root
+        self.regions = tuple(regions)
         self.module = module
         self.plan = plan
         self.recorder = recorder
-        self.backend = MeasuringBackend(self, settings)
-        self.names = relative_names(module)
-        self.eager_modules: set[torch.nn.Module] = set()
-        self.unmeasured: dict[str, str] = {}
-        self._program = compile_separately(_traced, settings, self.backend, _keep_guards)
-        self._tracing = False
+        self.trace = trace
+        self.attribution = Attribution(module, plan, recorder.registry)
+        self.values = RecordedValues()
+        self.breaks = GraphBreaks()
+        self.graphs: list[MeasuredGraph] = []
+        self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
+        self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
         self._frames: list[torch.nn.Module] = []
-        self._eager_bindings: dict[tuple[Site, Reduction], Binding] = {}
-        self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
+        self._entering: torch.nn.Module | None = None
+        self._tracing = False
+        self._discarding = False
+        self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's forward, measured."""
+    # Running
+
+    def run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Run a region, measured."""
+        if self.is_running():
+            return self._run(region, *args, **kwargs)
         with self._hooked():
-            return self._program(self.module, *args, **kwargs)
+            return self._run(region, *args, **kwargs)
+
+    def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Run a region as in a monitored step, but measure nothing."""
+        discarding, self._discarding = self._discarding, True
+        try:
+            return self.run(region, *args, **kwargs)
+        finally:
+            self._discarding = discarding
+
+    def is_running(self) -> bool:
+        """Whether a forward pass of this twin is under way in this context."""
+        return _running.get() is self
+
+    def is_entering(self, region: Region) -> bool:
+        """Whether the program of ``region`` has just called its module: once only."""
+        entering = region.module is not None and self._entering is region.module
+        if entering:
+            self._entering = None
+        return entering
+
+    def _run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        module = region.module
+        depth, entering = len(self._frames), self._entering
+        self._frames.append(self.module if module is None else module)
+        try:
+            if region.settings is None:
+                call = region.callee if module is None else module._call_impl
+                return call(*args, **kwargs)
+            self._entering = module
+            return self._program(region)(region.callee, *args, **kwargs)
+        except (BackendCompilerFailed, InternalTorchDynamoError) as error:
+            if (fault := _fault_of_the_user(error)) is not None:
+                raise fault from None
+            raise
+        finally:
+            self.breaks.note(self._frames[depth])
+            del self._frames[depth:]
+            self._entering = entering
+
+    def _program(self, region: Region) -> Callable[..., Any]:
+        settings = region.settings
+        assert settings is not None
+        for kind, known, program in self._programs:
+            if kind is type(region.callee) and known == settings:
+                return program
+        backend = MeasuringBackend(self, settings)
+        program = compile_separately(_traced, settings, backend, _keep_guards)
+        self._programs.append((type(region.callee), settings, program))
+        return program
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         outer = _running.set(self)
         frames, self._frames = self._frames, [self.module]
+        self.breaks.skip()
         self._hook_eagerly()
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
@@ -87,32 +162,61 @@ class Twin:
             self._frames = frames
             _running.reset(outer)
 
+    # Tracing
+
     def _start_tracing(self, compilation: CallbackArgs) -> None:
-        if compilation.callback_trigger is CallbackTrigger.DYNAMO and _running.get() is self:
+        if compilation.callback_trigger is CallbackTrigger.DYNAMO and self.is_running():
             self._tracing = True
             self._unhook()  # of the modules known so far: there may be others now
-            self.names = relative_names(self.module)
-            for module in self.names:
+            self.attribution.refresh()
+            for module in self.attribution.names:
                 module._forward_hooks[_HOOK_KEY] = mark_outputs
                 if module._forward_pre_hooks:
                     # The user's hooks are guarded on, with the length of the dict that holds them.
                     module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
+                if (call := module.__dict__.get(COMPILED_CALL)) is not None:
+                    # A part that is compiled on its own is traced like any other.
+                    self._hidden_calls.append((module, call))
+                    module.__dict__[COMPILED_CALL] = None
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
-        if self._tracing and _running.get() is self:
+        if self._tracing and self.is_running():
             self._tracing = False
+            self.breaks.note(self._frames[-1])
             self._hook_eagerly()
+
+    def scope(self) -> Scope:
+        """The scope of the frame that Dynamo is compiling now."""
+        if not self._tracing:
+            raise RuntimeError(
+                "a graph was traced while another thread was compiling, so that its modules could"
+                " not be marked"
+            )
+        return self.attribution.scope(self._frames[-1], self.values.reductions)
+
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        self.attribution.leave_out(owner, unmeasured)
+
+    # Hooks
 
     def _hook_eagerly(self) -> None:
         # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
-        for module in self.names:
+        self._show_calls()
+        for module in self.attribution.names:
             module._forward_pre_hooks[_HOOK_KEY] = self._enter_module
             module._forward_hooks[_HOOK_KEY] = self._leave_module
 
     def _unhook(self) -> None:
-        for module in self.names:
+        self._show_calls()
+        for module in self.attribution.names:
             module._forward_pre_hooks.pop(_HOOK_KEY, None)
             module._forward_hooks.pop(_HOOK_KEY, None)
+
+    def _show_calls(self) -> None:
+        while self._hidden_calls:
+            module, call = self._hidden_calls.pop()
+            module.__dict__[COMPILED_CALL] = call
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _enter_module(self, module: torch.nn.Module, arguments: object) -> None:
@@ -123,128 +227,53 @@ class Twin:
         if module in self._frames[1:]:
             while self._frames.pop() is not module:
                 pass  # a module that was left by an exception is still on the stack
-        self.eager_modules.add(module)
-        name = display_name(self.names[module])
-        for path, tensor in tensors_in(output):
-            self._measure_eagerly(Site(name, path), tensor.detach())
+        self.eager_modules[module] = self._frames[-1]
+        for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+            self._add_eagerly(binding, tensor, reduction)
 
-    def _measure_eagerly(self, site: Site, tensor: torch.Tensor) -> None:
-        reductions = self.plan.select(site.module, tensor.dtype)
-        if reductions and (reason := why_unmeasurable(tensor)):
-            self.unmeasured[site.module + site.path] = reason
-            return
-        values = tensor.values() if tensor.is_nested else tensor
-        for reduction in reductions:
-            key = (site, reduction)
-            if key not in self._eager_bindings:
-                layout = single_row(Measurement("activation", site, reduction))
-                self._eager_bindings[key] = self.recorder.registry.bind(layout, _site_key)
-            self.recorder.add(self._eager_bindings[key], [reduce_eagerly(values, reduction)])
-
-    def scope(self) -> Scope:
-        """The scope of the frame that Dynamo is compiling now."""
-        if not self._tracing:
-            raise RuntimeError(
-                "a graph was traced while another thread was compiling, so that its modules could"
-                " not be marked"
-            )
-        owner = self._frames[-1]
-        modules = {id(module): OUTSIDE + name for module, name in self.names.items()}
-        modules |= {id(module): name for module, name in relative_names(owner).items()}
-        # Equal modules may come to share the graph: it measures what any of them asks for.
-        peers = [module for module in self.names if type(module) is type(owner)]
-        resolvers = [self._resolver(peer) for peer in peers]
-
-        def select(relative: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
-            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
-            selected = [r for name in names for r in self.plan.select(name, dtype)]
-            return tuple(dict.fromkeys(selected))
-
-        return Scope(owner, modules, select)
-
-    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
-        """Remember which sites of a frame of ``owner`` have no rows, and why."""
-        resolve = self._resolver(owner)
-        for site, reason in unmeasured:
-            self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
+    # Measuring
 
     def collect(
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
-        """Credit the rows of one call of ``graph`` to the module whose frame is running."""
-        owner = self._owner(graph, inputs)
-        if owner is None:
-            self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
-            return
-        key = (id(graph), owner)
-        if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, owner)
-        binding = self._bindings[key]
-        if binding is not None:
+        """Take the rows of one call of ``graph``."""
+        binding = self.attribution.bind(graph, inputs, self._frames)
+        if binding is not None and not self._discarding:
             self.recorder.add(binding, extra)
 
-    def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
-        """From names relative to ``owner`` to those in keys: a shared module has its first name."""
-        modules = {name: module for module, name in relative_names(owner).items()}
+    def declare_value(self, name: str, value_type: type, aggregate: Aggregate) -> None:
+        """Know of a value that the model records; see ``RecordedValues.declare``."""
+        self.values.declare(name, value_type, aggregate)
 
-        def resolve(name: str) -> str | None:
-            if name.startswith(OUTSIDE):
-                return display_name(name.removeprefix(OUTSIDE))
-            module = modules.get(name)
-            return None if module not in self.names else display_name(self.names[module])
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a declared value outside of graphs."""
+        reduction = self.values.reductions[name]
+        binding = self.attribution.bind_eagerly(Measurement(VALUE_FAMILY, Site(name), reduction))
+        self._add_eagerly(binding, tensor.detach(), reduction)
 
-        return resolve
-
-    def _owner(self, graph: MeasuredGraph, inputs: Sequence[object]) -> torch.nn.Module | None:
-        """The module whose frame is running: the innermost called one, as parameters confirm."""
-        owner = self._frames[-1]
-        if graph.witness is None or owner is graph.owner is self.module:
-            return owner
-        parameter = inputs[graph.witness.input]
-        for candidate in (owner, *reversed(self._frames), *self.names):
-            if (
-                type(candidate) is type(graph.owner)
-                and _parameter(candidate, graph.witness.parameter) is parameter
-            ):
-                return candidate
-        return owner if owner is graph.owner else None
-
-    def _bind(self, graph: MeasuredGraph, owner: torch.nn.Module) -> Binding | None:
-        if type(owner) is not type(graph.owner):
-            self.unmeasured[display_name(self.names.get(owner, type(owner).__name__))] = (
-                f"ran a graph of a {type(graph.owner).__name__}"
-            )
-            return None
-        absolute = self._resolver(owner)
-
-        def resolve(measurement: Measurement) -> str | None:
-            name = absolute(measurement.site.module)
-            if name is None or (graph.outside(measurement) and owner is not graph.owner):
-                return None
-            wanted = [*self.plan.select(name, torch.float32)]
-            wanted += self.plan.select(name, torch.complex64)
-            return name + measurement.site.path if measurement.reduction in wanted else None
-
-        self.leave_out(owner, graph.layout.unmeasured)
-        return self.recorder.registry.bind(graph.layout, resolve)
+    def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
+        if not self._discarding:
+            self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
 
 
-def _site_key(measurement: Measurement) -> str:
-    return measurement.site.module + measurement.site.path
+def _fault_of_the_user(error: BaseException | None) -> Exception | None:
+    """The message for the user that Dynamo wrapped in an error of its own, if it did."""
+    while error is not None:
+        if isinstance(error, (RecordError, MetricFunctionError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
-    try:
-        return module.get_parameter(name)
-    except AttributeError:
-        return None
+def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return callee(*args, **kwargs)
 
 
 def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
-    """Drop the guards on hooks: ours are there while tracing and gone when the guard is checked."""
-    return [not (_is_hook_guard(entry)) for entry in entries]
+    return [not _depends_on_us(entry) for entry in entries]
 
 
-def _is_hook_guard(entry: GuardFilterEntry) -> bool:
+def _depends_on_us(entry: GuardFilterEntry) -> bool:
     ours = entry.value is mark_outputs or entry.value is mark_nothing
-    return ours or entry.name.endswith(_HOOK_DICTS)
+    return ours or entry.name.endswith(_UNGUARDED)

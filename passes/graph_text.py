@@ -1,0 +1,163 @@
+"""A graph as text: one line per node, and as Python that runs by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _custom_builtins
+
+from tmm.layout import Site
+from tmm.operators import tap, tap_value
+from tmm.passes.nesting import nested_calls
+from tmm.passes.origin import pass_of, sites_of
+
+_CONSTANT_LIMIT = 4096  # elements of a constant that are written out
+
+
+@dataclass(frozen=True)
+class NodeLine:
+    """A node as a reader sees it.
+
+    ``module`` is the module that the traced node belongs to, ``inserted_by`` the pass that
+    inserted the node (empty for the traced program's own) and ``measures`` what for.
+    """
+
+    text: str
+    module: str = ""
+    inserted_by: str = ""
+    measures: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.inserted_by:
+            return self.text
+        measures = f": {', '.join(self.measures)}" if self.measures else ""
+        return f"{self.text}  # {self.inserted_by}{measures}"
+
+
+def node_lines(
+    module: GraphModule,
+    names: Mapping[int, str] | None = None,
+    *,
+    taps: bool = False,
+    indent: str = "",
+) -> list[NodeLine]:
+    """One line per node, nested graphs indented below their call.
+
+    ``names`` gives the name of each module by its ``id``. Taps are left out unless asked for:
+    they are marks, not computation.
+    """
+    bodies: dict[Node, list[GraphModule]] = {}
+    for call, body in nested_calls(module):
+        bodies.setdefault(call, []).append(body)
+    lines = []
+    for node in module.graph.nodes:
+        if not taps and node.op == "call_function" and node.target in (tap, tap_value):
+            continue
+        lines.append(_line(node, names or {}, indent))
+        for body in bodies.get(node, ()):
+            lines += node_lines(body, names, taps=taps, indent=indent + "    ")
+    return lines
+
+
+def runnable_code(module: GraphModule) -> str:
+    """Python source that defines ``graph``, a module that computes what ``module`` does.
+
+    Constants of more than 4096 elements are left for the reader to fill in.
+    """
+    imports = {"import torch", "import tmm"}
+    classes = "\n\n\n".join(_classes(module, "Graph", imports))
+    return "\n".join(sorted(imports)) + f"\n\n\n{classes}\n\n\ngraph = Graph()\n"
+
+
+def _line(node: Node, names: Mapping[int, str], indent: str) -> NodeLine:
+    arguments = ", ".join(
+        [_argument(argument) for argument in node.args]
+        + [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+    )
+    result = f"%{node.name}{_type(node.meta.get('example_value'))} = "
+    if node.op == "output":
+        text = f"return {_argument(node.args[0])}"
+    elif node.op == "placeholder":
+        text = f"{result}input"
+    elif node.op == "get_attr":
+        text = f"{result}self.{node.target}"
+    elif node.op == "call_method":
+        text = f"{result}.{node.target}({arguments})"
+    else:
+        text = f"{result}{node._pretty_print_target(node.target)}({arguments})"
+    measures = dict.fromkeys(site_label(family, site) for family, site in sites_of(node))
+    return NodeLine(indent + text, _module(node, names), pass_of(node) or "", tuple(measures))
+
+
+def _argument(value: object) -> str:
+    if isinstance(value, Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(map(_argument, value))
+        if isinstance(value, list):
+            return f"[{items}]"
+        return f"({items},)" if len(value) == 1 else f"({items})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_argument(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _type(example: object) -> str:
+    if isinstance(example, torch.Tensor):
+        dtype = str(example.dtype).removeprefix("torch.")
+        return f": {dtype}[{', '.join(map(str, example.shape))}]"
+    return ""
+
+
+def _module(node: Node, names: Mapping[int, str]) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    name = names.get(int(next(reversed(stack)).partition("@")[0]), "")
+    return name.removeprefix("//") or "[this module]"
+
+
+def site_label(family: str, site: Site) -> str:
+    """A site as a reader knows it, relative to the module whose frame was traced."""
+    name = site.module.removeprefix("//") + site.path
+    return f"{family}/{name or '[this module]'}" if family else f"record {name!r}"
+
+
+def _classes(module: GraphModule, name: str, imports: set[str]) -> Iterator[str]:
+    fields = []
+    for node in module.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        value = getattr(module, target)
+        if isinstance(value, GraphModule):
+            yield from _classes(value, f"{name}_{target}", imports)
+            # Higher-order operators take graphs only.
+            fields.append(f"        self.{target} = torch.fx.symbolic_trace({name}_{target}())")
+        else:
+            fields.append(f"        self.{target} = {_constant(value)}")
+    lines = [f"class {name}(torch.nn.Module):"]
+    if fields:
+        lines += ["    def __init__(self):", "        super().__init__()"]
+        lines += [*dict.fromkeys(fields), ""]
+    lines += ["    " + line if line.strip() else "" for line in _forward(module.graph, imports)]
+    yield "\n".join(lines)
+
+
+def _forward(graph: Graph, imports: set[str]) -> list[str]:
+    code = graph.python_code("self")
+    for name, value in code.globals.items():
+        if name in _custom_builtins:
+            imports.add(_custom_builtins[name].import_str)
+        elif name not in ("torch", "tmm"):
+            imports.add(f"from {value.__module__} import {value.__qualname__} as {name}")
+    return code.src.strip().splitlines()
+
+
+def _constant(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"None  # a {type(value).__name__} of the traced program"
+    if value.numel() > _CONSTANT_LIMIT:
+        return f"None  # fill in: {value.dtype}, shape {tuple(value.shape)}"
+    return f"torch.tensor({value.tolist()}, dtype={value.dtype})"

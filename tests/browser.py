@@ -1,0 +1,55 @@
+"""A real browser for what tmm writes as pages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+
+REQUIRED = "TMM_REQUIRE_BROWSER"
+"""Environment variable: with it, a missing browser fails the tests that need one."""
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@contextmanager
+def open_browser() -> Iterator[Chrome]:
+    """A headless Chromium; without one the test is skipped, or fails where one is required."""
+    browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        missing = "chromium" if browser is None else "chromedriver"
+        reason = f"{missing} is not installed (Debian: apt-get install chromium chromium-driver)"
+        if os.environ.get(REQUIRED):
+            pytest.fail(f"{reason}, and {REQUIRED} is set")
+        pytest.skip(reason)
+    options = ChromeOptions()
+    options.binary_location = browser
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = Chrome(options=options, service=Service(driver))
+    try:
+        chrome.set_window_size(1400, 1000)
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+def errors(chrome: Chrome) -> list[str]:
+    """What the page's console has reported as an error since the last call."""
+    entries = chrome.get_log("browser")  # type: ignore[no-untyped-call]
+    return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+
+def show_as(chrome: Chrome, scheme: str, width: int, height: int) -> None:
+    """Show pages in a ``"light"`` or ``"dark"`` scheme, in a window of that many pixels."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

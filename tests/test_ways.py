@@ -1,0 +1,321 @@
+"""Each way of compiling a model gives the rows that eager hooks see, for many architectures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tmm
+from tests.eager_hooks import (
+    Call,
+    assert_agrees,
+    disagreements,
+    record_calls,
+    run_calls,
+    tolerance,
+    walk,
+)
+from tests.model_zoo import (
+    BREAKING,
+    CASES,
+    PAUSES,
+    Batch,
+    Block,
+    Case,
+    Checkpointed,
+    InPlace,
+    Pause,
+    convolutional,
+    noise,
+    tokens,
+)
+from tests.model_zoo import WAYS as CHECKPOINTING
+from tests.truth_table import PROPERTY, Line
+from tests.ways import WAYS, Callee, Counting, NoBlocksError, Way, call, graph_breaks
+
+METRICS = ("mean", "rms", "absmax", "zero_fraction")
+STEPS = 2
+BACKEND = "aot_eager"
+
+RecordProperty = Callable[[str, object], None]
+
+
+def row_norms(x: torch.Tensor) -> torch.Tensor:
+    return x.norm(dim=-1)
+
+
+def spec() -> tmm.Spec:
+    return tmm.Spec(tmm.activation(*METRICS), tmm.activation(row_norms=row_norms))
+
+
+def another(batch: Batch) -> Batch:
+    """Other values of the same shapes: what is left from the first call shows."""
+    known: dict[int, torch.Tensor] = {}  # one tensor under two names remains one: it is guarded on
+
+    def changed(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        other = value * -1.5 + 0.1 if value.is_floating_point() else value.roll(1, -1)
+        return known.setdefault(id(value), other)
+
+    return {name: changed(value) for name, value in batch.items()}
+
+
+def build(case: Case) -> nn.Module:
+    module = case.build()
+    if getattr(module, "loss_type", "") is None:
+        module.loss_type = "ForCausalLM"  # the default, but a warning of it breaks the graph
+    return module
+
+
+def calls_of(case: Case, outputs: list[object] | None = None) -> list[Call]:
+    """Two micro-batches; what the model returns for them is added to ``outputs``."""
+
+    def run(batch: Batch, model: Callee) -> object:
+        output = call(model, batch)
+        if outputs is not None:
+            outputs.append(output)
+        return output
+
+    first = case.batch()
+    return [partial(run, first), partial(run, another(first))]
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:120]
+
+
+class NotAccepted(Exception):  # noqa: N818 - says what torch.compile did, not that tmm failed
+    """Plain torch.compile does not run this model in this way."""
+
+
+def count_plain_graphs(case: Case, module: nn.Module, way: Way) -> tuple[int, int]:
+    """Graphs and graph breaks of the program without monitoring.
+
+    Its graphs stay cached while the twin compiles, as they do in a training.
+    """
+    backend = Counting(BACKEND)
+    before = graph_breaks()
+    try:
+        run_calls(way.apply(copy.deepcopy(module), backend), calls_of(case))
+    except Exception as error:
+        raise NotAccepted(first_line(error)) from error
+    return backend.graphs, graph_breaks() - before
+
+
+def compare(case: Case, way: Way, record_property: RecordProperty) -> None:
+    """Run steps of two micro-batches, against eager hooks on a copy; hand over a line of it."""
+    module = build(case)
+    reference = copy.deepcopy(module)
+    put = partial(Line, case.name, way.name)
+    plain, breaks = 0, 0
+    try:
+        if way.compiled:
+            plain, breaks = count_plain_graphs(case, module, way)
+    except NotAccepted as reason:
+        refusal = "no blocks" if isinstance(reason.__cause__, NoBlocksError) else None
+        result = refusal or f"not accepted by torch.compile: {reason}"
+        record_property(PROPERTY, put(result=result).handed_over())
+        pytest.skip(result)
+
+    model = way.instrument(module, BACKEND, spec())
+    monitor = tmm.monitor(model)
+    rows, faults = 0, []
+    for step in range(STEPS):
+        got_outputs: list[object] = []
+        want_outputs: list[object] = []
+        with monitor.step(step):
+            run_calls(model, calls_of(case, got_outputs), seed=step)
+        recording = record_calls(reference, calls_of(case, want_outputs), seed=step)
+        want = recording.expected(METRICS, row_norms=row_norms)
+        rows += len(want)
+        faults += disagreements(monitor.get_step_metrics(), want, tolerance(BACKEND))
+        if not way.compiled:
+            faults += not_equal(got_outputs, want_outputs)
+            faults += other_gradients(module, reference)
+        unmeasured = tmm.explain(model).unmeasured
+        faults += [f"unmeasured: {name}" for name in set(unmeasured) ^ recording.integers]
+
+    explanation = tmm.explain(model)
+    twin = len(explanation.graphs)
+    shown = f"{plain}/{twin}" if way.compiled else f"-/{twin}"
+    if breaks:
+        shown += f" ({breaks} breaks)"
+    elif way.compiled and twin > plain and not leaves_parts_alone(model):
+        faults.append(f"{twin} graphs of the twin, {plain} of the plain program")
+    eager = f"{len(explanation.eager)} of {len(explanation.modules)}"
+    result = f"{len(faults)} FAULTS" if faults else "agrees"
+    record_property(PROPERTY, put(rows, shown, eager, result).handed_over())
+    assert not faults, f"{len(faults)} faults in {rows} rows:\n" + "\n".join(faults[:12])
+    assert rows
+
+
+def leaves_parts_alone(model: Callee) -> bool:
+    """Whether a module that torch itself defines was compiled in place: Dynamo never traces it.
+
+    The plain program runs it eagerly then, without a graph.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(
+        module._compiled_call_impl is not None and type(module).__module__.startswith("torch.nn.")
+        for module in modules
+    )
+
+
+def not_equal(got: Sequence[object], want: Sequence[object]) -> list[str]:
+    """Outputs that differ in a single bit."""
+    pairs = [list(walk(list(outputs))) for outputs in (got, want)]
+    assert [path for path, _ in pairs[0]] == [path for path, _ in pairs[1]]
+    return [
+        f"output{path} is not that of the plain program"
+        for (path, ours), (_, theirs) in zip(*pairs, strict=True)
+        if not torch.equal(ours, theirs)
+    ]
+
+
+def other_gradients(got: nn.Module, want: nn.Module) -> list[str]:
+    """Parameters whose gradients differ in a single bit."""
+    pairs = zip(got.named_parameters(), want.parameters(), strict=True)
+    equal = {
+        name: theirs.grad is None if ours.grad is None else torch.equal(ours.grad, theirs.grad)
+        for (name, ours), theirs in pairs
+    }
+    return [
+        f"gradient of {name} is not that of the plain program" for name in equal if not equal[name]
+    ]
+
+
+def handwritten() -> Iterator[Case]:
+    for name, build in BREAKING.items():
+        for pause in ("graph_break", "item"):
+            make = partial(build, PAUSES[pause])
+            yield Case(f"{name} ({pause})", make, lambda: {"x": noise(12, 8)})
+    yield Case("convolutional", convolutional, lambda: {"input": noise(2, 3, 10, 10)})
+    yield Case("in place", InPlace, lambda: {"x": noise(12, 8)})
+    for way in (*CHECKPOINTING, "none"):
+        yield Case(f"checkpointed ({way})", partial(Checkpointed, way), lambda: {"ids": tokens()})
+
+
+HANDWRITTEN = {case.name: case for case in handwritten()}
+
+# Of each kind of architecture; all others are compared under one way each, by turns.
+THOROUGH = (
+    *("Sequential", "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"),
+    *("Gemma2ForCausalLM", "MistralForCausalLM", "PhiForCausalLM", "GPTNeoXForCausalLM"),
+    *("OPTForCausalLM", "BloomForCausalLM"),
+    *("BertForMaskedLM", "AlbertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"),
+    *("DebertaV2ForMaskedLM", "T5ForConditionalGeneration", "BartForConditionalGeneration"),
+    *("MixtralForCausalLM", "Qwen2MoeForCausalLM"),
+    *("MambaForCausalLM", "Mamba2ForCausalLM"),
+    *("ViTForImageClassification", "ResNetForImageClassification", "SwinForImageClassification"),
+    *("ConvNextForImageClassification", "Dinov2ForImageClassification"),
+    *("SegformerForImageClassification", "ViTMAEForPreTraining"),
+    *("WhisperForConditionalGeneration", "Wav2Vec2ForCTC", "CLIPModel"),
+)
+ALWAYS = ("Sequential", "convolutional", "blocks (graph_break)", "GPT2LMHeadModel")
+ONCE = {
+    "LlamaForCausalLM": "blocks in place",
+    "BertForMaskedLM": "in place",
+    "ViTForImageClassification": "compiled step",
+    "checkpointed (each)": "blocks in place",
+    "tied (graph_break)": "blocks wrapped",
+    "in place": "not compiled",
+}
+
+
+def combinations() -> list[Any]:
+    parameters = []
+    for index, (name, case) in enumerate({**CASES, **HANDWRITTEN}.items()):
+        ways = list(WAYS)
+        if name not in THOROUGH and name not in HANDWRITTEN:
+            ways = [ways[index % len(ways)]]
+        for way in ways:
+            fast = name in ALWAYS or ONCE.get(name) == way
+            marks = () if fast else (pytest.mark.slow,)
+            identity = f"{name}-{way}".replace(" ", "_")
+            parameters.append(pytest.param(case, WAYS[way], marks=marks, id=identity))
+    return parameters
+
+
+@pytest.mark.parametrize(("case", "way"), combinations())
+def test_every_way_agrees_with_eager_hooks(
+    case: Case, way: Way, record_property: RecordProperty
+) -> None:
+    compare(case, way, record_property)
+
+
+class Shuffled(nn.Module):
+    """Runs its blocks in the order that it is told; their weights are of different scales."""
+
+    def __init__(self, count: int, pause: Pause) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(10 ** (i / count), pause) for i in range(count))
+
+    def forward(self, x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+        for index in order:
+            x, _ = self.blocks[index](x)
+        return x
+
+
+def orders(count: int) -> list[list[int]]:
+    """All blocks in another order for each call, and lastly some of them, one of these twice."""
+    generator = torch.Generator().manual_seed(count)
+    shuffled = [torch.randperm(count, generator=generator).tolist() for _ in range(6)]
+    return [*shuffled, [*range(0, count, 2), 0], [count - 1]]
+
+
+def graphs_of_shuffled(way: Way, count: int, pause: Pause) -> int:
+    """Compare four steps with eager hooks; how many graphs the twin came to have."""
+    torch._dynamo.reset()
+    module = Shuffled(count, pause)
+    reference = copy.deepcopy(module)
+    model = way.instrument(module, BACKEND, spec())
+    monitor = tmm.monitor(model)
+    batches = [{"x": noise(6, 8, seed=s), "order": order} for s, order in enumerate(orders(count))]
+    for step in range(4):
+        calls = [partial(call_with, batch) for batch in batches[2 * step : 2 * step + 2]]
+        with monitor.step(step):
+            run_calls(model, calls, seed=step)
+        want = record_calls(reference, calls, seed=step).expected(METRICS, row_norms=row_norms)
+        assert_agrees(monitor.get_step_metrics(), want, tolerance(BACKEND))
+        # Were rows exchanged between blocks, it would show: no two of them are alike.
+        for kind in ("[0]", ".fc", ".act", ".norm"):
+            keys = [f"activation/blocks.{i}{kind}/rms" for i in range(count)]
+            values = [want[key].value for key in keys if key in want]
+            assert len(set(values)) == len(values)
+    assert not tmm.explain(model).unmeasured
+    return len(tmm.explain(model).graphs)
+
+
+def call_with(batch: Batch, callee: Callee) -> object:
+    return call(callee, batch)
+
+
+def keep_going(x: torch.Tensor) -> None:
+    """No break at all."""
+
+
+@pytest.mark.parametrize("way", ["blocks in place", "blocks wrapped"])
+def test_blocks_that_share_graphs_keep_their_own_rows(way: str) -> None:
+    assert graphs_of_shuffled(WAYS[way], 12, keep_going) <= 3
+
+
+@pytest.mark.parametrize("pause", ["graph_break", pytest.param("item", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["blocks in place", "blocks wrapped"])
+def test_blocks_that_break_their_graphs_keep_their_own_rows(way: str, pause: str) -> None:
+    # The parts between the breaks are graphs of their own, and are shared as well.
+    few = graphs_of_shuffled(WAYS[way], 2, PAUSES[pause])
+    assert graphs_of_shuffled(WAYS[way], 12, PAUSES[pause]) == few
+
+
+@pytest.mark.parametrize("way", ["blocks in place", "blocks wrapped"])
+def test_more_blocks_need_no_more_graphs(way: str) -> None:
+    few = graphs_of_shuffled(WAYS[way], 2, keep_going)
+    assert graphs_of_shuffled(WAYS[way], 48, keep_going) == few <= 3

@@ -1,0 +1,180 @@
+"""Which module a measured row belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from tmm.backend import OUTSIDE, MeasuredGraph, Scope
+from tmm.layout import VALUE_FAMILY, Measurement, Site
+from tmm.metrics import Reduction
+from tmm.naming import display_name, relative_names
+from tmm.operators import why_unmeasurable
+from tmm.outputs import tensors_in
+from tmm.runtime.binding import Binding, KeyRegistry, single_row
+from tmm.spec import Plan
+
+Frames = Sequence[torch.nn.Module]
+"""The modules whose forward is running, the innermost last."""
+
+
+class Attribution:
+    """Names the rows of graphs and of eager calls, for the modules of one model.
+
+    A graph may serve several equal modules. Its rows are credited when it runs: to the module
+    whose frame is running, as a parameter among the graph's inputs confirms.
+
+    ``rows`` are all measurements so far, with names as in keys; ``unmeasured`` are the sites that
+    were asked for and have none, with the reason.
+    """
+
+    def __init__(self, root: torch.nn.Module, plan: Plan, registry: KeyRegistry) -> None:
+        self.root = root
+        self.plan = plan
+        self.names = relative_names(root)
+        self.unmeasured: dict[str, str] = {}
+        self._registry = registry
+        self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
+        self._eager: dict[Measurement, Binding] = {}
+        self.rows: set[Measurement] = set()
+        self._measured: dict[str, dict[str, None]] = {}
+
+    def refresh(self) -> None:
+        """Learn of modules that were added to the model."""
+        self.names = relative_names(self.root)
+
+    def name(self, module: torch.nn.Module) -> str:
+        """The name of a module in keys; its type for one that is not part of the model."""
+        return display_name(self.names.get(module, type(module).__name__))
+
+    def how_measured(self, module: torch.nn.Module) -> str:
+        """Where the rows of a module came from so far: graph, eager, or both."""
+        return " and ".join(self._measured.get(self.name(module), ()))
+
+    # Graphs
+
+    def scope(self, owner: torch.nn.Module, values: Mapping[str, Reduction]) -> Scope:
+        """The scope of a frame of ``owner`` that is being compiled."""
+        modules = {id(module): OUTSIDE + name for module, name in self.names.items()}
+        modules |= {id(module): name for module, name in relative_names(owner).items()}
+        # Equal modules may come to share the graph: it measures what any of them asks for.
+        peers = [module for module in self.names if type(module) is type(owner)]
+        resolvers = [self._resolver(peer) for peer in peers]
+
+        def select(relative: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
+            selected = [r for name in names for r in self.plan.select(name, dtype)]
+            return tuple(dict.fromkeys(selected))
+
+        return Scope(owner, self.name(owner), modules, select, values)
+
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        resolve = self._resolver(owner)
+        for site, reason in unmeasured:
+            self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
+
+    def bind(
+        self, graph: MeasuredGraph, inputs: Sequence[object], frames: Frames
+    ) -> Binding | None:
+        """The rows of a call of ``graph``, named; None if it is not known which module ran it."""
+        owner = self._owner(graph, inputs, frames)
+        if owner is None:
+            self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
+            return None
+        key = (id(graph), owner)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(graph, owner)
+        return self._bindings[key]
+
+    def _owner(
+        self, graph: MeasuredGraph, inputs: Sequence[object], frames: Frames
+    ) -> torch.nn.Module | None:
+        owner = frames[-1]
+        if graph.witness is None or owner is graph.owner is self.root:
+            return owner
+        parameter = inputs[graph.witness.input]
+        for candidate in (owner, *reversed(frames), *self.names):
+            if (
+                type(candidate) is type(graph.owner)
+                and _parameter(candidate, graph.witness.parameter) is parameter
+            ):
+                return candidate
+        return owner if owner is graph.owner else None
+
+    def _bind(self, graph: MeasuredGraph, owner: torch.nn.Module) -> Binding | None:
+        if type(owner) is not type(graph.owner):
+            self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
+            return None
+        absolute = self._resolver(owner)
+
+        def resolve(measurement: Measurement) -> str | None:
+            if measurement.family == VALUE_FAMILY:
+                self.rows.add(measurement)
+                return measurement.site.module
+            name = absolute(measurement.site.module)
+            if name is None or (graph.outside(measurement) and owner is not graph.owner):
+                return None
+            wanted = [*self.plan.select(name, torch.float32)]
+            wanted += self.plan.select(name, torch.complex64)
+            if measurement.reduction not in wanted:
+                return None
+            self._measured.setdefault(name, {})["graph"] = None
+            site = Site(name, measurement.site.path)
+            self.rows.add(Measurement(measurement.family, site, measurement.reduction))
+            return name + measurement.site.path
+
+        self.leave_out(owner, graph.layout.unmeasured)
+        return self._registry.bind(graph.layout, resolve)
+
+    def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
+        """From names relative to ``owner`` to those in keys: a shared module has its first name."""
+        modules = {name: module for module, name in relative_names(owner).items()}
+
+        def resolve(name: str) -> str | None:
+            if name.startswith(OUTSIDE):
+                return display_name(name.removeprefix(OUTSIDE))
+            module = modules.get(name)
+            return None if module not in self.names else display_name(self.names[module])
+
+        return resolve
+
+    # Eager calls
+
+    def select_eagerly(
+        self, module: torch.nn.Module, output: object
+    ) -> list[tuple[Binding, torch.Tensor, Reduction]]:
+        """What to reduce of the output of a module that ran outside of every graph."""
+        name = display_name(self.names[module])
+        selected = []
+        for path, tensor in tensors_in(output):
+            reductions = self.plan.select(name, tensor.dtype)
+            if reductions and (reason := why_unmeasurable(tensor)):
+                self.unmeasured[name + path] = reason
+                continue
+            if reductions:
+                self._measured.setdefault(name, {})["eager"] = None
+            values = tensor.detach()
+            values = values.values() if values.is_nested else values
+            for reduction in reductions:
+                measurement = Measurement("activation", Site(name, path), reduction)
+                selected.append((self.bind_eagerly(measurement), values, reduction))
+        return selected
+
+    def bind_eagerly(self, measurement: Measurement) -> Binding:
+        """The binding of one measurement whose site is named as in keys."""
+        if measurement not in self._eager:
+            self.rows.add(measurement)
+            layout = single_row(measurement)
+            self._eager[measurement] = self._registry.bind(
+                layout, lambda m: m.site.module + m.site.path
+            )
+        return self._eager[measurement]
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,58 @@
+"""Why parts of a model run outside of graphs, as far as Dynamo says."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+from torch._dynamo.utils import counters
+
+_KINDS = ("graph_break", "unimplemented")
+
+
+class GraphBreaks:
+    """The reasons for which Dynamo left graphs, by the module whose frame it was tracing."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[torch.nn.Module, dict[str, None]] = {}
+        self._seen = _counts()
+
+    def skip(self) -> None:
+        """Forget what Dynamo has met until now: it belongs to other programs."""
+        self._seen = _counts()
+
+    def note(self, module: torch.nn.Module) -> None:
+        """Credit to ``module`` what Dynamo has met since the last call."""
+        now = _counts()
+        for reason in now - self._seen:
+            self.reasons.setdefault(module, {})[_summary(reason)] = None
+        self._seen = now
+
+    def of(self, *modules: torch.nn.Module | None) -> str:
+        """The reasons of the first of ``modules`` that has any."""
+        for module in modules:
+            if module is not None and (reasons := self.reasons.get(module)):
+                return "; ".join(reasons)
+        return "no graph holds it"
+
+
+def end_of_graph(module: torch.fx.GraphModule) -> str:
+    """Where and why a graph break ended a graph that Dynamo traced; empty where none did."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    places = [f"{frame.filename}:{frame.lineno}: " for frame in reason.user_stack[-1:]]
+    return "".join(places) + _summary(reason.reason)
+
+
+def _counts() -> Counter[str]:
+    return Counter({text: n for kind in _KINDS for text, n in counters[kind].items()})
+
+
+def _summary(reason: str) -> str:
+    """Title and explanation of one of Dynamo's messages, on one line."""
+    title, _, rest = reason.partition("\n")
+    explanation = rest.strip().partition("\n")[0].removeprefix("Explanation: ")
+    text = f"{title}: {explanation}" if explanation else title
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -1,0 +1,147 @@
+"""The choice, call by call, between the user's own program and the measured one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule, skip_code
+
+from tmm.monitor import Monitor
+from tmm.regions import COMPILED_CALL, Region
+from tmm.twin import Twin, running_twin
+
+
+@dataclass(eq=False)
+class Dispatch:
+    """Runs a region: the twin in a monitored step, else the user's own program.
+
+    ``original`` is what stood in its place (None where nothing did); ``plain`` is how to run it.
+    ``siblings`` are all dispatches of one model, ``is_root`` that of what the user calls.
+    """
+
+    region: Region
+    plain: Callable[..., Any]
+    original: object
+    monitor: Monitor
+    twin: Twin
+    siblings: list[Dispatch]
+    is_root: bool
+    ran_twin: bool = False
+
+    @staticmethod
+    def of(
+        region: Region,
+        monitor: Monitor,
+        twin: Twin,
+        siblings: list[Dispatch],
+        *,
+        is_root: bool,
+        plain: Callable[..., Any] | None = None,
+    ) -> Dispatch:
+        """The dispatch of a region, added to its ``siblings``; ``plain`` is that of a function."""
+        original = None
+        if region.holder is not None:
+            plain = original = region.holder.__dict__.get(region.attribute)
+            if plain is None:
+                plain = region.holder._call_impl
+        assert plain is not None
+        dispatch = Dispatch(region, plain, original, monitor, twin, siblings, is_root)
+        siblings.append(dispatch)
+        return dispatch
+
+    # Called from frames that Dynamo runs: neither the choice nor tmm itself is to be compiled,
+    # but what the user's program goes on to call is.
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def choose(self) -> Any:
+        """The callable that one call is to run, while a step is monitored or after one that was."""
+        if torch._C._current_graph_task_id() != -1:
+            # Activation checkpointing repeats a forward pass inside of the backward pass. It must
+            # save what the first one saved, and must not be counted again.
+            return self._repeat if self.ran_twin else self.plain
+        running = running_twin()
+        if running is None:
+            self.ran_twin = self.monitor.is_monitoring()
+            return self._run_on_its_own if self.ran_twin else self.plain
+        self.ran_twin = running is self.twin
+        if not self.ran_twin:
+            return self.plain  # the forward pass is another model's, which shares the module
+        if self.region.settings is None:
+            return self.plain
+        if self.twin.is_entering(self.region):
+            assert self.region.module is not None
+            return self.region.module._call_impl
+        return self._run
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.twin.run(self.region, *args, **kwargs)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _run_on_its_own(self, *args: Any, **kwargs: Any) -> Any:
+        return self.monitor.run_forward(self.region, self.plain, *args, **kwargs)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _repeat(self, *args: Any, **kwargs: Any) -> Any:
+        return self.twin.repeat(self.region, *args, **kwargs)
+
+
+def attach(dispatch: Dispatch) -> Callable[..., Any]:
+    """Put ``dispatch`` in the place of its region's program; gives back what stands there now.
+
+    It stands in an attribute that copies and pickles do not carry, so that those are clean.
+    """
+    monitor, plain, choose = dispatch.monitor, dispatch.plain, dispatch.choose
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if monitor.recording or dispatch.ran_twin:
+            return choose()(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    skip_code(forward.__code__)
+    region = dispatch.region
+    if region.attribute == COMPILED_CALL:
+        # Another torch.compile around it traces what it would trace without us.
+        inner = region.callee if region.module is None else region.module._call_impl
+        forward._torchdynamo_inline = inner  # type: ignore[attr-defined]
+        forward._torchdynamo_orig_callable = inner  # type: ignore[attr-defined]
+    forward.tmm_dispatch = dispatch  # type: ignore[attr-defined]
+    if region.holder is not None:
+        region.holder.__dict__[region.attribute] = forward
+    return forward
+
+
+def detach(dispatch: Dispatch) -> None:
+    """Put back what stood in the place of ``dispatch``, unless something else took it since."""
+    holder, attribute = dispatch.region.holder, dispatch.region.attribute
+    if holder is None or dispatch_of(holder.__dict__.get(attribute)) is not dispatch:
+        return
+    if dispatch.original is None:
+        del holder.__dict__[attribute]
+    else:
+        holder.__dict__[attribute] = dispatch.original
+
+
+def dispatch_of(call: object) -> Dispatch | None:
+    """The dispatch that a callable is, if it is one."""
+    dispatch = getattr(call, "tmm_dispatch", None)
+    return dispatch if isinstance(dispatch, Dispatch) else None
+
+
+def root_dispatch(model: object) -> Dispatch | None:
+    """The dispatch by which ``model``, a module or function, is instrumented."""
+    calls: list[object] = [model]
+    if isinstance(model, torch.nn.Module):
+        calls = [model.__dict__.get(COMPILED_CALL)]
+        if isinstance(model, OptimizedModule):
+            calls = [model.__dict__.get("forward"), model._orig_mod.__dict__.get(COMPILED_CALL)]
+    for call in calls:
+        dispatch = dispatch_of(call)
+        while dispatch is not None:
+            if dispatch.is_root:
+                return dispatch
+            dispatch = dispatch_of(dispatch.original)
+    return None

@@ -1,0 +1,46 @@
+"""Values from the middle of a model."""
+
+from __future__ import annotations
+
+import torch
+
+from tmm.metrics import Aggregate
+from tmm.operators import tap_value
+from tmm.twin import running_twin
+
+
+def record(name: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> None:
+    """Record ``tensor`` under the key ``name``; call it in any ``forward`` of a monitored model.
+
+    In a compiled program the value is measured inside the graph. Outside of monitored steps
+    nothing happens, and the compiled program holds no trace of the call.
+
+    Args:
+        name: the key, as it is; it must not start with the name of a family, such as
+            ``activation/``.
+        tensor: of any shape and dtype; of complex numbers, the magnitudes are recorded.
+        aggregate: joins all elements that a step records under the name: ``"mean"``, ``"sum"``,
+            ``"min"``, ``"max"`` or a callable on the one-dimensional tensor of all elements.
+
+    Raises:
+        ValueError: in a monitored step, for a name or an aggregate that cannot be, or for
+            something that is not a tensor.
+    """
+    if torch.compiler.is_compiling():
+        # Evaluated while Dynamo traces: the plain program has neither the test nor the mark.
+        if _declare(name, type(tensor), aggregate):
+            tap_value(tensor, name)
+        return
+    twin = running_twin()
+    if twin is not None:
+        twin.declare_value(name, type(tensor), aggregate)
+        twin.record_eagerly(name, tensor)
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _declare(name: str, tensor_type: type, aggregate: Aggregate) -> bool:
+    twin = running_twin()
+    if twin is None:
+        return False
+    twin.declare_value(name, tensor_type, aggregate)
+    return True
