@@ -1,7 +1,7 @@
 PYTHON ?= python
 STORAGE = runtime/segment*.py,runtime/writer.py,tmm/reader.py
 
-.PHONY: test test-all format
+.PHONY: test test-all test-matrix format
 
 test:
 	$(PYTHON) -m pytest
@@ -11,6 +11,17 @@ test-all:
 	$(PYTHON) -m pytest -m "slow or not slow" --cov --cov-report=
 	$(PYTHON) -m coverage report --omit='$(STORAGE)' --fail-under=95
 	$(PYTHON) -m coverage report --include='$(STORAGE)' --fail-under=90
+
+# The tests on the oldest torch that is supported and on the newest release, each in an
+# environment of its own below .matrix. Downloads several GB.
+MATRIX = torch==2.11.* torch
+test-matrix:
+	for torch in $(MATRIX); do \
+	  environment=".matrix/$$(echo $$torch | tr -c '[:alnum:].\n' '-')" && \
+	  $(PYTHON) -m venv "$$environment" && \
+	  "$$environment/bin/python" -m pip install --quiet --upgrade "$$torch" -e '.[test]' && \
+	  "$$environment/bin/python" -m pytest || exit 1; \
+	done
 
 format:
 	$(PYTHON) -m ruff check --fix .

@@ -8,14 +8,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import check_golden, measure, text, trace
-from tmm.metrics import Reduction
-from tmm.operators import tap
+from tmm.metrics import Reduction, builtin_reductions, function_reduction
+from tmm.operators import tap, tap_value
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.graph_text import node_lines
 from tmm.passes.insert_reductions import MEASUREMENTS, ReductionOptions, insert_reductions
 from tmm.passes.lift_rows import lift_rows
+from tmm.passes.origin import all_nodes, pass_of, sites_of
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.pipeline import PassError, rewrite
 from tmm.passes.remove_taps import remove_taps
@@ -245,3 +249,73 @@ def test_a_fault_of_a_pass_names_the_pass() -> None:
     options = ReductionOptions(measure(module).modules, select)
     with pytest.raises(PassError, match="pass insert_reductions failed.*passes before it: none"):
         rewrite(graph, options)
+
+
+class Recorded(nn.Module):
+    """Records its input by name and overwrites it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tap_value(x, "input")
+        tap_value(x, "all")
+        return x.add_(1)
+
+
+def test_values_recorded_by_name_are_measured_where_they_are_recorded() -> None:
+    values = {
+        "input": function_reduction("", torch.clone, "max", trace=True),
+        "all": function_reduction("", torch.clone, torch.median, trace=True),
+    }
+    graph = trace(Recorded(), X.clone())
+    rewritten = rewrite(graph, ReductionOptions({}, nothing, values))
+    assert [row.measurement.site.module for row in rewritten.layout.rows] == ["input", "all"]
+    _, packed, whole = rewritten.module(X.clone())
+    assert packed.tolist() == [X.numel(), X.max()]
+    assert torch.equal(whole, X.reshape(-1))
+
+
+def test_each_device_has_a_packed_output_of_its_own() -> None:
+    graph = Graph()
+    rms = builtin_reductions(("rms",), is_complex=False)
+    with FakeTensorMode():
+        for index, device in enumerate(("cpu", "cuda", "cpu")):
+            node = graph.placeholder(f"x{index}")
+            node.meta["example_value"] = torch.empty(4, 2, device=device)
+            mark = graph.call_function(tap, (node, ""))
+            mark.meta["nn_module_stack"] = {"7": ("", nn.Module)}
+        graph.output((node,))
+        module = GraphModule(nn.Module(), graph)
+        layout = rewrite(module, ReductionOptions({7: "fc"}, lambda *_: rms)).layout
+    assert layout.outputs == 2
+    assert [(row.output, row.start, row.stop) for row in layout.rows] == [
+        (0, 0, 2),
+        (1, 0, 2),
+        (0, 2, 4),
+    ]
+
+
+def test_inserted_nodes_name_their_pass_and_their_site() -> None:
+    seen: list[tuple[str, int]] = []
+    module = Checkpointed()
+    rewritten = rewrite(
+        trace(module, X.requires_grad_()),
+        measure(module, "rms"),
+        watch=lambda name, module, seconds: seen.append((name, len(list(all_nodes(module))))),
+    )
+    assert [name for name, _ in seen] == list(rewritten.seconds)
+    traced = [node for node in all_nodes(rewritten.module) if pass_of(node) is None]
+    assert not any(sites_of(node) for node in traced)
+    inserted = [node for node in all_nodes(rewritten.module) if pass_of(node) is not None]
+    assert {pass_of(node) for node in inserted} == {"insert_reductions", "lift_rows", "pack_rows"}
+    for node in inserted:
+        assert bool(sites_of(node)) == (pass_of(node) != "pack_rows")
+
+
+def test_the_text_of_a_graph_has_a_line_for_each_node() -> None:
+    graph = trace(Checkpointed(), X.requires_grad_())
+    nodes = list(all_nodes(graph))
+    marks = [node for node in nodes if node.target is tap]
+    assert marks
+    assert len(node_lines(graph)) == len(nodes) - len(marks)
+    assert len(node_lines(graph, taps=True)) == len(nodes)
+    nested = [line.text for line in node_lines(graph) if line.text.startswith("    ")]
+    assert nested[-1].startswith("    return (")

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import tmm
 
 Backend = str | Callable[..., Any]
-Callee = Callable[..., Any]
+Callee = Any
 """What a user calls: a module, or a step function that takes a batch."""
 
 
@@ -30,7 +30,7 @@ class Counting:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        return self.compile(graph, inputs)  # type: ignore[no-any-return]
+        return self.compile(graph, inputs)
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def call(callee: Callee, batch: Mapping[str, Any]) -> object:
 
 
 def block_lists(module: nn.Module) -> list[nn.Module]:
-    """The outermost lists with parameters; below a list that is a block's there may be more."""
+    """The outermost lists whose elements have a state; those inside of blocks are left out."""
     found: list[nn.Module] = []
 
     def visit(parent: nn.Module) -> None:
         is_list = isinstance(parent, (nn.ModuleList, nn.Sequential))
-        if is_list and any(True for _ in parent.parameters()):
+        if is_list and parent.state_dict():
             found.append(parent)
         else:
             for child in parent.children():
@@ -102,7 +102,9 @@ def blocks_in_place(module: nn.Module, backend: Backend) -> Callee:
 
 
 def blocks_wrapped(module: nn.Module, backend: Backend) -> Callee:
-    wrapped = {block: torch.compile(block, backend=backend) for block in blocks_of(module)}
+    wrapped: dict[nn.Module, Any] = {
+        block: torch.compile(block, backend=backend) for block in blocks_of(module)
+    }
     for blocks in block_lists(module):
         for name, block in list(blocks.named_children()):
             blocks._modules[name] = wrapped[block]
@@ -110,7 +112,7 @@ def blocks_wrapped(module: nn.Module, backend: Backend) -> Callee:
 
 
 def parts_inside_whole(module: nn.Module, backend: Backend) -> Callee:
-    return whole(blocks_in_place(module, backend), backend)  # type: ignore[arg-type]
+    return whole(blocks_in_place(module, backend), backend)
 
 
 def not_compiled(module: nn.Module, backend: Backend) -> Callee:
