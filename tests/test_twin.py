@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.callback import callback_handler
 
 import tmm
+from tmm.compile_settings import HAS_ISOLATION
 
 RMS = tmm.Spec(tmm.activation("rms"))
 
@@ -71,7 +72,8 @@ class Scaled(nn.Module):
 def test_over_the_recompile_limit_it_measures_eagerly() -> None:
     module = Scaled()
     model, monitor = instrumented(module, dynamic=False)
-    for step in range(11):
+    limit = torch._dynamo.config.recompile_limit * (1 if HAS_ISOLATION else 2)
+    for step in range(limit + 3):
         x, factor = torch.randn(2, 4), 1.5 + step
         with monitor.step(step):
             output = model(x, factor)
@@ -81,7 +83,7 @@ def test_over_the_recompile_limit_it_measures_eagerly() -> None:
         }
         assert monitor.get_step_metrics() == pytest.approx(expected, rel=1e-6)
     explanation = tmm.explain(model)
-    assert len(explanation.graphs) == torch._dynamo.config.recompile_limit
+    assert len(explanation.graphs) == limit
     assert set(explanation.eager) == {"[root module]", "fc"}
     assert "recompile limit" in explanation.eager["[root module]"]
     assert "recompile limit" in explanation.eager["fc"]
@@ -141,6 +143,49 @@ def test_rows_go_to_the_block_that_ran(backend: str) -> None:
         assert monitor.get_step_metrics() == pytest.approx(expected, rel=1e-6)
     # Blocks share graphs: fewer than two for each of them.
     assert len(tmm.explain(model).graphs) < 2 * len(module.blocks)
+
+
+class Numbered(nn.Module):
+    """Each instance needs a version of its own of the frame after its graph break."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.number = number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        torch._dynamo.graph_break()
+        return y * self.number
+
+
+@pytest.mark.parametrize("order", [("plain", "twin"), ("twin", "plain")])
+def test_neither_program_uses_up_the_other_ones_recompilations(order: tuple[str, ...]) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    module = nn.Sequential(*[Numbered(i) for i in range(7)])
+    assert len(module) < torch._dynamo.config.recompile_limit < 2 * len(module)
+    model, monitor = instrumented(module, backend=backend)
+    counts = []
+    for step, program in enumerate((*order, *order)):
+        with monitor.step(step) if program == "twin" else monitor.no_monitor():
+            model(torch.randn(2, 4))
+        counts.append(len(graphs))
+    assert counts == [9, 18, 18, 18]
+
+
+@pytest.mark.skipif(not HAS_ISOLATION, reason="torch before 2.13 has one limit for all")
+@pytest.mark.filterwarnings("ignore")
+def test_a_recompile_limit_of_the_users_holds_for_the_twin() -> None:
+    model, monitor = instrumented(Scaled(), dynamic=False, recompile_limit=2)
+    for step in range(4):
+        with monitor.step(step):
+            model(torch.randn(2, 4), 1.5 + step)
+    assert len(tmm.explain(model).graphs) == 2
 
 
 def test_a_rule_for_some_blocks_holds_where_blocks_share_graphs() -> None:

@@ -9,7 +9,7 @@ import torch
 from tmm.backend import OUTSIDE, MeasuredGraph, Scope
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Reduction
-from tmm.naming import display_name, relative_names
+from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.outputs import tensors_in
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
@@ -30,7 +30,7 @@ class Attribution:
     """
 
     def __init__(self, root: torch.nn.Module, plan: Plan, registry: KeyRegistry) -> None:
-        self.root = root
+        self.root = unwrapped(root)
         self.plan = plan
         self.names = relative_names(root)
         self.unmeasured: dict[str, str] = {}

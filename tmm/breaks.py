@@ -47,7 +47,10 @@ def end_of_graph(module: torch.fx.GraphModule) -> str:
 
 
 def _counts() -> Counter[str]:
-    return Counter({text: n for kind in _KINDS for text, n in counters[kind].items()})
+    counts: Counter[str] = Counter()
+    for kind in _KINDS:
+        counts.update(counters[kind])
+    return counts
 
 
 def _summary(reason: str) -> str:

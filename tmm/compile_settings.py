@@ -18,6 +18,9 @@ from torch._dynamo.eval_frame import (
 from torch._dynamo.exc import InvalidBackend
 from torch._dynamo.types import GuardFilterEntry
 
+HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether programs that run the same frames can keep what they compile apart (torch 2.13)."""
+
 GuardFilter = Callable[[Sequence[GuardFilterEntry]], Sequence[bool]]
 CompilerFunction = Callable[..., Any]
 
@@ -33,6 +36,7 @@ class CompileSettings:
     fullgraph: bool
     dynamic: bool | None
     guard_filter: GuardFilter | None
+    recompile_limit: int | None = None
 
     @property
     def uses_inductor(self) -> bool:
@@ -66,6 +70,7 @@ def settings_of(compiled: object) -> CompileSettings | None:
         fullgraph=context.fullgraph,
         dynamic=context._dynamic,
         guard_filter=None if hooks is None else hooks.guard_filter_fn,
+        recompile_limit=_recompile_limit(context.callback),
     )
 
 
@@ -102,9 +107,11 @@ def compile_separately(
             kept = [ours and theirs for ours, theirs in zip(kept, users, strict=True)]
         return kept
 
-    isolation: dict[str, bool] = {}
-    if "isolate_recompiles" in inspect.signature(torch._dynamo.optimize).parameters:
-        isolation["isolate_recompiles"] = True
+    limits: dict[str, Any] = {}
+    if HAS_ISOLATION:
+        limits["isolate_recompiles"] = True
+    if settings.recompile_limit is not None:
+        limits["recompile_limit"] = settings.recompile_limit
     # A code object of its own: Dynamo keeps what it compiled by code object.
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace()
@@ -114,9 +121,38 @@ def compile_separately(
         nopython=settings.fullgraph,
         dynamic=settings.dynamic,
         guard_filter_fn=keep,
-        **isolation,
+        **limits,
     )(own)
-    return compiled
+    return room_for_two(compiled)
+
+
+def room_for_two(program: Callable[..., Any]) -> Callable[..., Any]:
+    """``program``, such that it and a second one that runs the same frames can be compiled.
+
+    Before torch 2.13, both of them count towards Dynamo's limit of the versions of a frame, as
+    after a graph break: without more room, one would have the other one run eagerly.
+    """
+    if HAS_ISOLATION:
+        return program
+    room = {
+        name: 2 * getattr(torch._dynamo.config, name)
+        for name in ("recompile_limit", "accumulated_recompile_limit")
+    }
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(**room):
+            return program(*args, **kwargs)
+
+    return run
+
+
+def _recompile_limit(callback: object) -> int | None:
+    """The limit of this program alone, where the user set one."""
+    while callback is not None:
+        if (limit := getattr(callback, "_recompile_limit", None)) is not None:
+            return int(limit)
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return None
 
 
 def _context(compiled: object) -> _TorchDynamoContext | None:

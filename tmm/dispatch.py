@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
+from tmm.compile_settings import room_for_two
 from tmm.monitor import Monitor
 from tmm.regions import COMPILED_CALL, Region
 from tmm.twin import Twin, running_twin
@@ -18,7 +19,7 @@ from tmm.twin import Twin, running_twin
 class Dispatch:
     """Runs a region: the twin in a monitored step, else the user's own program.
 
-    ``original`` is what stood in its place (None where nothing did); ``plain`` is how to run it.
+    ``original`` is what stood in its place (None where nothing did); ``plain`` runs it.
     ``siblings`` are all dispatches of one model, ``is_root`` that of what the user calls.
     """
 
@@ -42,12 +43,14 @@ class Dispatch:
         plain: Callable[..., Any] | None = None,
     ) -> Dispatch:
         """The dispatch of a region, added to its ``siblings``; ``plain`` is that of a function."""
-        original = None
+        original: object = plain
         if region.holder is not None:
             plain = original = region.holder.__dict__.get(region.attribute)
             if plain is None:
                 plain = region.holder._call_impl
         assert plain is not None
+        if region.settings is not None:
+            plain = room_for_two(plain)
         dispatch = Dispatch(region, plain, original, monitor, twin, siblings, is_root)
         siblings.append(dispatch)
         return dispatch

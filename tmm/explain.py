@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tmm.backend import GraphReport
+from tmm.compile_settings import settings_of
 from tmm.naming import display_name
 from tmm.twin import Twin
 
@@ -81,7 +82,7 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=dict(attribution.unmeasured),
+            unmeasured=attribution.unmeasured | _compiled_methods(twin),
         )
 
     def __str__(self) -> str:
@@ -148,8 +149,20 @@ def _listed(title: str, items: dict[str, str]) -> list[str]:
 
 def _traced_modules(twin: Twin) -> set[torch.nn.Module]:
     """The modules that Dynamo traces where nothing keeps it from doing so."""
-    roots = [r.module or twin.module for r in (twin.root, *twin.regions) if r.settings is not None]
+    compiled = [region for region in (twin.root, *twin.regions) if region.settings is not None]
+    roots = [twin.module if region.module is None else region.module for region in compiled]
     return {module for root in roots for module in root.modules()}
+
+
+def _compiled_methods(twin: Twin) -> dict[str, str]:
+    """Methods that are compiled by themselves, of modules whose forward runs outside of graphs."""
+    return {
+        f"{twin.attribution.name(module)}.{name}": "compiled by itself: what it calls has no rows"
+        for module in twin.eager_modules
+        for kind in type(module).__mro__
+        for name, value in vars(kind).items()
+        if settings_of(value) is not None
+    }
 
 
 def _regions(twin: Twin) -> dict[str, str]:

@@ -76,7 +76,9 @@ def instrument(
             "the model is instrumented already; tmm.remove(model) first, or put all rules into"
             " one tmm.Spec"
         )
-    regions = regions_in(model if isinstance(model, torch.nn.Module) else module or measured)
+    regions = regions_in(measured if module is None else module)
+    if isinstance(model, OptimizedModule):
+        regions = regions_in(model)
     root = _root(model, regions, backend)
     if not isinstance(model, torch.nn.Module) and region_of(measured) is None:
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
@@ -123,7 +125,7 @@ def remove(model: Model) -> Model:
     dispatch.monitor.close()
     if isinstance(model, torch.nn.Module):
         return model
-    return dispatch.plain  # type: ignore[return-value]
+    return dispatch.original  # type: ignore[return-value]
 
 
 def explain(model: Callable[..., Any]) -> Explanation:

@@ -22,6 +22,13 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The innermost module that ``module`` merely wraps; itself if it wraps none."""
+    while (inner := wrapped_module(module)) is not None:
+        module = inner
+    return module
+
+
 def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """Dotted names of ``module`` (empty) and its descendants, in the order of ``named_modules``.
 

@@ -27,7 +27,9 @@ def _walk(value: object, path: str, found: list[tuple[str, torch.Tensor]]) -> No
     elif isinstance(value, (tuple, list)):
         for position, item in enumerate(value):
             _walk(item, f"{path}[{position}]", found)
-    elif hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
+    elif value is None or isinstance(value, (int, float, str, type)):
+        pass  # Dynamo cannot ask a symbolic number for its attributes
+    elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
             _walk(getattr(value, name), f"{path}[{name}]", found)
 

@@ -41,6 +41,9 @@ def region_of(module: torch.nn.Module) -> Region | None:
         settings = settings_of(module)
         return None if settings is None else Region(inner, settings, module, "forward")
     settings = settings_of(behind_dispatches(module.__dict__.get(COMPILED_CALL)))
+    if settings is None:
+        # As by @torch.compile on the method, or model.forward = torch.compile(model.forward).
+        settings = settings_of(getattr(module.forward, "__func__", module.forward))
     return None if settings is None else Region(module, settings, module)
 
 

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
@@ -15,9 +16,10 @@ from torch._dynamo.types import GuardFilterEntry
 from tmm.attribution import Attribution
 from tmm.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.breaks import GraphBreaks
-from tmm.compile_settings import CompileSettings, compile_separately
+from tmm.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
+from tmm.naming import unwrapped
 from tmm.outputs import mark_nothing, mark_outputs
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.regions import COMPILED_CALL, Region
@@ -84,6 +86,8 @@ class Twin:
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
         self._tracing = False
+        self._in_program = False
+        self._isolation_ids: set[int] = set()
         self._discarding = False
         self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
 
@@ -117,10 +121,11 @@ class Twin:
 
     def _run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         module = region.module
-        depth, entering = len(self._frames), self._entering
-        self._frames.append(self.module if module is None else module)
+        depth, entering, in_program = len(self._frames), self._entering, self._in_program
+        self._frames.append(unwrapped(self.module if module is None else module))
         try:
-            if region.settings is None:
+            self._in_program = region.settings is not None
+            if not self._in_program:
                 call = region.callee if module is None else module._call_impl
                 return call(*args, **kwargs)
             self._entering = module
@@ -132,7 +137,7 @@ class Twin:
         finally:
             self.breaks.note(self._frames[depth])
             del self._frames[depth:]
-            self._entering = entering
+            self._entering, self._in_program = entering, in_program
 
     def _program(self, region: Region) -> Callable[..., Any]:
         settings = region.settings
@@ -143,12 +148,13 @@ class Twin:
         backend = MeasuringBackend(self, settings)
         program = compile_separately(_traced, settings, backend, _keep_guards)
         self._programs.append((type(region.callee), settings, program))
+        self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         outer = _running.set(self)
-        frames, self._frames = self._frames, [self.module]
+        frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
         self._hook_eagerly()
         callback_handler.register_start_callback(self._start_tracing)
@@ -165,25 +171,40 @@ class Twin:
     # Tracing
 
     def _start_tracing(self, compilation: CallbackArgs) -> None:
-        if compilation.callback_trigger is CallbackTrigger.DYNAMO and self.is_running():
-            self._tracing = True
-            self._unhook()  # of the modules known so far: there may be others now
-            self.attribution.refresh()
-            for module in self.attribution.names:
-                module._forward_hooks[_HOOK_KEY] = mark_outputs
-                if module._forward_pre_hooks:
-                    # The user's hooks are guarded on, with the length of the dict that holds them.
-                    module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
-                if (call := module.__dict__.get(COMPILED_CALL)) is not None:
-                    # A part that is compiled on its own is traced like any other.
-                    self._hidden_calls.append((module, call))
-                    module.__dict__[COMPILED_CALL] = None
+        if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
+            return
+        self._unhook()  # of the modules known so far: there may be others now
+        if not self._compiles_program():
+            name = self.attribution.name(self._frames[-1])
+            self.attribution.unmeasured[f"{name}, in a function that is compiled by itself"] = (
+                "modules that such a function calls are measured only where Dynamo inlines it"
+            )
+            return
+        self._tracing = True
+        self.attribution.refresh()
+        for module in self.attribution.names:
+            module._forward_hooks[_HOOK_KEY] = mark_outputs
+            if module._forward_pre_hooks:
+                # The user's hooks are guarded on, with the length of the dict that holds them.
+                module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
+            if (call := module.__dict__.get(COMPILED_CALL)) is not None:
+                # A part that is compiled on its own is traced like any other.
+                self._hidden_calls.append((module, call))
+                module.__dict__[COMPILED_CALL] = None
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
-        if self._tracing and self.is_running():
-            self._tracing = False
+        if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
+            return
+        if self._tracing:
             self.breaks.note(self._frames[-1])
-            self._hook_eagerly()
+        self._tracing = False
+        self._hook_eagerly()
+
+    def _compiles_program(self) -> bool:
+        """Whether what Dynamo compiles now is one of our programs, not a function of the user."""
+        if HAS_ISOLATION:
+            return eval_frame.get_eval_frame_isolate_recompiles_id() in self._isolation_ids
+        return self._in_program
 
     def scope(self) -> Scope:
         """The scope of the frame that Dynamo is compiling now."""
