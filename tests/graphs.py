@@ -12,8 +12,8 @@ from torch._dynamo.testing import normalize_gm
 from torch.fx import GraphModule
 
 from tmm.metrics import Reduction, builtin_reductions
-from tmm.outputs import mark_outputs
 from tmm.passes.insert_reductions import ReductionOptions
+from tmm.twin.outputs import mark_outputs
 
 
 def trace(module: torch.nn.Module, *inputs: torch.Tensor) -> GraphModule:

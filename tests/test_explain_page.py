@@ -17,10 +17,10 @@ from torch import nn
 
 import tmm
 from tests.browser import REQUIRED, errors, open_browser, show_as
-from tmm.backend import GraphReport
 from tmm.explain import Explanation, ModuleReport
 from tmm.explain_page import page
 from tmm.passes.graph_text import NodeLine
+from tmm.twin.backend import GraphReport
 
 HOSTILE = "</script><script>window.executed = true</script><img src=x onerror='executed = true'>"
 
@@ -72,6 +72,7 @@ def of_graphs(*graphs: GraphReport, modules: tuple[ModuleReport, ...] = ()) -> E
         matched={},
         regions={},
         graphs=graphs,
+        sites={},
         rows=sum(graph.rows for graph in graphs),
         recorded=(),
         eager={},
@@ -309,6 +310,7 @@ def test_text_is_shown_and_never_run(browser: Chrome, tmp_path: Path) -> None:
         matched={HOSTILE: (name,)},
         regions={name: HOSTILE},
         graphs=(graph, replace(graph, index=1)),
+        sites={},
         rows=1,
         recorded=(HOSTILE, "/* script */"),
         eager={name: HOSTILE},
@@ -373,6 +375,7 @@ def test_nodes_are_aligned_in_the_order_of_the_new_graph() -> None:
         before=tuple(lines),
         after=(lines[0], lines[1], extra, NodeLine("return (%b, %n)")),
         code="",
+        sites={},
         rows=0,
         outputs=0,
         bytes=0,

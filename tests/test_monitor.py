@@ -15,7 +15,7 @@ from torch import nn
 
 import tmm
 from tmm.monitor import MonitoringWarning
-from tmm.twin import Twin
+from tmm.twin.twin import Twin
 
 
 class Scale(nn.Module):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from tmm.backend import GraphReport
-from tmm.compile_settings import settings_of
+from tmm.layout import VALUE_FAMILY
 from tmm.naming import display_name
-from tmm.twin import Twin
+from tmm.twin.backend import GraphReport
+from tmm.twin.compile_settings import settings_of
+from tmm.twin.twin import Twin
 
 _SHOWN = 12  # names of modules in a line of text
 
@@ -40,6 +41,7 @@ class Explanation:
         regions: the parts that are compiled, by name, with their settings.
         graphs: the rewritten graphs; each has its nodes ``before`` and ``after``, a ``diff`` and
             ``code`` that runs as Python.
+        sites: the tensors that are measured, by the start of their keys, with their metrics.
         rows: how many rows a step records; several metrics of a tensor share one.
         recorded: the names that the model gave to ``tmm.record``.
         eager: the modules that ran outside of graphs, with the reason.
@@ -50,6 +52,7 @@ class Explanation:
     matched: dict[str, tuple[str, ...]]
     regions: dict[str, str]
     graphs: tuple[GraphReport, ...]
+    sites: dict[str, tuple[str, ...]]
     rows: int
     recorded: tuple[str, ...]
     eager: dict[str, str]
@@ -79,6 +82,7 @@ class Explanation:
             matched={str(rule): names for rule, names in twin.plan.matched.items()},
             regions=_regions(twin),
             graphs=tuple(graph.report for graph in twin.graphs),
+            sites=_sites(twin),
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
@@ -87,6 +91,9 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [*self._rules(), *self._programs(), *self._graphs()]
+        if self.sites:
+            lines.append("sites, in the order of execution:")
+            lines += [f"    {site}: {', '.join(metrics)}" for site, metrics in self.sites.items()]
         if self.recorded:
             lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
         lines += _listed("measured eagerly, outside of graphs:", self.eager)
@@ -152,6 +159,15 @@ def _traced_modules(twin: Twin) -> set[torch.nn.Module]:
     compiled = [region for region in (twin.root, *twin.regions) if region.settings is not None]
     roots = [twin.module if region.module is None else region.module for region in compiled]
     return {module for root in roots for module in root.modules()}
+
+
+def _sites(twin: Twin) -> dict[str, tuple[str, ...]]:
+    sites: dict[str, tuple[str, ...]] = {}
+    for measurement in twin.attribution.rows:
+        if measurement.family != VALUE_FAMILY:
+            site = f"{measurement.family}/{measurement.site.module}{measurement.site.path}"
+            sites[site] = (*sites.get(site, ()), *measurement.reduction.metrics)
+    return sites
 
 
 def _compiled_methods(twin: Twin) -> dict[str, str]:

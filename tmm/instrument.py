@@ -10,19 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
-from tmm.compile_settings import CompilerFunction, settings_for, settings_of
-from tmm.dispatch import Dispatch, attach, detach, root_dispatch
 from tmm.explain import Explanation
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
 from tmm.naming import display_name, relative_names
-from tmm.regions import Region, region_of, regions_in
 from tmm.run_info import describe_environment
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
-from tmm.trace import TraceFolder
-from tmm.twin import Twin
+from tmm.twin.compile_settings import CompilerFunction, settings_for, settings_of
+from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch
+from tmm.twin.regions import Region, region_of, regions_in
+from tmm.twin.trace import TraceFolder
+from tmm.twin.twin import Twin
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])

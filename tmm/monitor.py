@@ -14,12 +14,12 @@ from tmm.layout import Event, StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
-from tmm.regions import Region
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
-from tmm.twin import Twin
+from tmm.twin.regions import Region
+from tmm.twin.twin import Twin
 
 Value: TypeAlias = float | FloatArray
 OnError: TypeAlias = Literal["raise", "warn"]

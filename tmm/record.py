@@ -6,7 +6,7 @@ import torch
 
 from tmm.metrics import Aggregate
 from tmm.operators import tap_value
-from tmm.twin import running_twin
+from tmm.twin.twin import running_twin
 
 
 def record(name: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> None:

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from tmm.backend import GraphReport
 from tmm.layout import ROOT_NAME
 from tmm.passes.graph_text import NodeLine
+from tmm.twin.backend import GraphReport
 
 if TYPE_CHECKING:
     from tmm.explain import Explanation

@@ -13,20 +13,20 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
-from tmm.attribution import Attribution
-from tmm.backend import MeasuredGraph, MeasuringBackend, Scope
-from tmm.breaks import GraphBreaks
-from tmm.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import unwrapped
-from tmm.outputs import mark_nothing, mark_outputs
 from tmm.passes.trace_function import MetricFunctionError
-from tmm.regions import COMPILED_CALL, Region
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
-from tmm.trace import TraceFolder
+from tmm.twin.attribution import Attribution
+from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
+from tmm.twin.breaks import GraphBreaks
+from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
+from tmm.twin.outputs import mark_nothing, mark_outputs
+from tmm.twin.regions import COMPILED_CALL, Region
+from tmm.twin.trace import TraceFolder
 from tmm.values import RecordedValues, RecordError
 
 _HOOK_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them

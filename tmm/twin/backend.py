@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.breaks import end_of_graph
-from tmm.compile_settings import CompileSettings
 from tmm.layout import Measurement, PackedLayout, Site
 from tmm.metrics import Reduction
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
 from tmm.passes.insert_reductions import ReductionOptions
 from tmm.passes.pipeline import Rewritten, rewrite
-from tmm.trace import TraceFolder
+from tmm.twin.breaks import end_of_graph
+from tmm.twin.compile_settings import CompileSettings
+from tmm.twin.trace import TraceFolder
 
 OUTSIDE = "//"
 """Prefix of the name of a site that does not lie under the module whose frame was traced."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
-from tmm.compile_settings import room_for_two
 from tmm.monitor import Monitor
-from tmm.regions import COMPILED_CALL, Region
-from tmm.twin import Twin, running_twin
+from tmm.twin.compile_settings import room_for_two
+from tmm.twin.regions import COMPILED_CALL, Region
+from tmm.twin.twin import Twin, running_twin
 
 
 @dataclass(eq=False)

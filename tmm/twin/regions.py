@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from tmm.compile_settings import CompileSettings, settings_of
+from tmm.twin.compile_settings import CompileSettings, settings_of
 
 COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts what ``module(...)`` then calls. Copies do not carry it."""

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from tmm.backend import OUTSIDE, MeasuredGraph, Scope
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
-from tmm.outputs import tensors_in
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
+from tmm.twin.backend import OUTSIDE, MeasuredGraph, Scope
+from tmm.twin.outputs import tensors_in
 
 Frames = Sequence[torch.nn.Module]
 """The modules whose forward is running, the innermost last."""
@@ -37,7 +37,7 @@ class Attribution:
         self._registry = registry
         self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
         self._eager: dict[Measurement, Binding] = {}
-        self.rows: set[Measurement] = set()
+        self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
 
     def refresh(self) -> None:
@@ -111,7 +111,7 @@ class Attribution:
 
         def resolve(measurement: Measurement) -> str | None:
             if measurement.family == VALUE_FAMILY:
-                self.rows.add(measurement)
+                self.rows[measurement] = None
                 return measurement.site.module
             name = absolute(measurement.site.module)
             if name is None or (graph.outside(measurement) and owner is not graph.owner):
@@ -122,7 +122,7 @@ class Attribution:
                 return None
             self._measured.setdefault(name, {})["graph"] = None
             site = Site(name, measurement.site.path)
-            self.rows.add(Measurement(measurement.family, site, measurement.reduction))
+            self.rows[Measurement(measurement.family, site, measurement.reduction)] = None
             return name + measurement.site.path
 
         self.leave_out(owner, graph.layout.unmeasured)
@@ -165,7 +165,7 @@ class Attribution:
     def bind_eagerly(self, measurement: Measurement) -> Binding:
         """The binding of one measurement whose site is named as in keys."""
         if measurement not in self._eager:
-            self.rows.add(measurement)
+            self.rows[measurement] = None
             layout = single_row(measurement)
             self._eager[measurement] = self._registry.bind(
                 layout, lambda m: m.site.module + m.site.path
