@@ -375,7 +375,6 @@ def test_nodes_are_aligned_in_the_order_of_the_new_graph() -> None:
         before=tuple(lines),
         after=(lines[0], lines[1], extra, NodeLine("return (%b, %n)")),
         code="",
-        sites={},
         rows=0,
         outputs=0,
         bytes=0,
