@@ -101,6 +101,11 @@ def compile_separately(
     """
 
     def keep(entries: Sequence[GuardFilterEntry]) -> list[bool]:
+        if not HAS_ISOLATION:
+            # Older Dynamo makes the guards once more after filtering, and refuses an attribute that
+            # is a new object each time it is read.
+            for entry in entries:
+                entry.orig_guard.obj_weakref = None
         kept = list(guard_filter(entries))
         if settings.guard_filter is not None:
             users = settings.guard_filter(entries)
