@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _custom_builtins
 
 from tmm.layout import Site
-from tmm.operators import tap, tap_value
+from tmm.passes.marks import is_mark
 from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import pass_of, sites_of
 
@@ -54,7 +54,7 @@ def node_lines(
         bodies.setdefault(call, []).append(body)
     lines = []
     for node in module.graph.nodes:
-        if not taps and node.op == "call_function" and node.target in (tap, tap_value):
+        if not taps and is_mark(node):
             continue
         lines.append(_line(node, names or {}, indent))
         for body in bodies.get(node, ()):
@@ -84,6 +84,8 @@ def _line(node: Node, names: Mapping[int, str], indent: str) -> NodeLine:
         text = f"{result}input"
     elif node.op == "get_attr":
         text = f"{result}self.{node.target}"
+    elif node.op == "call_module":
+        text = f"{result}self.{node.target}({arguments})"
     elif node.op == "call_method":
         text = f"{result}.{node.target}({arguments})"
     else:
@@ -128,7 +130,9 @@ def site_label(family: str, site: Site) -> str:
 
 def _classes(module: GraphModule, name: str, imports: set[str]) -> Iterator[str]:
     fields = []
-    for node in module.graph.find_nodes(op="get_attr"):
+    for node in module.graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
         target = str(node.target)
         value = getattr(module, target)
         if isinstance(value, GraphModule):

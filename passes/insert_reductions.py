@@ -20,6 +20,7 @@ from tmm.operators import (
     why_unmeasurable,
     why_unreadable,
 )
+from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
 from tmm.passes.trace_function import insert_call, insert_function
@@ -65,7 +66,7 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
         bodies.setdefault(call, []).append(body)
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in (tap, tap_value):
+        if is_mark(node):
             if not node.meta.setdefault(_MEASURED, False):
                 node.meta[_MEASURED] = True
                 yield from _measure(module, node, options, computed)
@@ -138,7 +139,7 @@ def _refuse(
     module: GraphModule, options: ReductionOptions, reason: str
 ) -> Iterator[tuple[Site, str]]:
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in (tap, tap_value):
+        if is_mark(node):
             _, site, reductions = _mark(node, options, torch.float32)
             if reductions:
                 yield site, reason
@@ -153,11 +154,7 @@ def _mark(
     label = str(node.args[1])
     if node.target is tap_value:
         return VALUE_FAMILY, Site(label), (options.values[label],)
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
+    site = site_of(node, options.modules)
+    if site is None:
         return "activation", Site("", label), ()
-    identity = next(reversed(stack)).partition("@")[0]  # a repeated call is marked with "@n"
-    name = options.modules.get(int(identity))
-    if name is None:
-        return "activation", Site("", label), ()
-    return "activation", Site(name, label), options.select(name, dtype)
+    return "activation", site, options.select(site.module, dtype)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
@@ -26,10 +27,11 @@ class PassError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph, what its extra outputs hold, and the seconds that each pass took."""
+    """A rewritten graph, what its extra outputs and inputs hold, and the seconds of each pass."""
 
     module: GraphModule
     layout: PackedLayout
+    row_inputs: tuple[RowInput, ...]
     seconds: dict[str, float]
 
 
@@ -38,11 +40,16 @@ Watch = Callable[[str, GraphModule, float], None]
 
 
 def rewrite(
-    module: GraphModule, options: ReductionOptions, *, watch: Watch | None = None
+    module: GraphModule,
+    options: ReductionOptions,
+    probes: ProbeOptions | None = None,
+    *,
+    watch: Watch | None = None,
 ) -> Rewritten:
-    """Measure the marked tensors of ``module`` inside a copy of it.
+    """Measure the marked tensors of ``module``, and with ``probes`` their gradients, in a copy.
 
-    The copy returns what ``module`` returns, followed by ``layout.outputs`` further tensors.
+    The copy returns what ``module`` returns, followed by ``layout.outputs`` further tensors, and
+    takes ``row_inputs`` after the inputs of ``module``.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -67,8 +74,11 @@ def rewrite(
 
     rewritten = copy_graph(module)
     unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
+    row_inputs: tuple[RowInput, ...] = ()
+    if probes is not None:
+        row_inputs = run("insert_probes", lambda: insert_probes(rewritten, options=probes))
     run("remove_taps", lambda: remove_taps(rewritten))
     run("lift_rows", lambda: lift_rows(rewritten))
     layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))
     rewritten.recompile()
-    return Rewritten(rewritten, layout, seconds)
+    return Rewritten(rewritten, layout, row_inputs, seconds)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.metrics import Reduction
@@ -30,18 +31,24 @@ def insert_call(
     return node
 
 
-def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
-    """Insert the operations of ``reduction.function`` on ``value`` at the insertion point.
+@dataclass(frozen=True, eq=False)
+class TracedFunction:
+    """A user's function as a graph of operations; ``mutates`` tells that it changes its input."""
 
-    Returns the node of the function's result, flattened where all of its values are collected.
-    What the function does to its argument in place, it does to a copy. Raises
+    graph: GraphModule
+    mutates: bool
+
+
+def trace_function(example: torch.Tensor, reduction: Reduction) -> TracedFunction:
+    """The operations of ``reduction.function`` on tensors like ``example``, a fake one.
+
+    Its result is flattened where all of its values are collected. Raises
     ``MetricFunctionError``, which names the metric and the reason, for a function that cannot be
     traced, draws random numbers (training would see others) or returns something else than one
     tensor.
     """
     function, (name,) = reduction.function, reduction.metrics
     assert function is not None
-    example: torch.Tensor = value.meta["example_value"]
     fake_mode = example.fake_mode  # type: ignore[attr-defined]
 
     def traced_function(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +76,18 @@ def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
             f"the metric {name!r} uses a tensor from outside of the function, which a compiled"
             " graph would keep as a constant; give its rule trace=False."
         )
-    if any(n.target._schema.is_mutable for n in operations):
+    return TracedFunction(traced, any(n.target._schema.is_mutable for n in operations))
+
+
+def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
+    """Insert the operations of ``reduction.function`` on ``value`` at the insertion point.
+
+    Returns the node of the function's result. What the function does to its argument in place, it
+    does to a copy. Raises ``MetricFunctionError`` as ``trace_function`` does.
+    """
+    function = trace_function(value.meta["example_value"], reduction)
+    traced = function.graph
+    if function.mutates:
         value = insert_call(graph, "clone", value)
     with graph.inserting_after(value):
         (placeholder,) = traced.graph.find_nodes(op="placeholder")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -54,25 +55,42 @@ class StepCollector:
         self.events: tuple[Event, ...] = ()
         self.failed = False
         self.ran_forward = False
-        self._arrivals: list[tuple[Binding, list[HostCopy]]] = []
+        self.has_parameters = False
+        self.skipped: list[HostCopy] = []
+        self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
         self._record: StepRecord | None = None
         self._lock = threading.Lock()
 
-    def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
-        """Take the extra outputs of one call of a graph."""
+    def add(
+        self,
+        binding: Binding,
+        outputs: Sequence[torch.Tensor],
+        *,
+        unless: torch.Tensor | Callable[[], bool] | None = None,
+    ) -> None:
+        """Take the extra outputs of one call of a graph.
+
+        They do not count if ``unless``, one element or a test, holds when the step is evaluated.
+        """
         arrived = [copy_to_host(output) for output in outputs]
         for whole in binding.whole:
             if not whole.reduction.trace:
                 arrived[whole.output] = copy_to_host(
                     apply_function(outputs[whole.output], whole.reduction)
                 )
-        self._arrivals.append((binding, arrived))
+        if isinstance(unless, torch.Tensor):
+            unless = partial(_is_nonzero, copy_to_host(unless.detach().clone()))
+        self._arrivals.append((binding, arrived, unless))
 
     def log(self, key: str, values: torch.Tensor, aggregate: Aggregate) -> None:
         """Take values that the user logs; all values of a key in a step are joined."""
         _, logged = self._logged.setdefault(key, (aggregate, []))
         logged.append(copy_to_host(values.detach().reshape(-1).clone()))
+
+    def was_skipped(self) -> bool:
+        """Whether an optimizer skipped its step; known once the step is over."""
+        return any(map(_is_nonzero, self.skipped))
 
     @property
     def holds_values(self) -> bool:
@@ -82,7 +100,7 @@ class StepCollector:
     @property
     def is_on_host(self) -> bool:
         """Whether everything can be read without waiting for an accelerator."""
-        copies = [c for _, arrived in self._arrivals for c in arrived]
+        copies = [c for _, arrived, _ in self._arrivals for c in arrived]
         copies += [c for _, logged in self._logged.values() for c in logged]
         return all(copy.ready is None for copy in copies)
 
@@ -101,7 +119,9 @@ class StepCollector:
     def _evaluate(self) -> StepRecord:
         accumulators: dict[Reduction, Accumulator] = {}
         collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
-        for binding, arrived in self._arrivals:
+        for binding, arrived, unless in self._arrivals:
+            if unless is not None and unless():
+                continue
             tensors = [copy.read() for copy in arrived]
             for group in binding.groups:
                 packed = tensors[group.output].numpy().astype(np.float64, copy=False)
@@ -186,6 +206,10 @@ class Accumulator:
         if not self.reduction.is_histogram:
             values = values.reshape(-1)
         return Table(registry.infos(self.reduction, sites), values)
+
+
+def _is_nonzero(copy: HostCopy) -> bool:
+    return bool(copy.read().item() != 0)
 
 
 def _join(key: str, aggregate: Aggregate, parts: list[torch.Tensor]) -> float | None:

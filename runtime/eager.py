@@ -10,6 +10,8 @@ from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
 
 def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     """What a graph would hand out for ``reduction`` of ``tensor``: a row, or a whole tensor."""
+    tensor = tensor.detach()
+    tensor = tensor.values() if tensor.is_nested else tensor
     if reduction.function is None:
         if reduction.is_histogram:
             return histogram(tensor)

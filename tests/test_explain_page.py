@@ -17,7 +17,7 @@ from torch import nn
 
 import tmm
 from tests.browser import REQUIRED, errors, open_browser, show_as
-from tmm.explain import Explanation, ModuleReport
+from tmm.explain import Explanation, ModuleReport, RuleReport
 from tmm.explain_page import page
 from tmm.passes.graph_text import NodeLine
 from tmm.twin.backend import GraphReport
@@ -69,7 +69,7 @@ def explained(model: nn.Module, *, run: bool = True) -> Explanation:
 def of_graphs(*graphs: GraphReport, modules: tuple[ModuleReport, ...] = ()) -> Explanation:
     return Explanation(
         modules=modules,
-        matched={},
+        rules=(),
         regions={},
         graphs=graphs,
         sites={},
@@ -307,7 +307,7 @@ def test_text_is_shown_and_never_run(browser: Chrome, tmp_path: Path) -> None:
     module = ModuleReport(name, HOSTILE, (HOSTILE,), "graph and eager")
     explanation = Explanation(
         modules=(root, module),
-        matched={HOSTILE: (name,)},
+        rules=(RuleReport(HOSTILE, "modules", (name,)),),
         regions={name: HOSTILE},
         graphs=(graph, replace(graph, index=1)),
         sites={},

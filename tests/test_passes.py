@@ -13,15 +13,17 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import check_golden, measure, text, trace
-from tmm.metrics import Reduction, builtin_reductions, function_reduction
+from tmm.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
 from tmm.operators import tap, tap_value
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.graph_text import node_lines
+from tmm.passes.insert_probes import ProbeOptions, insert_probes
 from tmm.passes.insert_reductions import MEASUREMENTS, ReductionOptions, insert_reductions
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, pass_of, sites_of
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.pipeline import PassError, rewrite
+from tmm.passes.probe import probe
 from tmm.passes.remove_taps import remove_taps
 from tmm.passes.trace_function import MetricFunctionError
 
@@ -319,3 +321,80 @@ def test_the_text_of_a_graph_has_a_line_for_each_node() -> None:
     assert len(node_lines(graph, taps=True)) == len(nodes)
     nested = [line.text for line in node_lines(graph) if line.text.startswith("    ")]
     assert nested[-1].startswith("    return (")
+
+
+def probes(module: nn.Module, *metrics: str) -> ProbeOptions:
+    names = {id(child): name for name, child in module.named_modules()}
+
+    def select(_: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+        return builtin_reductions(metrics, is_complex=dtype.is_complex)
+
+    return ProbeOptions(names, select)
+
+
+def test_insert_probes_golden() -> None:
+    module = in_place()
+    graph = copy_graph(trace(module, X))
+    before = text(graph)
+    (rows,) = insert_probes(graph, options=probes(module, "rms", "histogram"))
+    assert rows.length == 2 * (2 + len(HISTOGRAM_EDGES))
+    assert [row.measurement.site.module for row in rows.layout.rows] == ["0", "0", "1", "", "1", ""]
+    check_golden("insert_probes", before + "\n# becomes\n\n" + text(graph))
+
+
+def test_insert_probes_leaves_graphs_without_gradients_alone() -> None:
+    module = in_place().requires_grad_(False)
+    graph = copy_graph(trace(module, X.detach()))
+    before = text(graph)
+    assert insert_probes(graph, options=probes(module, "rms")) == ()
+    assert text(graph) == before
+    module.requires_grad_(True)
+    graph = copy_graph(trace(module, X.detach()))
+    assert insert_probes(graph, options=ProbeOptions({}, nothing)) == ()
+
+
+def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 2), nn.Linear(2, 2))
+    graph = copy_graph(trace(module, X.detach()))
+    insert_probes(graph, options=probes(module, "rms"))
+    found = graph.graph.find_nodes(op="call_function", target=probe)
+    assert [node.kwargs.get("copies", False) for node in found] == [True, True, False, True]
+
+
+def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
+    module = Checkpointed()
+    graph = copy_graph(trace(module, X.detach().requires_grad_()))
+    (rows,) = insert_probes(graph, options=probes(module, "norm"))
+    assert [row.measurement.site.module for row in rows.layout.rows] == ["fc", ""]
+    after = text(graph)
+    assert insert_probes(graph, options=probes(module, "norm")) == ()
+    assert text(graph) == after
+    nested = [node for node in all_nodes(graph) if node.target is probe]
+    assert len(nested) == 2
+    for node in nested:
+        assert sites_of(node)
+
+
+def test_the_gradient_of_the_extra_input_holds_the_rows() -> None:
+    module = Checkpointed()
+    graph = trace(module, X.detach().requires_grad_())
+    rewritten = rewrite(graph, measure(module, "rms"), probes(module, "norm", "max"))
+    (wanted,) = rewritten.row_inputs
+    rows = torch.zeros(wanted.length, dtype=torch.float64, requires_grad=True)
+    x, weight, bias = X.detach().requires_grad_(), module.fc.weight, module.fc.bias
+    inputs = {"weight": weight, "bias": bias}
+    arguments = [
+        next((t for n, t in inputs.items() if node.name.endswith(f"_{n}_")), x)
+        for node in graph.graph.find_nodes(op="placeholder")
+    ]
+    output, *_ = rewritten.module(*arguments, rows)
+    output.square().sum().backward()
+    want = 2 * output.detach()
+    by_site = {row.measurement.site.module: row for row in wanted.layout.rows}
+    for name, gradient in (("", want), ("fc", 2 * want)):
+        row = by_site[name]
+        part = rows.grad[row.start : row.stop]
+        values = dict(zip(row.measurement.reduction.columns, part, strict=True))
+        assert values["count"] == gradient.numel()
+        assert values["sum_squares"] == pytest.approx(gradient.square().sum().item())
+        assert values["maximum"] == gradient.max()

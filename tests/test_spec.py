@@ -57,7 +57,7 @@ def test_a_pattern_is_matched_from_the_start_of_the_name() -> None:
 
 
 def test_excluding_everything_is_said() -> None:
-    with pytest.raises(ValueError, match="exclude='h' drops every module"):
+    with pytest.raises(ValueError, match="exclude='h' drops everything"):
         Plan(tmm.Spec(tmm.activation("rms", modules="h"), exclude="h"), NAMES)
 
 

@@ -447,7 +447,11 @@ def cache_events(spec: tmm.Spec | None) -> dict[str, int]:
 
 
 def cache_spec() -> tmm.Spec:
-    return tmm.Spec(tmm.activation("rms", "kurtosis", "histogram"), tmm.activation(n=row_norms))
+    return tmm.Spec(
+        tmm.activation("rms", "kurtosis", "histogram"),
+        tmm.activation(n=row_norms),
+        tmm.activation_gradient("rms", "std", "histogram"),
+    )
 
 
 def test_rewritten_graphs_come_from_a_warm_cache() -> None:

@@ -10,7 +10,16 @@ from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
 from tmm.monitor import Monitor, MonitoringWarning
 from tmm.reader import Run, open_run
 from tmm.record import record
-from tmm.spec import Rule, Spec, activation
+from tmm.rules import (
+    Rule,
+    activation,
+    activation_gradient,
+    gradient,
+    optimizer_state,
+    parameter,
+    update,
+)
+from tmm.spec import Spec
 
 __all__ = [
     "HISTOGRAM_EDGES",
@@ -22,10 +31,15 @@ __all__ = [
     "Run",
     "Spec",
     "activation",
+    "activation_gradient",
     "explain",
+    "gradient",
     "instrument",
     "monitor",
     "open_run",
+    "optimizer_state",
+    "parameter",
     "record",
     "remove",
+    "update",
 ]

@@ -18,6 +18,16 @@ _SHOWN = 12  # names of modules in a line of text
 
 
 @dataclass(frozen=True)
+class RuleReport:
+    """A rule: which modules or parameters (the ``subject``) it measures, and which others exist."""
+
+    rule: str
+    subject: str
+    matched: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ModuleReport:
     """A module of the model: its type, the metrics asked for and how its rows come about.
 
@@ -37,7 +47,7 @@ class Explanation:
 
     Attributes:
         modules: every module of the model, in the order of ``named_modules``.
-        matched: the names of the modules that each rule measures.
+        rules: what each rule of the spec measures, and what not.
         regions: the parts that are compiled, by name, with their settings.
         graphs: the rewritten graphs; each has its nodes ``before`` and ``after``, a ``diff`` and
             ``code`` that runs as Python.
@@ -49,7 +59,7 @@ class Explanation:
     """
 
     modules: tuple[ModuleReport, ...]
-    matched: dict[str, tuple[str, ...]]
+    rules: tuple[RuleReport, ...]
     regions: dict[str, str]
     graphs: tuple[GraphReport, ...]
     sites: dict[str, tuple[str, ...]]
@@ -79,7 +89,15 @@ class Explanation:
                 )
                 for module, name in attribution.names.items()
             ),
-            matched={str(rule): names for rule, names in twin.plan.matched.items()},
+            rules=tuple(
+                RuleReport(
+                    str(rule),
+                    rule.subject,
+                    names,
+                    tuple(n for n in twin.plan.candidates(rule) if n not in set(names)),
+                )
+                for rule, names in twin.plan.matched.items()
+            ),
             regions=_regions(twin),
             graphs=tuple(graph.report for graph in twin.graphs),
             sites=_sites(twin),
@@ -115,12 +133,14 @@ class Explanation:
 
     def _rules(self) -> list[str]:
         lines = []
-        for rule, names in self.matched.items():
-            lines.append(f"{rule}: {len(names)} of {len(self.modules)} modules")
-            lines += [f"    {name}" for name in names]
-            if rest := [m.name for m in self.modules if m.name not in set(names)]:
-                more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
-                lines.append(f"    not matched: {', '.join(rest[:_SHOWN])}{more}")
+        for rule in self.rules:
+            count = len(rule.matched) + len(rule.others)
+            lines.append(f"{rule.rule}: {len(rule.matched)} of {count} {rule.subject}")
+            lines += [f"    {name}" for name in rule.matched]
+            if rule.others:
+                rest = len(rule.others) - _SHOWN
+                more = f" and {rest} more" if rest > 0 else ""
+                lines.append(f"    not matched: {', '.join(rule.others[:_SHOWN])}{more}")
         return lines
 
     def _programs(self) -> list[str]:

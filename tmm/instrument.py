@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from tmm.explain import Explanation
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
-from tmm.naming import display_name, relative_names
+from tmm.naming import display_name, parameter_names, relative_names
 from tmm.run_info import describe_environment
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
@@ -83,7 +83,7 @@ def instrument(
     if not isinstance(model, torch.nn.Module) and region_of(measured) is None:
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     names = [display_name(name) for name in relative_names(measured).values()]
-    plan = Plan(spec, names)
+    plan = Plan(spec, names, dict(parameter_names(measured).values()))
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None

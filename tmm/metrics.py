@@ -41,6 +41,7 @@ COLUMN_ORDER = (
     "zeros",
     "nans",
     "infinities",
+    "reference_sum_squares",
 )
 """Every column, in the order in which a row holds them.
 
@@ -115,6 +116,21 @@ METRICS: Mapping[str, Metric] = {
 HISTOGRAM = "histogram"
 METRIC_NAMES = (*METRICS, HISTOGRAM)
 
+_norm, _mean = METRICS["norm"], METRICS["mean"]
+DERIVED_METRICS: Mapping[str, Metric] = {
+    "relative_norm": Metric(
+        ("sum_squares", "reference_sum_squares"),
+        lambda c: np.sqrt(c["sum_squares"] / c["reference_sum_squares"]),
+    ),
+    "exp_avg_norm": _norm,
+    "exp_avg_sq_norm": _norm,
+    "effective_lr": _mean,
+}
+"""Metrics of single families: of an update, and of the state of an optimizer."""
+
+_ALL_METRICS = {**METRICS, **DERIVED_METRICS}
+_OF_OTHER_TENSORS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
+
 _AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),
     "sum": ("count", "sum"),
@@ -175,10 +191,21 @@ def builtin_reductions(names: tuple[str, ...], *, is_complex: bool) -> tuple[Red
     One row serves all the scalars; a histogram has a row of its own. Metrics that complex numbers
     do not have are left out.
     """
-    scalars = tuple(n for n in names if n != HISTOGRAM and not (is_complex and METRICS[n].ordered))
-    reductions = []
+    scalars = tuple(
+        n for n in names if n != HISTOGRAM and not (is_complex and _ALL_METRICS[n].ordered)
+    )
+    reductions: list[Reduction] = []
+    # What is taken of other tensors than the rest has a row of its own.
+    apart = tuple(name for name in scalars if name in _OF_OTHER_TENSORS)
+    scalars = tuple(name for name in scalars if name not in apart)
+    reductions += [
+        Reduction(
+            (name,), tuple(c for c in COLUMN_ORDER if c in ("count", *_ALL_METRICS[name].columns))
+        )
+        for name in apart
+    ]
     if scalars:
-        needed = {"count"}.union(*(METRICS[name].columns for name in scalars))
+        needed = {"count"}.union(*(_ALL_METRICS[name].columns for name in scalars))
         if "zero_fraction" in scalars and needed.isdisjoint(_NAN_CARRIERS):
             needed.add("nans")
         columns = tuple(name for name in COLUMN_ORDER if name in needed)
@@ -259,7 +286,7 @@ def finalize(reduction: Reduction, rows: FloatArray) -> FloatArray:
     columns = _split(reduction, rows)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if reduction.function is None:
-            values = [METRICS[name].value(columns) for name in reduction.metrics]
+            values = [_ALL_METRICS[name].value(columns) for name in reduction.metrics]
         elif reduction.aggregate == "mean":
             values = [columns["sum"] / columns["count"]]
         else:

@@ -9,9 +9,13 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
 from tmm.layout import Event, StepRecord
 from tmm.metrics import Aggregate, FloatArray
+from tmm.optimizers import WatchedOptimizer, WatchedScaler
+from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
 from tmm.runtime.binding import Binding, KeyRegistry
@@ -58,6 +62,9 @@ class Monitor:
         self._on_error = on_error
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
+        self._parameters: ParameterMonitor | None = None
+        self._optimizers: list[WatchedOptimizer] = []
+        self._scalers: list[WatchedScaler] = []
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
@@ -69,6 +76,8 @@ class Monitor:
     def attach(self, twin: Twin, explain: Callable[[], str]) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them."""
         self._twin, self._explain = twin, explain
+        unmeasured = twin.attribution.unmeasured
+        self._parameters = ParameterMonitor(self.module, twin.plan, self.registry, unmeasured)
         self._save_explanation()
 
     # Steps
@@ -120,6 +129,10 @@ class Monitor:
             OSError: if what was measured before could not be written.
         """
         finished = self._require_step("end_step")
+        if self._parameters is not None:
+            if finished.monitored and self._optimizers and not finished.has_parameters:
+                self._parameters.add_parameters(finished)
+            self._parameters.end_step(finished)
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
@@ -227,12 +240,99 @@ class Monitor:
         with open_run(self._writer.path) as run:
             return {int(step): run.at(int(step)) for step in run.steps}
 
+    # Parameters
+
+    def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
+        """Measure gradients, updates and optimizer state around each step of ``optimizer``.
+
+        Gradients are those that the optimizer sees, after accumulation, clipping and unscaling;
+        with a closure, those of its last evaluation. Parameters are measured when a monitored
+        step ends. With ``scaler``, a step that it skips is recorded as ``step/skipped``, its
+        gradients are left out, and its scale is recorded as ``step/grad_scale``.
+
+        Raises:
+            TypeError: if ``optimizer`` is not an optimizer, or ``scaler`` not a ``GradScaler``.
+            ValueError: if it holds none of the model's parameters or is watched already.
+            RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
+                whose graphs do without it.
+        """
+        parameters = self._require_parameters()
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
+        if any(watched.optimizer is optimizer for watched in self._optimizers):
+            raise ValueError("the optimizer is watched already")
+        if scaler is not None and self._twin is not None and self._twin.has_probes:
+            raise RuntimeError(
+                "watch(scaler=...): call it before the first monitored step; the graphs that"
+                " measure activation gradients are compiled already, without the scale"
+            )
+        names = parameters.names()
+        if not any(p in names for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer holds no parameter of the instrumented model")
+        watched_scaler = None if scaler is None else self._watch_scaler(scaler)
+        self._optimizers.append(
+            WatchedOptimizer(optimizer, watched_scaler, parameters, self._open_collector)
+        )
+
+    def monitor_parameters(self) -> None:
+        """Measure the parameters now instead of at the end of the step.
+
+        Nothing happens outside of a monitored step.
+        """
+        if self.recording:
+            collector = self._require_step("monitor_parameters")
+            collector.has_parameters = True
+            self._require_parameters().add_parameters(collector)
+
+    def monitor_gradients(self, before_clip: bool = False) -> None:
+        """Measure the gradients now, as ``gradient_before_clip`` if they are yet to be clipped.
+
+        Watched optimizers do so by themselves before their steps, but for ``before_clip``. The
+        factor of a watched scaler is taken out. Nothing happens outside of a monitored step.
+        """
+        if not self.recording:
+            return
+        collector, parameters = self._require_step("monitor_gradients"), self._require_parameters()
+        gradients = {
+            name: parameter.grad.detach()
+            for parameter, name in parameters.names().items()
+            if parameter.grad is not None
+        }
+        for watched in self._optimizers:
+            gradients |= watched.gradients()
+        parameters.add_gradients(collector, gradients, before_clip=before_clip)
+
     # Forward passes
 
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
         if self._open is not None and self.recording:
             self._open.add(binding, outputs)
+
+    def gradient_sink(self) -> Callable[[Binding, Sequence[torch.Tensor]], None] | None:
+        """Takes rows of gradients of the forward passes of this step, as long as it is open."""
+        collector = self._open_collector()
+        if collector is None:
+            return None
+
+        def take(binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
+            if self._open is collector:
+                collector.add(binding, outputs, unless=collector.was_skipped)
+
+        return take
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether a scaler is watched."""
+        return bool(self._scalers)
+
+    def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
+        """The inverse of the scale of the watched scaler; 1 where it does nothing."""
+        if not self._scalers:
+            return None
+        return self._scalers[0].factor(device)
 
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
@@ -288,6 +388,12 @@ class Monitor:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
         if self._open is not None:
             self._drop_step("was not ended")
+        for optimizer in self._optimizers:
+            optimizer.remove()
+        for scaler in self._scalers:
+            scaler.remove()
+        self._optimizers.clear()
+        self._scalers.clear()
         if self._writer is None:
             return
         try:
@@ -298,6 +404,20 @@ class Monitor:
                 self._events.clear()
         finally:
             self._writer.close()
+
+    def _open_collector(self) -> StepCollector | None:
+        return self._open if self.is_monitoring() else None
+
+    def _watch_scaler(self, scaler: GradScaler) -> WatchedScaler:
+        for watched in self._scalers:
+            if watched.scaler is scaler:
+                return watched
+        self._scalers.append(WatchedScaler(scaler, self._open_collector))
+        return self._scalers[-1]
+
+    def _require_parameters(self) -> ParameterMonitor:
+        assert self._parameters is not None
+        return self._parameters
 
     def _save_explanation(self) -> None:
         if self._writer is not None and self._explain is not None:
@@ -332,6 +452,8 @@ class Monitor:
             if self._open.monitored:
                 self._mark_gap(self._open.step, reason)
             self._open, self.recording = None, False
+            if self._parameters is not None:
+                self._parameters.end_step(None)
 
     def _mark_gap(self, step: int, text: str) -> None:
         self._events.append(Event(step, "gap", text))

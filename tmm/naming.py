@@ -58,3 +58,16 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
 def display_name(name: str) -> str:
     """A module's name in keys and for patterns: the root, whose name is empty, has one too."""
     return name or ROOT_NAME
+
+
+def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[str, str]]:
+    """Each parameter with its dotted name and the display name of the module that it belongs to.
+
+    A parameter that several modules share has the first of its names.
+    """
+    names: dict[torch.nn.Parameter, tuple[str, str]] = {}
+    for owner, prefix in relative_names(module).items():
+        for name, parameter in owner.named_parameters(recurse=False):
+            dotted = f"{prefix}.{name}" if prefix else name
+            names.setdefault(parameter, (dotted, display_name(prefix)))
+    return names

@@ -61,7 +61,13 @@ def _data(explanation: Explanation) -> dict[str, Any]:
             for module in explanation.modules
         ],
         "rules": [
-            {"rule": rule, "modules": matched} for rule, matched in explanation.matched.items()
+            {
+                "rule": rule.rule,
+                "matched": rule.matched,
+                "count": len(rule.matched) + len(rule.others),
+                "subject": rule.subject.removesuffix("s"),
+            }
+            for rule in explanation.rules
         ],
         "rows": explanation.rows,
         "regions": _grouped(explanation.regions),

@@ -122,9 +122,9 @@ function reasons(groups) {
 }
 
 function showOverview() {
-  const rules = data.rules.map(({ rule, modules: matched }) => [
+  const rules = data.rules.map(({ rule, matched, count, subject }) => [
     element("code", {}, rule),
-    folded(`${number(matched.length)} of ${plural(modules.size, "module")}`, matched),
+    folded(`${number(matched.length)} of ${plural(count, subject)}`, matched),
   ]);
   const ran = data.graphs.length || data.modules.some((module) => module.measured !== "none");
   const unknown = "Not known before the first monitored step.";

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
-from tmm.layout import VALUE_FAMILY, Measurement, Site
+from tmm.layout import VALUE_FAMILY, Measurement, PackedLayout, Site
 from tmm.metrics import Reduction
 from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
+from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
 from tmm.twin.backend import OUTSIDE, MeasuredGraph, Scope
@@ -62,12 +64,17 @@ class Attribution:
         peers = [module for module in self.names if type(module) is type(owner)]
         resolvers = [self._resolver(peer) for peer in peers]
 
-        def select(relative: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+        def select(
+            relative: str, dtype: torch.dtype, family: str = "activation"
+        ) -> tuple[Reduction, ...]:
             names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
-            selected = [r for name in names for r in self.plan.select(name, dtype)]
+            selected = [r for name in names for r in self.plan.select(name, dtype, family)]
             return tuple(dict.fromkeys(selected))
 
-        return Scope(owner, self.name(owner), modules, select, values)
+        gradient = None
+        if self.plan.spec.measures(GRADIENT):
+            gradient = partial(select, family=GRADIENT)
+        return Scope(owner, self.name(owner), modules, select, values, gradient)
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -76,16 +83,20 @@ class Attribution:
             self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
 
     def bind(
-        self, graph: MeasuredGraph, inputs: Sequence[object], frames: Frames
+        self,
+        graph: MeasuredGraph,
+        layout: PackedLayout,
+        inputs: Sequence[object],
+        frames: Frames,
     ) -> Binding | None:
         """The rows of a call of ``graph``, named; None if it is not known which module ran it."""
         owner = self._owner(graph, inputs, frames)
         if owner is None:
             self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
             return None
-        key = (id(graph), owner)
+        key = (id(layout), owner)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, owner)
+            self._bindings[key] = self._bind(graph, layout, owner)
         return self._bindings[key]
 
     def _owner(
@@ -103,7 +114,9 @@ class Attribution:
                 return candidate
         return owner if owner is graph.owner else None
 
-    def _bind(self, graph: MeasuredGraph, owner: torch.nn.Module) -> Binding | None:
+    def _bind(
+        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module
+    ) -> Binding | None:
         if type(owner) is not type(graph.owner):
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
             return None
@@ -116,8 +129,8 @@ class Attribution:
             name = absolute(measurement.site.module)
             if name is None or (graph.outside(measurement) and owner is not graph.owner):
                 return None
-            wanted = [*self.plan.select(name, torch.float32)]
-            wanted += self.plan.select(name, torch.complex64)
+            wanted = [*self.plan.select(name, torch.float32, measurement.family)]
+            wanted += self.plan.select(name, torch.complex64, measurement.family)
             if measurement.reduction not in wanted:
                 return None
             self._measured.setdefault(name, {})["graph"] = None
@@ -125,8 +138,8 @@ class Attribution:
             self.rows[Measurement(measurement.family, site, measurement.reduction)] = None
             return name + measurement.site.path
 
-        self.leave_out(owner, graph.layout.unmeasured)
-        return self._registry.bind(graph.layout, resolve)
+        self.leave_out(owner, layout.unmeasured)
+        return self._registry.bind(layout, resolve)
 
     def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
         """From names relative to ``owner`` to those in keys: a shared module has its first name."""
@@ -143,23 +156,21 @@ class Attribution:
     # Eager calls
 
     def select_eagerly(
-        self, module: torch.nn.Module, output: object
+        self, module: torch.nn.Module, output: object, family: str = "activation"
     ) -> list[tuple[Binding, torch.Tensor, Reduction]]:
         """What to reduce of the output of a module that ran outside of every graph."""
         name = display_name(self.names[module])
         selected = []
         for path, tensor in tensors_in(output):
-            reductions = self.plan.select(name, tensor.dtype)
+            reductions = self.plan.select(name, tensor.dtype, family)
             if reductions and (reason := why_unmeasurable(tensor)):
                 self.unmeasured[name + path] = reason
                 continue
             if reductions:
                 self._measured.setdefault(name, {})["eager"] = None
-            values = tensor.detach()
-            values = values.values() if values.is_nested else values
             for reduction in reductions:
-                measurement = Measurement("activation", Site(name, path), reduction)
-                selected.append((self.bind_eagerly(measurement), values, reduction))
+                measurement = Measurement(family, Site(name, path), reduction)
+                selected.append((self.bind_eagerly(measurement), tensor, reduction))
         return selected
 
     def bind_eagerly(self, measurement: Measurement) -> Binding:

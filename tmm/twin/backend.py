@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.layout import Measurement, PackedLayout, Site
+from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
+from tmm.passes.insert_probes import ProbeOptions, RowInput
 from tmm.passes.insert_reductions import ReductionOptions
 from tmm.passes.pipeline import Rewritten, rewrite
+from tmm.passes.probe import VERSION, probe
 from tmm.twin.breaks import end_of_graph
 from tmm.twin.compile_settings import CompileSettings
 from tmm.twin.trace import TraceFolder
@@ -27,7 +29,8 @@ OUTSIDE = "//"
 class Scope:
     """Where a frame is traced: its module (the owner) and what modules are called from there.
 
-    ``values`` says how what the model records by name is reduced.
+    ``values`` says how what the model records by name is reduced, ``select_gradient`` which
+    gradients of outputs are measured (None if none is).
     """
 
     owner: torch.nn.Module
@@ -35,6 +38,7 @@ class Scope:
     modules: Mapping[int, str]
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction]
+    select_gradient: Callable[[str, torch.dtype], tuple[Reduction, ...]] | None = None
 
 
 class Host(Protocol):
@@ -42,6 +46,10 @@ class Host(Protocol):
 
     graphs: list[MeasuredGraph]
     trace: TraceFolder | None
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients carry a scaler's factor that is to be taken out."""
 
     def scope(self) -> Scope:
         """The scope of the frame that is being compiled."""
@@ -56,6 +64,11 @@ class Host(Protocol):
         extra: Sequence[torch.Tensor],
     ) -> None:
         """Take what one call of ``graph`` measured."""
+
+    def gradient_rows(
+        self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
+    ) -> torch.Tensor:
+        """An extra input of one call of ``graph``, whose gradient will hold rows."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +114,15 @@ class MeasuredGraph:
     def __init__(
         self,
         run: Callable[..., Sequence[Any]],
-        layout: PackedLayout,
+        rewritten: Rewritten,
         report: GraphReport,
         owner: torch.nn.Module,
         witness: Witness | None,
         host: Host,
     ) -> None:
         self.run = run
-        self.layout = layout
+        self.layout = rewritten.layout
+        self.row_inputs = rewritten.row_inputs
         self.report = report
         self.owner = owner
         self.witness = witness
@@ -116,7 +130,8 @@ class MeasuredGraph:
 
     def __call__(self, *inputs: object) -> Sequence[Any]:
         """Run the graph."""
-        outputs = self.run(*inputs)
+        rows = [self.host.gradient_rows(self, inputs, wanted) for wanted in self.row_inputs]
+        outputs = self.run(*inputs, *rows)
         extra = self.layout.outputs
         if not extra:
             return outputs
@@ -142,14 +157,18 @@ class MeasuringBackend:
     def __call__(self, module: GraphModule, inputs: list[torch.Tensor]) -> MeasuredGraph:
         """Compile ``module`` with its measurements."""
         scope = self.host.scope()
-        options = ReductionOptions(
-            scope.modules, scope.select, scope.values, compiled=self.settings.uses_inductor
-        )
+        compiled = self.settings.uses_inductor
+        options = ReductionOptions(scope.modules, scope.select, scope.values, compiled=compiled)
+        probes = None
+        if scope.select_gradient is not None:
+            probes = ProbeOptions(
+                scope.modules, scope.select_gradient, compiled, self.host.scales_gradients
+            )
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:
             watch = self.host.trace.begin(index, module, scope.modules)
-        rewritten = rewrite(module, options, watch=watch)
+        rewritten = rewrite(module, options, probes, watch=watch)
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         report = GraphReport(
             owner=scope.owner_name,
@@ -157,7 +176,8 @@ class MeasuringBackend:
             before=tuple(node_lines(module, scope.modules)),
             after=tuple(node_lines(rewritten.module, scope.modules)),
             code=runnable_code(rewritten.module),
-            rows=len(rewritten.layout.rows),
+            rows=len(rewritten.layout.rows)
+            + sum(len(row_input.layout.rows) for row_input in rewritten.row_inputs),
             outputs=rewritten.layout.outputs,
             bytes=_extra_bytes(rewritten),
             seconds=rewritten.seconds,
@@ -165,8 +185,14 @@ class MeasuringBackend:
             index=index,
         )
         witness = _find_witness(module, scope.owner)
-        run = self.settings.backend(rewritten.module, inputs)
-        graph = MeasuredGraph(run, rewritten.layout, report, scope.owner, witness, self.host)
+        added = list(rewritten.module.graph.find_nodes(op="placeholder"))[len(inputs) :]
+        examples = [node.meta["example_value"] for node in added]
+        # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
+        known = torch._inductor.config.unsafe_marked_cacheable_functions
+        cacheable = {**known, f"{probe.__module__}.{probe.__name__}": VERSION}
+        with torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable):
+            run = self.settings.backend(rewritten.module, [*inputs, *examples])
+        graph = MeasuredGraph(run, rewritten, report, scope.owner, witness, self.host)
         self.host.graphs.append(graph)
         return graph
 

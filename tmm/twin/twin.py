@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,9 @@ from torch._dynamo.types import GuardFilterEntry
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import unwrapped
+from tmm.operators import packed_dtype
+from tmm.passes.insert_probes import FAMILY as GRADIENT
+from tmm.passes.insert_probes import RowInput
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
@@ -37,13 +41,26 @@ _UNGUARDED = ("._forward_hooks", "._forward_pre_hooks", f".{COMPILED_CALL}")
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
 
+GradientSink = Callable[[Binding, Sequence[torch.Tensor]], None]
+
+
 class Recorder(Protocol):
     """Takes what a twin measures; a ``Monitor``."""
 
     registry: KeyRegistry
 
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients carry a scaler's factor."""
+
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
+
+    def gradient_sink(self) -> GradientSink | None:
+        """What takes the rows of gradients of the step that is open; None if none is wanted."""
+
+    def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What gradients of this forward pass are to be multiplied with, if anything."""
 
 
 def running_twin() -> Twin | None:
@@ -251,6 +268,8 @@ class Twin:
         self.eager_modules[module] = self._frames[-1]
         for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
             self._add_eagerly(binding, tensor, reduction)
+        if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
+            self._probe_eagerly(module, output)
 
     # Measuring
 
@@ -258,9 +277,44 @@ class Twin:
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
         """Take the rows of one call of ``graph``."""
-        binding = self.attribution.bind(graph, inputs, self._frames)
+        binding = self.attribution.bind(graph, graph.layout, inputs, self._frames)
         if binding is not None and not self._discarding:
             self.recorder.add(binding, extra)
+
+    def gradient_rows(
+        self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
+    ) -> torch.Tensor:
+        """An extra input of one call of ``graph``; the gradient that it gets holds rows."""
+        dtype, device = packed_dtype(wanted.device), wanted.device
+        rows = torch.zeros(wanted.length, dtype=dtype, device=device)
+        if (factor := self.recorder.gradient_factor(device)) is not None:
+            rows += factor
+        rows.requires_grad_()
+        binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
+        sink = None if self._discarding else self.recorder.gradient_sink()
+        if binding is not None and sink is not None and torch.is_grad_enabled():
+            rows.register_hook(partial(_hand_over, sink, binding))
+        return rows
+
+    def _probe_eagerly(self, module: torch.nn.Module, output: object) -> None:
+        sink = None if self._discarding else self.recorder.gradient_sink()
+        if sink is None:
+            return
+        selected = self.attribution.select_eagerly(module, output, GRADIENT)
+        for binding, tensor, reduction in selected:
+            if tensor.requires_grad:
+                factor = self.recorder.gradient_factor(tensor.device)
+                tensor.register_hook(partial(_reduce_gradient, sink, binding, reduction, factor))
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether any graph measures gradients."""
+        return any(graph.row_inputs for graph in self.graphs)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients carry a scaler's factor that is to be taken out."""
+        return self.recorder.scales_gradients
 
     def declare_value(self, name: str, value_type: type, aggregate: Aggregate) -> None:
         """Know of a value that the model records; see ``RecordedValues.declare``."""
@@ -285,6 +339,22 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _hand_over(sink: GradientSink, binding: Binding, rows: torch.Tensor) -> None:
+    sink(binding, [rows])
+
+
+def _reduce_gradient(
+    sink: GradientSink,
+    binding: Binding,
+    reduction: Reduction,
+    factor: torch.Tensor | None,
+    gradient: torch.Tensor,
+) -> None:
+    if factor is not None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
+    sink(binding, [reduce_eagerly(gradient, reduction)])
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,233 @@
+"""Insert a probe at each marked tensor, which measures its gradient in the backward pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.layout import Measurement, PackedLayout, Row, Site
+from tmm.metrics import Reduction
+from tmm.operators import packed_dtype, tap, why_unmeasurable
+from tmm.passes.marks import is_mark, site_of
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import add_site
+from tmm.passes.probe import FunctionProbe, columns_of, probe
+from tmm.passes.trace_function import trace_function
+
+FAMILY = "activation_gradient"
+
+_PROBED = "tmm_probed"
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Which gradients ``insert_probes`` measures.
+
+    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
+    the gradient of a module's output of a given dtype; ``compiled`` chooses the compiled kernel;
+    ``scaled`` has gradients multiplied with the value of the extra inputs first.
+    """
+
+    modules: Mapping[int, str]
+    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    compiled: bool = False
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """An extra input of a graph: after a backward pass, its gradient holds rows.
+
+    It takes a tensor of ``length`` elements that requires a gradient.
+    """
+
+    device: torch.device
+    length: int
+    layout: PackedLayout
+
+
+@dataclass
+class _Place:
+    """A probe to be inserted: after which tap of which tensor, inside of which calls."""
+
+    module: GraphModule
+    calls: tuple[tuple[GraphModule, Node], ...]
+    mark: Node
+    tensor: Node
+    reductions: tuple[Reduction, ...]
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.tensor.meta["example_value"].device
+        return device
+
+    @property
+    def width(self) -> int:
+        return sum(reduction.width for reduction in self.reductions)
+
+
+def insert_probes(module: GraphModule, *, options: ProbeOptions) -> tuple[RowInput, ...]:
+    """After each tap of a tensor that requires a gradient, pass the tensor through a probe.
+
+    Afterwards whatever used the tensor later uses the probe's result, and the graph has one more
+    input per device, last, whose gradient holds the rows. Taps of one tensor with no computation
+    between them share a probe. Taps stay in the graph. A graph without such tensors is left alone.
+    """
+    places = list(_places(module, options, ()))
+    returned = _storages(module.graph.output_node().all_input_nodes)
+    inputs = []
+    for device in dict.fromkeys(place.device for place in places):
+        here = [place for place in places if place.device == device]
+        inputs.append(_row_input(device, here))
+        for place, row in zip(here, _row_nodes(module, inputs[-1], here), strict=True):
+            _insert(place, _inside(place.calls, row), returned, options)
+    return tuple(inputs)
+
+
+def _places(
+    module: GraphModule, options: ProbeOptions, calls: tuple[tuple[GraphModule, Node], ...]
+) -> Iterator[_Place]:
+    bodies: dict[Node, list[GraphModule]] = {}
+    for call, body in nested_calls(module):
+        bodies.setdefault(call, []).append(body)
+    recent: dict[Node, _Place] = {}
+    for node in module.graph.nodes:
+        if is_mark(node):
+            place = _place(module, options, calls, node)
+            if place is None:
+                continue
+            known = recent.get(place.tensor)
+            if known is not None and known.reductions == place.reductions:
+                known.sites += place.sites
+            else:
+                recent[place.tensor] = place
+                yield place
+        elif _computes(node):
+            recent.clear()
+        for body in bodies.get(node, ()):
+            if returns_body_outputs(node):
+                yield from _places(body, options, (*calls, (module, node)))
+
+
+def _place(
+    module: GraphModule,
+    options: ProbeOptions,
+    calls: tuple[tuple[GraphModule, Node], ...],
+    mark: Node,
+) -> _Place | None:
+    tensor = mark.args[0]
+    assert isinstance(tensor, Node)
+    example = tensor.meta["example_value"]
+    site = site_of(mark, options.modules) if mark.target is tap else None
+    if site is None or not example.requires_grad or why_unmeasurable(example) or example.is_nested:
+        return None
+    if mark.meta.get(_PROBED):
+        return None
+    reductions = options.select(site.module, example.dtype)
+    if not reductions:
+        return None
+    mark.meta[_PROBED] = True
+    return _Place(module, calls, mark, tensor, reductions, [site])
+
+
+def _computes(node: Node) -> bool:
+    """Whether something of the traced program happens here: not a mark, not a measurement."""
+    return node.op not in ("placeholder", "get_attr") and "tmm_sites" not in node.meta
+
+
+def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
+    rows, start = [], 0
+    for place in places:
+        for reduction in place.reductions:
+            stop = start + reduction.width
+            rows += [Row(Measurement(FAMILY, s, reduction), 0, start, stop) for s in place.sites]
+            start = stop
+    return RowInput(device, start, PackedLayout(tuple(rows), 1))
+
+
+def _row_nodes(
+    module: GraphModule, row_input: RowInput, places: Sequence[_Place]
+) -> Sequence[Node]:
+    """The extra input, cut into the rows of the probes: one operation, and one in the backward."""
+    example = places[0].tensor.meta["example_value"]
+    with example.fake_mode, torch.enable_grad():
+        value = torch.zeros(
+            row_input.length,
+            dtype=packed_dtype(row_input.device),
+            device=row_input.device,
+            requires_grad=True,
+        )
+    rows = _add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
+    widths = [place.width for place in places]
+    with module.graph.inserting_before(_first_operation(module)):
+        split = module.graph.call_function(torch.split, (rows, widths))
+        split.meta["example_value"] = torch.split(value, widths)
+        nodes = [
+            module.graph.call_function(operator.getitem, (split, i)) for i in range(len(places))
+        ]
+    for node, part in zip(nodes, split.meta["example_value"], strict=True):
+        node.meta["example_value"] = part
+    return nodes
+
+
+def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
+    """``row`` as an input of the nested graph that these calls lead to."""
+    for owner, call in calls:
+        (body,) = (body for node, body in nested_calls(owner) if node is call)
+        call.args = (*call.args, row)
+        row = _add_placeholder(body, row.name, row.meta["example_value"])
+    return row
+
+
+def _add_placeholder(module: GraphModule, name: str, example: torch.Tensor) -> Node:
+    with module.graph.inserting_before(_first_operation(module)):
+        node = module.graph.placeholder(name)
+    node.meta["example_value"] = example
+    return node
+
+
+def _first_operation(module: GraphModule) -> Node:
+    first: Node = next(node for node in module.graph.nodes if node.op != "placeholder")
+    return first
+
+
+def _insert(place: _Place, row: Node, returned: set[int], options: ProbeOptions) -> None:
+    module, mark, tensor = place.module, place.mark, place.mark.args[0]
+    assert isinstance(tensor, Node)
+    example = tensor.meta["example_value"]
+    functions = [
+        None if reduction.function is None else trace_function(example, reduction)
+        for reduction in place.reductions
+    ]
+    # A view that is overwritten, or that leaves the graph beside what it views, is another program.
+    copies = example._version > 0 or bool(_storages([tensor]) & returned)
+    columns = [columns_of(reduction) for reduction in place.reductions]
+    flags = {"compiled": options.compiled, "copies": copies, "scaled": options.scaled}
+    later = {user for user in tensor.users if mark < user}
+    with module.graph.inserting_after(mark):
+        if any(functions):
+            name = f"probe_{row.name}"
+            module.add_submodule(name, FunctionProbe(columns, functions, **flags))
+            node = module.graph.call_module(name, (tensor, row))
+        else:
+            chosen = {flag: True for flag, on in flags.items() if on}
+            node = module.graph.call_function(probe, (tensor, row, columns), chosen)
+    node.meta["example_value"] = example
+    node.meta["nn_module_stack"] = mark.meta.get("nn_module_stack")
+    for site in place.sites:
+        add_site(node, FAMILY, site)
+    tensor.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def _storages(nodes: Iterable[Node]) -> set[int]:
+    examples = (node.meta.get("example_value") for node in nodes)
+    return {
+        example.untyped_storage()._cdata
+        for example in examples
+        if isinstance(example, torch.Tensor) and example.layout is torch.strided
+    }

@@ -1,0 +1,90 @@
+"""Statistics of parameters, gradients and the like: many tensors in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tmm.layout import Measurement, PackedLayout, Row, Site
+from tmm.metrics import Reduction
+from tmm.runtime.binding import Binding, KeyRegistry
+from tmm.runtime.eager import reduce_eagerly
+from tmm.runtime.grouped import summarize_group
+
+Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
+"""The reductions of a tensor of that name and dtype."""
+
+REFERENCE = "reference_sum_squares"
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Rows on their way to a collector, and how they are named."""
+
+    binding: Binding
+    outputs: tuple[torch.Tensor, ...]
+
+
+class NamedStatistics:
+    """Reduces sets of named tensors to rows; what belongs to a set is worked out once."""
+
+    def __init__(self, registry: KeyRegistry) -> None:
+        self._registry = registry
+        self._bindings: dict[tuple[str, Reduction, tuple[str, ...]], Binding] = {}
+
+    def measure(
+        self,
+        family: str,
+        tensors: Mapping[str, torch.Tensor],
+        select: Select,
+        reference_squares: Mapping[str, torch.Tensor] | None = None,
+    ) -> list[Measured]:
+        """Rows of the tensors, in as few kernel launches as can be; waits for no accelerator.
+
+        ``reference_squares`` are the values of the column ``reference_sum_squares``.
+        """
+        groups: dict[tuple[torch.device, Reduction], list[str]] = {}
+        for name, tensor in tensors.items():
+            for reduction in select(name, tensor.dtype):
+                groups.setdefault((tensor.device, reduction), []).append(name)
+        measured = []
+        for (_, reduction), names in groups.items():
+            values = [_dense(tensors[name]) for name in names]
+            if reduction.function is not None or reduction.is_histogram:
+                for name, value in zip(names, values, strict=True):
+                    row = reduce_eagerly(value, reduction)
+                    measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
+                continue
+            columns = tuple(column for column in reduction.columns if column != REFERENCE)
+            rows = summarize_group(values, columns)
+            if REFERENCE in reduction.columns:  # the last one
+                assert reference_squares is not None
+                squares = torch.stack([reference_squares[name] for name in names])
+                rows = torch.cat([rows, squares[:, None]], 1)
+            binding = self._bind(family, reduction, tuple(names))
+            measured.append(Measured(binding, (rows.reshape(-1),)))
+        return measured
+
+    def _bind(self, family: str, reduction: Reduction, names: tuple[str, ...]) -> Binding:
+        key = (family, reduction, names)
+        if key not in self._bindings:
+            width = 0 if reduction.collects_values else reduction.width
+            rows = tuple(
+                Row(Measurement(family, Site(name), reduction), 0, i * width, (i + 1) * width)
+                for i, name in enumerate(names)
+            )
+            layout = PackedLayout(rows, 1)
+            self._bindings[key] = self._registry.bind(layout, lambda m: m.site.module)
+        return self._bindings[key]
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of each tensor, float64, on their common device; shape ``(tensors,)``."""
+    return summarize_group([_dense(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()

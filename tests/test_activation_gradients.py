@@ -1,0 +1,318 @@
+"""Gradients of activations, against what full backward hooks see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+import tmm
+from tests.eager_hooks import Recording, assert_agrees, site_names, tolerance, walk
+from tests.model_zoo import CASES, Batch, noise
+from tests.ways import WAYS, NoBlocksError, Way, call
+
+METRICS = ("rms", "absmax", "mean", "std")
+SPEC = tmm.Spec(tmm.activation_gradient(*METRICS))
+BOTH = tmm.Spec(tmm.activation_gradient(*METRICS), tmm.activation("rms"))
+VECTORS = noise(6, 8)
+
+
+@contextmanager
+def gradient_hooks(
+    module: nn.Module, recording: Recording, eager: Collection[str]
+) -> Iterator[None]:
+    """Record the gradient of each tensor that each module gives back, as full backward hooks do.
+
+    They pass outputs through an identity and see the gradient that comes back through it, not
+    that of what the module itself went on to do with the tensor. Theirs is a view, with which
+    models that work in place fail; here it is a copy. Of the ``eager`` modules, which ran outside
+    of graphs, it is the gradient of the tensor itself, as documented.
+    """
+
+    def watch(name: str, output: object) -> object:
+        sites = dict(walk(output))
+
+        copies: dict[int, torch.Tensor] = {}
+        for path, tensor in sites.items():
+            if tensor.requires_grad and name in eager:
+                tensor.register_hook(lambda g, site=name + path: recording.add(site, g))
+            elif tensor.requires_grad:
+                copy_of = copies.setdefault(id(tensor), tensor.clone())
+                copy_of.register_hook(lambda g, site=name + path: recording.add(site, g))
+        return tree_map(lambda value: copies.get(id(value), value), output)
+
+    handles = [
+        child.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        for name, child in site_names(module).items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss_of(output: object) -> torch.Tensor:
+    tensors = [tensor for _, tensor in walk(output) if tensor.requires_grad]
+    return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
+
+
+def expected(
+    module: nn.Module, batches: list[Batch], eager: Collection[str]
+) -> tuple[Recording, list[Any]]:
+    """What hooks see of the gradients, and the gradients of the parameters."""
+    recording = Recording()
+    with torch.compiler.set_stance("force_eager"):
+        for index, batch in enumerate(batches):
+            torch.manual_seed(index)
+            with gradient_hooks(module, recording, eager):
+                output = call(module, batch)
+            loss_of(output).backward()
+    return recording, [parameter.grad for parameter in module.parameters()]
+
+
+def keys(recording: Recording) -> dict[str, Any]:
+    values = recording.expected(METRICS)
+    return {key.replace("activation/", "activation_gradient/", 1): v for key, v in values.items()}
+
+
+def check(
+    module: nn.Module,
+    batches: list[Batch],
+    way: Way,
+    backend: str = "aot_eager",
+    spec: tmm.Spec = SPEC,
+) -> None:
+    reference = copy.deepcopy(module)
+    callee = way.instrument(module, backend, spec)
+    monitor = tmm.monitor(callee)
+    for step in range(2):
+        module.zero_grad()
+        with monitor.step(step):
+            for index, batch in enumerate(batches):
+                torch.manual_seed(index)
+                loss_of(call(callee, batch)).backward()
+        got = {k: v for k, v in monitor.get_step_metrics().items() if "gradient" in k}
+        eager = tmm.explain(callee).eager
+        recording, gradients = expected(copy.deepcopy(reference), batches, eager)
+        assert_agrees(got, keys(recording), tolerance(backend))
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            assert (parameter.grad is None) == (gradient is None)
+            if gradient is not None:
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def shaped(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return SHAPES[name]().train()
+
+
+class InPlace(nn.Module):
+    """What a module gives back is overwritten, or a view of it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.a(x))
+        z = self.b(y)
+        z.view(-1)[:5].mul_(3)
+        return z
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.frozen(x)  # needs no gradient, and gets none
+        with torch.no_grad():
+            z = self.b(y)
+        return self.frozen(self.a(y) + z)
+
+
+class Several(nn.Module):
+    """Several outputs; one module twice; an output that is another module's, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        y = self.a(x)
+        z = self.b(self.a(y))
+        return z, {"y": y, "double": z * 2}
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = checkpoint(self.a, self.b(x), use_reentrant=False)
+        return checkpoint(self.a, y, use_reentrant=False)
+
+
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Half(), Half(), Half()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Half(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        torch._dynamo.graph_break()
+        return torch.tanh(self.b(y))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.2)) for _ in range(4)]
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            x = x + 2.0**index * block(x)
+        return x
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    kind.__name__: kind for kind in (InPlace, Frozen, Several, Checkpointed, Breaking, Blocks)
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name: str, backend: str) -> None:
+    if backend == "inductor" and name == "Blocks":
+        pytest.skip("Inductor draws its own random numbers for dropout")
+    batches = [{"x": VECTORS}, {"x": VECTORS[:3] * 2}]
+    check(shaped(name), batches, WAYS["whole"], backend, BOTH)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_ways(name: str, way: Way) -> None:
+    module = shaped(name)
+    try:
+        check(module, [{"x": VECTORS}], way)
+    except NoBlocksError as error:
+        pytest.skip(str(error))
+
+
+ORDINARY = ("Sequential", "GPT2LMHeadModel")
+ARCHITECTURES = [
+    pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) for name in CASES
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    case = CASES[name]
+    check(case.build(), [case.batch()], WAYS["whole"])
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "GPT2LMHeadModel"])
+def test_gradients_of_parameters_are_bitwise_those_without_probes(name: str) -> None:
+    module = CASES[name].build() if name in CASES else shaped(name)
+    batch = CASES[name].batch() if name in CASES else {"x": VECTORS}
+    gradients = []
+    for instrumented in (False, True):
+        torch._dynamo.reset()
+        model = torch.compile(copy.deepcopy(module), backend="aot_eager")
+        if instrumented:
+            tmm.instrument(model, BOTH)
+            tmm.monitor(model).begin_step(0)
+        torch.manual_seed(0)
+        loss_of(call(model, batch)).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, probed in zip(*gradients, strict=True):
+        assert plain is probed is None or torch.equal(plain, probed)
+
+
+def test_several_losses_and_retained_graphs_are_joined() -> None:
+    model = tmm.instrument(torch.compile(nn.Linear(8, 2), backend="aot_eager"), SPEC)
+    monitor = tmm.monitor(model)
+    with monitor.step(0):
+        output = model(VECTORS)
+        output[:, 0].sum().backward(retain_graph=True)
+        (3 * output[:, 1]).sum().backward()
+    values = torch.tensor([1.0, 0.0] * 6 + [0.0, 3.0] * 6)
+    got = monitor.get_step_metrics()
+    want = {"rms": values.square().mean().sqrt(), "absmax": 3.0, "mean": 1.0, "std": values.std()}
+    for metric, value in want.items():
+        key = f"activation_gradient/[root module]/{metric}"
+        assert got[key] == pytest.approx(float(value), rel=1e-6)
+
+
+def test_double_backward_is_refused() -> None:
+    model = tmm.instrument(torch.compile(nn.Tanh(), backend="eager"), SPEC)
+    x = VECTORS.clone().requires_grad_()
+    with tmm.monitor(model).step(0):
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
+def test_functions_and_histograms() -> None:
+    module = nn.Sequential(nn.Linear(8, 4), nn.Tanh())
+    spec = tmm.Spec(
+        tmm.activation_gradient("histogram", modules="0"),
+        tmm.activation_gradient(rows=lambda g: g.norm(dim=-1), aggregate="max", modules="0"),
+        tmm.activation_gradient(wiped=lambda g: g.zero_().sum(), modules="1"),
+    )
+    recording, want = expected(copy.deepcopy(module), [{"input": VECTORS}], ())
+    model = tmm.instrument(torch.compile(module, backend="aot_eager"), spec)
+    with tmm.monitor(model).step(0):
+        loss_of(model(VECTORS)).backward()
+    got = tmm.monitor(model).get_step_metrics()
+    (gradient,) = recording.sites["0"]
+    assert got["activation_gradient/0/rows"] == pytest.approx(gradient.norm(dim=-1).max().item())
+    histogram = recording.expected(("histogram",))["activation/0/histogram"].value
+    assert (got["activation_gradient/0/histogram"] == histogram).all()
+    assert got["activation_gradient/1/wiped"] == 0
+    for parameter, gradient in zip(module.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_nothing_arrives_outside_of_the_step() -> None:
+    model = tmm.instrument(torch.compile(nn.Linear(8, 2), backend="aot_eager"), SPEC)
+    monitor = tmm.monitor(model)
+    with monitor.step(0):
+        early = model(VECTORS).sum()
+    with monitor.step(1):
+        early.backward()
+        with torch.no_grad():
+            model(VECTORS)
+        with monitor.no_monitor():
+            model(VECTORS).sum().backward()
+    assert monitor.get_step_metrics() == {}
+
+
+def test_a_function_that_cannot_be_an_aggregate() -> None:
+    with pytest.raises(ValueError, match="aggregate= cannot be a function here.*mean, sum"):
+        tmm.activation_gradient(mine=torch.mean, aggregate=torch.median)

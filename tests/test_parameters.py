@@ -1,0 +1,391 @@
+"""Parameters, gradients and updates, against plain autograd in float64 and copies."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tmm
+from tests.eager_hooks import builtin_values, histogram
+from tests.model_zoo import noise
+
+SCALARS = tuple(name for name in tmm.METRIC_NAMES if name != "histogram")
+VECTORS = noise(12, 8)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
+
+
+def loss_of(output: torch.Tensor) -> torch.Tensor:
+    return output.square().mean() + output.abs().mean()
+
+
+def instrumented(
+    *rules: tmm.Rule, module: nn.Module | None = None, **options: Any
+) -> tuple[Any, tmm.Monitor]:
+    module = network() if module is None else module
+    model = torch.compile(module, backend="aot_eager")
+    tmm.instrument(model, tmm.Spec(*rules, **options))
+    return model, tmm.monitor(model)
+
+
+def values_of(family: str, tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {
+        f"{family}/{name}/{metric}": value
+        for name, tensor in tensors.items()
+        for metric, value in builtin_values(tensor.detach().double().numpy().reshape(-1)).items()
+    }
+
+
+def only(metrics: dict[str, Any], *families: str) -> dict[str, Any]:
+    return {key: value for key, value in metrics.items() if key.split("/")[0] in families}
+
+
+def agree(got: dict[str, Any], want: dict[str, float], tolerance: float = 1e-5) -> None:
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        family, name, metric = key.split("/")
+        scale = abs(value)
+        if metric == "mean":  # as exact as the numbers that it is taken of
+            scale = abs(want[f"{family}/{name}/mean_abs"])
+        same = got[key] == value or (math.isnan(value) and math.isnan(got[key]))
+        assert same or abs(got[key] - value) <= tolerance * scale, (key, got[key], value)
+
+
+def test_every_metric_of_parameters_and_accumulated_gradients() -> None:
+    model, monitor = instrumented(tmm.gradient(*SCALARS), tmm.parameter(*SCALARS))
+    module = copy.deepcopy(model._orig_mod).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor.watch(optimizer)
+    batches = (VECTORS[:3], VECTORS[3:4] * 7, VECTORS[4:] - 1)
+    for step in range(2):
+        with monitor.step(step):
+            for batch in batches:
+                (loss_of(model(batch)) / 3).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step == 0)
+        module.zero_grad()
+        sum(loss_of(module(batch.double())) / 3 for batch in batches).backward()  # type: ignore[union-attr]
+        got = monitor.get_step_metrics()
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        agree(only(got, "gradient"), values_of("gradient", gradients), 2e-4)
+        agree(only(got, "parameter"), values_of("parameter", dict(module.named_parameters())))
+        total = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        assert got["step/gradient_norm"] == pytest.approx(total, rel=1e-5)
+        for block in "023":
+            if block == "0":
+                want = math.sqrt(
+                    sum(gradients[f"0.{n}"].square().sum().item() for n in ("weight", "bias"))
+                )
+                assert got["step/gradient_norm/0"] == pytest.approx(want, rel=1e-5)
+            assert f"step/gradient_norm/{block}" in got
+
+
+def test_histograms_and_functions() -> None:
+    model, monitor = instrumented(
+        tmm.parameter("histogram", parameters="0"),
+        tmm.parameter(largest=lambda p: p.abs().amax(), parameters=".*weight"),
+        tmm.gradient(rows=lambda g: g.norm(dim=-1), parameters="3.weight", aggregate=torch.median),
+        tmm.gradient(twice=lambda g: g.mul_(2).sum(), parameters="3.bias"),
+    )
+    monitor.watch(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = monitor._optimizers[0].optimizer
+    with monitor.step(0):
+        loss_of(model(VECTORS)).backward()
+        gradients = {n: p.grad.clone() for n, p in model._orig_mod.named_parameters()}
+        optimizer.step()
+    got = monitor.get_step_metrics()
+    state = model._orig_mod.state_dict()
+    for name in ("0.weight", "0.bias"):
+        counts = histogram(state[name].double().numpy().reshape(-1))
+        assert np.array_equal(got[f"parameter/{name}/histogram"], counts)
+    assert got["parameter/3.weight/largest"] == state["3.weight"].abs().max()
+    rows = gradients["3.weight"].norm(dim=-1)
+    assert got["gradient/3.weight/rows"] == pytest.approx(rows.median().item())
+    assert got["gradient/3.bias/twice"] == pytest.approx(2 * gradients["3.bias"].sum().item())
+    for name, parameter in model._orig_mod.named_parameters():
+        assert torch.equal(parameter.grad, gradients[name])
+
+
+def test_before_and_after_clipping() -> None:
+    model, monitor = instrumented(tmm.gradient("norm", "absmax"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    with monitor.step(0):
+        (100 * loss_of(model(VECTORS))).backward()
+        before = {n: p.grad.clone() for n, p in model._orig_mod.named_parameters()}
+        monitor.monitor_gradients(before_clip=True)
+        total = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        after = {n: p.grad.clone() for n, p in model._orig_mod.named_parameters()}
+        optimizer.step()
+    got = monitor.get_step_metrics()
+    assert got["step/gradient_norm_before_clip"] == pytest.approx(total.item(), rel=1e-6)
+    assert got["step/gradient_norm"] == pytest.approx(1.0, rel=1e-4)
+    for family, gradients in (("gradient_before_clip", before), ("gradient", after)):
+        for name, gradient in gradients.items():
+            assert got[f"{family}/{name}/norm"] == pytest.approx(gradient.norm().item(), rel=1e-6)
+            assert got[f"{family}/{name}/absmax"] == gradient.abs().max()
+
+
+def adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01, weight_decay=0.1, **options)
+
+
+def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: adam(p, foreach=False),
+    "adam foreach": lambda p: adam(p, foreach=True),
+    "adam fused": lambda p: adam(p, fused=True),
+    "adamw": lambda p: adamw(p, foreach=False),
+    "adamw foreach": lambda p: adamw(p, foreach=True, amsgrad=True),
+    "adamw fused": lambda p: adamw(p, fused=True),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, max_iter=5, line_search_fn="strong_wolfe"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_equal_differences_of_copies(name: str) -> None:
+    model, monitor = instrumented(tmm.update(*SCALARS, "relative_norm"), tmm.gradient("norm"))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    monitor.watch(optimizer)
+    module = model._orig_mod
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model(VECTORS))
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        before = {n: p.detach().clone() for n, p in module.named_parameters()}
+        with monitor.step(step):
+            if name == "lbfgs":
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        after = {n: p.detach().clone() for n, p in module.named_parameters()}
+        got = monitor.get_step_metrics()
+        want = values_of("update", {n: after[n] - before[n] for n in after})
+        for n in after:
+            ratio = (after[n] - before[n]).double().norm() / before[n].double().norm()
+            want[f"update/{n}/relative_norm"] = ratio.item()
+        infinite = {k for k, v in want.items() if math.isinf(v)}
+        assert all(math.isinf(got[key]) for key in infinite)
+        finite = {k: v for k, v in want.items() if k not in infinite}
+        agree({k: v for k, v in only(got, "update").items() if k not in infinite}, finite, 1e-4)
+        for n, parameter in module.named_parameters():
+            assert got[f"gradient/{n}/norm"] == pytest.approx(
+                parameter.grad.norm().item(), rel=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", ["adam", "adam fused", "adamw foreach"])
+def test_the_state_of_adam(name: str) -> None:
+    metrics = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
+    model, monitor = instrumented(tmm.optimizer_state(*metrics, parameters="0"))
+    optimizer = OPTIMIZERS[name](model.parameters())
+    monitor.watch(optimizer)
+    for step in range(2):
+        before = {n: p.detach().clone() for n, p in model._orig_mod.named_parameters()}
+        with monitor.step(step):
+            loss_of(model(VECTORS)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        got = monitor.get_step_metrics()
+        assert set(got) == {
+            f"optimizer_state/0.{n}/{m}" for n in ("weight", "bias") for m in metrics
+        }
+        for n in ("weight", "bias"):
+            parameter = model._orig_mod.get_parameter(f"0.{n}")
+            state = optimizer.state[parameter]
+            assert got[f"optimizer_state/0.{n}/exp_avg_norm"] == pytest.approx(
+                state["exp_avg"].norm().item(), rel=1e-5
+            )
+            assert got[f"optimizer_state/0.{n}/exp_avg_sq_norm"] == pytest.approx(
+                state["exp_avg_sq"].norm().item(), rel=1e-5
+            )
+            if name != "adamw foreach":
+                # Adam's update is the rate times exp_avg.
+                update = before[f"0.{n}"] - parameter.detach()
+                rate = (update.double() / state["exp_avg"].double()).mean().item()
+                assert got[f"optimizer_state/0.{n}/effective_lr"] == pytest.approx(rate, rel=1e-2)
+
+
+def test_an_optimizer_without_such_state_is_named() -> None:
+    model, monitor = instrumented(tmm.optimizer_state("exp_avg_norm"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    with monitor.step(0):
+        loss_of(model(VECTORS)).backward()
+        optimizer.step()
+    unmeasured = tmm.explain(model).unmeasured
+    assert unmeasured == {"optimizer_state of SGD": "it keeps no exp_avg and exp_avg_sq"}
+
+
+class Embedded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 4, sparse=True)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.frozen(self.embedding(x))
+        return output
+
+
+def test_sparse_missing_and_frozen() -> None:
+    """Sparse gradients count as dense ones; without a gradient there are no rows."""
+    model, monitor = instrumented(tmm.gradient(*SCALARS), tmm.parameter("norm"), module=Embedded())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    with monitor.step(0):
+        loss_of(model(torch.tensor([1, 3, 3]))).backward()
+        gradient = model._orig_mod.embedding.weight.grad
+        assert gradient.is_sparse
+        dense = gradient.to_dense()
+        optimizer.step()
+    got = monitor.get_step_metrics()
+    agree(only(got, "gradient"), values_of("gradient", {"embedding.weight": dense}))
+    assert {key.split("/")[1] for key in only(got, "parameter")} == {
+        name for name, _ in model._orig_mod.named_parameters()
+    }
+
+
+def test_several_optimizers_make_one_norm() -> None:
+    model, monitor = instrumented(tmm.gradient("norm"))
+    module = model._orig_mod
+    optimizers = [torch.optim.SGD(module[0].parameters(), lr=0.1), adamw(module[2:].parameters())]
+    for optimizer in optimizers:
+        monitor.watch(optimizer)
+    with monitor.step(0):
+        loss_of(model(VECTORS)).backward()
+        total = nn.utils.get_total_norm([p.grad for p in module.parameters()])
+        for optimizer in optimizers:
+            optimizer.step()
+    got = monitor.get_step_metrics()
+    assert got["step/gradient_norm"] == pytest.approx(total.item(), rel=1e-6)
+    assert len(only(got, "gradient")) == 6
+
+
+def test_tied_and_excluded_parameters() -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    module[2].weight = module[0].weight
+    model, monitor = instrumented(tmm.parameter("norm"), module=module, exclude="1")
+    with monitor.step(0):
+        monitor.monitor_parameters()
+        model(VECTORS)
+    assert set(only(monitor.get_step_metrics(), "parameter")) == {
+        f"parameter/{name}/norm" for name in ("0.weight", "0.bias", "2.bias")
+    }
+
+
+def test_explicit_calls_instead_of_watching() -> None:
+    model, monitor = instrumented(tmm.gradient("norm"), tmm.parameter("norm"), every=2)
+    for step in range(3):
+        with monitor.step(step):
+            loss_of(model(VECTORS)).backward()
+            monitor.monitor_gradients()
+            monitor.monitor_parameters()
+        got = monitor.get_step_metrics()
+        assert bool(got) == (step % 2 == 0)
+        if got:
+            assert got["gradient/0.weight/norm"] > 0
+            assert len(only(got, "parameter")) == 6
+
+
+def scaled_run(enabled: bool, fused: bool, infinite: int | None = None) -> list[dict[str, Any]]:
+    rules = (
+        tmm.gradient("norm", "absmax"),
+        tmm.update("norm"),
+        tmm.activation_gradient("rms", "histogram"),
+    )
+    model, monitor = instrumented(*rules)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=enabled)
+    monitor.watch(optimizer, scaler)
+    found = []
+    for step in range(3):
+        with monitor.step(step):
+            loss = loss_of(model(VECTORS))
+            scaler.scale(loss * math.inf if step == infinite else loss).backward()
+            monitor.monitor_gradients(before_clip=True)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(monitor.get_step_metrics())
+    return found
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_does_not_show_in_gradients(fused: bool) -> None:
+    plain, scaled = scaled_run(False, fused), scaled_run(True, fused)
+    for step, (want, got) in enumerate(zip(plain, scaled, strict=True)):
+        assert got.pop("step/skipped") == 0
+        assert got.pop("step/grad_scale") == 2.0**10
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            if key.endswith("histogram"):
+                assert np.array_equal(value, got[key]), (step, key)
+            else:
+                assert got[key] == pytest.approx(value, rel=1e-4), (step, key)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_is_no_explosion(fused: bool) -> None:
+    steps = scaled_run(True, fused, infinite=1)
+    assert [step["step/skipped"] for step in steps] == [0, 1, 0]
+    assert [step["step/grad_scale"] for step in steps] == [1024, 1024, 512]
+    left_out = ("gradient", "update", "activation_gradient")
+    assert not only(steps[1], *left_out)
+    assert all(only(steps[0], family) and only(steps[2], family) for family in left_out)
+    assert steps[1].get("step/gradient_norm", 0.0) == 0.0
+    for step in (steps[0], steps[2]):
+        assert all(np.isfinite(value).all() for value in step.values())
+
+
+def test_wrong_calls() -> None:
+    model, monitor = instrumented(tmm.gradient("norm"), tmm.activation_gradient("rms"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="is not a torch.optim.Optimizer"):
+        monitor.watch(model)
+    with pytest.raises(TypeError, match="is not a torch.amp.GradScaler"):
+        monitor.watch(optimizer, optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no parameter of the instrumented model"):
+        monitor.watch(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1))
+    monitor.watch(optimizer)
+    with pytest.raises(ValueError, match="watched already"):
+        monitor.watch(optimizer)
+    with monitor.step(0):
+        model(VECTORS)
+    with pytest.raises(RuntimeError, match="before the first monitored step"):
+        monitor.watch(torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match="unknown metric 'relative_norm'"):
+        tmm.gradient("relative_norm")
+    with pytest.raises(ValueError, match="parameters='nothing' matches none of the 6 parameters"):
+        instrumented(tmm.gradient("norm", parameters="nothing"))
+
+
+def test_removing_takes_the_hooks_off() -> None:
+    model, monitor = instrumented(tmm.gradient("norm"))
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    monitor.watch(optimizer, scaler)
+    assert "step" in vars(scaler)
+    tmm.remove(model)
+    assert "step" not in vars(scaler)
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

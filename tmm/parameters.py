@@ -1,0 +1,139 @@
+"""Parameters, their gradients and their updates: measured when somebody says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from tmm.metrics import Reduction
+from tmm.naming import parameter_names
+from tmm.runtime.binding import KeyRegistry
+from tmm.runtime.collector import StepCollector
+from tmm.runtime.parameters import NamedStatistics, sum_of_squares
+from tmm.spec import Plan
+
+Tensors = dict[str, torch.Tensor]
+Names = Mapping[torch.nn.Parameter, str]
+
+
+class ParameterMonitor:
+    """Measures the parameters of one model, their gradients and their updates.
+
+    What has no rows is noted in ``unmeasured``, with the reason. Rows go to the collector that is
+    given; norms of all gradients together, which several
+    optimizers may add to, follow at the end of the step.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        plan: Plan,
+        registry: KeyRegistry,
+        unmeasured: dict[str, str],
+    ) -> None:
+        self.module = module
+        self.plan = plan
+        self.unmeasured = unmeasured
+        self._statistics = NamedStatistics(registry)
+        self._squares: dict[str, list[torch.Tensor]] = {}
+
+    def wants(self, family: str) -> bool:
+        """Whether the spec has a rule of that family."""
+        return self.plan.spec.measures(family)
+
+    def names(self) -> dict[torch.nn.Parameter, str]:
+        """Names of the model's parameters; worked out anew, for there may be others by now."""
+        return {parameter: name for parameter, (name, _) in parameter_names(self.module).items()}
+
+    def add_parameters(self, collector: StepCollector) -> None:
+        """Measure all parameters as they are now."""
+        if self.wants("parameter"):
+            tensors = {name: parameter.detach() for parameter, name in self.names().items()}
+            self.add(collector, "parameter", tensors)
+
+    def add_gradients(
+        self,
+        collector: StepCollector,
+        gradients: Tensors,
+        *,
+        before_clip: bool = False,
+        unless: torch.Tensor | None = None,
+    ) -> None:
+        """Measure these gradients, and note their norms."""
+        if not self.wants("gradient") or not gradients:
+            return
+        suffix = "_before_clip" if before_clip else ""
+        self.add(collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless)
+        squares = self._squares_of(gradients)
+        for name, square in squares.items():
+            if unless is not None:
+                square = torch.where(unless > 0, torch.zeros_like(square), square)
+            total = f"step/gradient_norm{suffix}"
+            for key in (total, f"{total}/{block_of(self.module, name)}"):
+                self._squares.setdefault(key, []).append(square)
+
+    def add_update(
+        self, collector: StepCollector, before: Tensors, unless: torch.Tensor | None
+    ) -> None:
+        """Measure what was added to parameters since ``before``, which becomes the difference."""
+        relative = [n for n in before if "relative_norm" in self.plan.metrics(n, "update")]
+        squares = self._squares_of({name: before[name] for name in relative})
+        for parameter, name in self.names().items():
+            if name in before:
+                torch.sub(parameter.detach(), before[name], out=before[name])
+        self.add(collector, "update", before, reference_squares=squares, unless=unless)
+
+    def add(
+        self,
+        collector: StepCollector,
+        family: str,
+        tensors: Tensors,
+        *,
+        rules: str | None = None,
+        reference_squares: Tensors | None = None,
+        unless: torch.Tensor | None = None,
+        choose: Callable[[Reduction], bool] | None = None,
+    ) -> None:
+        """Measure tensors by the rules of a family (or of ``rules``), those that are chosen."""
+
+        def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+            selected = self.plan.select(name, dtype, rules or family)
+            return tuple(r for r in selected if choose is None or choose(r))
+
+        for rows in self._statistics.measure(family, tensors, select, reference_squares):
+            collector.add(rows.binding, rows.outputs, unless=unless)
+
+    def end_step(self, collector: StepCollector | None) -> None:
+        """Record the norms of the step; without a collector, forget them."""
+        squares, self._squares = self._squares, {}
+        if collector is not None:
+            for key, parts in squares.items():
+                collector.log(key, _total(parts).sqrt(), "max")
+
+    @staticmethod
+    def _squares_of(tensors: Tensors) -> Tensors:
+        by_device: dict[torch.device, list[str]] = {}
+        for name, tensor in tensors.items():
+            by_device.setdefault(tensor.device, []).append(name)
+        squares: Tensors = {}
+        for names in by_device.values():
+            sums = sum_of_squares([tensors[name] for name in names])
+            squares.update(zip(names, sums.unbind(), strict=True))
+        return squares
+
+
+def block_of(module: torch.nn.Module, parameter: str) -> str:
+    """The block that a parameter belongs to: an element of an outermost list, else a child."""
+    parts = parameter.split(".")[:-1]
+    for depth, part in enumerate(parts):
+        is_list = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
+        if is_list:
+            return ".".join(parts[: depth + 1])
+        module = getattr(module, part)
+    return parts[0] if parts else parameter
+
+
+def _total(parts: list[torch.Tensor]) -> torch.Tensor:
+    device = parts[0].device
+    return torch.stack([part.to(device, non_blocking=True) for part in parts]).sum()

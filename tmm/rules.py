@@ -1,0 +1,230 @@
+"""What to measure of what: the rules of a spec."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from tmm.metrics import (
+    AGGREGATE_NAMES,
+    DERIVED_METRICS,
+    METRIC_NAMES,
+    Aggregate,
+    MetricFunction,
+)
+
+Subject: TypeAlias = Literal["modules", "parameters"]
+
+_UPDATE_METRICS = (*METRIC_NAMES, "relative_norm")
+_STATE_METRICS = tuple(name for name in DERIVED_METRICS if name != "relative_norm")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Metrics of one family, of what a pattern matches; made by ``tmm.activation`` and siblings.
+
+    ``subject`` says whether the pattern is matched on the names of modules or of parameters.
+    """
+
+    family: str
+    subject: Subject
+    metrics: tuple[str, ...]
+    functions: tuple[tuple[str, MetricFunction], ...] = ()
+    pattern: str | None = None
+    aggregate: Aggregate = "mean"
+    trace: bool = True
+
+    def __str__(self) -> str:
+        arguments = [repr(name) for name in self.metrics]
+        arguments += [f"{name}=<function>" for name, _ in self.functions]
+        if self.pattern is not None:
+            arguments.append(f"{self.subject}={self.pattern!r}")
+        return f"tmm.{self.family}({', '.join(arguments)})"
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule applies to the module or parameter of that name (``re.match``)."""
+        return self.pattern is None or re.match(self.pattern, name) is not None
+
+
+def activation(
+    *metrics: str,
+    modules: str | None = None,
+    aggregate: Aggregate | None = None,
+    trace: bool = True,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure the outputs of modules.
+
+    Args:
+        *metrics: names of built-in metrics, such as ``"rms"``; ``tmm.METRIC_NAMES`` lists them.
+            They describe all elements of an output, of all calls and micro-batches of a step
+            together.
+        modules: regular expression, matched with ``re.match`` on a module's dotted name (the root
+            is ``"[root module]"``). All modules without it.
+        aggregate: joins the values that the functions return, flattened and concatenated over
+            calls and micro-batches: ``"mean"`` (the default), ``"sum"``, ``"min"``, ``"max"`` or a
+            callable on the one-dimensional tensor of all values.
+        trace: ``False`` runs the functions eagerly on the tensor instead of tracing them into the
+            graph.
+        **functions: your own metrics: a detached tensor in, a scalar or a tensor out.
+
+    Raises:
+        ValueError: for an unknown metric, an invalid pattern or aggregate, or no metric at all.
+        TypeError: for a metric that is not a name or a function that cannot be called.
+    """
+    rule = _rule("activation", "modules", METRIC_NAMES, metrics, functions, modules, aggregate)
+    if not trace and not functions:
+        raise ValueError(f"{rule}: trace=False belongs to your own functions")
+    return rule if trace else Rule(**{**vars(rule), "trace": False})
+
+
+def activation_gradient(
+    *metrics: str,
+    modules: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure the gradient of the loss with respect to the outputs of modules.
+
+    It is measured in the backward passes of the step's forward passes, while the step is open;
+    several losses and micro-batches are joined. Outputs that need no gradient have no rows.
+    Arguments and errors as in ``tmm.activation``; a function is traced into the backward graph,
+    and its ``aggregate`` cannot be a callable.
+    """
+    rule = _rule(
+        "activation_gradient", "modules", METRIC_NAMES, metrics, functions, modules, aggregate
+    )
+    if callable(rule.aggregate):
+        raise ValueError(
+            f"{rule}: aggregate= cannot be a function here, because the values stay in the backward"
+            f" graph; choose one of {', '.join(AGGREGATE_NAMES)}"
+        )
+    return rule
+
+
+def parameter(
+    *metrics: str,
+    parameters: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure parameters, as they are when the step ends.
+
+    ``parameters`` is a regular expression, matched with ``re.match`` on the dotted names of
+    parameters. The other arguments and the errors are those of ``tmm.activation``; functions run
+    eagerly. ``monitor.watch(optimizer)`` or ``monitor.monitor_parameters()`` measures.
+    """
+    return _rule("parameter", "parameters", METRIC_NAMES, metrics, functions, parameters, aggregate)
+
+
+def gradient(
+    *metrics: str,
+    parameters: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure the gradients of parameters, as the optimizer sees them.
+
+    Arguments and errors as in ``tmm.parameter``. The norm of all gradients together and of those
+    of each block are recorded as ``step/gradient_norm`` and ``step/gradient_norm/{block}``.
+    """
+    return _rule("gradient", "parameters", METRIC_NAMES, metrics, functions, parameters, aggregate)
+
+
+def update(
+    *metrics: str,
+    parameters: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure what an optimizer's step adds to the parameters: after minus before.
+
+    ``"relative_norm"`` is the norm of that difference over the norm of the parameter before. A
+    copy of the measured parameters is kept during the step. Arguments and errors as in
+    ``tmm.parameter``; ``monitor.watch(optimizer)`` measures.
+    """
+    return _rule("update", "parameters", _UPDATE_METRICS, metrics, functions, parameters, aggregate)
+
+
+def optimizer_state(*metrics: str, parameters: str | None = None) -> Rule:
+    """Measure the state of Adam-like optimizers, after their step.
+
+    ``"exp_avg_norm"`` and ``"exp_avg_sq_norm"`` are the norms of the two averages, and
+    ``"effective_lr"`` is the mean over the elements of a parameter of what the first average is
+    multiplied with: lr / bias_correction1 / (sqrt(exp_avg_sq / bias_correction2) + eps) (Kingma and
+    Ba 2015, algorithm 1). Errors as in ``tmm.parameter``.
+    """
+    return _rule("optimizer_state", "parameters", _STATE_METRICS, metrics, {}, parameters, None)
+
+
+def _rule(
+    family: str,
+    subject: Subject,
+    known: tuple[str, ...],
+    metrics: tuple[str, ...],
+    functions: Mapping[str, MetricFunction],
+    pattern: str | None,
+    aggregate: Aggregate | None,
+) -> Rule:
+    rule = Rule(family, subject, metrics, tuple(functions.items()), pattern, aggregate or "mean")
+    if not metrics and not functions:
+        raise ValueError(
+            f"{rule} measures nothing: name a metric, such as tmm.{family}({known[0]!r})"
+        )
+    for name in metrics:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{rule}: {name!r} is not a metric's name; give your own function as a keyword,"
+                f" such as tmm.{family}(my_metric=function)"
+            )
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(
+                f"{rule}: unknown metric {name!r}.{hint} Built-in metrics: {', '.join(known)}"
+            )
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{rule}: {name}={function!r} is not callable")
+        if "/" in name:
+            raise ValueError(f"{rule}: the metric name {name!r} contains '/', which separates keys")
+    names = [*metrics, *functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{rule}: the metric {name!r} is given twice")
+    if pattern is not None:
+        check_pattern(rule, subject, pattern)
+    if aggregate is not None:
+        _check_aggregate(rule, aggregate)
+    return rule
+
+
+def _check_aggregate(rule: Rule, aggregate: Aggregate) -> None:
+    if not rule.functions:
+        raise ValueError(
+            f"{rule}: aggregate= belongs to your own functions; built-in metrics always describe"
+            " the joined data"
+        )
+    if rule.metrics:
+        raise ValueError(
+            f"{rule}: aggregate= does not apply to the built-in {rule.metrics[0]!r}; give the"
+            " built-in metrics in a rule of their own"
+        )
+    if not callable(aggregate) and aggregate not in AGGREGATE_NAMES:
+        raise ValueError(
+            f"{rule}: aggregate={aggregate!r} is neither callable nor one of"
+            f" {', '.join(AGGREGATE_NAMES)}"
+        )
+
+
+def check_pattern(owner: object, argument: str, pattern: str) -> None:
+    """Raise ``ValueError`` for a pattern that is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{owner}: {argument}={pattern!r} is not a regular expression: {error}"
+        ) from error
