@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
@@ -215,7 +216,7 @@ def _insert(place: _Place, row: Node, returned: set[int], options: ProbeOptions)
             module.add_submodule(name, FunctionProbe(columns, functions, **flags))
             node = module.graph.call_module(name, (tensor, row))
         else:
-            chosen = {flag: True for flag, on in flags.items() if on}
+            chosen: dict[str, Argument] = {flag: True for flag, on in flags.items() if on}
             node = module.graph.call_function(probe, (tensor, row, columns), chosen)
     node.meta["example_value"] = example
     node.meta["nn_module_stack"] = mark.meta.get("nn_module_stack")

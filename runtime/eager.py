@@ -8,8 +8,13 @@ from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
 
 
-def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-    """What a graph would hand out for ``reduction`` of ``tensor``: a row, or a whole tensor."""
+def reduce_eagerly(
+    tensor: torch.Tensor, reduction: Reduction, *others: torch.Tensor
+) -> torch.Tensor:
+    """What a graph would hand out for ``reduction`` of ``tensor``: a row, or a whole tensor.
+
+    A user's function gets ``others`` as well.
+    """
     tensor = tensor.detach()
     tensor = tensor.values() if tensor.is_nested else tensor
     if reduction.function is None:
@@ -17,14 +22,16 @@ def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
             return histogram(tensor)
         return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns), False)
     values = tensor.clone()  # the function may change its argument in place
-    return apply_function(values, reduction) if reduction.trace else values
+    return apply_function(values, reduction, *others) if reduction.trace else values
 
 
-def apply_function(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-    """The row, or all the values, of a user's function of ``tensor``."""
+def apply_function(
+    tensor: torch.Tensor, reduction: Reduction, *others: torch.Tensor
+) -> torch.Tensor:
+    """The row, or all the values, of a user's function of ``tensor`` and ``others``."""
     assert reduction.function is not None
     with torch.no_grad():
-        result = reduction.function(tensor)
+        result = reduction.function(tensor, *others)
     if not isinstance(result, torch.Tensor):
         result = torch.tensor(result, dtype=torch.float64)
     if reduction.collects_values:

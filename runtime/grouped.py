@@ -215,18 +215,20 @@ def _summarize_blocks(names: tuple[str, ...], blocks: torch.Tensor) -> torch.Ten
     def total(per_element: torch.Tensor) -> torch.Tensor:
         return over_rows(_tree(per_element, torch.add).sum(1)).sum(1)
 
+    def lowest(per_element: torch.Tensor) -> torch.Tensor:
+        return over_rows(_tree(per_element, torch.minimum).amin(1)).amin(1)
+
     def highest(per_element: torch.Tensor) -> torch.Tensor:
         return over_rows(_tree(per_element, torch.maximum).amax(1)).amax(1)
 
-    extremes = _extremes(values)  # dead code of the kernel where nobody asks
     columns: dict[str, Callable[[], torch.Tensor]] = {
         "count": lambda: torch.full((pieces,), rows * length, dtype=wide, device=blocks.device),
         "sum": lambda: total(values),
         "sum_squares": lambda: total(values * values),
         "sum_absolute": lambda: total(values.abs()),
         "absmax": lambda: highest(values.abs()),
-        "minimum": lambda: over_rows(extremes[0]).amin(1),
-        "maximum": lambda: over_rows(extremes[1]).amax(1),
+        "minimum": lambda: lowest(values),
+        "maximum": lambda: highest(values),
         "zeros": lambda: total((values == 0).to(values.dtype)),
         "nans": lambda: total(values.isnan().to(values.dtype)),
         "infinities": lambda: total(values.isinf().to(values.dtype)),
@@ -252,26 +254,6 @@ def _tree(
     while len(parts) > 1:
         parts = [combine(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def _extremes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum and maximum of each row, NaN where it holds one.
-
-    Comparisons of floats that heed NaN would be half of the kernel's instructions. As integers,
-    bits of positive floats have their order, and bits of negative ones the opposite; NaN is
-    beyond the infinities.
-    """
-    signed = torch.int64 if values.dtype == torch.float64 else torch.int32
-    bits = values.view(signed)
-    sign = torch.iinfo(signed).min
-    top = _tree(bits, torch.maximum).amax(1)  # the maximum, if any is positive
-    bottom = _tree(bits ^ sign, torch.maximum).amax(1) ^ sign  # the minimum, if any is negative
-    # Of values of one sign, the one nearest to zero.
-    inner = _tree(bits, torch.minimum).amin(1)
-    minimum = torch.where(inner < 0, bottom, inner).view(values.dtype)
-    maximum = torch.where(top < 0, inner, top).view(values.dtype)
-    nan = minimum.isnan() | maximum.isnan()
-    return minimum.masked_fill(nan, math.nan), maximum.masked_fill(nan, math.nan)
 
 
 def _moments(

@@ -40,10 +40,12 @@ class NamedStatistics:
         tensors: Mapping[str, torch.Tensor],
         select: Select,
         reference_squares: Mapping[str, torch.Tensor] | None = None,
+        others: Mapping[str, torch.Tensor] | None = None,
     ) -> list[Measured]:
         """Rows of the tensors, in as few kernel launches as can be; waits for no accelerator.
 
-        ``reference_squares`` are the values of the column ``reference_sum_squares``.
+        ``reference_squares`` are the values of the column ``reference_sum_squares``; functions
+        get the tensor of ``others``, too.
         """
         groups: dict[tuple[torch.device, Reduction], list[str]] = {}
         for name, tensor in tensors.items():
@@ -54,7 +56,8 @@ class NamedStatistics:
             values = [_dense(tensors[name]) for name in names]
             if reduction.function is not None or reduction.is_histogram:
                 for name, value in zip(names, values, strict=True):
-                    row = reduce_eagerly(value, reduction)
+                    further = () if others is None else (others[name],)
+                    row = reduce_eagerly(value, reduction, *further)
                     measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
                 continue
             columns = tuple(column for column in reduction.columns if column != REFERENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -389,3 +390,102 @@ def test_removing_takes_the_hooks_off() -> None:
     assert "step" not in vars(scaler)
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def cosine(parameter: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(parameter.flatten(), reference.flatten(), dim=0)
+
+
+@pytest.mark.parametrize("kind", ["init", "module", "state dict"])
+def test_differences_from_a_reference(kind: str) -> None:
+    module = network()
+    start = copy.deepcopy(module)
+    references = {"init": "init", "module": torch.compile(start), "state dict": start.state_dict()}
+    model, monitor = instrumented(
+        tmm.parameter_difference(*SCALARS, "relative_norm", "histogram"),
+        tmm.parameter_difference(angle=cosine),
+        module=module,
+        reference=references[kind],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    with monitor.step(0):
+        pass
+    assert monitor.get_step_metrics()["parameter_difference/0.weight/norm"] == 0
+    for step in (1, 2):
+        with monitor.step(step):
+            loss_of(model(VECTORS)).backward()
+            optimizer.step()
+        got = only(monitor.get_step_metrics(), "parameter_difference")
+        zero = {n: p.detach() for n, p in start.named_parameters()}
+        moved = {n: p.detach() - zero[n] for n, p in module.named_parameters()}
+        want = values_of("parameter_difference", moved)
+        for name, parameter in module.named_parameters():
+            reference = zero[name]
+            key = f"parameter_difference/{name}"
+            want[f"{key}/relative_norm"] = (moved[name].norm() / reference.norm()).item()
+            want[f"{key}/angle"] = cosine(parameter.detach(), reference).item()
+            counts = got.pop(f"{key}/histogram")
+            assert np.array_equal(counts, histogram(moved[name].double().numpy().reshape(-1)))
+        infinite = {k for k, v in want.items() if not math.isfinite(v)}
+        assert {k for k, v in got.items() if not math.isfinite(v)} == infinite
+        agree(
+            {k: v for k, v in got.items() if k not in infinite},
+            {k: v for k, v in want.items() if k not in infinite},
+            1e-4,
+        )
+
+
+def test_references_that_do_not_fit(tmp_path: Path) -> None:
+    rule = tmm.parameter_difference("norm")
+    with pytest.raises(ValueError, match="needs a reference: tmm.Spec"):
+        tmm.Spec(rule)
+    with pytest.raises(ValueError, match="reference='start' is not 'init'; load a checkpoint"):
+        tmm.Spec(rule, reference="start")
+    with pytest.raises(TypeError, match="reference=3 is not 'init', a module or a state dict"):
+        tmm.Spec(rule, reference=3)  # type: ignore[arg-type]
+    state = network().state_dict()
+    state["0.weight"] = state["0.weight"][:3]
+    state["0.bias"] = state["0.bias"].double()
+    del state["3.bias"]
+    message = (
+        r"3.bias is missing; 0.weight has shape \(3, 8\), not \(16, 8\); 0.bias has torch.float64"
+    )
+    with pytest.raises(ValueError, match=message):
+        instrumented(rule, reference=state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["compiled optimizer", "whole step"])
+def test_compiled_optimizers_are_watched(way: str) -> None:
+    rules = (tmm.gradient("norm"), tmm.update("norm"), tmm.activation_gradient("rms"))
+    seen = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        module = network()
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        model: Any = torch.compile(module, backend="aot_eager")
+        run = optimizer.step
+        if compiled and way == "compiled optimizer":
+            run = torch.compile(optimizer.step, backend="aot_eager")
+
+        def step(x: torch.Tensor, model: Any = model, run: Any = run, o: Any = optimizer) -> None:
+            loss_of(model(x)).backward()
+            run()
+            o.zero_grad()
+
+        callee: Any = step
+        if compiled and way == "whole step":
+            callee = torch.compile(step, backend="aot_eager")
+            callee = tmm.instrument(callee, tmm.Spec(*rules), module=module)
+            monitor = tmm.monitor(module)
+        else:
+            monitor = tmm.monitor(tmm.instrument(model, tmm.Spec(*rules)))
+        monitor.watch(optimizer)
+        for index in range(2):
+            with monitor.step(index):
+                callee(VECTORS)
+        seen.append(monitor.get_step_metrics())
+    assert seen[0].keys() == seen[1].keys()
+    for key, value in seen[0].items():
+        assert seen[1][key] == pytest.approx(value, rel=1e-3), key

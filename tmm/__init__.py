@@ -17,6 +17,7 @@ from tmm.rules import (
     gradient,
     optimizer_state,
     parameter,
+    parameter_difference,
     update,
 )
 from tmm.spec import Spec
@@ -39,6 +40,7 @@ __all__ = [
     "open_run",
     "optimizer_state",
     "parameter",
+    "parameter_difference",
     "record",
     "remove",
     "update",

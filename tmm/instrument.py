@@ -14,6 +14,7 @@ from tmm.explain import Explanation
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
 from tmm.naming import display_name, parameter_names, relative_names
+from tmm.reference import reference_parameters
 from tmm.run_info import describe_environment
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
@@ -62,8 +63,8 @@ def instrument(
     Raises:
         TypeError: if ``model`` is neither a module nor a function, or ``spec`` not a ``tmm.Spec``.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
-            matches none of its modules, ``module`` or ``backend`` does not go with ``model``, or
-            ``run`` holds something that is not a run.
+            matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
+            with ``model``, or ``run`` holds something that is not a run.
         OSError: if ``run`` or ``trace`` cannot be written.
     """
     if not isinstance(spec, Spec):
@@ -84,6 +85,7 @@ def instrument(
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
+    reference = reference_parameters(measured, plan)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None
@@ -91,7 +93,7 @@ def instrument(
         writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
     monitor = Monitor(spec, measured, KeyRegistry(), writer, on_error)
     twin = Twin(root, regions, measured, plan, monitor, trace_folder)
-    monitor.attach(twin, lambda: str(Explanation.of(twin)))
+    monitor.attach(twin, lambda: str(Explanation.of(twin)), reference)
     siblings: list[Dispatch] = []
     for region in regions:
         if region.holder is not root.holder:

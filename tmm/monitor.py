@@ -73,11 +73,18 @@ class Monitor:
         self._failures = 0
         self._missed_forward = False
 
-    def attach(self, twin: Twin, explain: Callable[[], str]) -> None:
-        """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them."""
+    def attach(
+        self, twin: Twin, explain: Callable[[], str], reference: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them.
+
+        ``reference`` are the tensors that parameters are compared with.
+        """
         self._twin, self._explain = twin, explain
         unmeasured = twin.attribution.unmeasured
-        self._parameters = ParameterMonitor(self.module, twin.plan, self.registry, unmeasured)
+        self._parameters = ParameterMonitor(
+            self.module, twin.plan, self.registry, unmeasured, dict(reference)
+        )
         self._save_explanation()
 
     # Steps

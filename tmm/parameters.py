@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 
 from tmm.metrics import Reduction
 from tmm.naming import parameter_names
+from tmm.reference import DIFFERENCE
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.parameters import NamedStatistics, sum_of_squares
 from tmm.spec import Plan
 
 Tensors = dict[str, torch.Tensor]
-Names = Mapping[torch.nn.Parameter, str]
+
+_DIFFERENCES_AT_ONCE = 1 << 24  # elements: few enough launches, and 64 MiB in float32
 
 
 class ParameterMonitor:
@@ -31,10 +33,13 @@ class ParameterMonitor:
         plan: Plan,
         registry: KeyRegistry,
         unmeasured: dict[str, str],
+        reference: Tensors,
     ) -> None:
         self.module = module
         self.plan = plan
         self.unmeasured = unmeasured
+        self.reference = reference
+        self._reference_squares = self._squares_of(reference)
         self._statistics = NamedStatistics(registry)
         self._squares: dict[str, list[torch.Tensor]] = {}
 
@@ -48,9 +53,31 @@ class ParameterMonitor:
 
     def add_parameters(self, collector: StepCollector) -> None:
         """Measure all parameters as they are now."""
+        tensors = {name: parameter.detach() for parameter, name in self.names().items()}
         if self.wants("parameter"):
-            tensors = {name: parameter.detach() for parameter, name in self.names().items()}
             self.add(collector, "parameter", tensors)
+        if self.reference:
+            self._add_differences(collector, tensors)
+
+    def _add_differences(self, collector: StepCollector, tensors: Tensors) -> None:
+        # Some at a time: all differences together would take as much memory as the model.
+        names = [name for name in self.reference if name in tensors]
+        for part in _parts(names, tensors):
+            differences = {name: tensors[name] - self.reference[name] for name in part}
+            self.add(
+                collector,
+                DIFFERENCE,
+                differences,
+                reference_squares=self._reference_squares,
+                choose=_is_builtin,
+            )
+        self.add(
+            collector,
+            DIFFERENCE,
+            {name: tensors[name] for name in names},
+            others=self.reference,
+            choose=_is_function,
+        )
 
     def add_gradients(
         self,
@@ -92,16 +119,20 @@ class ParameterMonitor:
         *,
         rules: str | None = None,
         reference_squares: Tensors | None = None,
+        others: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Callable[[Reduction], bool] | None = None,
     ) -> None:
-        """Measure tensors by the rules of a family (or of ``rules``), those that are chosen."""
+        """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
+
+        Functions get the tensor of ``others``, too.
+        """
 
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
             selected = self.plan.select(name, dtype, rules or family)
             return tuple(r for r in selected if choose is None or choose(r))
 
-        for rows in self._statistics.measure(family, tensors, select, reference_squares):
+        for rows in self._statistics.measure(family, tensors, select, reference_squares, others):
             collector.add(rows.binding, rows.outputs, unless=unless)
 
     def end_step(self, collector: StepCollector | None) -> None:
@@ -121,6 +152,28 @@ class ParameterMonitor:
             sums = sum_of_squares([tensors[name] for name in names])
             squares.update(zip(names, sums.unbind(), strict=True))
         return squares
+
+
+def _is_builtin(reduction: Reduction) -> bool:
+    return reduction.function is None
+
+
+def _is_function(reduction: Reduction) -> bool:
+    return reduction.function is not None
+
+
+def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:
+    """The names in groups of tensors that are not large together."""
+    part: list[str] = []
+    size = 0
+    for name in names:
+        if part and size + tensors[name].numel() > _DIFFERENCES_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += tensors[name].numel()
+    if part:
+        yield part
 
 
 def block_of(module: torch.nn.Module, parameter: str) -> str:

@@ -18,6 +18,9 @@ from tmm.metrics import (
 
 Subject: TypeAlias = Literal["modules", "parameters"]
 
+NEED_REFERENCE = ("parameter_difference",)
+"""Families that compare with the reference of a spec."""
+
 _UPDATE_METRICS = (*METRIC_NAMES, "relative_norm")
 _STATE_METRICS = tuple(name for name in DERIVED_METRICS if name != "relative_norm")
 
@@ -147,6 +150,23 @@ def update(
     ``tmm.parameter``; ``monitor.watch(optimizer)`` measures.
     """
     return _rule("update", "parameters", _UPDATE_METRICS, metrics, functions, parameters, aggregate)
+
+
+def parameter_difference(
+    *metrics: str,
+    parameters: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure how far parameters have moved from those of the spec's ``reference``.
+
+    The built-in metrics are of the difference, parameter minus reference; ``"relative_norm"`` is
+    its norm over that of the reference. A function gets the parameter and the reference. Measured
+    together with ``tmm.parameter``; arguments and errors as there.
+    """
+    known = _UPDATE_METRICS
+    family = "parameter_difference"
+    return _rule(family, "parameters", known, metrics, functions, parameters, aggregate)
 
 
 def optimizer_state(*metrics: str, parameters: str | None = None) -> Rule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -17,9 +17,10 @@ from tmm.metrics import (
     builtin_reductions,
     function_reduction,
 )
-from tmm.rules import Rule, check_pattern
+from tmm.rules import NEED_REFERENCE, Rule, check_pattern
 
 StepPredicate: TypeAlias = Callable[[int], bool]
+Reference: TypeAlias = Literal["init"] | torch.nn.Module | Mapping[str, torch.Tensor]
 
 
 class Spec:
@@ -30,15 +31,22 @@ class Spec:
         every: monitor each step that is a multiple of this number, or for which this predicate
             is true.
         exclude: regular expression; modules whose dotted name it matches (``re.match``) are
-            measured by no rule.
+            measured by no rule, nor are their parameters.
+        reference: what ``tmm.parameter_difference`` compares with: ``"init"`` for the parameters
+            as they are when the model is instrumented, a module, or a state dict.
 
     Raises:
-        ValueError: for a spec without rules, an ``every`` below 1 or an invalid pattern.
-        TypeError: for something that is not a rule, a number or a predicate.
+        ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern or a rule
+            that lacks its reference.
+        TypeError: for something that is not a rule, a number, a predicate or a reference.
     """
 
     def __init__(
-        self, *rules: Rule, every: int | StepPredicate = 1, exclude: str | None = None
+        self,
+        *rules: Rule,
+        every: int | StepPredicate = 1,
+        exclude: str | None = None,
+        reference: Reference | None = None,
     ) -> None:
         if not rules:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -51,7 +59,18 @@ class Spec:
             raise ValueError(f"every={every} must be at least 1; 1 monitors every step")
         if exclude is not None:
             check_pattern("tmm.Spec", "exclude", exclude)
+        for rule in rules:
+            if rule.family in NEED_REFERENCE and reference is None:
+                raise ValueError(f"{rule} needs a reference: tmm.Spec(..., reference='init')")
+        if isinstance(reference, str) and reference != "init":
+            raise ValueError(
+                f"reference={reference!r} is not 'init'; load a checkpoint with torch.load and give"
+                " its state dict"
+            )
+        if reference is not None and not isinstance(reference, (str, torch.nn.Module, Mapping)):
+            raise TypeError(f"reference={reference!r} is not 'init', a module or a state dict")
         self.rules: tuple[Rule, ...] = rules
+        self.reference = reference
         self.every: int | StepPredicate = every
         self.exclude: str | None = exclude
 
@@ -60,6 +79,9 @@ class Spec:
         parts = [*map(str, self.rules), f"every={every}"]
         if self.exclude is not None:
             parts.append(f"exclude={self.exclude!r}")
+        if self.reference is not None:
+            named = isinstance(self.reference, str)
+            parts.append(f"reference={repr(self.reference) if named else '<given>'}")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:
