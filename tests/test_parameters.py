@@ -98,8 +98,8 @@ def test_histograms_and_functions() -> None:
         tmm.gradient(rows=lambda g: g.norm(dim=-1), parameters="3.weight", aggregate=torch.median),
         tmm.gradient(twice=lambda g: g.mul_(2).sum(), parameters="3.bias"),
     )
-    monitor.watch(torch.optim.SGD(model.parameters(), lr=0.0))
-    optimizer = monitor._optimizers[0].optimizer
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    monitor.watch(optimizer)
     with monitor.step(0):
         loss_of(model(VECTORS)).backward()
         gradients = {n: p.grad.clone() for n, p in model._orig_mod.named_parameters()}

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from tmm.layout import Event, StepRecord
 from tmm.metrics import Aggregate, FloatArray
-from tmm.optimizers import WatchedOptimizer, WatchedScaler
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
@@ -24,6 +23,7 @@ from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
+from tmm.watch import Watch
 
 Value: TypeAlias = float | FloatArray
 OnError: TypeAlias = Literal["raise", "warn"]
@@ -62,9 +62,7 @@ class Monitor:
         self._on_error = on_error
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
-        self._parameters: ParameterMonitor | None = None
-        self._optimizers: list[WatchedOptimizer] = []
-        self._scalers: list[WatchedScaler] = []
+        self._watch: Watch | None = None
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
@@ -81,10 +79,10 @@ class Monitor:
         ``reference`` are the tensors that parameters are compared with.
         """
         self._twin, self._explain = twin, explain
-        unmeasured = twin.attribution.unmeasured
-        self._parameters = ParameterMonitor(
-            self.module, twin.plan, self.registry, unmeasured, dict(reference)
+        parameters = ParameterMonitor(
+            self.module, twin.plan, self.registry, twin.attribution.unmeasured, dict(reference)
         )
+        self._watch = Watch(parameters, self._open_collector)
         self._save_explanation()
 
     # Steps
@@ -136,10 +134,7 @@ class Monitor:
             OSError: if what was measured before could not be written.
         """
         finished = self._require_step("end_step")
-        if self._parameters is not None:
-            if finished.monitored and self._optimizers and not finished.has_parameters:
-                self._parameters.add_parameters(finished)
-            self._parameters.end_step(finished)
+        self._require_watch().end_step(finished)
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
@@ -263,25 +258,12 @@ class Monitor:
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
-        parameters = self._require_parameters()
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
-        if scaler is not None and not isinstance(scaler, GradScaler):
-            raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
-        if any(watched.optimizer is optimizer for watched in self._optimizers):
-            raise ValueError("the optimizer is watched already")
         if scaler is not None and self._twin is not None and self._twin.has_probes:
             raise RuntimeError(
                 "watch(scaler=...): call it before the first monitored step; the graphs that"
                 " measure activation gradients are compiled already, without the scale"
             )
-        names = parameters.names()
-        if not any(p in names for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("the optimizer holds no parameter of the instrumented model")
-        watched_scaler = None if scaler is None else self._watch_scaler(scaler)
-        self._optimizers.append(
-            WatchedOptimizer(optimizer, watched_scaler, parameters, self._open_collector)
-        )
+        self._require_watch().add(optimizer, scaler)
 
     def monitor_parameters(self) -> None:
         """Measure the parameters now instead of at the end of the step.
@@ -291,7 +273,7 @@ class Monitor:
         if self.recording:
             collector = self._require_step("monitor_parameters")
             collector.has_parameters = True
-            self._require_parameters().add_parameters(collector)
+            self._require_watch().parameters.add_parameters(collector)
 
     def monitor_gradients(self, before_clip: bool = False) -> None:
         """Measure the gradients now, as ``gradient_before_clip`` if they are yet to be clipped.
@@ -299,17 +281,9 @@ class Monitor:
         Watched optimizers do so by themselves before their steps, but for ``before_clip``. The
         factor of a watched scaler is taken out. Nothing happens outside of a monitored step.
         """
-        if not self.recording:
-            return
-        collector, parameters = self._require_step("monitor_gradients"), self._require_parameters()
-        gradients = {
-            name: parameter.grad.detach()
-            for parameter, name in parameters.names().items()
-            if parameter.grad is not None
-        }
-        for watched in self._optimizers:
-            gradients |= watched.gradients()
-        parameters.add_gradients(collector, gradients, before_clip=before_clip)
+        if self.recording:
+            collector = self._require_step("monitor_gradients")
+            self._require_watch().measure_gradients(collector, before_clip=before_clip)
 
     # Forward passes
 
@@ -333,13 +307,11 @@ class Monitor:
     @property
     def scales_gradients(self) -> bool:
         """Whether a scaler is watched."""
-        return bool(self._scalers)
+        return self._require_watch().has_scaler
 
     def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
-        """The inverse of the scale of the watched scaler; 1 where it does nothing."""
-        if not self._scalers:
-            return None
-        return self._scalers[0].factor(device)
+        """The inverse of the scale of the watched scaler; None without one."""
+        return self._require_watch().gradient_factor(device)
 
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
@@ -395,12 +367,7 @@ class Monitor:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
         if self._open is not None:
             self._drop_step("was not ended")
-        for optimizer in self._optimizers:
-            optimizer.remove()
-        for scaler in self._scalers:
-            scaler.remove()
-        self._optimizers.clear()
-        self._scalers.clear()
+        self._require_watch().close()
         if self._writer is None:
             return
         try:
@@ -415,16 +382,9 @@ class Monitor:
     def _open_collector(self) -> StepCollector | None:
         return self._open if self.is_monitoring() else None
 
-    def _watch_scaler(self, scaler: GradScaler) -> WatchedScaler:
-        for watched in self._scalers:
-            if watched.scaler is scaler:
-                return watched
-        self._scalers.append(WatchedScaler(scaler, self._open_collector))
-        return self._scalers[-1]
-
-    def _require_parameters(self) -> ParameterMonitor:
-        assert self._parameters is not None
-        return self._parameters
+    def _require_watch(self) -> Watch:
+        assert self._watch is not None
+        return self._watch
 
     def _save_explanation(self) -> None:
         if self._writer is not None and self._explain is not None:
@@ -459,8 +419,7 @@ class Monitor:
             if self._open.monitored:
                 self._mark_gap(self._open.step, reason)
             self._open, self.recording = None, False
-            if self._parameters is not None:
-                self._parameters.end_step(None)
+            self._require_watch().drop_step()
 
     def _mark_gap(self, step: int, text: str) -> None:
         self._events.append(Event(step, "gap", text))

@@ -1,0 +1,83 @@
+"""All that is watched around the steps of one model's optimizers."""
+
+from __future__ import annotations
+
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from tmm.optimizers import OpenCollector, WatchedOptimizer, WatchedScaler
+from tmm.parameters import ParameterMonitor
+from tmm.runtime.collector import StepCollector
+
+
+class Watch:
+    """The optimizers and scalers of one model, and the measurements that they set off."""
+
+    def __init__(self, parameters: ParameterMonitor, collector: OpenCollector) -> None:
+        self.parameters = parameters
+        self._collector = collector
+        self._optimizers: list[WatchedOptimizer] = []
+        self._scalers: list[WatchedScaler] = []
+
+    def add(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
+        """Watch an optimizer; errors as of ``Monitor.watch``."""
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
+        if any(watched.optimizer is optimizer for watched in self._optimizers):
+            raise ValueError("the optimizer is watched already")
+        names = self.parameters.names()
+        if not any(p in names for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("the optimizer holds no parameter of the instrumented model")
+        watched_scaler = None if scaler is None else self._watched(scaler)
+        self._optimizers.append(
+            WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
+        )
+
+    @property
+    def has_scaler(self) -> bool:
+        """Whether gradients carry the factor of a scaler."""
+        return bool(self._scalers)
+
+    def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What gradients of a scaled loss are to be multiplied with; None without a scaler."""
+        return self._scalers[0].factor(device) if self._scalers else None
+
+    def measure_gradients(self, collector: StepCollector, *, before_clip: bool) -> None:
+        """Measure all gradients as they are now, without the factor of a scaler."""
+        gradients = {
+            name: parameter.grad.detach()
+            for parameter, name in self.parameters.names().items()
+            if parameter.grad is not None
+        }
+        for watched in self._optimizers:
+            gradients |= watched.gradients()
+        self.parameters.add_gradients(collector, gradients, before_clip=before_clip)
+
+    def end_step(self, collector: StepCollector) -> None:
+        """Measure what is measured when a step ends."""
+        if collector.monitored and self._optimizers and not collector.has_parameters:
+            self.parameters.add_parameters(collector)
+        self.parameters.end_step(collector)
+
+    def drop_step(self) -> None:
+        """Forget what belongs to the step."""
+        self.parameters.end_step(None)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        for optimizer in self._optimizers:
+            optimizer.remove()
+        for scaler in self._scalers:
+            scaler.remove()
+        self._optimizers.clear()
+        self._scalers.clear()
+
+    def _watched(self, scaler: GradScaler) -> WatchedScaler:
+        for watched in self._scalers:
+            if watched.scaler is scaler:
+                return watched
+        self._scalers.append(WatchedScaler(scaler, self._collector))
+        return self._scalers[-1]
