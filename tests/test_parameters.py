@@ -359,6 +359,34 @@ def test_a_skipped_step_is_no_explosion(fused: bool) -> None:
         assert all(np.isfinite(value).all() for value in step.values())
 
 
+def test_half_precision_with_a_scaler_against_float32() -> None:
+    """Unscaled, the gradients of a run in float16 are those of one in float32, roughly."""
+    rules = (tmm.gradient("norm"), tmm.activation_gradient("rms"), tmm.activation("rms"))
+    found = []
+    for half in (False, True):
+        model, monitor = instrumented(*rules)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half)
+        monitor.watch(optimizer, scaler)
+        with monitor.step(0):
+            for batch in (VECTORS[:4], VECTORS[4:]):
+                with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+                    loss = loss_of(model(batch))
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            monitor.monitor_gradients(before_clip=True)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(monitor.get_step_metrics())
+    plain, scaled = found
+    assert scaled.pop("step/grad_scale") == 2.0**8
+    assert scaled.pop("step/skipped") == 0
+    assert scaled.keys() == plain.keys()
+    for key, value in plain.items():
+        assert scaled[key] == pytest.approx(value, rel=2e-2), key
+
+
 def test_wrong_calls() -> None:
     model, monitor = instrumented(tmm.gradient("norm"), tmm.activation_gradient("rms"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
