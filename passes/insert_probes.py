@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
@@ -15,7 +16,7 @@ from tmm.metrics import Reduction
 from tmm.operators import packed_dtype, tap, why_unmeasurable
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import add_site
+from tmm.passes.origin import add_site, sites_of
 from tmm.passes.probe import FunctionProbe, columns_of, probe
 from tmm.passes.trace_function import trace_function
 
@@ -61,6 +62,8 @@ class _Place:
     tensor: Node
     reductions: tuple[Reduction, ...]
     sites: list[Site] = field(default_factory=list)
+    copies: bool = False
+    refusal: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -72,22 +75,27 @@ class _Place:
         return sum(reduction.width for reduction in self.reductions)
 
 
-def insert_probes(module: GraphModule, *, options: ProbeOptions) -> tuple[RowInput, ...]:
+def insert_probes(
+    module: GraphModule, *, options: ProbeOptions
+) -> tuple[tuple[RowInput, ...], tuple[tuple[Site, str], ...]]:
     """After each tap of a tensor that requires a gradient, pass the tensor through a probe.
 
     Afterwards whatever used the tensor later uses the probe's result, and the graph has one more
     input per device, last, whose gradient holds the rows. Taps of one tensor with no computation
     between them share a probe. Taps stay in the graph. A graph without such tensors is left alone.
+    A tensor that is overwritten or returned while it is known under another name has no probe: the
+    program would become another one. Returns the extra inputs, and such sites with the reason.
     """
-    places = list(_places(module, options, ()))
-    returned = _storages(module.graph.output_node().all_input_nodes)
+    found = list(_places(module, options, ()))
+    places = [place for place in found if not place.refusal]
     inputs = []
     for device in dict.fromkeys(place.device for place in places):
         here = [place for place in places if place.device == device]
         inputs.append(_row_input(device, here))
         for place, row in zip(here, _row_nodes(module, inputs[-1], here), strict=True):
-            _insert(place, _inside(place.calls, row), returned, options)
-    return tuple(inputs)
+            _insert(place, _inside(place.calls, row), options)
+    refused = [(site, place.refusal) for place in found if place.refusal for site in place.sites]
+    return tuple(inputs), tuple(refused)
 
 
 def _places(
@@ -103,7 +111,7 @@ def _places(
             if place is None:
                 continue
             known = recent.get(place.tensor)
-            if known is not None and known.reductions == place.reductions:
+            if known is not None and known.reductions == place.reductions and not place.refusal:
                 known.sites += place.sites
             else:
                 recent[place.tensor] = place
@@ -133,7 +141,38 @@ def _place(
     if not reductions:
         return None
     mark.meta[_PROBED] = True
-    return _Place(module, calls, mark, tensor, reductions, [site])
+    place = _Place(module, calls, mark, tensor, reductions, [site])
+    if not isinstance(example, FakeTensor):
+        place.refusal = "inside a function transform"
+        return place
+    # A view that is overwritten, or that leaves the graph beside what it views, is another program.
+    returned = _storages(module.graph.output_node().all_input_nodes)
+    place.copies = example._version > 0 or bool(_storages([tensor]) & returned)
+    if place.copies and (_has_other_names(module, tensor, mark) or _is_expanded(example)):
+        place.refusal = "the tensor is overwritten or returned, and has other names"
+    return place
+
+
+def _has_other_names(module: GraphModule, tensor: Node, mark: Node) -> bool:
+    """Whether something from before ``mark`` that shares the memory of ``tensor`` is used after.
+
+    What is made of the tensor after the mark is made of the probe's result.
+    """
+    storage = _storages([tensor])
+    for node in module.graph.nodes:
+        if node is mark:
+            break
+        if node is tensor or sites_of(node) or not _storages([node]) & storage:
+            continue
+        if node.op == "placeholder" or any(
+            mark < user and not is_mark(user) and not sites_of(user) for user in node.users
+        ):
+            return True
+    return False
+
+
+def _is_expanded(example: torch.Tensor) -> bool:
+    return any(isinstance(stride, int) and stride == 0 for stride in example.stride())
 
 
 def _computes(node: Node) -> bool:
@@ -197,7 +236,7 @@ def _first_operation(module: GraphModule) -> Node:
     return first
 
 
-def _insert(place: _Place, row: Node, returned: set[int], options: ProbeOptions) -> None:
+def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = tensor.meta["example_value"]
@@ -205,10 +244,8 @@ def _insert(place: _Place, row: Node, returned: set[int], options: ProbeOptions)
         None if reduction.function is None else trace_function(example, reduction)
         for reduction in place.reductions
     ]
-    # A view that is overwritten, or that leaves the graph beside what it views, is another program.
-    copies = example._version > 0 or bool(_storages([tensor]) & returned)
     columns = [columns_of(reduction) for reduction in place.reductions]
-    flags = {"compiled": options.compiled, "copies": copies, "scaled": options.scaled}
+    flags = {"compiled": options.compiled, "copies": place.copies, "scaled": options.scaled}
     later = {user for user in tensor.users if mark < user}
     with module.graph.inserting_after(mark):
         if any(functions):

@@ -76,7 +76,8 @@ def rewrite(
     unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
     row_inputs: tuple[RowInput, ...] = ()
     if probes is not None:
-        row_inputs = run("insert_probes", lambda: insert_probes(rewritten, options=probes))
+        row_inputs, refused = run("insert_probes", lambda: insert_probes(rewritten, options=probes))
+        unmeasured += tuple((site, f"gradient: {reason}") for site, reason in refused)
     run("remove_taps", lambda: remove_taps(rewritten))
     run("lift_rows", lambda: lift_rows(rewritten))
     layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))

@@ -56,6 +56,9 @@ class StepCollector:
         self.failed = False
         self.ran_forward = False
         self.has_parameters = False
+        self.has_gradients = False
+        self.has_gradients_before_clip = False
+        self.has_watched_gradients = False
         self.skipped: list[HostCopy] = []
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}

@@ -286,7 +286,8 @@ def _moments(
     wide_centre, wide_unit, shift = over_rows(centre), over_rows(unit), sums[0]
     second = sums[1] - shift**2
     # A constant row: what is left is the rounding of its centre.
-    second = torch.where(second <= 1e-5 * sums[1], torch.zeros_like(second), second)
+    constant = (second <= 1e-5 * sums[1]) & sums[1].isfinite()
+    second = torch.where(constant, torch.zeros_like(second), second)
     variance = second * wide_unit**2
     finite_shift = torch.where(shift.isfinite(), shift, torch.full_like(shift, math.nan))
     row_mean = wide_centre + finite_shift * wide_unit
@@ -296,7 +297,7 @@ def _moments(
     if highest == 2:
         moments["sum"] = length * (wide_centre + shift).sum(1)
         squares = sums[1] + 2 * wide_centre * shift + wide_centre**2
-        squares = torch.where(sums[1].isfinite(), squares, sums[1])
+        squares = torch.where(sums[1].isfinite(), squares.clamp(min=0), sums[1])
         moments["sum_squares"] = length * squares.sum(1)
         return moments
     third = sums[2] - 3 * shift * sums[1] + 2 * shift**3

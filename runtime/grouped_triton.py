@@ -211,7 +211,7 @@ def _reduce_chunks(
     scale = unit.to(tl.float64)
     second = mean2 - mean1 * mean1
     # A constant chunk: what is left is the rounding of its centre.
-    constant = second <= 1e-5 * mean2
+    constant = (second <= 1e-5 * mean2) & (mean2 < infinity)
     second = tl.where(constant, 0.0, second)
     finite = tl.abs(mean1) < infinity
     mean = centre.to(tl.float64) + tl.where(finite, mean1, float("nan")) * scale

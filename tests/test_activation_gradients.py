@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -33,15 +34,17 @@ def gradient_hooks(
     They pass outputs through an identity and see the gradient that comes back through it, not
     that of what the module itself went on to do with the tensor. Theirs is a view, with which
     models that work in place fail; here it is a copy. Of the ``eager`` modules, which ran outside
-    of graphs, it is the gradient of the tensor itself, as documented.
+    of graphs, and of modules that give back their input, it is the gradient of the tensor itself,
+    as documented.
     """
 
-    def watch(name: str, output: object) -> object:
+    def watch(name: str, inputs: object, output: object) -> object:
         sites = dict(walk(output))
+        given = {id(tensor) for _, tensor in walk(inputs)}
 
         copies: dict[int, torch.Tensor] = {}
         for path, tensor in sites.items():
-            if tensor.requires_grad and name in eager:
+            if tensor.requires_grad and (name in eager or id(tensor) in given):
                 tensor.register_hook(lambda g, site=name + path: recording.add(site, g))
             elif tensor.requires_grad:
                 copy_of = copies.setdefault(id(tensor), tensor.clone())
@@ -49,7 +52,7 @@ def gradient_hooks(
         return tree_map(lambda value: copies.get(id(value), value), output)
 
     handles = [
-        child.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        child.register_forward_hook(lambda _, x, output, name=name: watch(name, x, output))
         for name, child in site_names(module).items()
     ]
     try:
@@ -316,3 +319,60 @@ def test_nothing_arrives_outside_of_the_step() -> None:
 def test_a_function_that_cannot_be_an_aggregate() -> None:
     with pytest.raises(ValueError, match="aggregate= cannot be a function here.*mean, sum"):
         tmm.activation_gradient(mine=torch.mean, aggregate=torch.median)
+
+
+class Aliased(nn.Module):
+    """What a module gives back lives on under another name, and is overwritten there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.out, self.kind = nn.Linear(8, 8), nn.Linear(8, 8), kind
+        self.drop, self.act = nn.Dropout(0.0, inplace=True), nn.ReLU(inplace=True)
+        self.part = Part(kind)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.fc(x) * 1
+        if self.kind == "two modules":
+            identity = y
+            return self.out(self.act(self.drop(y))) + identity
+        z, alias = self.part(y)
+        if self.kind == "outputs":
+            return z, alias, z.t()
+        with torch.no_grad() if self.kind == "detached" else contextlib.nullcontext():
+            (alias if self.kind == "detached" else z).mul_(2)
+        return self.out(z) + alias.sum()
+
+
+class Part(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x + 1
+        return y, y.detach() if self.kind == "detached" else y[:, :4]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", ["two modules", "views", "detached", "outputs"])
+def test_other_names_of_a_tensor_keep_their_memory(kind: str, backend: str) -> None:
+    """Where a probe would make another program of the model, there is none, and explain says so."""
+    torch.manual_seed(0)
+    model = torch.compile(Aliased(kind), backend=backend)
+    found = []
+    tmm.instrument(model, SPEC)
+    monitor = tmm.monitor(model)
+    for step in (None, 0):
+        model.zero_grad()
+        with contextlib.nullcontext() if step is None else monitor.step(step):
+            output = model(VECTORS)
+            parts = [tensor for _, tensor in walk(output)]
+            if kind == "outputs":
+                with torch.no_grad():
+                    parts[0].mul_(3)  # its views change with it
+            loss = sum(part.sum() * (i + 1) for i, part in enumerate(parts))
+            loss.backward()
+        found.append([*parts, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for plain, monitored in zip(*found, strict=True):
+        assert torch.equal(plain, monitored)
+    assert any("has other names" in reason for reason in tmm.explain(model).unmeasured.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,8 @@ def test_an_optimizer_without_such_state_is_named() -> None:
         loss_of(model(VECTORS)).backward()
         optimizer.step()
     unmeasured = tmm.explain(model).unmeasured
-    assert unmeasured == {"optimizer_state of SGD": "it keeps no exp_avg and exp_avg_sq"}
+    reason = "it is not known how this optimizer keeps it"
+    assert unmeasured == {"optimizer_state of SGD: exp_avg_norm": reason}
 
 
 class Embedded(nn.Module):
@@ -387,6 +389,59 @@ def test_half_precision_with_a_scaler_against_float32() -> None:
         assert scaled[key] == pytest.approx(value, rel=2e-2), key
 
 
+def test_explicit_calls_beside_a_watched_optimizer_count_once() -> None:
+    model, monitor = instrumented(tmm.gradient("norm"), tmm.parameter("norm"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    for step, early in enumerate((True, False)):
+        with monitor.step(step):
+            loss_of(model(VECTORS)).backward()
+            total = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            if early:
+                monitor.monitor_gradients()
+            optimizer.step()
+            if not early:
+                monitor.monitor_gradients()
+            monitor.monitor_parameters()
+            with pytest.raises(RuntimeError, match="called already"):
+                monitor.monitor_parameters()
+            optimizer.zero_grad()
+        got = monitor.get_step_metrics()
+        assert got["step/gradient_norm"] == pytest.approx(total.item(), rel=1e-6)
+    with monitor.step(2):
+        loss_of(model(VECTORS)).backward()
+        monitor.monitor_gradients(before_clip=True)
+        with pytest.raises(RuntimeError, match="called already in this step"):
+            monitor.monitor_gradients(before_clip=True)
+
+
+def test_wrapped_modules_have_blocks() -> None:
+    module = nn.Sequential(nn.DataParallel(network()), nn.DataParallel(nn.Linear(3, 2)))
+    model, monitor = instrumented(tmm.gradient("norm"), module=module)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor.watch(optimizer)
+    with monitor.step(0):
+        loss_of(model(VECTORS)).backward()
+        optimizer.step()
+    got = monitor.get_step_metrics()
+    blocks = {key for key in got if key.startswith("step/gradient_norm/")}
+    assert blocks == {"step/gradient_norm/0", "step/gradient_norm/1"}
+
+
+def test_numbers_beyond_the_range_of_squares_do_not_look_right() -> None:
+    model, monitor = instrumented(tmm.parameter("std", "rms", "norm", "absmax"))
+    with torch.no_grad():
+        model._orig_mod[0].weight.mul_(1e21)
+        model._orig_mod[3].weight.mul_(1e-24)
+    with monitor.step(0):
+        monitor.monitor_parameters()
+    got = monitor.get_step_metrics()
+    assert not math.isfinite(got["parameter/0.weight/std"])
+    assert got["parameter/0.weight/rms"] == math.inf
+    assert not math.isnan(got["parameter/3.weight/norm"])
+    assert got["parameter/3.weight/norm"] >= 0
+
+
 def test_wrong_calls() -> None:
     model, monitor = instrumented(tmm.gradient("norm"), tmm.activation_gradient("rms"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -413,9 +468,18 @@ def test_removing_takes_the_hooks_off() -> None:
     model, monitor = instrumented(tmm.gradient("norm"))
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
     monitor.watch(optimizer, scaler)
-    assert "step" in vars(scaler)
+    other, _ = instrumented(tmm.gradient("norm"))
+    tmm.monitor(other).watch(torch.optim.SGD(other.parameters(), lr=0.1), scaler)
+    for clean in (pickle.loads(pickle.dumps(scaler)), copy.deepcopy(scaler)):
+        assert type(clean) is torch.amp.GradScaler
+        assert clean.state_dict() == scaler.state_dict()
+        assert not [key for key in vars(clean) if "tmm" in key]
+    tmm.remove(other)
+    assert isinstance(scaler, torch.amp.GradScaler)
+    assert type(scaler) is not torch.amp.GradScaler
     tmm.remove(model)
-    assert "step" not in vars(scaler)
+    assert type(scaler) is torch.amp.GradScaler
+    assert not [key for key in vars(scaler) if "tmm" in key]
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
 
@@ -472,6 +536,9 @@ def test_references_that_do_not_fit(tmp_path: Path) -> None:
         tmm.Spec(rule, reference="start")
     with pytest.raises(TypeError, match="reference=3 is not 'init', a module or a state dict"):
         tmm.Spec(rule, reference=3)  # type: ignore[arg-type]
+    live = network()
+    with pytest.raises(ValueError, match="0.weight is the parameter itself.*give a copy"):
+        instrumented(rule, module=live, reference=live.state_dict())
     state = network().state_dict()
     state["0.weight"] = state["0.weight"][:3]
     state["0.bias"] = state["0.bias"].double()

@@ -336,7 +336,7 @@ def test_insert_probes_golden() -> None:
     module = in_place()
     graph = copy_graph(trace(module, X))
     before = text(graph)
-    (rows,) = insert_probes(graph, options=probes(module, "rms", "histogram"))
+    (rows,), _ = insert_probes(graph, options=probes(module, "rms", "histogram"))
     assert rows.length == 2 * (2 + len(HISTOGRAM_EDGES))
     assert [row.measurement.site.module for row in rows.layout.rows] == ["0", "0", "1", "", "1", ""]
     check_golden("insert_probes", before + "\n# becomes\n\n" + text(graph))
@@ -346,11 +346,11 @@ def test_insert_probes_leaves_graphs_without_gradients_alone() -> None:
     module = in_place().requires_grad_(False)
     graph = copy_graph(trace(module, X.detach()))
     before = text(graph)
-    assert insert_probes(graph, options=probes(module, "rms")) == ()
+    assert insert_probes(graph, options=probes(module, "rms")) == ((), ())
     assert text(graph) == before
     module.requires_grad_(True)
     graph = copy_graph(trace(module, X.detach()))
-    assert insert_probes(graph, options=ProbeOptions({}, nothing)) == ()
+    assert insert_probes(graph, options=ProbeOptions({}, nothing)) == ((), ())
 
 
 def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
@@ -364,10 +364,10 @@ def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
 def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
     module = Checkpointed()
     graph = copy_graph(trace(module, X.detach().requires_grad_()))
-    (rows,) = insert_probes(graph, options=probes(module, "norm"))
+    (rows,), _ = insert_probes(graph, options=probes(module, "norm"))
     assert [row.measurement.site.module for row in rows.layout.rows] == ["fc", ""]
     after = text(graph)
-    assert insert_probes(graph, options=probes(module, "norm")) == ()
+    assert insert_probes(graph, options=probes(module, "norm")) == ((), ())
     assert text(graph) == after
     nested = [node for node in all_nodes(graph) if node.target is probe]
     assert len(nested) == 2

@@ -254,7 +254,8 @@ class Monitor:
 
         Raises:
             TypeError: if ``optimizer`` is not an optimizer, or ``scaler`` not a ``GradScaler``.
-            ValueError: if it holds none of the model's parameters or is watched already.
+            ValueError: if it holds none of the model's parameters or is watched already, or for a
+                second scaler where activation gradients are measured.
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
@@ -269,9 +270,14 @@ class Monitor:
         """Measure the parameters now instead of at the end of the step.
 
         Nothing happens outside of a monitored step.
+
+        Raises:
+            RuntimeError: for a second call in one step.
         """
         if self.recording:
             collector = self._require_step("monitor_parameters")
+            if collector.has_parameters:
+                raise RuntimeError("monitor_parameters() was called already in this step")
             collector.has_parameters = True
             self._require_watch().parameters.add_parameters(collector)
 
@@ -280,6 +286,9 @@ class Monitor:
 
         Watched optimizers do so by themselves before their steps, but for ``before_clip``. The
         factor of a watched scaler is taken out. Nothing happens outside of a monitored step.
+
+        Raises:
+            RuntimeError: for a second call in one step, which would count them twice.
         """
         if self.recording:
             collector = self._require_step("monitor_gradients")

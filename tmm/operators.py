@@ -286,7 +286,8 @@ def _central_moments(
     row_mean = centre.to(wide) + shift * unit
     second = sums[1] - shift**2
     # A constant row: what is left is the rounding of its centre.
-    second = torch.where(second <= 1e-5 * sums[1], torch.zeros_like(second), second)
+    constant = (second <= 1e-5 * sums[1]) & sums[1].isfinite()
+    second = torch.where(constant, torch.zeros_like(second), second)
     mean = row_mean.mean()
     delta = row_mean - mean
     variance = second * unit**2

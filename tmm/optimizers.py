@@ -19,19 +19,65 @@ OpenCollector = Callable[[], StepCollector | None]
 """The collector of the monitored step that is open now."""
 
 
+Observer = Callable[[Optimizer, torch.Tensor | None], None]
+"""Told of each step of a scaler: the optimizer, and the scale that its gradients had."""
+
+_OBSERVERS = "_tmm_observers"
+
+
+def observe_steps(scaler: GradScaler, observer: Observer) -> None:
+    """Have ``observer`` told after each ``scaler.step``; copies and pickles stay without it."""
+    if _OBSERVERS not in vars(scaler):
+        vars(scaler)[_OBSERVERS] = []
+        kind = type(scaler)
+        scaler.__class__ = type(kind.__name__, (_Observed, kind), {"plain_type": kind})
+    vars(scaler)[_OBSERVERS].append(observer)
+
+
+def stop_observing(scaler: GradScaler, observer: Observer) -> None:
+    """Undo ``observe_steps``."""
+    observers = vars(scaler)[_OBSERVERS]
+    observers.remove(observer)
+    if not observers:
+        del vars(scaler)[_OBSERVERS]
+        scaler.__class__ = scaler.plain_type  # type: ignore[attr-defined]
+
+
+class _Observed(GradScaler):
+    """Mixed into the class of a scaler while it is observed."""
+
+    plain_type: type[GradScaler]
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        scale = self._scale.clone() if self.is_enabled() and self._scale is not None else None
+        result = super().step(optimizer, *args, **kwargs)
+        for observer in tuple(vars(self)[_OBSERVERS]):
+            observer(optimizer, scale)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {key: value for key, value in self.__getstate__().items() if key != _OBSERVERS}
+        return _bare, (self.plain_type,), state
+
+
+def _bare(kind: type[GradScaler]) -> GradScaler:
+    """A scaler that has no state yet."""
+    return kind.__new__(kind)
+
+
 class WatchedScaler:
     """Tells which gradients carry the factor of a scaler, and records skipped steps."""
 
     def __init__(self, scaler: GradScaler, collector: OpenCollector) -> None:
         self.scaler = scaler
+        self.optimizers: list[Optimizer] = []
         self._collector = collector
-        self._plain_step = scaler.step
-        self._unscaled: tuple[weakref.ref[torch.Tensor], int] | None = None
-        scaler.step = self._step  # type: ignore[method-assign]
+        self._unscaled: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        observe_steps(scaler, self.note_step)
 
     def remove(self) -> None:
         """Give the scaler its own ``step`` back."""
-        del self.scaler.__dict__["step"]
+        stop_observing(self.scaler, self.note_step)
 
     def factor(self, device: torch.device) -> torch.Tensor:
         """What to multiply the gradients of a scaled loss with, float64."""
@@ -48,33 +94,33 @@ class WatchedScaler:
         if not self.scaler.is_enabled():
             return None
         scale = self.scaler._scale
-        stage = self.scaler._per_optimizer_states[id(optimizer)]["stage"]
+        state = self.scaler._per_optimizer_states.get(id(optimizer))
+        stage = OptState.READY if state is None else state["stage"]
         if scale is None or stage is not OptState.READY or self._holds_old_gradients(optimizer):
             return None
         return scale.double().reciprocal().float()
 
-    def _step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        collector = self._collector()
-        if not self.scaler.is_enabled():
-            return self._plain_step(optimizer, *args, **kwargs)
-        scale = None if self.scaler._scale is None else self.scaler._scale.clone()
-        result = self._plain_step(optimizer, *args, **kwargs)
+    def note_step(self, optimizer: Optimizer, scale: torch.Tensor | None) -> None:
+        """Record a step of a watched optimizer that the scaler has just taken or skipped."""
+        if not any(watched is optimizer for watched in self.optimizers):
+            return
         gradient = _first_gradient(optimizer)
-        self._unscaled = None if gradient is None else (weakref.ref(gradient), gradient._version)
+        if gradient is not None:
+            self._unscaled[id(optimizer)] = (weakref.ref(gradient), gradient._version)
+        collector = self._collector()
         if collector is not None and scale is not None:
             found = self.scaler._found_inf_per_device(optimizer).values()
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
             collector.skipped.append(copy_to_host(skipped))
             collector.log("step/skipped", (skipped > 0).float(), "max")
             collector.log("step/grad_scale", scale, "max")
-        return result
 
     def _holds_old_gradients(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are still those that a step has unscaled already."""
         gradient = _first_gradient(optimizer)
-        if self._unscaled is None or gradient is None:
+        if id(optimizer) not in self._unscaled or gradient is None:
             return False
-        reference, version = self._unscaled
+        reference, version = self._unscaled[id(optimizer)]
         return reference() is gradient and version == gradient._version
 
 
@@ -90,6 +136,8 @@ class WatchedOptimizer:
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler
+        if scaler is not None:
+            scaler.optimizers.append(optimizer)
         self._parameters = parameters
         self._collector = collector
         self._before: Tensors = {}
@@ -123,6 +171,7 @@ class WatchedOptimizer:
                 name: parameter.detach().clone()
                 for parameter, name in self._own_parameters().items()
                 if self._parameters.plan.metrics(name, "update")
+                and (parameter.grad is not None or _has_closure(args, kwargs))
             }
         if not _has_closure(args, kwargs):
             self._add_gradients(collector)
@@ -141,6 +190,9 @@ class WatchedOptimizer:
             self._add_state(collector)
 
     def _add_gradients(self, collector: StepCollector) -> None:
+        if collector.has_gradients:
+            return  # somebody measured them in this step by an explicit call
+        collector.has_watched_gradients = True
         self._parameters.add_gradients(collector, self.gradients(), unless=self._skipped())
 
     def _add_state(self, collector: StepCollector) -> None:
@@ -149,21 +201,24 @@ class WatchedOptimizer:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 state = self.optimizer.state.get(parameter, {})
-                if parameter not in names or "exp_avg_sq" not in state:
+                if parameter not in names or (not state and parameter.grad is None):
                     continue
                 name = names[parameter]
                 for metric in plan.metrics(name, "optimizer_state"):
-                    tensors.setdefault(metric, {})[name] = _state_value(metric, group, state)
-        if not tensors:
-            kind = type(self.optimizer).__name__
-            self._parameters.unmeasured[f"optimizer_state of {kind}"] = (
-                "it keeps no exp_avg and exp_avg_sq"
-            )
+                    value = _state_value(metric, self.optimizer, group, state)
+                    if value is not None:
+                        tensors.setdefault(metric, {})[name] = value
+                    else:
+                        kind = type(self.optimizer).__name__
+                        self._parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
+                            "it is not known how this optimizer keeps it"
+                        )
         for metric, by_name in tensors.items():
             self._parameters.add(
                 collector,
                 "optimizer_state",
                 by_name,
+                unless=self._skipped(),
                 choose=partial(_computes_only, metric),
             )
 
@@ -198,11 +253,14 @@ def _computes_only(metric: str, reduction: Reduction) -> bool:
     return reduction.metrics == (metric,)
 
 
-def _state_value(metric: str, group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
-    """The tensor that a metric of an optimizer's state is taken of."""
+def _state_value(
+    metric: str, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]
+) -> torch.Tensor | None:
+    """The tensor that a metric of an optimizer's state is taken of; None where it has none."""
     if metric == "effective_lr":
-        return _effective_rate(group, state)
-    value: torch.Tensor = state[metric.removesuffix("_norm")]
+        known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and "step" in state
+        return _effective_rate(group, state) if known else None
+    value: torch.Tensor | None = state.get(metric.removesuffix("_norm"))
     return value
 
 

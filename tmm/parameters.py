@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from tmm.metrics import Reduction
-from tmm.naming import parameter_names
+from tmm.naming import parameter_names, unwrapped
 from tmm.reference import DIFFERENCE
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
@@ -39,7 +39,6 @@ class ParameterMonitor:
         self.plan = plan
         self.unmeasured = unmeasured
         self.reference = reference
-        self._reference_squares = self._squares_of(reference)
         self._statistics = NamedStatistics(registry)
         self._squares: dict[str, list[torch.Tensor]] = {}
 
@@ -62,13 +61,15 @@ class ParameterMonitor:
     def _add_differences(self, collector: StepCollector, tensors: Tensors) -> None:
         # Some at a time: all differences together would take as much memory as the model.
         names = [name for name in self.reference if name in tensors]
+        relative = [n for n in names if "relative_norm" in self.plan.metrics(n, DIFFERENCE)]
+        squares = self._squares_of({name: self.reference[name] for name in relative})
         for part in _parts(names, tensors):
             differences = {name: tensors[name] - self.reference[name] for name in part}
             self.add(
                 collector,
                 DIFFERENCE,
                 differences,
-                reference_squares=self._reference_squares,
+                reference_squares=squares,
                 choose=_is_builtin,
             )
         self.add(
@@ -180,10 +181,10 @@ def block_of(module: torch.nn.Module, parameter: str) -> str:
     """The block that a parameter belongs to: an element of an outermost list, else a child."""
     parts = parameter.split(".")[:-1]
     for depth, part in enumerate(parts):
-        is_list = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential))
+        is_list = isinstance(unwrapped(module), (torch.nn.ModuleList, torch.nn.Sequential))
         if is_list:
             return ".".join(parts[: depth + 1])
-        module = getattr(module, part)
+        module = getattr(unwrapped(module), part)
     return parts[0] if parts else parameter
 
 

@@ -38,6 +38,8 @@ def reference_parameters(module: torch.nn.Module, plan: Plan) -> dict[str, torch
             problems.append(f"{name} has shape {tuple(other.shape)}, not {tuple(parameter.shape)}")
         elif other.dtype != parameter.dtype:
             problems.append(f"{name} has {other.dtype}, not {parameter.dtype}")
+        elif other.numel() and other.data_ptr() == parameter.data_ptr():
+            problems.append(f"{name} is the parameter itself, which will change: give a copy")
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(

@@ -31,6 +31,12 @@ class Watch:
         names = self.parameters.names()
         if not any(p in names for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("the optimizer holds no parameter of the instrumented model")
+        others = [watched for watched in self._scalers if watched.scaler is not scaler]
+        if scaler is not None and others and self.parameters.wants("activation_gradient"):
+            raise ValueError(
+                "scaler= is not the one that is watched already: gradients of activations can carry"
+                " the factor of one scaler only"
+            )
         watched_scaler = None if scaler is None else self._watched(scaler)
         self._optimizers.append(
             WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
@@ -47,13 +53,27 @@ class Watch:
 
     def measure_gradients(self, collector: StepCollector, *, before_clip: bool) -> None:
         """Measure all gradients as they are now, without the factor of a scaler."""
+        if not before_clip and collector.has_watched_gradients:
+            return  # a watched optimizer has measured them
+        flag = "has_gradients_before_clip" if before_clip else "has_gradients"
+        if getattr(collector, flag):
+            raise RuntimeError(
+                "monitor_gradients() was called already in this step; call it once, when the"
+                " gradients of all micro-batches are there"
+            )
+        setattr(collector, flag, True)
         gradients = {
             name: parameter.grad.detach()
             for parameter, name in self.parameters.names().items()
             if parameter.grad is not None
         }
-        for watched in self._optimizers:
-            gradients |= watched.gradients()
+        watched = [gradient for w in self._optimizers for gradient in w.gradients().items()]
+        if self._scalers:
+            # Whether the others carry the factor of the scaler is not known.
+            for name in gradients.keys() - dict(watched).keys():
+                self.parameters.unmeasured[f"gradient of {name}"] = "its optimizer is not watched"
+            gradients = {}
+        gradients |= dict(watched)
         self.parameters.add_gradients(collector, gradients, before_clip=before_clip)
 
     def end_step(self, collector: StepCollector) -> None:
