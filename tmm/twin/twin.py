@@ -350,8 +350,10 @@ def _reduce_gradient(
     binding: Binding,
     reduction: Reduction,
     factor: torch.Tensor | None,
-    gradient: torch.Tensor,
+    gradient: torch.Tensor | None,
 ) -> None:
+    if gradient is None:
+        return  # nothing that the loss depends on used the tensor
     if factor is not None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
     sink(binding, [reduce_eagerly(gradient, reduction)])
