@@ -110,7 +110,12 @@ def check(
         for site in recording.integers:
             for metric in METRICS:
                 got.pop(f"activation_gradient/{site}/{metric}", None)
-        assert_agrees(got, keys(recording), tolerance(backend))
+        want = keys(recording)
+        # Outputs of a graph that the loss does not depend on get zeros, as documented.
+        unused = [key for key in got.keys() - want.keys() if got[key] == 0.0]
+        for key in unused if backend != "eager" else ():
+            del got[key]
+        assert_agrees(got, want, tolerance(backend))
         for parameter, gradient in zip(module.parameters(), gradients, strict=True):
             assert (parameter.grad is None) == (gradient is None)
             if gradient is not None:
