@@ -267,5 +267,5 @@ def _storages(nodes: Iterable[Node]) -> set[int]:
     return {
         example.untyped_storage()._cdata
         for example in examples
-        if isinstance(example, torch.Tensor) and example.layout is torch.strided
+        if isinstance(example, FakeTensor) and example.layout is torch.strided
     }
