@@ -11,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
+from tmm.kernels.dense import packed_dtype
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
-from tmm.operators import packed_dtype, tap, why_unmeasurable
+from tmm.operators import tap, why_unmeasurable
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, sites_of
@@ -30,13 +31,12 @@ class ProbeOptions:
     """Which gradients ``insert_probes`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    the gradient of a module's output of a given dtype; ``compiled`` chooses the compiled kernel;
+    the gradient of a module's output of a given dtype;
     ``scaled`` has gradients multiplied with the value of the extra inputs first.
     """
 
     modules: Mapping[int, str]
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
-    compiled: bool = False
     scaled: bool = False
 
 
@@ -245,7 +245,7 @@ def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]
-    flags = {"compiled": options.compiled, "copies": place.copies, "scaled": options.scaled}
+    flags = {"copies": place.copies, "scaled": options.scaled}
     later = {user for user in tensor.users if mark < user}
     with module.graph.inserting_after(mark):
         if any(functions):

@@ -36,14 +36,12 @@ class ReductionOptions:
     """What ``insert_reductions`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a module's output of a given dtype; ``values`` that of each value recorded by name;
-    ``compiled`` chooses the compiled kernel for them.
+    a module's output of a given dtype; ``values`` that of each value recorded by name.
     """
 
     modules: Mapping[int, str]
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction] = field(default_factory=dict)
-    compiled: bool = False
 
 
 def insert_reductions(
@@ -132,7 +130,7 @@ def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionO
         if reduction.is_histogram:
             return insert_call(graph, histogram, value)
         columns = COLUMN_SEPARATOR.join(reduction.columns)
-        return insert_call(graph, summarize, value, columns, options.compiled)
+        return insert_call(graph, summarize, value, columns)
 
 
 def _refuse(

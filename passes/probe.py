@@ -13,7 +13,7 @@ from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
 from tmm.passes.trace_function import TracedFunction
 
-VERSION = "1"
+VERSION = "2"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
 
@@ -21,7 +21,6 @@ def probe(
     x: torch.Tensor,
     row: torch.Tensor,
     columns: Sequence[str],
-    compiled: bool = False,
     copies: bool = False,
     scaled: bool = False,
 ) -> torch.Tensor:
@@ -32,7 +31,7 @@ def probe(
     graph; with ``scaled`` the gradient is multiplied with the first element of ``row`` before it
     is measured.
     """
-    options = _Options(tuple(columns), compiled, copies, scaled)
+    options = _Options(tuple(columns), copies, scaled)
     result: torch.Tensor = _Probe.apply(x, row, options)  # type: ignore[no-untyped-call]
     return result
 
@@ -45,12 +44,11 @@ class FunctionProbe(torch.nn.Module):
         columns: Sequence[str],
         functions: Sequence[TracedFunction | None],
         *,
-        compiled: bool,
         copies: bool,
         scaled: bool,
     ) -> None:
         super().__init__()
-        self.options = _Options(tuple(columns), compiled, copies, scaled, tuple(functions))
+        self.options = _Options(tuple(columns), copies, scaled, tuple(functions))
 
     def forward(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """As ``probe``."""
@@ -66,7 +64,6 @@ def columns_of(reduction: Reduction) -> str:
 @dataclass(frozen=True, eq=False)
 class _Options:
     columns: tuple[str, ...]
-    compiled: bool
     copies: bool
     scaled: bool
     functions: tuple[TracedFunction | None, ...] = ()
@@ -82,7 +79,7 @@ class _Options:
             value = gradient
             if function is not None:
                 value = function.graph(gradient.clone() if function.mutates else gradient)
-            parts.append(summarize(value, columns, self.compiled) if columns else histogram(value))
+            parts.append(summarize(value, columns) if columns else histogram(value))
         return torch.cat(parts)
 
 

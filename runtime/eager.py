@@ -20,7 +20,7 @@ def reduce_eagerly(
     if reduction.function is None:
         if reduction.is_histogram:
             return histogram(tensor)
-        return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns), False)
+        return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns))
     values = tensor.clone()  # the function may change its argument in place
     return apply_function(values, reduction, *others) if reduction.trace else values
 
@@ -36,4 +36,4 @@ def apply_function(
         result = torch.tensor(result, dtype=torch.float64)
     if reduction.collects_values:
         return result.reshape(-1)
-    return summarize(result, COLUMN_SEPARATOR.join(reduction.columns), False)
+    return summarize(result, COLUMN_SEPARATOR.join(reduction.columns))

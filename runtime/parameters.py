@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
-from tmm.runtime.grouped import summarize_group
 
 Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a tensor of that name and dtype."""

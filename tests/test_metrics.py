@@ -30,7 +30,7 @@ def row(values: np.ndarray, reduction: Reduction = EVERYTHING) -> np.ndarray:
     tensor = torch.from_numpy(values)
     if reduction.is_histogram:
         return histogram(tensor).numpy()[None]
-    return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns), False).numpy()[None]
+    return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns)).numpy()[None]
 
 
 def metrics(values: np.ndarray) -> dict[str, float]:
@@ -143,7 +143,7 @@ def test_complex_tensors_have_no_order() -> None:
     scalars, _ = builtin_reductions(METRIC_NAMES, is_complex=True)
     assert set(METRICS) - set(scalars.metrics) == {"mean", "min", "max"}
     tensor = torch.tensor([3 + 4j, 0, 1j])
-    values = summarize(tensor, COLUMN_SEPARATOR.join(scalars.columns), False).numpy()[None]
+    values = summarize(tensor, COLUMN_SEPARATOR.join(scalars.columns)).numpy()[None]
     got = dict(zip(scalars.metrics, finalize(scalars, values)[0], strict=True))
     assert got["absmax"] == 5
     assert got["norm"] == pytest.approx(math.sqrt(26))

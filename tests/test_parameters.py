@@ -428,7 +428,7 @@ def test_wrapped_modules_have_blocks() -> None:
     assert blocks == {"step/gradient_norm/0", "step/gradient_norm/1"}
 
 
-def test_numbers_beyond_the_range_of_squares_do_not_look_right() -> None:
+def test_numbers_beyond_the_range_of_squares() -> None:
     model, monitor = instrumented(tmm.parameter("std", "rms", "norm", "absmax"))
     with torch.no_grad():
         model._orig_mod[0].weight.mul_(1e21)
@@ -436,10 +436,11 @@ def test_numbers_beyond_the_range_of_squares_do_not_look_right() -> None:
     with monitor.step(0):
         monitor.monitor_parameters()
     got = monitor.get_step_metrics()
-    assert not math.isfinite(got["parameter/0.weight/std"])
-    assert got["parameter/0.weight/rms"] == math.inf
-    assert not math.isnan(got["parameter/3.weight/norm"])
-    assert got["parameter/3.weight/norm"] >= 0
+    for name in ("0.weight", "3.weight"):
+        weight = model._orig_mod.get_parameter(name).detach().double()
+        want = {"std": weight.std(), "rms": weight.square().mean().sqrt(), "norm": weight.norm()}
+        for metric, value in want.items():
+            assert got[f"parameter/{name}/{metric}"] == pytest.approx(float(value), rel=1e-6)
 
 
 def test_wrong_calls() -> None:

@@ -26,7 +26,7 @@ MetricFunction: TypeAlias = Callable[..., object]
 AggregateName: TypeAlias = Literal["mean", "sum", "min", "max"]
 Aggregate: TypeAlias = AggregateName | Callable[..., object]
 
-COLUMN_ORDER = (
+TENSOR_COLUMNS = (
     "count",
     "sum",
     "sum_squares",
@@ -41,13 +41,15 @@ COLUMN_ORDER = (
     "zeros",
     "nans",
     "infinities",
-    "reference_sum_squares",
 )
-"""Every column, in the order in which a row holds them.
+"""The columns that are computed from one tensor, in the order in which a row holds them.
 
 ``mean`` and ``moment2`` to ``moment4`` (sums of powers of the deviation from that mean) describe
 one another and merge together, without the cancellation of raw power sums.
 """
+
+COLUMN_ORDER = (*TENSOR_COLUMNS, "reference_sum_squares")
+"""Every column, in order."""
 
 _POWERS_OF_TWO = np.exp2(np.arange(-40, 17, dtype=np.float64))
 HISTOGRAM_EDGES: FloatArray = np.concatenate(

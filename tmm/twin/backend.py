@@ -157,13 +157,10 @@ class MeasuringBackend:
     def __call__(self, module: GraphModule, inputs: list[torch.Tensor]) -> MeasuredGraph:
         """Compile ``module`` with its measurements."""
         scope = self.host.scope()
-        compiled = self.settings.uses_inductor
-        options = ReductionOptions(scope.modules, scope.select, scope.values, compiled=compiled)
+        options = ReductionOptions(scope.modules, scope.select, scope.values)
         probes = None
         if scope.select_gradient is not None:
-            probes = ProbeOptions(
-                scope.modules, scope.select_gradient, compiled, self.host.scales_gradients
-            )
+            probes = ProbeOptions(scope.modules, scope.select_gradient, self.host.scales_gradients)
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:

@@ -38,13 +38,6 @@ class CompileSettings:
     guard_filter: GuardFilter | None
     recompile_limit: int | None = None
 
-    @property
-    def uses_inductor(self) -> bool:
-        """Whether graphs are compiled by Inductor."""
-        if isinstance(self.backend, torch._TorchCompileInductorWrapper):
-            return True
-        return getattr(self.backend, "__module__", "").startswith("torch._inductor")
-
     def __str__(self) -> str:
         kinds = (getattr(self.backend, name, None) for name in ("compiler_name", "__name__"))
         backend = next((kind for kind in kinds if kind), type(self.backend).__name__)

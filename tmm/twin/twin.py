@@ -14,10 +14,10 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
+from tmm.kernels.dense import packed_dtype
 from tmm.layout import VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import unwrapped
-from tmm.operators import packed_dtype
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_probes import RowInput
 from tmm.passes.trace_function import MetricFunctionError

@@ -1,4 +1,4 @@
-"""``tmm.runtime.grouped`` on a GPU: one launch for all tensors of a dtype.
+"""``tmm.kernels.group`` on a GPU: one launch for all tensors of a dtype.
 
 Each program reads one chunk of one tensor, found through a table of addresses, and writes the row
 of its partial sums; a constant number of torch operations joins the rows of a tensor. The tables
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tmm.operators import _flatten, _real
-from tmm.runtime.grouped import merge_rows
+from tmm.kernels.dense import flatten, real
+from tmm.kernels.group import merge_rows
+from tmm.metrics import TENSOR_COLUMNS
 
 try:
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -37,22 +38,7 @@ _CHUNK = 1 << 15  # elements per program: the rows are then less than 1 % of the
 _BLOCK = 1 << 11  # elements per iteration, and those whose mean is the centre of the deviations
 _ALIGNMENT = 16  # bytes that one thread loads at once
 
-_WRITTEN = (
-    "count",
-    "sum",
-    "sum_squares",
-    "sum_absolute",
-    "mean",
-    "moment2",
-    "moment3",
-    "moment4",
-    "absmax",
-    "minimum",
-    "maximum",
-    "zeros",
-    "nans",
-    "infinities",
-)
+_WRITTEN = TENSOR_COLUMNS
 """The row that the kernel writes: reading the elements costs more than what is not asked for."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,7 +51,7 @@ def summarize_chunks(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) 
     copied, all of them at the same time.
     """
     device = tensors[0].device
-    flat = [_flatten(_real(tensor.detach())) for tensor in tensors]
+    flat = [flatten(real(tensor.detach())) for tensor in tensors]
     flat = [x if x.dtype in _DTYPES else x.float() for x in flat]
     groups: dict[tuple[torch.dtype, bool], list[int]] = {}
     for index, x in enumerate(flat):
@@ -144,7 +130,7 @@ def _reduce_chunks(
     """Write the row of one chunk, with all columns of ``_WRITTEN``.
 
     Deviations are taken from the mean of the chunk's first block, and the power sums moved to
-    the chunk's mean in float64, as in ``tmm.runtime.grouped``.
+    the chunk's mean in float64.
     """
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owners + chunk)

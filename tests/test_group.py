@@ -1,4 +1,4 @@
-"""Rows of many tensors at once against ``tmm::summarize`` of each."""
+"""Rows of many tensors at once against plain torch in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks.parameters import peak_memory
+from tmm.kernels.dense import real
+from tmm.kernels.group import merge_rows, summarize_group
+from tmm.kernels.torch_rows import summarize_with_torch
 from tmm.metrics import METRIC_NAMES, builtin_reductions, merge
-from tmm.operators import COLUMN_SEPARATOR, summarize
-from tmm.runtime import grouped
-from tmm.runtime.grouped import merge_rows, summarize_group
 
 (EIGHT,) = builtin_reductions(
     ("mean", "std", "rms", "norm", "mean_abs", "absmax", "min", "max"), is_complex=False
@@ -40,8 +40,7 @@ def sample(
 
 def expected(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
     """Rows of the tensors in float64."""
-    joined = COLUMN_SEPARATOR.join(columns)
-    return torch.stack([summarize(exact(tensor), joined, False) for tensor in tensors])
+    return torch.stack([summarize_with_torch(real(exact(tensor)), columns) for tensor in tensors])
 
 
 def exact(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,7 +159,7 @@ def test_many_parts_are_joined_as_pairs_are() -> None:
     want = merge(ALL, merge(ALL, pairs[0], pairs[2]), pairs[4])
     torch.testing.assert_close(joined[1], torch.from_numpy(want[0]))
     torch.testing.assert_close(joined[0], rows[1])
-    empty = summarize(torch.empty(0), COLUMN_SEPARATOR.join(ALL.columns), False)
+    empty = summarize_with_torch(torch.empty(0), ALL.columns)
     assert torch.equal(joined[2], empty)
     assert torch.equal(joined[4], empty)
 
@@ -180,14 +179,6 @@ def test_nothing_and_only_empty_tensors() -> None:
 def test_tensors_on_several_devices() -> None:
     with pytest.raises(ValueError, match="one device, not on cpu, meta"):
         summarize_group([torch.ones(2), torch.ones(2, device="meta")], ("sum",))
-
-
-def test_one_kernel_serves_all_shapes_and_dynamo_none() -> None:
-    grouped._compiled_kernel.cache_clear()
-    for shapes in (SHAPES, LARGE, [(5, 4096), (4096, 5)], [(n * 4096 + 3,) for n in range(9)]):
-        summarize_group([sample(shape) for shape in shapes], EIGHT.columns)
-    assert grouped._compiled_kernel.cache_info().currsize == 1
-    assert not torch._dynamo.utils.counters["stats"]
 
 
 def test_inside_autograd_and_inference_mode() -> None:
@@ -216,14 +207,14 @@ TRITON = pytest.mark.skipif(
 def test_triton_kernel_in_the_interpreter() -> None:
     """In a process of its own: whether Triton interprets is decided when it is imported."""
     subprocess.run(
-        [sys.executable, "-c", "from tests.test_grouped import check_triton; check_triton()"],
+        [sys.executable, "-c", "from tests.test_group import check_triton; check_triton()"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         check=True,
     )
 
 
 def check_triton() -> None:
-    from tmm.runtime.grouped_triton import summarize_chunks
+    from tmm.kernels.group_triton import summarize_chunks
 
     torch.manual_seed(0)
     for columns in (ALL.columns, EIGHT.columns):

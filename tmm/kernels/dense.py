@@ -1,0 +1,35 @@
+"""What a kernel reads of a tensor, and the dtype of what it writes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def packed_dtype(device: torch.device) -> torch.dtype:
+    """Float64, which keeps counts above 2**24 exact, or float32 on a device without it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which elements of ``dtype`` are added up at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def real(x: torch.Tensor) -> torch.Tensor:
+    """The real floating-point tensor that is measured: magnitudes of complex numbers."""
+    if x.is_complex():
+        return x.abs()
+    return x if x.is_floating_point() else x.to(packed_dtype(x.device))
+
+
+def flatten(x: torch.Tensor) -> torch.Tensor:
+    """All elements in one dimension, without a copy where they lie densely in any order."""
+    if x.is_contiguous():
+        return x.view(-1)
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return x.contiguous().view(-1)
+            expected *= size
+    return x.as_strided((x.numel(),), (1,))

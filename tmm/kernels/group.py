@@ -1,0 +1,112 @@
+"""Statistics of many tensors at once, such as all parameters and gradients of a model.
+
+One row of partial sums per tensor, the same as ``tmm::summarize`` gives, without waiting for the
+device and without large temporaries. On a CPU one call reads all tensors of a dtype, on a GPU one
+launch (``tmm.kernels.group_triton``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from tmm.kernels.dense import flatten, real
+from tmm.kernels.host import summarize_on_host
+from tmm.kernels.torch_rows import IDENTITIES, summarize_with_torch
+
+
+def summarize_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
+    """One row of partial sums per tensor.
+
+    Args:
+        tensors: Tensors of any dtypes, shapes and strides on one device, empty ones included.
+            Those that lie densely in memory are not copied; of complex ones the magnitudes are
+            taken first.
+        columns: Names from ``tmm.metrics.COLUMN_ORDER``; ``mean`` and ``moment2``, and then
+            ``moment3`` and ``moment4``, only together.
+
+    Returns:
+        Float64 (``packed_dtype``) of shape ``(len(tensors), len(columns))`` on their device. On a
+        GPU it is not ready yet when this returns.
+
+    Raises:
+        ValueError: The tensors lie on several devices.
+    """
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"tensors: all must be on one device, not on {names}; group them first")
+    if not tensors:
+        return torch.empty(0, len(columns), dtype=torch.float64)
+    (device,) = devices
+    with torch.no_grad():
+        if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            from tmm.kernels.group_triton import summarize_chunks
+
+            needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
+            return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
+        flat = [flatten(real(tensor.detach())) for tensor in tensors]
+        if device.type == "cpu":
+            return _summarize_by_dtype(flat, columns)
+        return torch.stack([summarize_with_torch(tensor, columns) for tensor in flat])
+
+
+def _summarize_by_dtype(tensors: list[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
+    members: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        members.setdefault(tensor.dtype, []).append(index)
+    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
+    for indices in members.values():
+        some = [tensors[index] for index in indices]
+        of_dtype = summarize_on_host(some, columns)
+        if of_dtype is None:
+            of_dtype = torch.stack([summarize_with_torch(tensor, columns) for tensor in some])
+        rows[indices] = of_dtype
+    return rows
+
+
+def merge_rows(
+    rows: torch.Tensor, owner: torch.Tensor, tensors: int, columns: tuple[str, ...]
+) -> torch.Tensor:
+    """Join the rows of pieces of tensors, in a number of operations that does not grow.
+
+    Args:
+        rows: Float64, shape ``(pieces, len(columns))``; no piece is empty.
+        owner: Int64, shape ``(pieces,)``: the index of the tensor that a piece is from.
+        tensors: Number of tensors; one without pieces gets the row of an empty tensor.
+        columns: Names; ``count`` is among them.
+
+    Returns:
+        Float64, shape ``(tensors, len(columns))``. Moments follow Pébay 2008, eq. 2.1, for many
+        parts at once.
+    """
+    joined = rows.new_zeros(tensors, len(columns)).index_add_(0, owner, rows)
+    for name, identity in IDENTITIES.items():
+        if name in columns:
+            index = columns.index(name)
+            lowest = name == "minimum"
+            joined[:, index] = rows.new_full((tensors,), identity).scatter_reduce_(
+                0, owner, rows[:, index], "amin" if lowest else "amax"
+            )
+    if "mean" not in columns:
+        return joined
+
+    def add(values: torch.Tensor) -> torch.Tensor:
+        return rows.new_zeros(tensors).index_add_(0, owner, values)
+
+    own = {name: rows[:, index] for index, name in enumerate(columns)}
+    count, second = own["count"], own["moment2"]
+    mean = add(count * own["mean"]) / joined[:, columns.index("count")].clamp(min=1)
+    delta = own["mean"] - mean[owner]
+    moments = {"mean": mean, "moment2": add(second + count * delta**2)}
+    if "moment4" in columns:
+        third = own["moment3"]
+        moments["moment3"] = add(third + 3 * delta * second + count * delta**3)
+        moments["moment4"] = add(
+            own["moment4"] + 4 * delta * third + 6 * delta**2 * second + count * delta**4
+        )
+    for name, values in moments.items():
+        joined[:, columns.index(name)] = values
+    return joined

@@ -1,0 +1,310 @@
+// Rows of partial sums of many dense tensors, on a CPU, each element read once.
+//
+// A tensor is cut into chunks, which threads share, and a chunk into rows that fit the first-level
+// cache. Most rows are reduced in the accumulation type, by deviations from the mean of a sample of
+// theirs; sums about another centre follow without cancellation. Where that would overflow or
+// underflow, where a value is not finite and for higher moments a row is reduced in double.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t ROW = 4096;       // elements: keeps rounding small
+constexpr int64_t CHUNK = 8 * ROW;  // elements that one thread takes at a time
+constexpr int64_t SAMPLE = 256;     // elements whose mean is the centre of a row's deviations
+constexpr int UNROLL = 2;           // independent sums: one chain of additions has a long latency
+constexpr double INFINITE = std::numeric_limits<double>::infinity();
+constexpr double UNDEFINED = std::numeric_limits<double>::quiet_NaN();
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class Scalar>
+struct Lanes {
+  typedef Scalar type __attribute__((vector_size(64)));
+};
+template <class Scalar>
+using Vector = typename Lanes<Scalar>::type;
+typedef uint16_t Half __attribute__((vector_size(32)));
+
+// The arithmetic that elements of a type are reduced in.
+template <class Element>
+struct Accumulation {
+  typedef float type;
+};
+template <>
+struct Accumulation<double> {
+  typedef double type;
+};
+
+Vector<double> load(const double* from) {
+  Vector<double> values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+Vector<float> load(const float* from) {
+  Vector<float> values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+Vector<uint32_t> load_bits(const void* from) {
+  Half half;
+  std::memcpy(&half, from, sizeof(half));
+  return __builtin_convertvector(half, Vector<uint32_t>);
+}
+
+Vector<float> as_float(Vector<uint32_t> bits) {
+  Vector<float> values;
+  std::memcpy(&values, &bits, sizeof(values));
+  return values;
+}
+
+Vector<float> load(const BFloat16* from) { return as_float(load_bits(from) << 16); }
+
+Vector<float> load(const Float16* from) {
+  const Vector<uint32_t> half = load_bits(from);
+  const Vector<uint32_t> magnitude = half & 0x7fff;
+  // The exponent's bias grows by 112; that of infinity and NaN is all ones in both.
+  Vector<uint32_t> bits = (magnitude << 13) + (112u << 23);
+  bits += (Vector<uint32_t>)(magnitude >= 0x7c00) & (112u << 23);
+  const Vector<float> subnormal =
+      __builtin_convertvector(magnitude, Vector<float>) * (1.0f / (1 << 24));
+  Vector<uint32_t> small;
+  std::memcpy(&small, &subnormal, sizeof(small));
+  const Vector<uint32_t> is_small = (Vector<uint32_t>)(magnitude < 0x400);
+  bits = (small & is_small) | (bits & ~is_small);
+  return as_float(bits | ((half & 0x8000) << 16));
+}
+
+// The columns in the order of COLUMN_ORDER in tmm/metrics.py. While rows are being merged the
+// minimum and maximum are those of the other values than NaN.
+struct Row {
+  double count = 0, sum = 0, sum_squares = 0, sum_absolute = 0;
+  double mean = 0, moment2 = 0, moment3 = 0, moment4 = 0;
+  double absmax = 0, minimum = INFINITE, maximum = -INFINITE;
+  double zeros = 0, nans = 0, infinities = 0;
+};
+
+// Moments by Pebay 2008, "Formulas for robust, one-pass parallel computation of covariances and
+// arbitrary-order statistical moments", eq. 2.1.
+void merge(Row& left, const Row& right) {
+  if (right.count == 0) return;
+  const double count = left.count + right.count;
+  const double delta = right.mean - left.mean, square = delta * delta;
+  const double a = left.count / count, b = right.count / count, cross = left.count * b;
+  left.moment4 += right.moment4 + square * square * cross * (a * a - a * b + b * b) +
+                  6 * square * (a * a * right.moment2 + b * b * left.moment2) +
+                  4 * delta * (a * right.moment3 - b * left.moment3);
+  left.moment3 += right.moment3 + square * delta * cross * (a - b) +
+                  3 * delta * (a * right.moment2 - b * left.moment2);
+  left.moment2 += right.moment2 + square * cross;
+  left.mean += delta * b;
+  left.count = count;
+  left.sum += right.sum;
+  left.sum_squares += right.sum_squares;
+  left.sum_absolute += right.sum_absolute;
+  if (right.minimum < left.minimum) left.minimum = right.minimum;
+  if (right.maximum > left.maximum) left.maximum = right.maximum;
+  left.zeros += right.zeros;
+  left.nans += right.nans;
+  left.infinities += right.infinities;
+}
+
+// All columns in double, by two passes; `length` is at most ROW.
+template <class Element>
+Row reduce_exactly(const Element* from, int64_t length) {
+  typedef typename Accumulation<Element>::type Scalar;
+  constexpr int64_t WIDTH = 64 / sizeof(Scalar);
+  double values[ROW];
+  for (int64_t start = 0; start < length; start += WIDTH) {
+    const int64_t some = length - start < WIDTH ? length - start : WIDTH;
+    Element piece[WIDTH] = {};
+    std::memcpy(piece, from + start, some * sizeof(Element));
+    const Vector<Scalar> loaded = load(piece);
+    for (int64_t i = 0; i < some; i++) values[start + i] = loaded[i];
+  }
+  double sum = 0, squares = 0, absolute = 0, minimum = INFINITE, maximum = -INFINITE;
+  double zeros = 0, nans = 0, infinities = 0;
+#pragma omp simd reduction(+ : sum, squares, absolute, zeros, nans, infinities) \
+    reduction(min : minimum) reduction(max : maximum)
+  for (int64_t i = 0; i < length; i++) {
+    const double value = values[i], magnitude = value < 0 ? -value : value;
+    sum += value;
+    squares += value * value;
+    absolute += magnitude;
+    minimum = value < minimum ? value : minimum;
+    maximum = value > maximum ? value : maximum;
+    zeros += value == 0 ? 1.0 : 0.0;
+    nans += value != value ? 1.0 : 0.0;
+    infinities += magnitude == INFINITE ? 1.0 : 0.0;
+  }
+  Row row;
+  row.count = length;
+  row.sum = sum;
+  row.sum_squares = squares;
+  row.sum_absolute = absolute;
+  row.minimum = minimum;
+  row.maximum = maximum;
+  row.zeros = zeros;
+  row.nans = nans;
+  row.infinities = infinities;
+  // A row of equal values has no deviations, not even rounded ones.
+  row.mean = minimum == maximum && nans == 0 ? minimum : sum / length;
+  if (!std::isfinite(row.mean)) row.mean = UNDEFINED;
+  double second = 0, third = 0, fourth = 0;
+  const double mean = row.mean;
+#pragma omp simd reduction(+ : second, third, fourth)
+  for (int64_t i = 0; i < length; i++) {
+    const double deviation = values[i] - mean, square = deviation * deviation;
+    second += square;
+    third += square * deviation;
+    fourth += square * square;
+  }
+  row.moment2 = second;
+  row.moment3 = third;
+  row.moment4 = fourth;
+  return row;
+}
+
+// All columns but the third and fourth moments, from one pass; `length` is a multiple of STEP.
+template <class Element>
+Row reduce_quickly(const Element* from, int64_t length) {
+  typedef typename Accumulation<Element>::type Scalar;
+  typedef Vector<Scalar> Values;
+  constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
+  constexpr Scalar HUGE_SCALAR = std::numeric_limits<Scalar>::infinity();
+
+  const int64_t sample = length < SAMPLE ? length : SAMPLE;
+  Values sums[UNROLL] = {};
+  for (int64_t start = 0; start < sample; start += STEP)
+    for (int part = 0; part < UNROLL; part++) sums[part] += load(from + start + part * WIDTH);
+  Scalar centre = 0;
+  for (int part = 0; part < UNROLL; part++)
+    for (int64_t lane = 0; lane < WIDTH; lane++) centre += sums[part][lane] / sample;
+  if (!std::isfinite(centre)) centre = 0;
+
+  typedef decltype(Values{} == Values{}) Mask;
+  Values shifts[UNROLL] = {}, squares[UNROLL] = {}, magnitudes[UNROLL] = {};
+  Values lowest[UNROLL], highest[UNROLL];
+  Mask zeros[UNROLL] = {};
+  for (int part = 0; part < UNROLL; part++) {
+    lowest[part] = Values{} + HUGE_SCALAR;
+    highest[part] = Values{} - HUGE_SCALAR;
+  }
+  for (int64_t start = 0; start < length; start += STEP) {
+    for (int part = 0; part < UNROLL; part++) {
+      const Values values = load(from + start + part * WIDTH);
+      const Values deviations = values - centre;
+      shifts[part] += deviations;
+      squares[part] += deviations * deviations;
+      magnitudes[part] += values < 0 ? -values : values;
+      lowest[part] = values < lowest[part] ? values : lowest[part];
+      highest[part] = values > highest[part] ? values : highest[part];
+      zeros[part] -= values == 0;  // a mask is -1 where it holds
+    }
+  }
+  double shift = 0, square = 0;
+  Row row;
+  for (int part = 0; part < UNROLL; part++) {
+    for (int64_t lane = 0; lane < WIDTH; lane++) {
+      shift += shifts[part][lane];
+      square += squares[part][lane];
+      row.sum_absolute += magnitudes[part][lane];
+      if (lowest[part][lane] < row.minimum) row.minimum = lowest[part][lane];
+      if (highest[part][lane] > row.maximum) row.maximum = highest[part][lane];
+      row.zeros += zeros[part][lane];
+    }
+  }
+  row.count = length;
+  if (!std::isfinite(square) || !std::isfinite(row.sum_absolute))
+    return reduce_exactly(from, length);
+  if (row.minimum == row.maximum) {
+    row.mean = row.minimum;
+    row.sum = length * row.mean;
+    row.sum_squares = length * row.mean * row.mean;
+    return row;
+  }
+  constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
+                             double(std::numeric_limits<Scalar>::epsilon());
+  if (square < PRECISE) return reduce_exactly(from, length);  // squares vanish below the range
+  const double mean = shift / length, wide = centre;
+  row.mean = wide + mean;
+  row.sum = length * wide + shift;
+  row.moment2 = square - shift * mean;
+  row.sum_squares = square + 2 * wide * shift + length * wide * wide;
+  if (row.moment2 < 0) row.moment2 = 0;
+  if (row.sum_squares < 0) row.sum_squares = 0;
+  return row;
+}
+
+template <class Element>
+Row reduce_chunk(const Element* from, int64_t length, bool higher_moments) {
+  constexpr int64_t STEP = UNROLL * 64 / sizeof(typename Accumulation<Element>::type);
+  Row total;
+  for (int64_t start = 0; start < length; start += ROW) {
+    const int64_t row = length - start < ROW ? length - start : ROW;
+    const int64_t quick = higher_moments ? 0 : row - row % STEP;
+    if (quick) merge(total, reduce_quickly(from + start, quick));
+    if (quick < row) merge(total, reduce_exactly(from + start + quick, row - quick));
+  }
+  return total;
+}
+
+// Write the asked columns of a row per tensor.
+template <class Element>
+void summarize(int64_t tensors, const int64_t* addresses, const int64_t* elements, int64_t columns,
+               const int64_t* order, int64_t higher_moments, int64_t threads, double* result) {
+  std::vector<int64_t> first(tensors + 1, 0);  // number of the tensor's first chunk
+  std::vector<int64_t> owner;
+  for (int64_t tensor = 0; tensor < tensors; tensor++) {
+    const int64_t chunks = (elements[tensor] + CHUNK - 1) / CHUNK;
+    first[tensor + 1] = first[tensor] + chunks;
+    owner.insert(owner.end(), chunks, tensor);
+  }
+  const int64_t chunks = first[tensors];
+  std::vector<Row> rows(chunks);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1 && threads > 1)
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    const int64_t tensor = owner[chunk], start = (chunk - first[tensor]) * CHUNK;
+    const int64_t rest = elements[tensor] - start;
+    const Element* from = reinterpret_cast<const Element*>(addresses[tensor]) + start;
+    rows[chunk] = reduce_chunk(from, rest < CHUNK ? rest : CHUNK, higher_moments != 0);
+  }
+  for (int64_t tensor = 0; tensor < tensors; tensor++) {
+    Row total;  // in the order of the chunks, so that threads make no difference
+    for (int64_t chunk = first[tensor]; chunk < first[tensor + 1]; chunk++)
+      merge(total, rows[chunk]);
+    if (total.nans > 0) total.minimum = total.maximum = UNDEFINED;
+    if (total.count > 0)
+      total.absmax = -total.minimum > total.maximum ? -total.minimum : total.maximum;
+    double all[sizeof(Row) / sizeof(double)];
+    std::memcpy(all, &total, sizeof(all));
+    for (int64_t column = 0; column < columns; column++)
+      result[tensor * columns + column] = all[order[column]];
+  }
+}
+
+}  // namespace
+
+#define TMM_SUMMARIZE(NAME, ELEMENT)                                                            \
+  extern "C" void NAME(int64_t tensors, const int64_t* addresses, const int64_t* elements,      \
+                       int64_t columns, const int64_t* order, int64_t higher_moments,           \
+                       int64_t threads, double* result) {                                       \
+    summarize<ELEMENT>(tensors, addresses, elements, columns, order, higher_moments, threads,   \
+                       result);                                                                 \
+  }
+
+TMM_SUMMARIZE(summarize_float64, double)
+TMM_SUMMARIZE(summarize_float32, float)
+TMM_SUMMARIZE(summarize_float16, Float16)
+TMM_SUMMARIZE(summarize_bfloat16, BFloat16)
