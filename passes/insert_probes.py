@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from tmm.kernels.dense import packed_dtype
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, why_unmeasurable
+from tmm.passes.copy_nodes import add_placeholder, storages
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, sites_of
@@ -146,8 +147,8 @@ def _place(
         place.refusal = "inside a function transform"
         return place
     # A view that is overwritten, or that leaves the graph beside what it views, is another program.
-    returned = _storages(module.graph.output_node().all_input_nodes)
-    place.copies = example._version > 0 or bool(_storages([tensor]) & returned)
+    returned = storages(module.graph.output_node().all_input_nodes)
+    place.copies = example._version > 0 or bool(storages([tensor]) & returned)
     if place.copies and (_has_other_names(module, tensor, mark) or _is_expanded(example)):
         place.refusal = "the tensor is overwritten or returned, and has other names"
     return place
@@ -158,11 +159,11 @@ def _has_other_names(module: GraphModule, tensor: Node, mark: Node) -> bool:
 
     What is made of the tensor after the mark is made of the probe's result.
     """
-    storage = _storages([tensor])
+    storage = storages([tensor])
     for node in module.graph.nodes:
         if node is mark:
             break
-        if node is tensor or sites_of(node) or not _storages([node]) & storage:
+        if node is tensor or sites_of(node) or not storages([node]) & storage:
             continue
         if node.op == "placeholder" or any(
             mark < user and not is_mark(user) and not sites_of(user) for user in node.users
@@ -202,7 +203,7 @@ def _row_nodes(
             device=row_input.device,
             requires_grad=True,
         )
-    rows = _add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
+    rows = add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
     widths = [place.width for place in places]
     with module.graph.inserting_before(_first_operation(module)):
         split = module.graph.call_function(torch.split, (rows, widths))
@@ -220,15 +221,8 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
     for owner, call in calls:
         (body,) = (body for node, body in nested_calls(owner) if node is call)
         call.args = (*call.args, row)
-        row = _add_placeholder(body, row.name, row.meta["example_value"])
+        row = add_placeholder(body, row.name, row.meta["example_value"])
     return row
-
-
-def _add_placeholder(module: GraphModule, name: str, example: torch.Tensor) -> Node:
-    with module.graph.inserting_before(_first_operation(module)):
-        node = module.graph.placeholder(name)
-    node.meta["example_value"] = example
-    return node
 
 
 def _first_operation(module: GraphModule) -> Node:
@@ -260,12 +254,3 @@ def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
     for site in place.sites:
         add_site(node, FAMILY, site)
     tensor.replace_all_uses_with(node, delete_user_cb=later.__contains__)
-
-
-def _storages(nodes: Iterable[Node]) -> set[int]:
-    examples = (node.meta.get("example_value") for node in nodes)
-    return {
-        example.untyped_storage()._cdata
-        for example in examples
-        if isinstance(example, FakeTensor) and example.layout is torch.strided
-    }

@@ -16,6 +16,7 @@ from tmm.operators import (
     histogram,
     summarize,
     tap,
+    tap_input,
     tap_value,
     why_unmeasurable,
     why_unreadable,
@@ -64,6 +65,8 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
         bodies.setdefault(call, []).append(body)
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
+        if node.target is tap_input:
+            continue
         if is_mark(node):
             if not node.meta.setdefault(_MEASURED, False):
                 node.meta[_MEASURED] = True
@@ -137,7 +140,7 @@ def _refuse(
     module: GraphModule, options: ReductionOptions, reason: str
 ) -> Iterator[tuple[Site, str]]:
     for node in module.graph.nodes:
-        if is_mark(node):
+        if is_mark(node) and node.target is not tap_input:
             _, site, reductions = _mark(node, options, torch.float32)
             if reductions:
                 yield site, reason

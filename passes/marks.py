@@ -7,22 +7,32 @@ from collections.abc import Mapping
 from torch.fx import Node
 
 from tmm.layout import Site
-from tmm.operators import tap, tap_value
+from tmm.operators import tap, tap_input, tap_value
 
 
 def is_mark(node: Node) -> bool:
-    """Whether the node is a tap of either kind."""
-    return node.op == "call_function" and node.target in (tap, tap_value)
+    """Whether the node is a tap of any kind."""
+    return node.op == "call_function" and node.target in (tap, tap_value, tap_input)
 
 
 def site_of(node: Node, modules: Mapping[int, str]) -> Site | None:
-    """The site that a tap of a module's output marks; None for a module without a name here.
+    """The site that a tap of a module's output or input marks; None for a module without a name.
 
     ``modules`` gives the relative name of each module by its ``id``.
     """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
+    key = call_of(node)
+    if key is None:
         return None
-    identity = next(reversed(stack)).partition("@")[0]  # a repeated call is marked with "@n"
-    name = modules.get(int(identity))
+    name = modules.get(int(key.partition("@")[0]))
     return None if name is None else Site(name, str(node.args[1]))
+
+
+def call_of(node: Node) -> str | None:
+    """The module call that ``node`` was traced in: the module's ``id``, of a repeated call "@n"."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack)) if stack else None
+
+
+def is_within(node: Node, call: str) -> bool:
+    """Whether ``node`` was traced in that call of a module, or in a call that it made."""
+    return call in node.meta.get("nn_module_stack", ())

@@ -13,6 +13,7 @@ from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
+from tmm.passes.insert_reference import ReferenceEnds, ReferenceOptions, insert_reference
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
@@ -27,10 +28,15 @@ class PassError(RuntimeError):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A rewritten graph, what its extra outputs and inputs hold, and the seconds of each pass."""
+    """A rewritten graph, what its extra inputs and outputs hold, and the seconds of each pass.
+
+    Extra inputs are those of the reference, then ``row_inputs``; extra outputs those of the
+    reference, then those of ``layout``.
+    """
 
     module: GraphModule
     layout: PackedLayout
+    reference: ReferenceEnds
     row_inputs: tuple[RowInput, ...]
     seconds: dict[str, float]
 
@@ -43,13 +49,15 @@ def rewrite(
     module: GraphModule,
     options: ReductionOptions,
     probes: ProbeOptions | None = None,
+    reference: Callable[[GraphModule], ReferenceOptions] | None = None,
     *,
     watch: Watch | None = None,
 ) -> Rewritten:
-    """Measure the marked tensors of ``module``, and with ``probes`` their gradients, in a copy.
+    """Measure the marked tensors of ``module`` in a copy of it.
 
-    The copy returns what ``module`` returns, followed by ``layout.outputs`` further tensors, and
-    takes ``row_inputs`` after the inputs of ``module``.
+    With ``probes`` their gradients are measured as well; with ``reference``, which gives the
+    options for the copy, they are compared. The copy takes and returns what ``module`` does, and
+    then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -74,6 +82,13 @@ def rewrite(
 
     rewritten = copy_graph(module)
     unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
+    ends = ReferenceEnds()
+    if reference is not None:
+        compared = reference(rewritten)
+        ends, refused = run(
+            "insert_reference", lambda: insert_reference(rewritten, options=compared)
+        )
+        unmeasured += refused
     row_inputs: tuple[RowInput, ...] = ()
     if probes is not None:
         row_inputs, refused = run("insert_probes", lambda: insert_probes(rewritten, options=probes))
@@ -82,4 +97,4 @@ def rewrite(
     run("lift_rows", lambda: lift_rows(rewritten))
     layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))
     rewritten.recompile()
-    return Rewritten(rewritten, layout, row_inputs, seconds)
+    return Rewritten(rewritten, layout, ends, row_inputs, seconds)

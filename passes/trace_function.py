@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -47,18 +47,26 @@ def trace_function(example: torch.Tensor, reduction: Reduction) -> TracedFunctio
     traced, draws random numbers (training would see others) or returns something else than one
     tensor.
     """
-    function, (name,) = reduction.function, reduction.metrics
+    function = reduction.function
     assert function is not None
-    fake_mode = example.fake_mode  # type: ignore[attr-defined]
 
     def traced_function(tensor: torch.Tensor) -> torch.Tensor:
         result = torch.as_tensor(function(tensor))
         return result.reshape(-1) if reduction.collects_values else result
 
+    return trace(traced_function, (example,), reduction)
+
+
+def trace(
+    function: Callable[..., torch.Tensor], examples: Sequence[torch.Tensor], reduction: Reduction
+) -> TracedFunction:
+    """The operations of ``function``, which computes ``reduction``; errors as there."""
+    name = reduction.metrics[0]
+    fake_mode = examples[0].fake_mode  # type: ignore[attr-defined]
     try:
         # Tensors from outside are let in, so that they can be named below.
         with torch.no_grad(), fake_mode, patch.object(fake_mode, "allow_non_fake_inputs", True):
-            traced = make_fx(traced_function)(example)
+            traced = make_fx(function)(*examples)
     except Exception as error:
         raise MetricFunctionError(
             f"the metric {name!r} cannot be traced into the graph: {error}\n"
@@ -80,24 +88,36 @@ def trace_function(example: torch.Tensor, reduction: Reduction) -> TracedFunctio
 
 
 def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
-    """Insert the operations of ``reduction.function`` on ``value`` at the insertion point.
+    """Insert the operations of ``reduction.function`` on ``value``, directly after it.
 
-    Returns the node of the function's result. What the function does to its argument in place, it
-    does to a copy. Raises ``MetricFunctionError`` as ``trace_function`` does.
+    Returns the node of the function's result. Raises ``MetricFunctionError`` as
+    ``trace_function`` does.
     """
-    function = trace_function(value.meta["example_value"], reduction)
-    traced = function.graph
-    if function.mutates:
-        value = insert_call(graph, "clone", value)
-    with graph.inserting_after(value):
-        (placeholder,) = traced.graph.find_nodes(op="placeholder")
-        copies: dict[Node, Node] = {placeholder: value}
-        position = value
-        for node in traced.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
+    return insert_traced(
+        graph, trace_function(value.meta["example_value"], reduction), (value,), value
+    )
+
+
+def insert_traced(
+    graph: Graph, function: TracedFunction, values: Sequence[Node], position: Node
+) -> Node:
+    """Insert traced operations on ``values`` after ``position``; gives the node of their result.
+
+    What the function does to its arguments in place, it does to copies.
+    """
+    copies: dict[Node, Node] = {}
+    for placeholder, value in zip(
+        function.graph.graph.find_nodes(op="placeholder"), values, strict=True
+    ):
+        copies[placeholder] = value
+        if function.mutates:
             with graph.inserting_after(position):
-                position = copies[node] = graph.node_copy(node, copies.__getitem__)
-            position.meta = {"example_value": node.meta.get("val")}
-    (result,) = traced.graph.output_node().all_input_nodes
+                position = copies[placeholder] = insert_call(graph, "clone", value)
+    for node in function.graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        with graph.inserting_after(position):
+            position = copies[node] = graph.node_copy(node, copies.__getitem__)
+        position.meta = {"example_value": node.meta.get("val")}
+    (result,) = function.graph.graph.output_node().all_input_nodes
     return copies[result]

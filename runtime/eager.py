@@ -8,13 +8,8 @@ from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
 
 
-def reduce_eagerly(
-    tensor: torch.Tensor, reduction: Reduction, *others: torch.Tensor
-) -> torch.Tensor:
-    """What a graph would hand out for ``reduction`` of ``tensor``: a row, or a whole tensor.
-
-    A user's function gets ``others`` as well.
-    """
+def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """What a graph would hand out for ``reduction`` of ``tensor``: a row, or a whole tensor."""
     tensor = tensor.detach()
     tensor = tensor.values() if tensor.is_nested else tensor
     if reduction.function is None:
@@ -22,16 +17,14 @@ def reduce_eagerly(
             return histogram(tensor)
         return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns))
     values = tensor.clone()  # the function may change its argument in place
-    return apply_function(values, reduction, *others) if reduction.trace else values
+    return apply_function(values, reduction) if reduction.trace else values
 
 
-def apply_function(
-    tensor: torch.Tensor, reduction: Reduction, *others: torch.Tensor
-) -> torch.Tensor:
-    """The row, or all the values, of a user's function of ``tensor`` and ``others``."""
+def apply_function(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
+    """The row, or all the values, of a user's function of ``tensor``."""
     assert reduction.function is not None
     with torch.no_grad():
-        result = reduction.function(tensor, *others)
+        result = reduction.function(tensor)
     if not isinstance(result, torch.Tensor):
         result = torch.tensor(result, dtype=torch.float64)
     if reduction.collects_values:

@@ -9,14 +9,13 @@ import torch
 
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
-from tmm.metrics import Reduction
+from tmm.metrics import PAIR_COLUMNS, Reduction
+from tmm.pairs import inner_products, reduce_pair, widened
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 
 Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a tensor of that name and dtype."""
-
-REFERENCE = "reference_sum_squares"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +38,14 @@ class NamedStatistics:
         family: str,
         tensors: Mapping[str, torch.Tensor],
         select: Select,
+        *,
+        reference: Mapping[str, torch.Tensor] | None = None,
         reference_squares: Mapping[str, torch.Tensor] | None = None,
-        others: Mapping[str, torch.Tensor] | None = None,
     ) -> list[Measured]:
         """Rows of the tensors, in as few kernel launches as can be; waits for no accelerator.
 
-        ``reference_squares`` are the values of the column ``reference_sum_squares``; functions
-        get the tensor of ``others``, too.
+        With ``reference`` rows are those of the pairs (see ``tmm.pairs``). ``reference_squares``
+        are the values of the column ``reference_sum_squares`` of tensors that are differences.
         """
         groups: dict[tuple[torch.device, Reduction], list[str]] = {}
         for name, tensor in tensors.items():
@@ -54,18 +54,26 @@ class NamedStatistics:
         measured = []
         for (_, reduction), names in groups.items():
             values = [_dense(tensors[name]) for name in names]
+            others = None if reference is None else [_dense(reference[name]) for name in names]
             if reduction.function is not None or reduction.is_histogram:
-                for name, value in zip(names, values, strict=True):
-                    further = () if others is None else (others[name],)
-                    row = reduce_eagerly(value, reduction, *further)
+                for index, name in enumerate(names):
+                    if others is None:
+                        row = reduce_eagerly(values[index], reduction)
+                    else:
+                        # Copies, for a function may change its arguments in place.
+                        pair = values[index].clone(), others[index].clone()
+                        row = reduce_pair(*pair, reduction)
                     measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
                 continue
-            columns = tuple(column for column in reduction.columns if column != REFERENCE)
-            rows = summarize_group(values, columns)
-            if REFERENCE in reduction.columns:  # the last one
-                assert reference_squares is not None
-                squares = torch.stack([reference_squares[name] for name in names])
-                rows = torch.cat([rows, squares[:, None]], 1)
+            if others is not None:
+                rows = _rows_of_pairs(values, others, reduction)
+            else:
+                columns = tuple(c for c in reduction.columns if c not in PAIR_COLUMNS)
+                rows = summarize_group(values, columns)
+                if columns != reduction.columns:
+                    assert reference_squares is not None
+                    squares = torch.stack([reference_squares[name] for name in names])
+                    rows = torch.cat([rows, squares[:, None]], 1)
             binding = self._bind(family, reduction, tuple(names))
             measured.append(Measured(binding, (rows.reshape(-1),)))
         return measured
@@ -81,6 +89,26 @@ class NamedStatistics:
             layout = PackedLayout(rows, 1)
             self._bindings[key] = self._registry.bind(layout, lambda m: m.site.module)
         return self._bindings[key]
+
+
+def _rows_of_pairs(
+    own: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], reduction: Reduction
+) -> torch.Tensor:
+    """``tmm.pairs.reduce_pair`` of many pairs, by grouped kernels."""
+    pairs = [widened(a, b) for a, b in zip(own, reference, strict=True)]
+    differences = [a - b for a, b in pairs]
+    if reduction.is_row_norm:
+        norms = [torch.linalg.vector_norm(difference, dim=-1) for difference in differences]
+        return summarize_group(norms, reduction.columns)
+    plain = tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
+    parts = [summarize_group(differences, plain)]
+    if "reference_sum_squares" in reduction.columns:
+        parts.append(summarize_group([b for _, b in pairs], ("sum_squares",)))
+    if "own_sum_squares" in reduction.columns:
+        parts.append(summarize_group([a for a, _ in pairs], ("sum_squares",)))
+    if "dot" in reduction.columns:
+        parts.append(summarize_group([inner_products(a, b) for a, b in pairs], ("sum",)))
+    return torch.cat(parts, 1)
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -114,7 +114,12 @@ def check(
         want = keys(recording)
         # A probe there would change the program (CLIP gives back a view of its other output).
         refused = [s for s, reason in explanation.unmeasured.items() if "other names" in reason]
-        for key in [key for key in want for site in refused if key.startswith(f"{site}/")]:
+        for key in [
+            key
+            for key in want
+            for site in refused
+            if key.startswith(f"activation_gradient/{site}/")
+        ]:
             assert key not in got
             del want[key]
         # Outputs of a graph that the loss does not depend on get zeros, as documented.

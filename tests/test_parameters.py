@@ -533,7 +533,7 @@ def test_references_that_do_not_fit(tmp_path: Path) -> None:
     rule = tmm.parameter_difference("norm")
     with pytest.raises(ValueError, match="needs a reference: tmm.Spec"):
         tmm.Spec(rule)
-    with pytest.raises(ValueError, match="reference='start' is not 'init'; load a checkpoint"):
+    with pytest.raises(ValueError, match="reference='start' is neither 'init' nor a file"):
         tmm.Spec(rule, reference="start")
     with pytest.raises(TypeError, match="reference=3 is not 'init', a module or a state dict"):
         tmm.Spec(rule, reference=3)  # type: ignore[arg-type]

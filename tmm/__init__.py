@@ -13,11 +13,13 @@ from tmm.record import record
 from tmm.rules import (
     Rule,
     activation,
+    activation_difference,
     activation_gradient,
     gradient,
     optimizer_state,
     parameter,
     parameter_difference,
+    rcc,
     update,
 )
 from tmm.spec import Spec
@@ -32,6 +34,7 @@ __all__ = [
     "Run",
     "Spec",
     "activation",
+    "activation_difference",
     "activation_gradient",
     "explain",
     "gradient",
@@ -41,6 +44,7 @@ __all__ = [
     "optimizer_state",
     "parameter",
     "parameter_difference",
+    "rcc",
     "record",
     "remove",
     "update",

@@ -14,7 +14,7 @@ from tmm.explain import Explanation
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor, OnError
 from tmm.naming import display_name, parameter_names, relative_names
-from tmm.reference import reference_parameters
+from tmm.reference import load_reference
 from tmm.run_info import describe_environment
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
@@ -85,7 +85,7 @@ def instrument(
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
-    reference = reference_parameters(measured, plan)
+    reference = load_reference(measured, plan)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None

@@ -48,7 +48,10 @@ TENSOR_COLUMNS = (
 one another and merge together, without the cancellation of raw power sums.
 """
 
-COLUMN_ORDER = (*TENSOR_COLUMNS, "reference_sum_squares")
+PAIR_COLUMNS = ("reference_sum_squares", "own_sum_squares", "dot")
+"""Columns that need the tensor that is compared with a reference, and the reference."""
+
+COLUMN_ORDER = (*TENSOR_COLUMNS, *PAIR_COLUMNS)
 """Every column, in order."""
 
 _POWERS_OF_TWO = np.exp2(np.arange(-40, 17, dtype=np.float64))
@@ -124,14 +127,25 @@ DERIVED_METRICS: Mapping[str, Metric] = {
         ("sum_squares", "reference_sum_squares"),
         lambda c: np.sqrt(c["sum_squares"] / c["reference_sum_squares"]),
     ),
+    "cosine": Metric(
+        PAIR_COLUMNS,
+        lambda c: c["dot"] / np.sqrt(c["own_sum_squares"] * c["reference_sum_squares"]),
+    ),
+    "l2": _mean,
+    "l2norm": _mean,
     "exp_avg_norm": _norm,
     "exp_avg_sq_norm": _norm,
     "effective_lr": _mean,
 }
-"""Metrics of single families: of an update, and of the state of an optimizer."""
+"""Metrics of single families: of differences and updates, and of the state of an optimizer.
+
+``l2`` and ``l2norm`` are means of the 2-norms of the rows (the last dimension) of a tensor.
+"""
+
+ROW_NORMS = ("l2", "l2norm")
 
 _ALL_METRICS = {**METRICS, **DERIVED_METRICS}
-_OF_OTHER_TENSORS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
+_OF_OTHER_TENSORS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr", *ROW_NORMS)
 
 _AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),
@@ -161,6 +175,11 @@ class Reduction:
     def is_histogram(self) -> bool:
         """Whether a row is the bins of a histogram."""
         return self.function is None and self.metrics == (HISTOGRAM,)
+
+    @property
+    def is_row_norm(self) -> bool:
+        """Whether a row holds sums over the 2-norms of the tensor's rows."""
+        return self.function is None and self.metrics[0] in ROW_NORMS
 
     @property
     def width(self) -> int:

@@ -17,6 +17,7 @@ from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
+from tmm.reference import Reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
@@ -72,15 +73,16 @@ class Monitor:
         self._missed_forward = False
 
     def attach(
-        self, twin: Twin, explain: Callable[[], str], reference: Mapping[str, torch.Tensor]
+        self, twin: Twin, explain: Callable[[], str], reference: Reference | None = None
     ) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them.
 
-        ``reference`` are the tensors that parameters are compared with.
+        ``reference`` is what they are compared with.
         """
         self._twin, self._explain = twin, explain
+        twin.compare_with(reference)
         parameters = ParameterMonitor(
-            self.module, twin.plan, self.registry, twin.attribution.unmeasured, dict(reference)
+            self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference
         )
         self._watch = Watch(parameters, self._open_collector)
         self._save_explanation()
@@ -135,6 +137,7 @@ class Monitor:
         """
         finished = self._require_step("end_step")
         self._require_watch().end_step(finished)
+        self._release_reference()
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
@@ -391,6 +394,10 @@ class Monitor:
     def _open_collector(self) -> StepCollector | None:
         return self._open if self.is_monitoring() else None
 
+    def _release_reference(self) -> None:
+        if self._twin is not None and self._twin.reference is not None:
+            self._twin.reference.release()
+
     def _require_watch(self) -> Watch:
         assert self._watch is not None
         return self._watch
@@ -429,6 +436,7 @@ class Monitor:
                 self._mark_gap(self._open.step, reason)
             self._open, self.recording = None, False
             self._require_watch().drop_step()
+            self._release_reference()
 
     def _mark_gap(self, step: int, text: str) -> None:
         self._events.append(Event(step, "gap", text))

@@ -71,3 +71,18 @@ def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[s
             dotted = f"{prefix}.{name}" if prefix else name
             names.setdefault(parameter, (dotted, display_name(prefix)))
     return names
+
+
+def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Each buffer with its dotted name; a shared one has the first of its names."""
+    names: dict[torch.Tensor, str] = {}
+    for owner, prefix in relative_names(module).items():
+        for name, buffer in owner.named_buffers(recurse=False):
+            names.setdefault(buffer, f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def unwrapped_name(name: str) -> str:
+    """A name in a state dict without the components of wrappers."""
+    parts = name.removeprefix("module.").split(".")
+    return ".".join(part for part in parts if part not in _WRAPPED)

@@ -35,7 +35,12 @@ def tap_value(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor
 
 
-for _mark in (tap, tap_value):
+def tap_input(tensor: torch.Tensor, path: str) -> torch.Tensor:
+    """Mark ``tensor`` as what a module is called with; an identity."""
+    return tensor
+
+
+for _mark in (tap, tap_value, tap_input):
     torch._dynamo.allow_in_graph(_mark)
     torch.fx.node.has_side_effect(_mark)  # unused results: dead-code elimination must keep them
 

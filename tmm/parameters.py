@@ -8,7 +8,7 @@ import torch
 
 from tmm.metrics import Reduction
 from tmm.naming import parameter_names, unwrapped
-from tmm.reference import DIFFERENCE
+from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.parameters import NamedStatistics, sum_of_squares
@@ -33,7 +33,7 @@ class ParameterMonitor:
         plan: Plan,
         registry: KeyRegistry,
         unmeasured: dict[str, str],
-        reference: Tensors,
+        reference: Reference | None,
     ) -> None:
         self.module = module
         self.plan = plan
@@ -55,30 +55,21 @@ class ParameterMonitor:
         tensors = {name: parameter.detach() for parameter, name in self.names().items()}
         if self.wants("parameter"):
             self.add(collector, "parameter", tensors)
-        if self.reference:
-            self._add_differences(collector, tensors)
+        if self.reference is not None and self.wants(DIFFERENCE):
+            self._add_differences(collector, self.reference)
 
-    def _add_differences(self, collector: StepCollector, tensors: Tensors) -> None:
+    def _add_differences(self, collector: StepCollector, reference: Reference) -> None:
         # Some at a time: all differences together would take as much memory as the model.
-        names = [name for name in self.reference if name in tensors]
-        relative = [n for n in names if "relative_norm" in self.plan.metrics(n, DIFFERENCE)]
-        squares = self._squares_of({name: self.reference[name] for name in relative})
-        for part in _parts(names, tensors):
-            differences = {name: tensors[name] - self.reference[name] for name in part}
-            self.add(
-                collector,
-                DIFFERENCE,
-                differences,
-                reference_squares=squares,
-                choose=_is_builtin,
-            )
-        self.add(
-            collector,
-            DIFFERENCE,
-            {name: tensors[name] for name in names},
-            others=self.reference,
-            choose=_is_function,
-        )
+        tensors: Tensors = {
+            name: parameter
+            for parameter, name in self.names().items()
+            if self.plan.metrics(name, DIFFERENCE) and reference.of(parameter) is not None
+        }
+        for part in _parts(list(tensors), tensors):
+            own = {name: tensors[name].detach() for name in part}
+            found = {name: reference.of(tensors[name]) for name in part}
+            counterparts = {name: other for name, other in found.items() if other is not None}
+            self.add(collector, DIFFERENCE, own, reference=counterparts)
 
     def add_gradients(
         self,
@@ -119,21 +110,23 @@ class ParameterMonitor:
         tensors: Tensors,
         *,
         rules: str | None = None,
+        reference: Tensors | None = None,
         reference_squares: Tensors | None = None,
-        others: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Callable[[Reduction], bool] | None = None,
     ) -> None:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
-        Functions get the tensor of ``others``, too.
+        With ``reference`` they are compared with the tensors there.
         """
 
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
             selected = self.plan.select(name, dtype, rules or family)
             return tuple(r for r in selected if choose is None or choose(r))
 
-        for rows in self._statistics.measure(family, tensors, select, reference_squares, others):
+        for rows in self._statistics.measure(
+            family, tensors, select, reference=reference, reference_squares=reference_squares
+        ):
             collector.add(rows.binding, rows.outputs, unless=unless)
 
     def end_step(self, collector: StepCollector | None) -> None:
@@ -153,14 +146,6 @@ class ParameterMonitor:
             sums = sum_of_squares([tensors[name] for name in names])
             squares.update(zip(names, sums.unbind(), strict=True))
         return squares
-
-
-def _is_builtin(reduction: Reduction) -> bool:
-    return reduction.function is None
-
-
-def _is_function(reduction: Reduction) -> bool:
-    return reduction.function is not None
 
 
 def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:

@@ -10,7 +10,6 @@ from typing import Literal, TypeAlias
 
 from tmm.metrics import (
     AGGREGATE_NAMES,
-    DERIVED_METRICS,
     METRIC_NAMES,
     Aggregate,
     MetricFunction,
@@ -18,11 +17,15 @@ from tmm.metrics import (
 
 Subject: TypeAlias = Literal["modules", "parameters"]
 
-NEED_REFERENCE = ("parameter_difference",)
+NEED_REFERENCE = ("parameter_difference", "activation_difference", "rcc")
 """Families that compare with the reference of a spec."""
 
+BRANCH_FAMILIES = ("activation_difference", "rcc")
+"""Families that run the reference's forward pass beside the model's."""
+
 _UPDATE_METRICS = (*METRIC_NAMES, "relative_norm")
-_STATE_METRICS = tuple(name for name in DERIVED_METRICS if name != "relative_norm")
+_DIFFERENCE_METRICS = (*METRIC_NAMES, "relative_norm", "cosine", "l2")
+_STATE_METRICS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Rule:
     trace: bool = True
 
     def __str__(self) -> str:
-        arguments = [repr(name) for name in self.metrics]
+        arguments = [repr(name) for name in self.metrics if self.family != "rcc"]
         arguments += [f"{name}=<function>" for name, _ in self.functions]
         if self.pattern is not None:
             arguments.append(f"{self.subject}={self.pattern!r}")
@@ -160,13 +163,56 @@ def parameter_difference(
 ) -> Rule:
     """Measure how far parameters have moved from those of the spec's ``reference``.
 
-    The built-in metrics are of the difference, parameter minus reference; ``"relative_norm"`` is
-    its norm over that of the reference. A function gets the parameter and the reference. Measured
-    together with ``tmm.parameter``; arguments and errors as there.
+    Metrics as in ``tmm.activation_difference``. Measured together with ``tmm.parameter``;
+    arguments and errors as there.
     """
-    known = _UPDATE_METRICS
+    known = _DIFFERENCE_METRICS
     family = "parameter_difference"
     return _rule(family, "parameters", known, metrics, functions, parameters, aggregate)
+
+
+def activation_difference(
+    *metrics: str,
+    modules: str | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure how far the outputs of modules are from those of the spec's ``reference``.
+
+    The reference gets the same batch, shares the masks of dropouts and draws no random numbers. The
+    built-in metrics are of the difference, activation minus reference; further ones are
+    ``"relative_norm"`` (its norm over that of the reference), ``"cosine"`` (of the angle between
+    the two) and ``"l2"`` (the mean, over all rows, of the 2-norm of the last dimension). A function
+    gets the activation and the reference. Arguments and errors as in ``tmm.activation``.
+    """
+    known = _DIFFERENCE_METRICS
+    family = "activation_difference"
+    return _rule(family, "modules", known, metrics, functions, modules, aggregate)
+
+
+def rcc(*, modules: str | None = None) -> Rule:
+    """The refined coordinate check of modules (Haas, Bordt, von Luxburg, Vankadara 2025).
+
+    With W_t and x_t the weights and inputs of a module and W_0 and x_0 those of the spec's
+    ``reference``, it records, as means over all rows of the 2-norm of the last dimension,
+    ``RCC (W_t-W_0)x_t/{module}/l2norm`` (what its own weights did to its output),
+    ``RCC W_0(x_t-x_0)/{module}/l2norm`` (what its changed input did), ``RCC x_t/...`` and
+    ``RCC (x_t-x_0)/...``. Linear and normalization layers have rows of both terms without the bias,
+    ``{module}.weight``; embeddings have the first term only; the root has none. ``modules`` as in
+    ``tmm.activation``.
+
+    Raises:
+        ValueError: for an invalid pattern.
+    """
+    rule = Rule("rcc", "modules", ("l2norm",), pattern=modules)
+    if modules is not None:
+        check_pattern(rule, "modules", modules)
+    return rule
+
+
+def rule_family(family: str) -> str:
+    """The family of the rules that ask for rows of ``family``, as keys name it."""
+    return "rcc" if family.startswith("RCC ") else family
 
 
 def optimizer_state(*metrics: str, parameters: str | None = None) -> Rule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
@@ -17,10 +18,12 @@ from tmm.metrics import (
     builtin_reductions,
     function_reduction,
 )
-from tmm.rules import NEED_REFERENCE, Rule, check_pattern
+from tmm.rules import NEED_REFERENCE, Rule, check_pattern, rule_family
 
 StepPredicate: TypeAlias = Callable[[int], bool]
-Reference: TypeAlias = Literal["init"] | torch.nn.Module | Mapping[str, torch.Tensor]
+ReferenceSource: TypeAlias = (
+    Literal["init"] | torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str]
+)
 
 
 class Spec:
@@ -32,8 +35,13 @@ class Spec:
             is true.
         exclude: regular expression; modules whose dotted name it matches (``re.match``) are
             measured by no rule, nor are their parameters.
-        reference: what ``tmm.parameter_difference`` compares with: ``"init"`` for the parameters
-            as they are when the model is instrumented, a module, or a state dict.
+        reference: what differences and ``tmm.rcc`` compare with: ``"init"`` for the model as it is
+            when it is instrumented, a module, a state dict, or the path of one (by ``torch.save``
+            or safetensors; checkpoints may hold it as ``state_dict``, ``model_state_dict`` or
+            ``model``).
+        reference_device: where the reference is kept. On ``"cpu"`` it lies in pinned memory, and
+            is brought over on monitored steps only. By default beside the model.
+        reference_dtype: the dtype in which it is kept; it is compared in that of the model.
 
     Raises:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern or a rule
@@ -46,7 +54,9 @@ class Spec:
         *rules: Rule,
         every: int | StepPredicate = 1,
         exclude: str | None = None,
-        reference: Reference | None = None,
+        reference: ReferenceSource | None = None,
+        reference_device: torch.device | str | None = None,
+        reference_dtype: torch.dtype | None = None,
     ) -> None:
         if not rules:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -62,15 +72,15 @@ class Spec:
         for rule in rules:
             if rule.family in NEED_REFERENCE and reference is None:
                 raise ValueError(f"{rule} needs a reference: tmm.Spec(..., reference='init')")
-        if isinstance(reference, str) and reference != "init":
-            raise ValueError(
-                f"reference={reference!r} is not 'init'; load a checkpoint with torch.load and give"
-                " its state dict"
-            )
-        if reference is not None and not isinstance(reference, (str, torch.nn.Module, Mapping)):
-            raise TypeError(f"reference={reference!r} is not 'init', a module or a state dict")
+        check_reference(reference)
+        if reference_dtype is not None and not reference_dtype.is_floating_point:
+            raise ValueError(f"reference_dtype={reference_dtype} is not a floating-point dtype")
+        if reference_device is not None:
+            torch.device(reference_device)  # raises for one that does not exist
         self.rules: tuple[Rule, ...] = rules
         self.reference = reference
+        self.reference_device = reference_device
+        self.reference_dtype = reference_dtype
         self.every: int | StepPredicate = every
         self.exclude: str | None = exclude
 
@@ -80,8 +90,12 @@ class Spec:
         if self.exclude is not None:
             parts.append(f"exclude={self.exclude!r}")
         if self.reference is not None:
-            named = isinstance(self.reference, str)
-            parts.append(f"reference={repr(self.reference) if named else '<given>'}")
+            named = isinstance(self.reference, (str, os.PathLike))
+            parts.append(f"reference={str(self.reference)!r}" if named else "reference=<given>")
+        if self.reference_device is not None:
+            parts.append(f"reference_device={str(self.reference_device)!r}")
+        if self.reference_dtype is not None:
+            parts.append(f"reference_dtype={self.reference_dtype}")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:
@@ -97,6 +111,21 @@ class Spec:
     def measures(self, family: str) -> bool:
         """Whether any rule is of that family."""
         return any(rule.family == family for rule in self.rules)
+
+
+def check_reference(reference: object) -> None:
+    """Raise for what cannot be a reference.
+
+    Raises:
+        TypeError: it is no path, module or mapping.
+        ValueError: it is a path where no file is.
+    """
+    if reference is None or isinstance(reference, (torch.nn.Module, Mapping)):
+        return
+    if not isinstance(reference, (str, os.PathLike)):
+        raise TypeError(f"reference={reference!r} is not 'init', a module, a state dict or a path")
+    if reference != "init" and not os.path.isfile(reference):
+        raise ValueError(f"reference={str(reference)!r} is neither 'init' nor a file")
 
 
 class Plan:
@@ -129,6 +158,7 @@ class Plan:
         self, name: str, dtype: torch.dtype, family: str = "activation"
     ) -> tuple[Reduction, ...]:
         """The reductions, in a family, of a tensor of that dtype of that module or parameter."""
+        family = rule_family(family)
         key = (family, name, dtype.is_complex)
         if key not in self._reductions:
             rules = [rule for rule in self.spec.rules if rule.family == family]

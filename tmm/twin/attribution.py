@@ -7,14 +7,16 @@ from functools import partial
 
 import torch
 
-from tmm.layout import VALUE_FAMILY, Measurement, PackedLayout, Site
+from tmm.layout import ROOT_NAME, VALUE_FAMILY, Measurement, PackedLayout, Site
 from tmm.metrics import Reduction
 from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.passes.insert_probes import FAMILY as GRADIENT
+from tmm.passes.insert_reference import DIFFERENCE, CheckedModule
+from tmm.rules import BRANCH_FAMILIES, rule_family
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
-from tmm.twin.backend import OUTSIDE, MeasuredGraph, Scope
+from tmm.twin.backend import OUTSIDE, Comparison, MeasuredGraph, Scope
 from tmm.twin.outputs import tensors_in
 
 Frames = Sequence[torch.nn.Module]
@@ -37,7 +39,7 @@ class Attribution:
         self.names = relative_names(root)
         self.unmeasured: dict[str, str] = {}
         self._registry = registry
-        self._bindings: dict[tuple[int, torch.nn.Module], Binding | None] = {}
+        self._bindings: dict[tuple[int, torch.nn.Module, bool], Binding | None] = {}
         self._eager: dict[Measurement, Binding] = {}
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
@@ -71,10 +73,21 @@ class Attribution:
             selected = [r for name in names for r in self.plan.select(name, dtype, family)]
             return tuple(dict.fromkeys(selected))
 
+        own = {name: module for module, name in relative_names(owner).items()}
+
+        def check(relative: str) -> CheckedModule | None:
+            module = own.get(relative)
+            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
+            checks = [checked_module(self.plan, name, module) for name in names if module]
+            return next((found for found in checks if found is not None), None)
+
+        comparison = None
+        if any(self.plan.spec.measures(family) for family in BRANCH_FAMILIES):
+            comparison = Comparison(partial(select, family=DIFFERENCE), check)
         gradient = None
         if self.plan.spec.measures(GRADIENT):
             gradient = partial(select, family=GRADIENT)
-        return Scope(owner, self.name(owner), modules, select, values, gradient)
+        return Scope(owner, self.name(owner), modules, select, values, gradient, comparison)
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -88,15 +101,20 @@ class Attribution:
         layout: PackedLayout,
         inputs: Sequence[object],
         frames: Frames,
+        *,
+        compared: bool = True,
     ) -> Binding | None:
-        """The rows of a call of ``graph``, named; None if it is not known which module ran it."""
+        """The rows of a call of ``graph``, named; None if it is not known which module ran it.
+
+        Without ``compared``, those of the reference are left out.
+        """
         owner = self._owner(graph, inputs, frames)
         if owner is None:
             self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
             return None
-        key = (id(layout), owner)
+        key = (id(layout), owner, compared)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, layout, owner)
+            self._bindings[key] = self._bind(graph, layout, owner, compared=compared)
         return self._bindings[key]
 
     def _owner(
@@ -115,7 +133,7 @@ class Attribution:
         return owner if owner is graph.owner else None
 
     def _bind(
-        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module
+        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, *, compared: bool
     ) -> Binding | None:
         if type(owner) is not type(graph.owner):
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
@@ -126,6 +144,8 @@ class Attribution:
             if measurement.family == VALUE_FAMILY:
                 self.rows[measurement] = None
                 return measurement.site.module
+            if not compared and rule_family(measurement.family) in BRANCH_FAMILIES:
+                return None
             name = absolute(measurement.site.module)
             if name is None or (graph.outside(measurement) and owner is not graph.owner):
                 return None
@@ -182,6 +202,19 @@ class Attribution:
                 layout, lambda m: m.site.module + m.site.path
             )
         return self._eager[measurement]
+
+
+def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedModule | None:
+    """What the refined coordinate check asks of a module of that name; nothing of the root."""
+    if name == ROOT_NAME or not plan.select(name, torch.float32, "rcc"):
+        return None
+    if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        return CheckedModule(only_update=True)
+    is_norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    if not isinstance(module, torch.nn.Linear) and not is_norm:
+        return CheckedModule()
+    bias = getattr(module, "bias", None)
+    return CheckedModule(has_weight_rows=True, bias=None if bias is None else id(bias))
 
 
 def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:

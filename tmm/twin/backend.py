@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +17,14 @@ from tmm.metrics import Reduction
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
 from tmm.passes.insert_probes import ProbeOptions, RowInput
 from tmm.passes.insert_reductions import ReductionOptions
+from tmm.passes.insert_reference import CheckedModule, ReferenceOptions
 from tmm.passes.pipeline import Rewritten, rewrite
-from tmm.passes.probe import VERSION, probe
-from tmm.twin.breaks import end_of_graph
+from tmm.passes.probe import VERSION as PROBE_VERSION
+from tmm.passes.probe import probe
+from tmm.passes.shared_masks import FUNCTIONS as MASKED
+from tmm.passes.shared_masks import VERSION as MASKED_VERSION
+from tmm.reference import Reference
+from tmm.twin.breaks import end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
 from tmm.twin.trace import TraceFolder
 
@@ -26,11 +33,19 @@ OUTSIDE = "//"
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What is compared with a reference: see ``ReferenceOptions``."""
+
+    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    check: Callable[[str], CheckedModule | None]
+
+
+@dataclass(frozen=True)
 class Scope:
     """Where a frame is traced: its module (the owner) and what modules are called from there.
 
     ``values`` says how what the model records by name is reduced, ``select_gradient`` which
-    gradients of outputs are measured (None if none is).
+    gradients of outputs are measured and ``comparison`` what is compared (None if nothing is).
     """
 
     owner: torch.nn.Module
@@ -39,6 +54,7 @@ class Scope:
     select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction]
     select_gradient: Callable[[str, torch.dtype], tuple[Reduction, ...]] | None = None
+    comparison: Comparison | None = None
 
 
 class Host(Protocol):
@@ -46,6 +62,10 @@ class Host(Protocol):
 
     graphs: list[MeasuredGraph]
     trace: TraceFolder | None
+
+    @property
+    def reference(self) -> Reference | None:
+        """What the model is compared with."""
 
     @property
     def scales_gradients(self) -> bool:
@@ -69,6 +89,17 @@ class Host(Protocol):
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
     ) -> torch.Tensor:
         """An extra input of one call of ``graph``, whose gradient will hold rows."""
+
+    def inside_graph(self) -> AbstractContextManager[None]:
+        """To be entered around what a graph computes."""
+
+    def counterparts(
+        self, graph: MeasuredGraph, inputs: Sequence[object]
+    ) -> Sequence[torch.Tensor]:
+        """The extra inputs that the reference's branch of a graph takes."""
+
+    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
+        """Take the extra outputs of the reference's branch of a graph."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,7 @@ class MeasuredGraph:
         self.run = run
         self.layout = rewritten.layout
         self.row_inputs = rewritten.row_inputs
+        self.reference = rewritten.reference
         self.report = report
         self.owner = owner
         self.witness = witness
@@ -130,13 +162,18 @@ class MeasuredGraph:
 
     def __call__(self, *inputs: object) -> Sequence[Any]:
         """Run the graph."""
+        counterparts = self.host.counterparts(self, inputs)
         rows = [self.host.gradient_rows(self, inputs, wanted) for wanted in self.row_inputs]
-        outputs = self.run(*inputs, *rows)
-        extra = self.layout.outputs
-        if not extra:
-            return outputs
-        self.host.collect(self, inputs, outputs[-extra:])
-        return outputs[:-extra]
+        with self.host.inside_graph():
+            outputs = self.run(*inputs, *counterparts, *rows)
+        extra, paired = self.layout.outputs, self.reference.outputs
+        own = len(outputs) - extra - len(paired)
+        if paired:
+            returned = [outputs[position] for position in paired]
+            self.host.pair(returned, outputs[own : own + len(paired)])
+        if extra:
+            self.host.collect(self, inputs, outputs[-extra:])
+        return outputs[:own]
 
     def outside(self, measurement: Measurement) -> bool:
         """Whether the site lies outside of the module whose frame was traced."""
@@ -161,11 +198,14 @@ class MeasuringBackend:
         probes = None
         if scope.select_gradient is not None:
             probes = ProbeOptions(scope.modules, scope.select_gradient, self.host.scales_gradients)
+        reference = None
+        if scope.comparison is not None and self.host.reference is not None:
+            reference = partial(self._reference_options, scope, scope.comparison)
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:
             watch = self.host.trace.begin(index, module, scope.modules)
-        rewritten = rewrite(module, options, probes, watch=watch)
+        rewritten = rewrite(module, options, probes, reference, watch=watch)
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         report = GraphReport(
             owner=scope.owner_name,
@@ -186,12 +226,30 @@ class MeasuringBackend:
         examples = [node.meta["example_value"] for node in added]
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
         known = torch._inductor.config.unsafe_marked_cacheable_functions
-        cacheable = {**known, f"{probe.__module__}.{probe.__name__}": VERSION}
+        ours = {probe: PROBE_VERSION} | dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
+        cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         with torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
         graph = MeasuredGraph(run, rewritten, report, scope.owner, witness, self.host)
         self.host.graphs.append(graph)
         return graph
+
+    def _reference_options(
+        self, scope: Scope, comparison: Comparison, module: GraphModule
+    ) -> ReferenceOptions:
+        assert self.host.reference is not None
+        parameters = {}
+        for node in module.graph.find_nodes(op="placeholder"):
+            argument = node.meta.get("grapharg")
+            if argument is not None and self.host.reference.of(argument.example) is not None:
+                parameters[node] = id(argument.example)
+        return ReferenceOptions(
+            scope.modules,
+            comparison.select,
+            comparison.check,
+            parameters,
+            is_part=not is_whole(module),
+        )
 
 
 def _extra_bytes(rewritten: Rewritten) -> int:

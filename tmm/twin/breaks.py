@@ -6,7 +6,11 @@ import re
 from collections import Counter
 
 import torch
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
+
+PROGRAM = "_traced"
+"""The name of the function that programs are compiled from."""
 
 _KINDS = ("graph_break", "unimplemented")
 
@@ -44,6 +48,12 @@ def end_of_graph(module: torch.fx.GraphModule) -> str:
         return ""
     places = [f"{frame.filename}:{frame.lineno}: " for frame in reason.user_stack[-1:]]
     return "".join(places) + _summary(reason.reason)
+
+
+def is_whole(module: torch.fx.GraphModule) -> bool:
+    """Whether a graph that is being traced holds all that a program of ours runs."""
+    frame = InstructionTranslator.current_tx().f_code.co_name
+    return frame == PROGRAM and not end_of_graph(module)
 
 
 def _counts() -> Counter[str]:

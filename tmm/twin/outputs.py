@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tmm.operators import tap
+from tmm.operators import tap, tap_input
 
 
 def tensors_in(output: object) -> list[tuple[str, torch.Tensor]]:
@@ -46,3 +46,13 @@ def mark_outputs(module: torch.nn.Module, arguments: object, output: object) -> 
 
 def mark_nothing(module: torch.nn.Module, arguments: object) -> None:
     """Forward pre-hook for tracing: keeps the place of one that runs between graphs."""
+
+
+def mark_inputs(
+    module: torch.nn.Module, arguments: tuple[object, ...], keywords: dict[str, object]
+) -> None:
+    """Forward pre-hook for tracing: mark the first argument, if it is a tensor."""
+    for value in (*arguments, *keywords.values()):
+        if isinstance(value, torch.Tensor):
+            tap_input(value, "")
+        return

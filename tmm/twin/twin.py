@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
@@ -21,14 +21,18 @@ from tmm.naming import unwrapped
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_probes import RowInput
 from tmm.passes.trace_function import MetricFunctionError
+from tmm.reference import Reference
+from tmm.rules import BRANCH_FAMILIES
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
 from tmm.twin.attribution import Attribution
 from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
+from tmm.twin.compare import EagerComparison
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
-from tmm.twin.outputs import mark_nothing, mark_outputs
+from tmm.twin.follow import Follower
+from tmm.twin.outputs import mark_inputs, mark_nothing, mark_outputs
 from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.trace import TraceFolder
 from tmm.values import RecordedValues, RecordError
@@ -36,7 +40,10 @@ from tmm.values import RecordedValues, RecordError
 _HOOK_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
 
 # What exists only while tracing, or only between graphs: no guard may depend on it.
-_UNGUARDED = ("._forward_hooks", "._forward_pre_hooks", f".{COMPILED_CALL}")
+_UNGUARDED = (
+    *("._forward_hooks", "._forward_pre_hooks", "._forward_pre_hooks_with_kwargs"),
+    f".{COMPILED_CALL}",
+)
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
@@ -94,6 +101,9 @@ class Twin:
         self.plan = plan
         self.recorder = recorder
         self.trace = trace
+        self._follower: Follower | None = None
+        self._comparison: EagerComparison | None = None
+        self._lost = False
         self.attribution = Attribution(module, plan, recorder.registry)
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
@@ -106,6 +116,8 @@ class Twin:
         self._in_program = False
         self._isolation_ids: set[int] = set()
         self._discarding = False
+        self._marks_inputs = plan.spec.measures("rcc")
+        self._compares = any(map(plan.spec.measures, BRANCH_FAMILIES))
         self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
 
     # Running
@@ -114,7 +126,7 @@ class Twin:
         """Run a region, measured."""
         if self.is_running():
             return self._run(region, *args, **kwargs)
-        with self._hooked():
+        with self._hooked(), self._following((args, kwargs)):
             return self._run(region, *args, **kwargs)
 
     def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +197,33 @@ class Twin:
             self._frames = frames
             _running.reset(outer)
 
+    @property
+    def reference(self) -> Reference | None:
+        """What the model is compared with."""
+        return None if self._follower is None else self._follower.reference
+
+    def compare_with(self, reference: Reference | None) -> None:
+        """Compare with ``reference`` from now on, or with nothing; graphs are traced anew."""
+        self._follower = self._comparison = None
+        if reference is not None:
+            self._follower = Follower(reference)
+        if self._follower is not None and self._compares:
+            add = self._add_comparison
+            self._comparison = EagerComparison(self.attribution, self._follower, add)
+        self._programs.clear()
+
+    @contextmanager
+    def _following(self, inputs: object) -> Iterator[None]:
+        if self._follower is None or not self._compares:
+            yield
+            return
+        self._follower.begin(inputs)
+        try:
+            with self._follower:
+                yield
+        finally:
+            self._follower.end()
+
     # Tracing
 
     def _start_tracing(self, compilation: CallbackArgs) -> None:
@@ -201,7 +240,10 @@ class Twin:
         self.attribution.refresh()
         for module in self.attribution.names:
             module._forward_hooks[_HOOK_KEY] = mark_outputs
-            if module._forward_pre_hooks:
+            if self._marks_inputs:
+                module._forward_pre_hooks[_HOOK_KEY] = mark_inputs
+                module._forward_pre_hooks_with_kwargs[_HOOK_KEY] = True
+            elif module._forward_pre_hooks:
                 # The user's hooks are guarded on, with the length of the dict that holds them.
                 module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
             if (call := module.__dict__.get(COMPILED_CALL)) is not None:
@@ -243,12 +285,15 @@ class Twin:
         self._show_calls()
         for module in self.attribution.names:
             module._forward_pre_hooks[_HOOK_KEY] = self._enter_module
+            if self._marks_inputs:
+                module._forward_pre_hooks_with_kwargs[_HOOK_KEY] = True
             module._forward_hooks[_HOOK_KEY] = self._leave_module
 
     def _unhook(self) -> None:
         self._show_calls()
         for module in self.attribution.names:
             module._forward_pre_hooks.pop(_HOOK_KEY, None)
+            module._forward_pre_hooks_with_kwargs.pop(_HOOK_KEY, None)
             module._forward_hooks.pop(_HOOK_KEY, None)
 
     def _show_calls(self) -> None:
@@ -257,17 +302,27 @@ class Twin:
             module.__dict__[COMPILED_CALL] = call
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _enter_module(self, module: torch.nn.Module, arguments: object) -> None:
+    def _enter_module(
+        self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None = None
+    ) -> None:
+        if self._comparison is not None and self._comparison.is_repeating:
+            return
         self._frames.append(module)
+        if self._comparison is not None:
+            self._comparison.enter(module, arguments, keywords or {})
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
+        if self._comparison is not None and self._comparison.is_repeating:
+            return
         if module in self._frames[1:]:
             while self._frames.pop() is not module:
                 pass  # a module that was left by an exception is still on the stack
         self.eager_modules[module] = self._frames[-1]
         for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
             self._add_eagerly(binding, tensor, reduction)
+        if self._comparison is not None:
+            self._comparison.leave(module, output)
         if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
             self._probe_eagerly(module, output)
 
@@ -277,7 +332,9 @@ class Twin:
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
         """Take the rows of one call of ``graph``."""
-        binding = self.attribution.bind(graph, graph.layout, inputs, self._frames)
+        binding = self.attribution.bind(
+            graph, graph.layout, inputs, self._frames, compared=not self._lost
+        )
         if binding is not None and not self._discarding:
             self.recorder.add(binding, extra)
 
@@ -295,6 +352,38 @@ class Twin:
         if binding is not None and sink is not None and torch.is_grad_enabled():
             rows.register_hook(partial(_hand_over, sink, binding))
         return rows
+
+    def inside_graph(self) -> AbstractContextManager[None]:
+        """Keeps the reference from being followed where a graph computes it."""
+        return nullcontext() if self._follower is None else self._follower.paused()
+
+    def counterparts(
+        self, graph: MeasuredGraph, inputs: Sequence[object]
+    ) -> Sequence[torch.Tensor]:
+        """What the reference's branch of a graph takes for these inputs."""
+        follower, self._lost = self._follower, False
+        if follower is None:
+            return ()
+        found = []
+        ends = graph.reference
+        for position in (*ends.parameters, *ends.inputs):
+            tensor = inputs[position]
+            assert isinstance(tensor, torch.Tensor)
+            counterpart = follower.counterpart(tensor)
+            if counterpart is None:
+                self._lost = True
+                where = self.attribution.name(self._frames[-1])
+                self.attribution.unmeasured[f"{where}, compared with the reference"] = (
+                    "a tensor came to a graph of it on a way that tmm does not see"
+                )
+                counterpart = tensor.detach()
+            found.append(counterpart)
+        return found
+
+    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
+        """Take what the reference's branch of a graph gives to later ones."""
+        if self._follower is not None and not self._lost:
+            self._follower.pair(own, counterparts)
 
     def _probe_eagerly(self, module: torch.nn.Module, output: object) -> None:
         sink = None if self._discarding else self.recorder.gradient_sink()
@@ -326,6 +415,10 @@ class Twin:
         reduction = self.values.reductions[name]
         binding = self.attribution.bind_eagerly(Measurement(VALUE_FAMILY, Site(name), reduction))
         self._add_eagerly(binding, tensor.detach(), reduction)
+
+    def _add_comparison(self, measurement: Measurement, row: torch.Tensor) -> None:
+        if not self._discarding:
+            self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
     def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
         if not self._discarding:
@@ -368,5 +461,5 @@ def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
 
 
 def _depends_on_us(entry: GuardFilterEntry) -> bool:
-    ours = entry.value is mark_outputs or entry.value is mark_nothing
+    ours = any(entry.value is hook for hook in (mark_outputs, mark_inputs, mark_nothing))
     return ours or entry.name.endswith(_UNGUARDED)

@@ -1,0 +1,373 @@
+"""Compute a part of a graph a second time, from other values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import Argument, map_arg
+from torch.nn import functional
+from torch.utils._pytree import tree_map
+
+from tmm.layout import Site
+from tmm.passes.marks import is_mark
+from tmm.passes.mutation import overwritten_by
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import add_site, all_nodes, sites_of
+from tmm.passes.shared_masks import FUNCTIONS, SharedMask, draws_by_itself, shared_mask
+
+ORIGIN = "tmm_copied"
+"""Node metadata: the node that this one computes again. A copy is never copied itself."""
+
+_OF_THE_SHAPE = (
+    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
+    *(torch.rand_like, torch.randn_like, torch.randint_like),
+)
+_METHODS_OF_THE_SHAPE = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+
+
+class Masks:
+    """The masks of what drops elements at random, shared by all copies."""
+
+    def __init__(self) -> None:
+        self._masks: dict[Node, tuple[Node, SharedMask]] = {}
+
+    def of(self, module: GraphModule, node: Node) -> tuple[Node, SharedMask] | None:
+        """The mask that ``node`` drops with; has it handed out first."""
+        if node in self._masks:
+            return self._masks[node]
+        shared = shared_mask(node)
+        if shared is None:
+            return None
+        arguments = cast("dict[str, Argument]", dict(shared.arguments))
+        with module.graph.inserting_before(node):
+            both = module.graph.call_function(shared.with_mask, (), arguments)
+            mask = module.graph.call_function(operator.getitem, (both, 1))
+        both.meta = dict(node.meta)
+        both.meta.pop("example_value")
+        # The node itself stays, so that whoever knows it still does.
+        node.target, node.args, node.kwargs = operator.getitem, (both, 0), {}
+        self._masks[node] = (mask, shared)
+        return self._masks[node]
+
+
+@dataclass
+class Copier:
+    """Copies nodes of ``module`` with some of them substituted.
+
+    ``substitutes`` maps nodes to what stands for them in the copy. What depends on none of them is
+    not copied but shared, without its gradient. ``marks`` are the marks, here and in nested
+    graphs, whose tensors are wanted; after ``copy``, ``found`` maps each to the counterpart of its
+    tensor and ``refused`` those that have none to the reason. ``family`` and ``site`` name what
+    the copies are made for. ``parameters`` are the substitutes that are parameters, by graph, and
+    ``outer`` maps placeholders of nested graphs to those of the outermost one.
+    """
+
+    module: GraphModule
+    substitutes: Mapping[Node, Node]
+    marks: Container[Node]
+    masks: Masks
+    family: str
+    site: Site
+    parameters: dict[GraphModule, dict[Node, Node]] = field(default_factory=dict)
+    outer: dict[Node, Node] = field(default_factory=dict)
+    copies: dict[Node, Node] = field(default_factory=dict)
+    found: dict[Node, Node] = field(default_factory=dict)
+    refused: dict[Node, str] = field(default_factory=dict)
+    _lifted: dict[Node, dict[int, int]] = field(default_factory=dict)
+    _shared: dict[Node, Node] = field(default_factory=dict)
+    _reasons: dict[Node, str] = field(default_factory=dict)
+
+    def copy(self, outputs: Iterable[Node] = (), among: Iterable[Node] | None = None) -> None:
+        """Copy what is needed for the marks, and for ``outputs``, directly after the originals.
+
+        ``among`` limits the copies to these nodes, in order; what comes from outside is shared.
+        """
+        nodes = list(self.module.graph.nodes if among is None else among)
+        nodes = [node for node in nodes if ORIGIN not in node.meta and not sites_of(node)]
+        self.copies |= self.substitutes
+        depends = self._dependent(nodes)
+        needed = self._needed(nodes, depends, outputs)
+        for node in nodes:
+            if is_mark(node):
+                self._find(node)
+            elif node in needed and node not in self.substitutes:
+                self._copy(node, depends, needed)
+        for output in outputs:
+            self.copies.setdefault(output, output)
+            if output in self._reasons:
+                self.refused[output] = self._reasons[output]
+
+    def _find(self, mark: Node) -> None:
+        tensor = mark.args[0]
+        assert isinstance(tensor, Node)
+        if mark not in self.marks:
+            return
+        if tensor in self._reasons:
+            self.refused[mark] = self._reasons[tensor]
+        else:
+            self.found[mark] = self.copies.get(tensor, tensor)
+
+    def _dependent(self, nodes: list[Node]) -> set[Node]:
+        depends = set(self.substitutes)
+        for node in nodes:
+            if is_mark(node) or of_the_shape_only(node.target):
+                continue
+            if not depends.isdisjoint(node.all_input_nodes):
+                depends.add(node)
+                if (target := overwritten_by(node)) is not None:
+                    depends.add(target)  # from here on
+        return depends
+
+    def _needed(self, nodes: list[Node], depends: set[Node], outputs: Iterable[Node]) -> set[Node]:
+        needed: set[Node] = set()
+        queue = list(outputs)
+        queue += [source for node in nodes if node in self.marks for source in node.all_input_nodes]
+        queue += [call for call, body in nested_calls(self.module) if self._has_marks(body)]
+        writers: dict[Node, list[Node]] = {}
+        for node in nodes:
+            if node in depends and (target := overwritten_by(node)) is not None:
+                writers.setdefault(target, []).append(node)
+        inside = set(nodes)
+        while queue:
+            node = queue.pop()
+            if node in needed or node not in depends:
+                continue
+            if node in inside or node in self.substitutes:
+                needed.add(node)
+                queue += node.all_input_nodes
+                queue += writers.get(node, ())
+        return needed
+
+    def _has_marks(self, body: GraphModule) -> bool:
+        return any(node in self.marks for node in all_nodes(body))
+
+    def _copy(self, node: Node, depends: set[Node], needed: set[Node]) -> None:
+        if node.target in FUNCTIONS or depends.isdisjoint(node.all_input_nodes):
+            return  # the results of the former are copied; the latter is overwritten later
+        if (reason := self._why_not(node)) is not None:
+            self._reasons[node] = reason
+        elif (mask := self.masks.of(self.module, node)) is not None:
+            self._copy_with_mask(node, *mask)
+        elif returns_body_outputs(node):
+            self._copy_call(node, needed)
+        elif node.target is operator.getitem and node.args[0] in self._lifted:
+            call, index = node.args
+            assert isinstance(call, Node)
+            assert isinstance(index, int)
+            self._insert(node, operator.getitem, (call, self._lifted[call][index]))
+        else:
+            if (target := overwritten_by(node)) is not None:
+                self._keep_apart(node, target)
+            self._copy_operation(node)
+
+    def _why_not(self, node: Node) -> str | None:
+        for source in node.all_input_nodes:
+            if source in self._reasons:
+                return self._reasons[source]
+        if (name := draws_by_itself(node)) is not None:
+            return f"{name} draws random numbers that a second computation cannot share"
+        if any(call is node for call, _ in nested_calls(self.module)):
+            return None if returns_body_outputs(node) else f"inside {node.target}"
+        if free_unbacked_symbols(node.meta.get("example_value")):
+            return "its shape depends on values"
+        target = overwritten_by(node)
+        if (
+            target is not None
+            and self.copies.get(target, target) is target
+            and self._has_other_names(target, node)
+        ):
+            return "it depends on a tensor that is overwritten and has other names"
+        return None
+
+    def _has_other_names(self, target: Node, writer: Node) -> bool:
+        """Whether another name of what ``writer`` overwrites is used later."""
+        memory = storages([target])
+        for node in self.module.graph.nodes:
+            if node is writer:
+                return False
+            known = node is target or is_mark(node) or ORIGIN in node.meta or sites_of(node)
+            if not known and storages([node]) & memory and any(writer < u for u in node.users):
+                return True
+        return False
+
+    def _keep_apart(self, node: Node, target: Node) -> None:
+        """What ``node`` is about to overwrite must not be shared, nor be an input."""
+        counterpart = self.copies.get(target, target)
+        if counterpart is not target and counterpart.op != "placeholder":
+            return
+        with self.module.graph.inserting_before(node):
+            clone = self.module.graph.call_method("clone", (self._without_gradient(counterpart),))
+        self._describe(clone, target)
+        self.copies[target] = clone
+
+    def _copy_with_mask(self, node: Node, mask: Node, shared: SharedMask) -> None:
+        both = node.args[0]
+        assert isinstance(both, Node)
+        arguments = map_arg(both.kwargs, self._counterpart)
+        with self.module.graph.inserting_after(node):
+            copied = self.module.graph.call_function(shared.by_mask, (mask,), arguments)
+        self._describe(copied, node)
+        self.copies[node] = copied
+        if (source := overwritten_by(both)) is not None:
+            self.copies[source] = copied
+
+    def _copy_operation(self, node: Node) -> None:
+        anchor = node
+        with self.module.graph.inserting_after(anchor):
+            copied = self.module.graph.node_copy(node, self._counterpart)
+        if node.target is functional.batch_norm or node.target is functional.instance_norm:
+            _without_statistics(copied)
+        self._describe(copied, node)
+        self.copies[node] = copied
+
+    def _copy_call(self, node: Node, needed: set[Node]) -> None:
+        """Let the body compute further outputs, from further inputs."""
+        ((_, body),) = [(call, body) for call, body in nested_calls(self.module) if call is node]
+        placeholders = list(body.graph.find_nodes(op="placeholder"))
+        substitutes: dict[Node, Node] = {}
+        parameters = self.parameters.setdefault(body, {})
+        for placeholder, argument in zip(placeholders, node.args[1:], strict=True):
+            assert isinstance(argument, Node)
+            if self.copies.get(argument, argument) is argument:
+                continue
+            name = f"{placeholder.name}_reference"
+            substitute = add_body_input(node, body, self.copies[argument], name)
+            substitutes[placeholder] = substitute
+            if argument in self.parameters.get(self.module, {}):
+                parameters[placeholder] = substitute
+                self.outer[placeholder] = self.outer.get(argument, argument)
+        (returned,) = body.graph.output_node().args
+        assert isinstance(returned, (tuple, list))
+        wanted: dict[int, Node] = {}
+        for user in node.users:
+            if user in needed and user.target is operator.getitem:
+                index = user.args[1]
+                assert isinstance(index, int)
+                output = returned[index]
+                assert isinstance(output, Node)
+                wanted[index] = output
+        inner = Copier(
+            *(body, substitutes, self.marks, self.masks, self.family, self.site),
+            parameters=self.parameters,
+            outer=self.outer,
+        )
+        inner.copy(wanted.values())
+        self.found |= inner.found
+        self.refused |= inner.refused
+        self._lifted[node] = {}
+        for index, output in wanted.items():
+            if output in inner.refused:
+                self._reasons[node] = inner.refused[output]
+            position = add_body_output(node, body, inner.copies[output])
+            self._lifted[node][index] = position
+        self.copies[node] = node
+
+    def _insert(self, node: Node, target: object, arguments: tuple[Argument, ...]) -> None:
+        with self.module.graph.inserting_after(node):
+            copied = self.module.graph.call_function(target, arguments)  # type: ignore[arg-type]
+        self._describe(copied, node)
+        self.copies[node] = copied
+
+    def _describe(self, copied: Node, original: Node) -> None:
+        copied.meta = {
+            key: value
+            for key, value in original.meta.items()
+            if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
+        }
+        copied.meta["example_value"] = tree_map(example_like, original.meta.get("example_value"))
+        copied.meta[ORIGIN] = original
+        add_site(copied, self.family, self.site)
+
+    def _counterpart(self, node: Node) -> Node:
+        counterpart = self.copies.get(node, node)
+        return self._without_gradient(counterpart) if counterpart is node else counterpart
+
+    def _without_gradient(self, node: Node) -> Node:
+        example = node.meta.get("example_value")
+        if not isinstance(example, torch.Tensor) or not example.requires_grad:
+            return node
+        if node not in self._shared:
+            with self.module.graph.inserting_after(_last_input(self.module, node)):
+                detached = self.module.graph.call_method("detach", (node,))
+            self._describe(detached, node)
+            self._shared[node] = detached
+        return self._shared[node]
+
+
+def add_body_input(call: Node, body: GraphModule, value: Node, name: str) -> Node:
+    """Make ``value`` an input of the nested graph ``body`` that ``call`` runs."""
+    call.args = (*call.args, value)
+    placeholder = add_placeholder(body, name, value.meta["example_value"])
+    placeholder.meta[ORIGIN] = value.meta.get(ORIGIN)
+    return placeholder
+
+
+def add_body_output(call: Node, body: GraphModule, output: Node) -> int:
+    """Make ``output`` a further output of a nested graph; gives its position in the result."""
+    returning = body.graph.output_node()
+    (returned,) = returning.args
+    assert isinstance(returned, (tuple, list))
+    returning.args = ((*returned, output),)
+    call.meta["example_value"] = (*call.meta["example_value"], output.meta["example_value"])
+    body.recompile()
+    return len(returned)
+
+
+def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
+    """A further input of a graph, after the others."""
+    first = next(node for node in module.graph.nodes if node.op != "placeholder")
+    with module.graph.inserting_before(first):
+        node = module.graph.placeholder(name)
+    node.meta["example_value"] = example
+    return node
+
+
+def example_like(example: object) -> object:
+    """A traced tensor of the same shape and dtype that shares nothing with it."""
+    if not isinstance(example, FakeTensor) or example.is_nested:
+        return example
+    with example.fake_mode, torch.no_grad():
+        return torch.empty_like(example, requires_grad=False)
+
+
+def storages(nodes: Iterable[Node]) -> set[int]:
+    """The memory that traced tensors lie in."""
+    examples = (node.meta.get("example_value") for node in nodes)
+    return {
+        example.untyped_storage()._cdata
+        for example in examples
+        if isinstance(example, FakeTensor) and example.layout is torch.strided
+    }
+
+
+def of_the_shape_only(target: object) -> bool:
+    """Whether a function or method gives what depends on the argument's shape only."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return target in _OF_THE_SHAPE or name in _METHODS_OF_THE_SHAPE
+
+
+def _last_input(module: GraphModule, node: Node) -> Node:
+    """Where something can be inserted that takes ``node``."""
+    if node.op != "placeholder":
+        return node
+    *_, last = module.graph.find_nodes(op="placeholder")
+    assert isinstance(last, Node)
+    return last
+
+
+def _without_statistics(node: Node) -> None:
+    """Let a normalization of a copy not touch running statistics."""
+    names = ("input", "running_mean", "running_var", "weight", "bias")
+    training = "training" if node.target is functional.batch_norm else "use_input_stats"
+    arguments = dict(zip((*names, training, "momentum", "eps"), node.args, strict=False))
+    arguments |= node.kwargs
+    if arguments.get(training, node.target is functional.instance_norm):
+        arguments |= {"running_mean": None, "running_var": None}
+    node.args, node.kwargs = (), arguments

@@ -1,0 +1,319 @@
+"""Compare the marked tensors with those of a reference: its branch, and mixed-input copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.layout import Measurement, Site
+from tmm.metrics import Reduction
+from tmm.operators import tap, tap_input, why_unmeasurable
+from tmm.pairs import reduce_pair, row_norms
+from tmm.passes.copy_nodes import Copier, Masks, add_placeholder, example_like
+from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.marks import call_of, is_mark, is_within, site_of
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import add_site, all_nodes
+from tmm.passes.trace_function import insert_traced, trace
+
+DIFFERENCE = "activation_difference"
+BRANCH = "reference"
+
+UPDATE_TERM = "RCC (W_t-W_0)x_t"
+INPUT_TERM = "RCC W_0(x_t-x_0)"
+INPUT = "RCC x_t"
+INPUT_DIFFERENCE = "RCC (x_t-x_0)"
+
+ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
+"""The mean of the 2-norms over the last dimension, as torch-module-monitor writes it."""
+
+
+@dataclass(frozen=True)
+class CheckedModule:
+    """What the refined coordinate check asks of a module.
+
+    ``only_update`` leaves out all but the update term (embeddings). ``has_weight_rows`` adds rows
+    without the bias, whose ``id`` is ``bias`` where there is one.
+    """
+
+    only_update: bool = False
+    has_weight_rows: bool = False
+    bias: int | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What ``insert_reference`` compares.
+
+    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
+    a module's output, of a given dtype, and its counterpart; ``check`` what the refined coordinate
+    check asks of a module. ``parameters`` gives the ``id`` of the parameter or buffer that a
+    placeholder is, for those that have a reference; ``is_part`` tells that the graph is not the
+    whole model: other inputs may have counterparts as well, and outputs are to have them.
+    """
+
+    modules: Mapping[int, str]
+    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    check: Callable[[str], CheckedModule | None]
+    parameters: Mapping[Node, int]
+    is_part: bool = False
+
+
+@dataclass(frozen=True)
+class ReferenceEnds:
+    """Where the reference enters and leaves a graph.
+
+    The extra inputs are the counterparts of the inputs at the positions ``parameters`` (parameters
+    and buffers) and then ``inputs``; the extra outputs those of the outputs at ``outputs``.
+    """
+
+    parameters: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+def insert_reference(
+    module: GraphModule, *, options: ReferenceOptions
+) -> tuple[ReferenceEnds, tuple[tuple[Site, str], ...]]:
+    """After each mark that is to be compared, insert the rows of the comparison.
+
+    Afterwards the graph computes again, with the parameters of the reference and without
+    gradients, what is needed for that and no more: from the inputs of the graph (the branch), and
+    from the live inputs of each checked module. Masks of dropouts are shared with the live
+    program, whose results stay bit for bit the same. Returns the extra inputs, which come last,
+    with the extra outputs, and the sites that cannot be compared, with the reason.
+    """
+    wanted = [mark for mark in all_nodes(module) if is_mark(mark) and _is_wanted(mark, options)]
+    if not wanted and not options.is_part:
+        return ReferenceEnds(), ()
+    placeholders = list(module.graph.find_nodes(op="placeholder"))
+    compared = [node for node in placeholders if node in options.parameters]
+    others = [node for node in placeholders if options.is_part and _may_differ(node, options)]
+    substitutes = {
+        node: add_placeholder(module, f"{node.name}_reference", _separate(node))
+        for node in (*compared, *others)
+    }
+    parameters = {module: {node: substitutes[node] for node in compared}}
+    marks = frozenset(mark for mark in wanted if _needs_branch(mark, options))
+    branch = Copier(
+        *(module, substitutes, marks, Masks(), BRANCH, Site("branch")),
+        parameters=parameters,
+    )
+    returned = _returned_tensors(module) if options.is_part else {}
+    branch.copy(returned.values())
+    refused = tuple(_Rows(module, options, branch, parameters, set(wanted)).insert())
+    outputs = tuple(
+        position
+        for position, node in returned.items()
+        if node not in branch.refused and branch.copies[node] is not node
+    )
+    if outputs:
+        output = module.graph.output_node()
+        (live,) = output.args
+        assert isinstance(live, (tuple, list))
+        output.args = ((*live, *(branch.copies[returned[position]] for position in outputs)),)
+    used = {node: substitute for node, substitute in substitutes.items() if substitute.users}
+    for node in substitutes.keys() - used.keys():
+        module.graph.erase_node(substitutes[node])
+    return ReferenceEnds(
+        tuple(i for i, node in enumerate(placeholders) if node in used and node in compared),
+        tuple(i for i, node in enumerate(placeholders) if node in used and node in others),
+        outputs,
+    ), refused
+
+
+def _returned_tensors(module: GraphModule) -> dict[int, Node]:
+    (returned,) = module.graph.output_node().args
+    assert isinstance(returned, (tuple, list))
+    return {
+        position: node
+        for position, node in enumerate(returned)
+        if isinstance(node, Node) and isinstance(node.meta.get("example_value"), torch.Tensor)
+    }
+
+
+def _needs_branch(mark: Node, options: ReferenceOptions) -> bool:
+    site = site_of(mark, options.modules)
+    assert site is not None
+    (tensor,) = mark.all_input_nodes
+    checked = options.check(site.module)
+    if checked is not None and not checked.only_update:
+        return True
+    return mark.target is tap and bool(
+        options.select(site.module, tensor.meta["example_value"].dtype)
+    )
+
+
+def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
+    site = site_of(mark, options.modules)
+    if site is None or mark.target not in (tap, tap_input):
+        return False
+    (tensor,) = mark.all_input_nodes
+    example = tensor.meta["example_value"]
+    if why_unmeasurable(example):
+        return False
+    if mark.target is tap and options.select(site.module, example.dtype):
+        return True
+    return options.check(site.module) is not None
+
+
+def _may_differ(node: Node, options: ReferenceOptions) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and node not in options.parameters
+
+
+def _separate(node: Node) -> object:
+    return example_like(node.meta["example_value"])
+
+
+@dataclass
+class _Rows:
+    """Inserts the rows of the comparisons into a graph and the graphs nested in it."""
+
+    module: GraphModule
+    options: ReferenceOptions
+    branch: Copier
+    parameters: Mapping[GraphModule, Mapping[Node, Node]]
+    wanted: set[Node]
+
+    def insert(self) -> Iterator[tuple[Site, str]]:
+        yield from self._insert(self.module)
+
+    def _insert(self, module: GraphModule) -> Iterator[tuple[Site, str]]:
+        for mark in list(module.graph.nodes):
+            if mark not in self.wanted:
+                continue
+            site = site_of(mark, self.options.modules)
+            assert site is not None
+            if mark in self.branch.refused:
+                yield site, f"reference: {self.branch.refused[mark]}"
+            elif mark.target is tap_input:
+                self._input_rows(module, mark, site)
+            else:
+                yield from self._output_rows(module, mark, site)
+        for call, body in nested_calls(module):
+            if returns_body_outputs(call):
+                yield from self._insert(body)
+
+    def _input_rows(self, module: GraphModule, mark: Node, site: Site) -> None:
+        checked = self.options.check(site.module)
+        assert checked is not None
+        if checked.only_update:
+            return
+        place = _Place(module, mark)
+        site = Site(site.module)
+        norms = partial(row_norms, reduction=ROW_NORM)
+        place.row(INPUT, site, ROW_NORM, norms, place.live)
+        place.pair(INPUT_DIFFERENCE, site, ROW_NORM, place.live, place.of(self.branch))
+
+    def _output_rows(
+        self, module: GraphModule, mark: Node, site: Site
+    ) -> Iterator[tuple[Site, str]]:
+        place = _Place(module, mark)
+        dtype = mark.all_input_nodes[0].meta["example_value"].dtype
+        for reduction in self.options.select(site.module, dtype):
+            place.pair(DIFFERENCE, site, reduction, place.live, place.of(self.branch))
+        checked = self.options.check(site.module)
+        if checked is None:
+            return
+        mixed = self._with_live_input(module, mark, site)
+        if mark in mixed.refused:
+            yield site, f"reference: {mixed.refused[mark]}"
+            return
+        own, weight = place.of(mixed), Site(site.module, f"{site.path}.weight")
+        biases = self._biases(module, checked)
+        row = place.pair(UPDATE_TERM, site, ROW_NORM, place.live, own)
+        if checked.has_weight_rows and biases:
+            place.pair(UPDATE_TERM, weight, ROW_NORM, place.live, own, biases)
+        elif checked.has_weight_rows:
+            _also(row, UPDATE_TERM, weight)
+        if not checked.only_update:
+            row = place.pair(INPUT_TERM, site, ROW_NORM, own, place.of(self.branch))
+            if checked.has_weight_rows:
+                _also(row, INPUT_TERM, weight)  # the bias is the same on both sides
+
+    def _with_live_input(self, module: GraphModule, mark: Node, site: Site) -> Copier:
+        """W_0 x_t: the module's own nodes with the reference's parameters."""
+        call = call_of(mark)
+        assert call is not None
+        parameters = self.parameters.get(module, {})
+        mixed = Copier(
+            *(module, parameters, frozenset([mark]), self.branch.masks, BRANCH, site),
+            parameters={module: dict(parameters)},
+        )
+        mixed.copy(among=[node for node in module.graph.nodes if is_within(node, call)])
+        return mixed
+
+    def _biases(self, module: GraphModule, checked: CheckedModule) -> tuple[Node, ...]:
+        for node, substitute in self.parameters.get(module, {}).items():
+            outer = self.branch.outer.get(node, node)
+            if checked.bias is not None and self.options.parameters.get(outer) == checked.bias:
+                return node, substitute
+        return ()
+
+
+class _Place:
+    """Where rows go: directly after a mark, and after what was inserted there before."""
+
+    def __init__(self, module: GraphModule, mark: Node) -> None:
+        self.module = module
+        self.mark = mark
+        (self.tensor,) = mark.all_input_nodes
+        example = self.tensor.meta["example_value"]
+        with module.graph.inserting_after(mark):
+            self.live = module.graph.call_method("detach", (self.tensor,))
+        self.live.meta["example_value"] = example.detach()
+        self.last = self.live
+
+    def of(self, copier: Copier) -> Node:
+        """The counterpart that ``copier`` found of the marked tensor."""
+        found = copier.found[self.mark]
+        return self.live if found is self.tensor else found
+
+    def pair(
+        self,
+        family: str,
+        site: Site,
+        reduction: Reduction,
+        own: Node,
+        reference: Node,
+        offsets: tuple[Node, ...] = (),
+    ) -> Node:
+        """Insert the row of ``own`` and ``reference``, less ``offsets`` where given."""
+
+        def compare(own: torch.Tensor, reference: torch.Tensor, *off: torch.Tensor) -> torch.Tensor:
+            if off:
+                own, reference = own - off[0].detach(), reference - off[1]
+            return reduce_pair(own, reference, reduction)
+
+        return self.row(family, site, reduction, compare, own, reference, *offsets)
+
+    def row(
+        self,
+        family: str,
+        site: Site,
+        reduction: Reduction,
+        function: Callable[..., torch.Tensor],
+        *values: Node,
+    ) -> Node:
+        """Insert ``function`` of ``values``, a row."""
+        following = self.last.next
+        examples = [value.meta["example_value"].detach() for value in values]
+        traced = trace(function, examples, reduction)
+        row = insert_traced(self.module.graph, traced, values, self.last)
+        row.meta[MEASUREMENTS] = (Measurement(family, site, reduction),)
+        add_site(self.live, family, site)
+        while self.last.next is not following:
+            self.last = self.last.next
+            add_site(self.last, family, site)
+        return row
+
+
+def _also(row: Node, family: str, site: Site) -> None:
+    """Let a row be that of a further site."""
+    row.meta[MEASUREMENTS] += (Measurement(family, site, ROW_NORM),)
+    add_site(row, family, site)

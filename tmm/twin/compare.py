@@ -1,0 +1,167 @@
+"""Comparisons with the reference of modules that run outside of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from tmm.layout import Measurement, Site
+from tmm.operators import why_unmeasurable
+from tmm.pairs import reduce_pair, row_norms
+from tmm.passes.insert_reference import (
+    DIFFERENCE,
+    INPUT,
+    INPUT_DIFFERENCE,
+    INPUT_TERM,
+    ROW_NORM,
+    UPDATE_TERM,
+    CheckedModule,
+)
+from tmm.preserve import RandomState
+from tmm.twin.attribution import Attribution, checked_module
+from tmm.twin.follow import Follower
+from tmm.twin.outputs import tensors_in
+
+Add = Callable[[Measurement, torch.Tensor], None]
+"""Takes one row, or all values of a metric."""
+
+_PLAIN = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype)
+_CONTAINERS = (tuple, list, dict)
+
+
+@dataclass(eq=False)
+class _Entered:
+    """A module that is running; ``mixed`` are its outputs with W_0 and the live inputs."""
+
+    module: torch.nn.Module
+    checked: CheckedModule | None
+    mixed: dict[str, torch.Tensor] | None = None
+
+
+class EagerComparison:
+    """Measures modules that no graph holds against the reference, as ``insert_reference`` does."""
+
+    def __init__(self, attribution: Attribution, follower: Follower, add: Add) -> None:
+        self._attribution = attribution
+        self._follower = follower
+        self._add = add
+        self._entered: list[_Entered] = []
+        self.is_repeating = False
+
+    def enter(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> None:
+        """Measure the input, and run the module once more with the reference's parameters."""
+        name = self._attribution.name(module)
+        checked = checked_module(self._attribution.plan, name, module)
+        self._entered.append(_Entered(module, checked))
+        if checked is None:
+            return
+        given = next(iter((*arguments, *keywords.values())), None)
+        if isinstance(given, torch.Tensor) and not why_unmeasurable(given):
+            self._compare_input(name, given, checked)
+        if not _is_plain((arguments, keywords)):
+            self._attribution.unmeasured[f"{name}, refined coordinate check"] = (
+                "it is called outside of graphs with an object that a second call could change"
+            )
+            return
+        self._entered[-1].mixed = dict(tensors_in(self._repeat(module, arguments, keywords)))
+
+    def leave(self, module: torch.nn.Module, output: object) -> None:
+        """Measure what the module gives back."""
+        while self._entered and self._entered[-1].module is not module:
+            self._entered.pop()  # left by an exception
+        entered = self._entered.pop() if self._entered else None
+        name, plan = self._attribution.name(module), self._attribution.plan
+        for path, tensor in tensors_in(output):
+            reductions = plan.select(name, tensor.dtype, DIFFERENCE)
+            checked = None if entered is None or entered.mixed is None else entered.checked
+            if why_unmeasurable(tensor) or not (reductions or checked):
+                continue
+            own, reference = tensor.detach(), self._follower.counterpart(tensor)
+            if reference is None:
+                self._attribution.unmeasured[f"{name}{path}, compared with the reference"] = (
+                    "it was computed on a way that tmm does not see"
+                )
+                continue
+            with torch.no_grad(), self._follower.paused():
+                for reduction in reductions:
+                    # Copies, for a function may change its arguments in place.
+                    row = reduce_pair(own.clone(), reference.clone(), reduction)
+                    self._add(Measurement(DIFFERENCE, Site(name, path), reduction), row)
+                if checked is not None and entered is not None and entered.mixed is not None:
+                    mixed = entered.mixed[path]
+                    self._check(Site(name, path), module, checked, own, mixed, reference)
+
+    def _compare_input(self, name: str, given: torch.Tensor, checked: CheckedModule) -> None:
+        counterpart = self._follower.counterpart(given)
+        if checked.only_update or counterpart is None:
+            return
+        site, own = Site(name), given.detach()
+        with torch.no_grad(), self._follower.paused():
+            self._add(Measurement(INPUT, site, ROW_NORM), row_norms(own, ROW_NORM))
+            row = reduce_pair(own, counterpart, ROW_NORM)
+            self._add(Measurement(INPUT_DIFFERENCE, site, ROW_NORM), row)
+
+    def _check(
+        self,
+        site: Site,
+        module: torch.nn.Module,
+        checked: CheckedModule,
+        own: torch.Tensor,
+        mixed: torch.Tensor,
+        reference: torch.Tensor,
+    ) -> None:
+        weight = Site(site.module, f"{site.path}.weight")
+
+        def add(family: str, site: Site, a: torch.Tensor, b: torch.Tensor) -> None:
+            self._add(Measurement(family, site, ROW_NORM), reduce_pair(a, b, ROW_NORM))
+
+        add(UPDATE_TERM, site, own, mixed)
+        if not checked.only_update:
+            add(INPUT_TERM, site, mixed, reference)
+        if checked.has_weight_rows:
+            bias = getattr(module, "bias", None)
+            initial = self._follower.reference.of(bias)
+            if bias is not None and initial is not None:
+                own, without = own - bias.detach(), mixed - initial
+                add(UPDATE_TERM, weight, own, without)
+            else:
+                add(UPDATE_TERM, weight, own, mixed)
+            add(INPUT_TERM, weight, mixed, reference)
+
+    def _repeat(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> Any:
+        """What the module gives with the reference's parameters, changing nothing."""
+        tensors = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            counterpart = self._follower.reference.of(tensor)
+            tensors[name] = tensor.detach() if counterpart is None else counterpart
+            if not isinstance(tensor, torch.nn.Parameter):
+                tensors[name] = tensors[name].clone()  # a buffer may be written to
+        given = tree_map(_copy, (arguments, keywords))
+        state = RandomState.capture()
+        repeating, self.is_repeating = self.is_repeating, True
+        try:
+            with (
+                torch.no_grad(),
+                self._follower.paused(),
+                torch.compiler.set_stance("force_eager"),
+            ):
+                return functional_call(module, tensors, *given)
+        finally:
+            self.is_repeating = repeating
+            state.restore()
+
+
+def _copy(value: object) -> object:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) in _CONTAINERS:
+        items = value.values() if isinstance(value, dict) else value
+        return all(map(_is_plain, items))  # type: ignore[call-overload]
+    return isinstance(value, _PLAIN)
