@@ -26,10 +26,10 @@ ORIGIN = "tmm_copied"
 """Node metadata: the node that this one computes again. A copy is never copied itself."""
 
 _OF_THE_SHAPE = (
-    *(torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like),
-    *(torch.rand_like, torch.randn_like, torch.randint_like),
+    *("zeros_like", "ones_like", "empty_like", "full_like"),
+    *("rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full", "new_tensor"),
 )
-_METHODS_OF_THE_SHAPE = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
 
 
 class Masks:
@@ -350,7 +350,7 @@ def storages(nodes: Iterable[Node]) -> set[int]:
 def of_the_shape_only(target: object) -> bool:
     """Whether a function or method gives what depends on the argument's shape only."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return target in _OF_THE_SHAPE or name in _METHODS_OF_THE_SHAPE
+    return name in _OF_THE_SHAPE
 
 
 def _last_input(module: GraphModule, node: Node) -> Node:

@@ -1,44 +1,54 @@
-"""The reference between graphs: each eager operation is done for it as well."""
+"""The reference between graphs: what is computed there is computed for it as well."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tmm.passes.copy_nodes import of_the_shape_only
-from tmm.passes.mutation import overwrites
-from tmm.passes.shared_masks import random_function
 from tmm.preserve import RandomState
 from tmm.reference import Reference
 
-_NORMALIZATIONS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
-_SKIPPED = ("__get__", "grad", "backward", "register_hook", "requires_grad_", "retain_grad")
+Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Where in memory the elements of a tensor lie."""
+
+_STATISTICS = ("running_mean", "running_var")  # written to, though older schemas do not say so
 
 
-class Follower(TorchFunctionMode):
+class Follower(TorchDispatchMode):
     """Knows the counterpart, in the reference, of each tensor of the forward pass that is running.
 
-    It runs what Python calls between graphs a second time on the counterparts, without gradients
-    and with the same random numbers. What depends on no parameter is its own counterpart.
+    It runs each operation between graphs a second time on the counterparts, with the same random
+    numbers. What depends on no parameter is its own counterpart. Tensors are known by the memory
+    that they lie in, so that every view and alias of one is known with it.
     """
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
         self.reference = reference
-        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._inputs: dict[int, torch.Tensor] = {}
+        self._pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._inputs: set[Place] = set()
         self._paused = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles what runs under this mode as ever."""
+        return True
 
     def begin(self, inputs: object) -> None:
         """Forget the last forward pass; ``inputs`` are what this one is given."""
         self._pairs.clear()
-        self._inputs = {id(t): t for t in tree_flatten(inputs)[0] if isinstance(t, torch.Tensor)}
+        given = [value for value in tree_flatten(inputs)[0] if _is_followed(value)]
+        self._inputs = {_place(tensor) for tensor in given}
 
     def end(self) -> None:
         """Give up what belongs to the forward pass."""
@@ -48,6 +58,10 @@ class Follower(TorchFunctionMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Follow nothing in the block."""
+        if _get_current_dispatch_mode() is self:  # costs nothing inside, then
+            with _pop_mode_temporarily():
+                yield
+            return
         paused, self._paused = self._paused, True
         try:
             yield
@@ -58,87 +72,92 @@ class Follower(TorchFunctionMode):
         """Remember the counterparts of the tensors in ``own``."""
         counterparts = tree_flatten(counterpart)[0]
         for tensor, other in zip(tree_flatten(own)[0], counterparts, strict=True):
-            if isinstance(tensor, torch.Tensor) and tensor is not other:
-                self._pairs[id(tensor)] = (tensor, other)
+            if _is_followed(tensor) and tensor is not other:
+                self._pairs[_place(tensor)] = (tensor, other)  # holds on to the memory
 
     def counterpart(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The counterpart of a tensor, without a gradient; None for one that was lost sight of."""
+        """The counterpart of a tensor; None for one that was lost sight of."""
+        if not _is_followed(tensor):
+            return None
         known = self._known(tensor)
         if known is not None:
             return known
         # What a gradient flows to depends on a parameter.
-        is_lost = tensor.requires_grad and id(tensor) not in self._inputs
+        is_lost = tensor.requires_grad and _place(tensor) not in self._inputs
         return None if is_lost else tensor.detach()
 
-    def _known(self, value: object) -> torch.Tensor | None:
-        if id(value) in self._pairs:
-            return self._pairs[id(value)][1]
-        return self.reference.of(value)
+    def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        reference = self.reference.of(tensor)
+        if reference is not None:
+            return reference
+        pair = self._pairs.get(_place(tensor))
+        return None if pair is None else pair[1]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, and once more on the counterparts if it has any."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or self._paused or _is_skipped(func):
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._paused or in_backward or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        given = [value for value in tree_flatten((args, kwargs))[0] if torch.is_tensor(value)]
-        if all(self._known(tensor) is None for tensor in given) or of_the_shape_only(func):
+        given = [value for value in tree_flatten((args, kwargs))[0] if _is_followed(value)]
+        if of_the_shape_only(func.overloadpacket) or all(self._known(t) is None for t in given):
             return func(*args, **kwargs)
-        target = _overwritten(func, args, kwargs)
-        if target is not None:
-            if self.reference.of(target) is not None:
-                return func(*args, **kwargs)  # a parameter or buffer changes, its reference not
-            if id(target) not in self._pairs:
-                self._pairs[id(target)] = (target, target.detach().clone())
-        draws = random_function(func, args, kwargs) is not None
-        before = RandomState.capture() if draws else None
-        with torch.no_grad():
-            other_args, other_kwargs = tree_map(self._counterpart_or_self, (args, kwargs))
+        written = [t for name, t in _written(func, args, kwargs) if name not in _STATISTICS]
+        if any(self.reference.of(tensor) is not None for tensor in written):
+            return func(*args, **kwargs)  # a parameter or buffer changes, its reference does not
+        for tensor in written:
+            if self._known(tensor) is None:  # must not be shared from now on
+                self._pairs[_place(tensor)] = (tensor, tensor.clone())
+        names = [argument.name for argument in func._schema.arguments]
+        other_args = [self._argument(n, v) for n, v in zip(names, args, strict=False)]
+        other_kwargs = {name: self._argument(name, value) for name, value in kwargs.items()}
+        seeded = torch.Tag.nondeterministic_seeded in func.tags
+        before = RandomState.capture() if seeded else None
         result = func(*args, **kwargs)
-        if target is None and not any(map(torch.is_tensor, tree_flatten(result)[0])):
-            return result
-        after = RandomState.capture() if draws else None
+        after = RandomState.capture() if seeded else None
         if before is not None:
             before.restore()
-        other_args, other_kwargs = _without_statistics(func, other_args, other_kwargs)
-        with torch.no_grad():
-            counterpart = func(*other_args, **other_kwargs)
+        counterpart = func(*other_args, **other_kwargs)
         if after is not None:
             after.restore()
-        if target is None:
+        if not written:
             self.pair(result, counterpart)
         return result
 
-    def _counterpart_or_self(self, value: object) -> object:
-        if not isinstance(value, torch.Tensor):
-            return value
-        known = self._known(value)
-        return value.detach() if known is None else known
+    def _argument(self, name: str, value: object) -> Any:
+        """What stands for an argument of an operation."""
+
+        def counterpart(tensor: object) -> object:
+            if not _is_followed(tensor):
+                return tensor
+            assert isinstance(tensor, torch.Tensor)
+            known = self._known(tensor)
+            known = tensor if known is None else known
+            return known.clone() if name in _STATISTICS else known
+
+        return tree_map(counterpart, value)
 
 
-def _is_skipped(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    if name == "__get__":
-        return owner not in ("T", "mT", "H", "mH", "data", "real", "imag")
-    return name in _SKIPPED
+def _is_followed(value: object) -> bool:
+    """Whether a value is an ordinary tensor, whose memory can be looked at."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    plain = type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return plain and value.layout is torch.strided and value.device.type != "meta"
 
 
-def _overwritten(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> torch.Tensor | None:
-    if isinstance(kwargs.get("out"), torch.Tensor):
-        out: torch.Tensor = kwargs["out"]
-        return out
-    in_place = overwrites(getattr(func, "__name__", "")) or kwargs.get("inplace") is True
-    first = args[0] if args else kwargs.get("input")
-    return first if in_place and isinstance(first, torch.Tensor) else None
+def _place(tensor: torch.Tensor) -> Place:
+    storage = tensor.untyped_storage()._cdata
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    return storage, tensor.storage_offset(), shape, stride, tensor.dtype
 
 
-def _without_statistics(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    if func not in _NORMALIZATIONS:
-        return args, kwargs
-    names = ("input", "running_mean", "running_var", "weight", "bias", _NORMALIZATIONS[func])
-    arguments = dict(zip((*names, "momentum", "eps"), args, strict=False)) | kwargs
-    if arguments.get(_NORMALIZATIONS[func], func is functional.instance_norm):
-        arguments |= {"running_mean": None, "running_var": None}
-    return (), arguments
+def _written(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that an operation writes to, with the names of the arguments."""
+    arguments = func._schema.arguments
+    values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    for argument in arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for tensor in tree_flatten(values.get(argument.name))[0]:
+                if _is_followed(tensor):
+                    yield argument.name, tensor
