@@ -126,23 +126,24 @@ class Copier:
         return depends
 
     def _needed(self, nodes: list[Node], depends: set[Node], outputs: Iterable[Node]) -> set[Node]:
-        needed: set[Node] = set()
-        queue = list(outputs)
-        queue += [source for node in nodes if node in self.marks for source in node.all_input_nodes]
-        queue += [call for call, body in nested_calls(self.module) if self._has_marks(body)]
+        end = self.module.graph.output_node()
+        queue = [(output, end) for output in outputs]
+        queue += [(t, mark) for mark in nodes if mark in self.marks for t in mark.all_input_nodes]
+        queue += [(c, c) for c, body in nested_calls(self.module) if self._has_marks(body)]
         writers: dict[Node, list[Node]] = {}
         for node in nodes:
             if node in depends and (target := overwritten_by(node)) is not None:
                 writers.setdefault(target, []).append(node)
-        inside = set(nodes)
+        inside, needed = set(nodes), set[Node]()
         while queue:
-            node = queue.pop()
-            if node in needed or node not in depends:
+            node, user = queue.pop()
+            if node not in depends or (node not in inside and node not in self.substitutes):
                 continue
-            if node in inside or node in self.substitutes:
+            written = [w for w in writers.get(node, ()) if w < user and w not in needed]
+            queue += [(writer, writer) for writer in written]
+            if node not in needed:
                 needed.add(node)
-                queue += node.all_input_nodes
-                queue += writers.get(node, ())
+                queue += [(source, node) for source in node.all_input_nodes]
         return needed
 
     def _has_marks(self, body: GraphModule) -> bool:

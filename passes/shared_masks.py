@@ -6,15 +6,18 @@ same result bit for bit: eagerly and as AOTAutograd traces it.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from tmm.passes.origin import all_nodes
 
 VERSION = "1"
 """To be changed with what these functions compute: compiled graphs with them are cached."""
@@ -30,6 +33,7 @@ _RANDOM = (
     *(functional.rrelu, functional.fractional_max_pool2d, functional.fractional_max_pool3d),
     *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.binomial),
 )
+_GENERATORS = ("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")
 _RANDOM_METHODS = (
     *("bernoulli", "multinomial", "bernoulli_", "cauchy_", "exponential_", "geometric_"),
     *("log_normal_", "normal_", "random_", "uniform_"),
@@ -81,16 +85,45 @@ def attention_by_mask(mask: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 def multi_head_attention_with_mask(**arguments: Any) -> tuple[Any, torch.Tensor]:
     """``multi_head_attention_forward`` with dropout, and the mask."""
-    with _KeepMask() as kept:
-        result = _MULTI_HEAD(**arguments)
-    (mask,) = kept.masks
+    masks: list[torch.Tensor] = []
+
+    def keep(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        shared = _shared(function, args, kwargs)
+        if shared is None:
+            return function(*args, **kwargs)
+        result, mask = shared.with_mask(**shared.arguments)
+        masks.append(mask)
+        return result
+
+    result = _multi_head(keep)(**arguments)
+    (mask,) = masks
     return result, mask
 
 
 def multi_head_attention_by_mask(mask: torch.Tensor, **arguments: Any) -> Any:
     """The same with a mask that is given."""
-    with _GiveMask(mask):
-        return _MULTI_HEAD(**arguments)
+
+    def use(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        shared = _shared(function, args, kwargs)
+        if shared is None:
+            return function(*args, **kwargs)
+        return shared.by_mask(mask, **shared.arguments)
+
+    return _multi_head(use)(**arguments)
+
+
+def _multi_head(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``multi_head_attention_forward`` that drops elements by way of ``call``."""
+    own = {
+        "dropout": functools.partial(call, functional.dropout),
+        "scaled_dot_product_attention": functools.partial(call, _ATTENTION),
+        "has_torch_function": lambda _: False,  # a mode would have the original called
+    }
+    return types.FunctionType(
+        _MULTI_HEAD.__code__,
+        _MULTI_HEAD.__globals__ | own,
+        argdefs=_MULTI_HEAD.__defaults__,
+    )
 
 
 def _attention_weights(
@@ -117,36 +150,6 @@ def _attention_weights(
         query, key, value, attn_mask, 0.0, is_causal, None, scale=scale
     )
     return weights, value
-
-
-class _KeepMask(TorchFunctionMode):
-    """Has every dropout inside hand out its mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.masks: list[torch.Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = _shared(func, args, kwargs or {})
-        if found is None:
-            return func(*args, **(kwargs or {}))
-        result, mask = found.with_mask(**found.arguments)
-        self.masks.append(mask)
-        return result
-
-
-class _GiveMask(TorchFunctionMode):
-    """Has every dropout inside use a mask."""
-
-    def __init__(self, mask: torch.Tensor) -> None:
-        super().__init__()
-        self.mask = mask
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = _shared(func, args, kwargs or {})
-        if found is None:
-            return func(*args, **(kwargs or {}))
-        return found.by_mask(self.mask, **found.arguments)
 
 
 FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
@@ -186,6 +189,16 @@ def draws_by_itself(node: Node) -> str | None:
     if node.op != "call_function" or shared_mask(node) is not None:
         return None
     return random_function(node.target, node.args, node.kwargs)
+
+
+def draws_random_numbers(module: GraphModule) -> bool:
+    """Whether a traced graph, or one nested in it, draws any random numbers."""
+    return any(
+        shared_mask(node) is not None
+        or draws_by_itself(node) is not None
+        or str(getattr(node.target, "__name__", node.target)) in _GENERATORS
+        for node in all_nodes(module)
+    )
 
 
 def random_function(target: Any, args: Any, kwargs: Any) -> str | None:

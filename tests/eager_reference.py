@@ -146,7 +146,7 @@ def check_coordinates(
     given = [*own.arguments, *own.keywords.values()]
     given_reference = [*other.arguments, *other.keywords.values()]
     if isinstance(given[0], torch.Tensor) and given[0].is_floating_point():
-        x, x0 = given[0], given_reference[0]
+        x, x0 = given[0].double(), given_reference[0].double()
         sums.norm(f"RCC x_t/{name}", x, x)
         sums.norm(f"RCC (x_t-x_0)/{name}", x - x0, x)
     worker = copy.deepcopy(reference)
@@ -159,7 +159,8 @@ def check_coordinates(
     for path, live in walk(own.output):
         if not live.is_floating_point():
             continue
-        between, start = mixed[path], references[path]
+        live = live.double()  # a difference in half precision would lose its digits
+        between, start = mixed[path].double(), references[path].double()
         sums.norm(f"RCC (W_t-W_0)x_t/{name}{path}", live - between, live)
         if only_update:
             continue

@@ -85,7 +85,7 @@ def instrument(
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
-    reference = load_reference(measured, plan)
+    reference = load_reference(measured, plan, spec.reference)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None

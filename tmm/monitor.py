@@ -17,11 +17,11 @@ from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.reader import open_run
-from tmm.reference import Reference
+from tmm.reference import Reference, load_reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
-from tmm.spec import Spec
+from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
 from tmm.watch import Watch
@@ -245,6 +245,36 @@ class Monitor:
         with open_run(self._writer.path) as run:
             return {int(step): run.at(int(step)) for step in run.steps}
 
+    # Reference
+
+    def set_reference(self, reference: ReferenceSource) -> None:
+        """Compare with another reference from now on; ``"init"`` is the model as it is now.
+
+        Graphs are traced anew.
+
+        Raises:
+            RuntimeError: if a step is open.
+            ValueError: if it does not fit the model.
+            TypeError: if it is no reference.
+            OSError: if a file cannot be read.
+        """
+        check_reference(reference)
+        self._replace_reference(load_reference(self.module, self._require_twin().plan, reference))
+
+    def remove_reference(self) -> None:
+        """Compare with nothing from now on, and give up the reference's memory.
+
+        Raises:
+            RuntimeError: if a step is open.
+        """
+        self._replace_reference(None)
+
+    def _replace_reference(self, reference: Reference | None) -> None:
+        if self._open is not None:
+            raise RuntimeError("the reference can be replaced before begin_step or after end_step")
+        self._require_twin().compare_with(reference)
+        self._require_watch().parameters.reference = reference
+
     # Parameters
 
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
@@ -397,6 +427,10 @@ class Monitor:
     def _release_reference(self) -> None:
         if self._twin is not None and self._twin.reference is not None:
             self._twin.reference.release()
+
+    def _require_twin(self) -> Twin:
+        assert self._twin is not None
+        return self._twin
 
     def _require_watch(self) -> Watch:
         assert self._watch is not None

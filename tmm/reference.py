@@ -10,7 +10,7 @@ import torch
 
 from tmm.naming import buffer_names, parameter_names, unwrapped_name
 from tmm.rules import BRANCH_FAMILIES
-from tmm.spec import Plan
+from tmm.spec import Plan, ReferenceSource
 
 DIFFERENCE = "parameter_difference"
 
@@ -56,15 +56,17 @@ class Reference:
         self._here.clear()
 
 
-def load_reference(module: torch.nn.Module, plan: Plan) -> Reference | None:
-    """The reference of ``plan.spec`` for ``module``; None without one.
+def load_reference(
+    module: torch.nn.Module, plan: Plan, source: ReferenceSource | None
+) -> Reference | None:
+    """The reference for ``module`` that ``source`` gives; None without one.
 
     Raises:
         ValueError: names, shapes or dtypes differ, which are listed, or a file holds no state dict.
         OSError: a file cannot be read.
     """
     spec = plan.spec
-    if spec.reference is None:
+    if source is None:
         return None
     names: dict[torch.Tensor, str] = {
         parameter: name for parameter, (name, _) in parameter_names(module).items()
@@ -74,10 +76,10 @@ def load_reference(module: torch.nn.Module, plan: Plan) -> Reference | None:
     else:
         names |= buffer_names(module)
     device = None if spec.reference_device is None else torch.device(spec.reference_device)
-    if spec.reference == "init":
+    if isinstance(source, str) and source == "init":
         tensors = {name: own.detach() for own, name in names.items()}
         return Reference(names, tensors, device, spec.reference_dtype)
-    found = _tensors(spec.reference)
+    found = _tensors(source)
     optional = {name for own, name in names.items() if not isinstance(own, torch.nn.Parameter)}
     problems = []
     for own, name in names.items():

@@ -87,7 +87,10 @@ class Attribution:
         gradient = None
         if self.plan.spec.measures(GRADIENT):
             gradient = partial(select, family=GRADIENT)
-        return Scope(owner, self.name(owner), modules, select, values, gradient, comparison)
+        return Scope(
+            *(owner, self.name(owner), modules, select, values, gradient, comparison),
+            is_root=owner is self.root,
+        )
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""

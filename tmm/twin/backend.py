@@ -23,6 +23,7 @@ from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
 from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
+from tmm.passes.shared_masks import draws_random_numbers
 from tmm.reference import Reference
 from tmm.twin.breaks import end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
@@ -45,7 +46,8 @@ class Scope:
     """Where a frame is traced: its module (the owner) and what modules are called from there.
 
     ``values`` says how what the model records by name is reduced, ``select_gradient`` which
-    gradients of outputs are measured and ``comparison`` what is compared (None if nothing is).
+    gradients of outputs are measured and ``comparison`` what is compared (None if nothing is);
+    ``is_root`` tells that the owner is the whole model.
     """
 
     owner: torch.nn.Module
@@ -55,6 +57,7 @@ class Scope:
     values: Mapping[str, Reduction]
     select_gradient: Callable[[str, torch.dtype], tuple[Reduction, ...]] | None = None
     comparison: Comparison | None = None
+    is_root: bool = False
 
 
 class Host(Protocol):
@@ -150,11 +153,14 @@ class MeasuredGraph:
         owner: torch.nn.Module,
         witness: Witness | None,
         host: Host,
+        *,
+        has_own_randomness: bool,
     ) -> None:
         self.run = run
         self.layout = rewritten.layout
         self.row_inputs = rewritten.row_inputs
         self.reference = rewritten.reference
+        self.has_own_randomness = has_own_randomness
         self.report = report
         self.owner = owner
         self.witness = witness
@@ -171,8 +177,7 @@ class MeasuredGraph:
         if paired:
             returned = [outputs[position] for position in paired]
             self.host.pair(returned, outputs[own : own + len(paired)])
-        if extra:
-            self.host.collect(self, inputs, outputs[-extra:])
+        self.host.collect(self, inputs, outputs[len(outputs) - extra :])
         return outputs[:own]
 
     def outside(self, measurement: Measurement) -> bool:
@@ -230,7 +235,10 @@ class MeasuringBackend:
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         with torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
-        graph = MeasuredGraph(run, rewritten, report, scope.owner, witness, self.host)
+        own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)
+        graph = MeasuredGraph(
+            *(run, rewritten, report, scope.owner, witness, self.host), has_own_randomness=own
+        )
         self.host.graphs.append(graph)
         return graph
 
@@ -248,7 +256,7 @@ class MeasuringBackend:
             comparison.select,
             comparison.check,
             parameters,
-            is_part=not is_whole(module),
+            is_part=not (scope.is_root and is_whole(module)),
         )
 
 

@@ -41,6 +41,7 @@ class _Entered:
     module: torch.nn.Module
     checked: CheckedModule | None
     mixed: dict[str, torch.Tensor] | None = None
+    has_own_randomness: bool = False
 
 
 class EagerComparison:
@@ -70,12 +71,22 @@ class EagerComparison:
             return
         self._entered[-1].mixed = dict(tensors_in(self._repeat(module, arguments, keywords)))
 
+    def note_own_randomness(self) -> None:
+        """A graph ran inside the modules that are running, whose random numbers are its own."""
+        for entered in self._entered:
+            entered.has_own_randomness = True
+
     def leave(self, module: torch.nn.Module, output: object) -> None:
         """Measure what the module gives back."""
         while self._entered and self._entered[-1].module is not module:
             self._entered.pop()  # left by an exception
         entered = self._entered.pop() if self._entered else None
         name, plan = self._attribution.name(module), self._attribution.plan
+        if entered is not None and entered.mixed is not None and entered.has_own_randomness:
+            entered.mixed = None
+            self._attribution.unmeasured[f"{name}, refined coordinate check"] = (
+                "a graph in it draws random numbers of its own, which a second call would not draw"
+            )
         for path, tensor in tensors_in(output):
             reductions = plan.select(name, tensor.dtype, DIFFERENCE)
             checked = None if entered is None or entered.mixed is None else entered.checked

@@ -38,6 +38,14 @@ class CompileSettings:
     guard_filter: GuardFilter | None
     recompile_limit: int | None = None
 
+    @property
+    def draws_its_own_random_numbers(self) -> bool:
+        """Whether compiled programs draw other random numbers than eager ones, as Inductor's do."""
+        uses_inductor = isinstance(self.backend, torch._TorchCompileInductorWrapper) or getattr(
+            self.backend, "__module__", ""
+        ).startswith("torch._inductor")
+        return uses_inductor and not torch._inductor.config.fallback_random
+
     def __str__(self) -> str:
         kinds = (getattr(self.backend, name, None) for name in ("compiler_name", "__name__"))
         backend = next((kind for kind in kinds if kind), type(self.backend).__name__)

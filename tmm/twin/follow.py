@@ -33,7 +33,7 @@ class Follower(TorchDispatchMode):
     """
 
     def __init__(self, reference: Reference) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reference = reference
         self._pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inputs: set[Place] = set()
@@ -147,9 +147,8 @@ def _is_followed(value: object) -> bool:
 
 
 def _place(tensor: torch.Tensor) -> Place:
-    storage = tensor.untyped_storage()._cdata
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return storage, tensor.storage_offset(), shape, stride, tensor.dtype
+    storage, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    return storage, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -332,6 +332,10 @@ class Twin:
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
         """Take the rows of one call of ``graph``."""
+        if graph.has_own_randomness and self._comparison is not None:
+            self._comparison.note_own_randomness()
+        if not extra:
+            return
         binding = self.attribution.bind(
             graph, graph.layout, inputs, self._frames, compared=not self._lost
         )

@@ -1,0 +1,253 @@
+"""What comparing with a reference costs: activation differences, and the refined coordinate check.
+
+    python -m benchmarks.reference [--rounds 40] [--quick] [--save]
+
+Time is given as the number of plain compiled forward passes (without gradients) that a variant
+adds to a plain compiled training step, in the same rounds. The arithmetic bound is one for the
+branch, and one more of each checked module. torch-module-monitor (optional:
+``pip install --no-deps torch-module-monitor``) does the same on the uncompiled model; what it adds
+is taken against the uncompiled step.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import tmm
+from benchmarks.timing import Timing, environment, interleave
+from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, training_step
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN, FORWARD, EAGER = "plain step", "plain forward", "uncompiled step"
+DIFFERENCES, LINEAR, LEAVES = "differences, all modules", "RCC, linear layers", "RCC, all leaves"
+PEER = "torch-module-monitor, RCC of all"
+LINEAR_FORWARD = "forward of the linear layers"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a variant adds to a step, in plain forwards, and the least that it could."""
+
+    variant: str
+    milliseconds: float
+    added: float
+    low: float
+    high: float
+    bound: float | None = None
+
+
+def patterns(model: nn.Module) -> dict[str, str]:
+    """Patterns that match the linear layers, and all modules without children."""
+    named = list(model.named_modules())
+    linear = [name for name, module in named if isinstance(module, nn.Linear)]
+    leaves = [name for name, module in named if not list(module.children())]
+    return {
+        kind: rf"({'|'.join(name.replace('.', r'\.') for name in names)})$"
+        for kind, names in ((LINEAR, linear), (LEAVES, leaves))
+    }
+
+
+def watched(workload: Workload, *rules: tmm.Rule) -> Callable[[], None]:
+    """A monitored training step that compares with the initial parameters."""
+    module, tokens = workload.model(), workload.tokens()
+    model = tmm.instrument(torch.compile(module), tmm.Spec(*rules, reference="init"))
+    monitor, step = tmm.monitor(model), training_step(module, model, tokens)
+
+    def run() -> None:
+        with monitor.step((monitor.current_step or 0) + 1):
+            step()
+        monitor.get_step_metrics()
+
+    return run
+
+
+def variants(workload: Workload) -> dict[str, Callable[[], None]]:
+    """All that takes turns."""
+    tokens, module = workload.tokens(), workload.model()
+    compiled = torch.compile(module)
+    matching = patterns(module)
+    linear = [
+        (m, torch.randn(*_input_shape(workload, m)))
+        for m in module.modules()
+        if isinstance(m, nn.Linear)
+    ]
+
+    def forward() -> None:
+        with torch.no_grad():
+            compiled(tokens)
+
+    def linear_forward() -> None:
+        with torch.no_grad():
+            for layer, x in linear:
+                layer(x)
+
+    steps: dict[str, Callable[[], None]] = {
+        PLAIN: training_step(module, compiled, tokens),
+        FORWARD: forward,
+        LINEAR_FORWARD: linear_forward,
+        DIFFERENCES: watched(workload, tmm.activation_difference("norm")),
+        LINEAR: watched(workload, tmm.rcc(modules=matching[LINEAR])),
+        LEAVES: watched(workload, tmm.rcc(modules=matching[LEAVES])),
+    }
+    uncompiled = workload.model()
+    steps[EAGER] = training_step(uncompiled, uncompiled, tokens)
+    if importlib.util.find_spec("torch_module_monitor") is not None:
+        steps[PEER] = peer(workload, matching[LEAVES])
+    return steps
+
+
+def _input_shape(workload: Workload, layer: nn.Linear) -> tuple[int, int, int]:
+    return workload.batch, workload.config.context, layer.in_features
+
+
+def peer(workload: Workload, leaves: str) -> Callable[[], None]:
+    """The same by torch-module-monitor, of the modules that ``leaves`` matches."""
+    from torch_module_monitor import (  # type: ignore[import-not-found,unused-ignore]
+        ModuleMonitor,
+        RefinedCoordinateCheck,
+    )
+
+    module, tokens = workload.model(), workload.tokens()
+    reference = copy.deepcopy(module)
+    monitor = ModuleMonitor(
+        monitor_step_fn=lambda step: True, excluded_modules_regex=rf"^(?!{leaves}).*"
+    )
+    monitor.set_module(module)
+    monitor.set_reference_module(reference)
+    check = RefinedCoordinateCheck(monitor)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            reference(tokens)
+        output: torch.Tensor = module(tokens)
+        check.refined_coordinate_check()
+        return output
+
+    step = training_step(module, forward, tokens)
+
+    def run() -> None:
+        monitor.begin_step((monitor.current_step or 0) + 1)
+        step()
+        monitor.end_step()
+        assert len(monitor.get_step_metrics()) > 4 * workload.config.layers
+
+    return run
+
+
+def measure(workload: Workload, rounds: int) -> list[Line]:
+    """All lines of the report."""
+    timings = interleave(variants(workload), rounds)
+    forward = timings[FORWARD]
+    linear = statistics.median(
+        own / base
+        for own, base in zip(timings[LINEAR_FORWARD].seconds, forward.seconds, strict=True)
+    )
+    bounds = {DIFFERENCES: 1.0, LINEAR: 1.0 + min(linear, 1.0), LEAVES: 2.0}
+    baselines = {name: timings[EAGER if name == PEER else PLAIN] for name in (*bounds, PEER)}
+    lines = [
+        Line(name, timings[name].median * 1e3, 0.0, 0.0, 0.0) for name in (PLAIN, FORWARD, EAGER)
+    ]
+    for name, baseline in baselines.items():
+        if name in timings:
+            added = added_forwards(timings[name], baseline, forward)
+            low, high = added.interval
+            lines.append(Line(name, added.median * 1e3, added.ratio, low, high, bounds.get(name)))
+    return lines
+
+
+def added_forwards(own: Timing, baseline: Timing, forward: Timing) -> Timing:
+    """What a variant adds to its baseline, round by round, against the forward passes."""
+    added = (a - b for a, b in zip(own.seconds, baseline.seconds, strict=True))
+    return Timing(tuple(added), forward.seconds)
+
+
+def peak_memory(workload: Workload, kind: str) -> int:
+    """Most memory of a process, in bytes, that runs three steps of a variant."""
+    module, tokens = workload.model(), workload.tokens()
+    if kind == PLAIN:
+        step = training_step(module, torch.compile(module), tokens)
+    else:
+        step = watched(workload, tmm.activation_difference("norm"))
+    if workload.device == "cuda":
+        step()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step()
+    if workload.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(kinds: tuple[str, ...]) -> Mapping[str, int]:
+    """``peak_memory`` of each kind, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.reference", "--memory-of"]
+    done = {
+        kind: subprocess.run(
+            [*command, kind], check=True, capture_output=True, text=True, cwd=RESULTS.parent.parent
+        )
+        for kind in kinds
+    }
+    return {kind: int(process.stdout.split()[-1]) for kind, process in done.items()}
+
+
+def show(workload: Workload, lines: list[Line], caption: str) -> None:
+    """Print the table."""
+    table = Table("variant", "ms", "added forwards", "95 % interval", "bound", title=workload.name)
+    table.caption = caption
+    for line in lines:
+        added, interval = f"{line.added:.2f}", f"{line.low:.2f} to {line.high:.2f}"
+        bound = "" if line.bound is None else f"{line.bound:.2f}"
+        shown = (added, interval, bound) if line.added else ("", "", "")
+        table.add_row(line.variant, f"{line.milliseconds:.1f}", *shown)
+    Console(width=100).print(table)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 40,
+    quick: Annotated[bool, typer.Option(help="Few rounds, no memory.")] = False,
+    save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
+    memory_of: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Measure what comparing with a reference adds to a training step."""
+    workload = GPT_124M if torch.cuda.is_available() else GPT_SMALL
+    if memory_of:
+        print(peak_memory(workload, memory_of))
+        return
+    lines = measure(workload, 6 if quick else rounds)
+    peaks = {} if quick else memory((PLAIN, DIFFERENCES))
+    parameters = sum(p.nbytes for p in workload.model().parameters())
+    caption = ", ".join(f"{kind}: peak {size / 1e6:.0f} MB" for kind, size in peaks.items())
+    show(workload, lines, f"{caption}; parameters {parameters / 1e6:.0f} MB" if peaks else "")
+    report = {
+        "workload": workload.name,
+        "rounds": rounds,
+        "environment": environment(),
+        "peak_bytes": peaks,
+        "parameter_bytes": parameters,
+        "lines": [asdict(line) for line in lines],
+    }
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"reference-{workload.device}-{date.today()}.json"
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
