@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -58,10 +59,8 @@ def patterns(model: nn.Module) -> dict[str, str]:
     named = list(model.named_modules())
     linear = [name for name, module in named if isinstance(module, nn.Linear)]
     leaves = [name for name, module in named if not list(module.children())]
-    return {
-        kind: rf"({'|'.join(name.replace('.', r'\.') for name in names)})$"
-        for kind, names in ((LINEAR, linear), (LEAVES, leaves))
-    }
+    kinds = ((LINEAR, linear), (LEAVES, leaves))
+    return {kind: f"({'|'.join(map(re.escape, names))})$" for kind, names in kinds}
 
 
 def watched(workload: Workload, *rules: tmm.Rule) -> Callable[[], None]:

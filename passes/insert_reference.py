@@ -20,6 +20,8 @@ from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes
 from tmm.passes.trace_function import insert_traced, trace
 
+_COMPARED = "tmm_compared"
+
 DIFFERENCE = "activation_difference"
 BRANCH = "reference"
 
@@ -88,6 +90,8 @@ def insert_reference(
     with the extra outputs, and the sites that cannot be compared, with the reason.
     """
     wanted = [mark for mark in all_nodes(module) if is_mark(mark) and _is_wanted(mark, options)]
+    for mark in wanted:
+        mark.meta[_COMPARED] = True
     if not wanted and not options.is_part:
         return ReferenceEnds(), ()
     placeholders = list(module.graph.find_nodes(op="placeholder"))
@@ -150,7 +154,7 @@ def _needs_branch(mark: Node, options: ReferenceOptions) -> bool:
 
 def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
     site = site_of(mark, options.modules)
-    if site is None or mark.target not in (tap, tap_input):
+    if site is None or mark.target not in (tap, tap_input) or mark.meta.get(_COMPARED):
         return False
     (tensor,) = mark.all_input_nodes
     example = tensor.meta["example_value"]

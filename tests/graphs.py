@@ -13,15 +13,19 @@ from torch.fx import GraphModule
 
 from tmm.metrics import Reduction, builtin_reductions
 from tmm.passes.insert_reductions import ReductionOptions
-from tmm.twin.outputs import mark_outputs
+from tmm.twin.outputs import mark_inputs, mark_outputs
 
 
-def trace(module: torch.nn.Module, *inputs: torch.Tensor) -> GraphModule:
+def trace(
+    module: torch.nn.Module, *inputs: torch.Tensor, inputs_marked: bool = False
+) -> GraphModule:
     """The graph that Dynamo hands to a backend, with every module's outputs marked."""
     torch._dynamo.reset()
     graphs: list[GraphModule] = []
 
     def keep(graph: GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        for node in graph.graph.find_nodes(op="placeholder"):
+            node.meta["real"] = node.meta["grapharg"].example  # Dynamo clears it later
         graphs.append(graph)
         return graph.forward
 
@@ -29,6 +33,11 @@ def trace(module: torch.nn.Module, *inputs: torch.Tensor) -> GraphModule:
         return traced(*arguments)
 
     handles = [child.register_forward_hook(mark_outputs) for child in module.modules()]
+    if inputs_marked:
+        handles += [
+            child.register_forward_pre_hook(mark_inputs, with_kwargs=True)
+            for child in module.modules()
+        ]
     torch.compile(call, backend=keep, fullgraph=True)(module, *inputs)
     for handle in handles:
         handle.remove()

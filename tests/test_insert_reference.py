@@ -1,0 +1,138 @@
+"""The reference's branch and the mixed-input copies, in single graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from tests.graphs import check_golden, text, trace
+from tmm.metrics import Reduction, builtin_reductions
+from tmm.passes.copy_graph import copy_graph
+from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.insert_reference import (
+    CheckedModule,
+    ReferenceEnds,
+    ReferenceOptions,
+    insert_reference,
+)
+from tmm.passes.lift_rows import lift_rows
+from tmm.passes.pack_rows import pack_rows
+from tmm.passes.remove_taps import remove_taps
+
+X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(2, 2), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.drop(self.fc(x))
+        y += 1
+        return y
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = Small()
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(checkpoint(self.small, x, use_reentrant=False))
+        return y
+
+
+def options_for(
+    module: nn.Module,
+    graph: GraphModule,
+    *metrics: str,
+    checked: str | None = None,
+    is_part: bool = False,
+) -> ReferenceOptions:
+    def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
+        return builtin_reductions(metrics, is_complex=False)
+
+    def check(name: str) -> CheckedModule | None:
+        own = dict(module.named_modules()).get(name)
+        if name != checked or own is None:
+            return None
+        bias = getattr(own, "bias", None)
+        return CheckedModule(has_weight_rows=bias is not None, bias=id(bias))
+
+    parameters = {id(parameter) for parameter in module.parameters()}
+    placeholders = {
+        node: id(node.meta["real"])
+        for node in graph.graph.find_nodes(op="placeholder")
+        if id(node.meta["real"]) in parameters
+    }
+    names = {id(child): name for name, child in module.named_modules()}
+    return ReferenceOptions(names, select, check, placeholders, is_part)
+
+
+def traced(module: nn.Module) -> GraphModule:
+    return copy_graph(trace(module.train(), X, inputs_marked=True))
+
+
+def test_golden() -> None:
+    module = Small()
+    graph = traced(module)
+    before = text(graph)
+    options = options_for(module, graph, "norm", checked="fc")
+    ends, refused = insert_reference(graph, options=options)
+    assert ends == ReferenceEnds(parameters=(1, 2))
+    assert refused == ()
+    check_golden("insert_reference", before + "\n# becomes\n\n" + text(graph))
+
+
+def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:
+    module = Nested()
+    graph = traced(module)
+    untouched = text(graph)
+    assert insert_reference(graph, options=options_for(module, graph)) == (ReferenceEnds(), ())
+    assert text(graph) == untouched
+    options = options_for(module, graph, "norm", checked="small")
+    insert_reference(graph, options=options)
+    once = text(graph)
+    assert insert_reference(graph, options=options) == (ReferenceEnds(), ())
+    assert text(graph) == once
+
+
+@pytest.mark.parametrize("module", [Small(), Nested()], ids=["flat", "nested"])
+def test_the_branch_runs_on_the_reference_and_the_program_as_before(module: nn.Module) -> None:
+    graph = traced(module)
+    ends, _ = insert_reference(graph, options=options_for(module, graph, "norm"))
+    assert not ends.inputs
+    assert not ends.outputs
+    remove_taps(graph)
+    lift_rows(graph)
+    layout = pack_rows(graph)
+    graph.recompile()
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    own = [node.meta["real"] for node in placeholders if "real" in node.meta]
+    same = [own[position].detach() for position in ends.parameters]
+    torch.manual_seed(0)
+    want = module(X)
+    torch.manual_seed(0)
+    output, packed = graph(*own, *same)
+    assert torch.equal(output, want)
+    assert all(packed[row.start + 1] == 0 for row in layout.rows)
+    torch.manual_seed(0)
+    _, packed = graph(*own, *[tensor + 1 for tensor in same])
+    assert all(packed[row.start + 1] > 0 for row in layout.rows)
+
+
+def test_a_part_takes_and_gives_counterparts() -> None:
+    module = Small()
+    graph = traced(module)
+    ends, _ = insert_reference(graph, options=options_for(module, graph, is_part=True))
+    placeholders = list(graph.graph.find_nodes(op="placeholder"))
+    (data,) = ends.inputs
+    assert placeholders[data].meta["real"] is X
+    assert ends.parameters == (1, 2)
+    assert ends.outputs == (0,)
+    assert not [node for node in graph.graph.nodes if MEASUREMENTS in node.meta]
