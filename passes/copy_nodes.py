@@ -122,8 +122,14 @@ class Copier:
             if not depends.isdisjoint(node.all_input_nodes):
                 depends.add(node)
                 if (target := overwritten_by(node)) is not None:
-                    depends.add(target)  # from here on
+                    depends |= self._names_of(target)  # from here on
         return depends
+
+    def _names_of(self, tensor: Node) -> set[Node]:
+        """``tensor`` and all that lies in the same memory."""
+        memory = storages([tensor])
+        others = (node for node in self.module.graph.nodes if storages([node]) & memory)
+        return {tensor} | {n for n in others if ORIGIN not in n.meta and not sites_of(n)}
 
     def _needed(self, nodes: list[Node], depends: set[Node], outputs: Iterable[Node]) -> set[Node]:
         end = self.module.graph.output_node()
@@ -133,7 +139,8 @@ class Copier:
         writers: dict[Node, list[Node]] = {}
         for node in nodes:
             if node in depends and (target := overwritten_by(node)) is not None:
-                writers.setdefault(target, []).append(node)
+                for name in self._names_of(target):
+                    writers.setdefault(name, []).append(node)
         inside, needed = set(nodes), set[Node]()
         while queue:
             node, user = queue.pop()
@@ -154,6 +161,8 @@ class Copier:
             return  # the results of the former are copied; the latter is overwritten later
         if (reason := self._why_not(node)) is not None:
             self._reasons[node] = reason
+            if (target := overwritten_by(node)) is not None:
+                self._reasons |= dict.fromkeys(self._names_of(target), reason)
         elif (mask := self.masks.of(self.module, node)) is not None:
             self._copy_with_mask(node, *mask)
         elif returns_body_outputs(node):

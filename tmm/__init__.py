@@ -4,6 +4,7 @@
 statistics of every module are computed inside of it, on the steps that ``spec`` monitors.
 """
 
+from tmm.coordinate_check import CoordinateCheck, coord_check
 from tmm.explain import Explanation
 from tmm.instrument import explain, instrument, monitor, remove
 from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
@@ -27,6 +28,7 @@ from tmm.spec import Spec
 __all__ = [
     "HISTOGRAM_EDGES",
     "METRIC_NAMES",
+    "CoordinateCheck",
     "Explanation",
     "Monitor",
     "MonitoringWarning",
@@ -36,6 +38,7 @@ __all__ = [
     "activation",
     "activation_difference",
     "activation_gradient",
+    "coord_check",
     "explain",
     "gradient",
     "instrument",

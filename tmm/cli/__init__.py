@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tmm.cli.coord_check import coord_check
 from tmm.cli.demo import demo
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(coord_check)
 
 
 def _print_version(wanted: bool) -> None:

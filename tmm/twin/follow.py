@@ -32,10 +32,13 @@ class Follower(TorchDispatchMode):
     that they lie in, so that every view and alias of one is known with it.
     """
 
+    supports_higher_order_operators = True  # they run as they are, and are lost sight of
+
     def __init__(self, reference: Reference) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reference = reference
         self._pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inputs: set[Place] = set()
         self._paused = False
 
@@ -46,13 +49,14 @@ class Follower(TorchDispatchMode):
 
     def begin(self, inputs: object) -> None:
         """Forget the last forward pass; ``inputs`` are what this one is given."""
-        self._pairs.clear()
+        self.end()
         given = [value for value in tree_flatten(inputs)[0] if _is_followed(value)]
         self._inputs = {_place(tensor) for tensor in given}
 
     def end(self) -> None:
         """Give up what belongs to the forward pass."""
         self._pairs.clear()
+        self._storages.clear()
         self._inputs.clear()
 
     @contextmanager
@@ -90,14 +94,26 @@ class Follower(TorchDispatchMode):
         reference = self.reference.of(tensor)
         if reference is not None:
             return reference
-        pair = self._pairs.get(_place(tensor))
-        return None if pair is None else pair[1]
+        if (pair := self._pairs.get(_place(tensor))) is not None:
+            return pair[1]
+        storage = self._storages.get(tensor.untyped_storage()._cdata)
+        if storage is None or storage[1].dtype != tensor.dtype:
+            return None
+        return storage[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _stop_sharing(self, tensor: torch.Tensor) -> None:
+        """Give the memory of ``tensor``, and of all its views, a counterpart of its own."""
+        storage = tensor.untyped_storage()
+        elements = storage.nbytes() // tensor.element_size()
+        copy = torch.as_strided(tensor, (elements,), (1,), 0).clone()
+        self._storages[storage._cdata] = (tensor, copy)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, and once more on the counterparts if it has any."""
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
-        if self._paused or in_backward or torch.compiler.is_compiling():
+        is_operator = isinstance(func, torch._ops.OpOverload)
+        if self._paused or in_backward or torch.compiler.is_compiling() or not is_operator:
             return func(*args, **kwargs)
         given = [value for value in tree_flatten((args, kwargs))[0] if _is_followed(value)]
         if of_the_shape_only(func.overloadpacket) or all(self._known(t) is None for t in given):
@@ -106,8 +122,8 @@ class Follower(TorchDispatchMode):
         if any(self.reference.of(tensor) is not None for tensor in written):
             return func(*args, **kwargs)  # a parameter or buffer changes, its reference does not
         for tensor in written:
-            if self._known(tensor) is None:  # must not be shared from now on
-                self._pairs[_place(tensor)] = (tensor, tensor.clone())
+            if self._known(tensor) is None:
+                self._stop_sharing(tensor)
         names = [argument.name for argument in func._schema.arguments]
         other_args = [self._argument(n, v) for n, v in zip(names, args, strict=False)]
         other_kwargs = {name: self._argument(name, value) for name, value in kwargs.items()}
