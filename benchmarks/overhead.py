@@ -9,7 +9,6 @@ once per step.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +27,10 @@ from rich.table import Table
 from torch import nn
 
 import tmm
+from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
 from benchmarks.workloads import FIVE_METRICS, GPT_124M, GPT_SMALL, Workload, training_step
 
-RESULTS = Path(__file__).parent / "results"
 SPEC = tmm.Spec(tmm.activation(*FIVE_METRICS))
 GRADIENTS = tmm.Spec(tmm.activation_gradient(*FIVE_METRICS))
 
@@ -233,9 +231,7 @@ def main(
             "lines": [asdict(line) for line in lines],
         }
         if save:
-            RESULTS.mkdir(exist_ok=True)
-            path = RESULTS / f"overhead-{workload.device}-{date.today()}.json"
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            save_report("overhead", workload.device, report)
 
 
 if __name__ == "__main__":

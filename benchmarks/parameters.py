@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -26,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
 from tmm.kernels.group import summarize_group
 from tmm.metrics import builtin_reductions, finalize
 
-RESULTS = Path(__file__).parent / "results"
 GROUPED, READ, LOOP = "summarize_group", "reading once (torch.sum)", "loop with .item()"
 PEER = "torch-module-monitor"
 FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -233,9 +230,7 @@ def main(
         "lines": [asdict(one) for one in lines],
     }
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"parameters-{device}-{date.today()}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        save_report("parameters", device, report)
 
 
 if __name__ == "__main__":

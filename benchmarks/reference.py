@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import re
 import resource
 import statistics
@@ -21,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +30,11 @@ from rich.table import Table
 from torch import nn
 
 import tmm
+from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
 from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, training_step
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
 PLAIN, FORWARD, EAGER = "plain step", "plain forward", "uncompiled step"
 DIFFERENCES, LINEAR, LEAVES = "differences, all modules", "RCC, linear layers", "RCC, all leaves"
 PEER = "torch-module-monitor, RCC of all"
@@ -199,7 +198,11 @@ def memory(kinds: tuple[str, ...]) -> Mapping[str, int]:
     command = [sys.executable, "-m", "benchmarks.reference", "--memory-of"]
     done = {
         kind: subprocess.run(
-            [*command, kind], check=True, capture_output=True, text=True, cwd=RESULTS.parent.parent
+            [*command, kind],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
         )
         for kind in kinds
     }
@@ -243,9 +246,7 @@ def main(
         "lines": [asdict(line) for line in lines],
     }
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"reference-{workload.device}-{date.today()}.json"
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        save_report("reference", workload.device, report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_arg
@@ -16,6 +15,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from tmm.layout import Site
+from tmm.passes.edits import add_body_input, add_body_output, example_like, storages
 from tmm.passes.marks import is_mark
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
@@ -249,6 +249,7 @@ class Copier:
                 continue
             name = f"{placeholder.name}_reference"
             substitute = add_body_input(node, body, self.copies[argument], name)
+            substitute.meta[ORIGIN] = placeholder
             substitutes[placeholder] = substitute
             if argument in self.parameters.get(self.module, {}):
                 parameters[placeholder] = substitute
@@ -309,52 +310,6 @@ class Copier:
             self._describe(detached, node)
             self._shared[node] = detached
         return self._shared[node]
-
-
-def add_body_input(call: Node, body: GraphModule, value: Node, name: str) -> Node:
-    """Make ``value`` an input of the nested graph ``body`` that ``call`` runs."""
-    call.args = (*call.args, value)
-    placeholder = add_placeholder(body, name, value.meta["example_value"])
-    placeholder.meta[ORIGIN] = value.meta.get(ORIGIN)
-    return placeholder
-
-
-def add_body_output(call: Node, body: GraphModule, output: Node) -> int:
-    """Make ``output`` a further output of a nested graph; gives its position in the result."""
-    returning = body.graph.output_node()
-    (returned,) = returning.args
-    assert isinstance(returned, (tuple, list))
-    returning.args = ((*returned, output),)
-    call.meta["example_value"] = (*call.meta["example_value"], output.meta["example_value"])
-    body.recompile()
-    return len(returned)
-
-
-def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
-    """A further input of a graph, after the others."""
-    first = next(node for node in module.graph.nodes if node.op != "placeholder")
-    with module.graph.inserting_before(first):
-        node = module.graph.placeholder(name)
-    node.meta["example_value"] = example
-    return node
-
-
-def example_like(example: object) -> object:
-    """A traced tensor of the same shape and dtype that shares nothing with it."""
-    if not isinstance(example, FakeTensor) or example.is_nested:
-        return example
-    with example.fake_mode, torch.no_grad():
-        return torch.empty_like(example, requires_grad=False)
-
-
-def storages(nodes: Iterable[Node]) -> set[int]:
-    """The memory that traced tensors lie in."""
-    examples = (node.meta.get("example_value") for node in nodes)
-    return {
-        example.untyped_storage()._cdata
-        for example in examples
-        if isinstance(example, FakeTensor) and example.layout is torch.strided
-    }
 
 
 def of_the_shape_only(target: object) -> bool:

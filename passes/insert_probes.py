@@ -15,7 +15,7 @@ from tmm.kernels.dense import packed_dtype
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, why_unmeasurable
-from tmm.passes.copy_nodes import add_placeholder, storages
+from tmm.passes.edits import add_placeholder, storages
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, sites_of

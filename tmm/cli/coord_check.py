@@ -22,7 +22,7 @@ def coord_check(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the plots, as PNG and HTML. Needs pip install 'tmm-compile[plot]'.",
+            help="Folder for the plots, as PNG and HTML. Needs the extra tmm-compile\\[plot].",
         ),
     ] = None,
     quick: Annotated[

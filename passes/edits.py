@@ -1,0 +1,53 @@
+"""Small changes of graphs that several passes make: further inputs and outputs, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+
+
+def add_body_input(call: Node, body: GraphModule, value: Node, name: str) -> Node:
+    """Make ``value`` an input of the nested graph ``body`` that ``call`` runs."""
+    call.args = (*call.args, value)
+    return add_placeholder(body, name, value.meta["example_value"])
+
+
+def add_body_output(call: Node, body: GraphModule, output: Node) -> int:
+    """Make ``output`` a further output of a nested graph; gives its position in the result."""
+    returning = body.graph.output_node()
+    (returned,) = returning.args
+    assert isinstance(returned, (tuple, list))
+    returning.args = ((*returned, output),)
+    call.meta["example_value"] = (*call.meta["example_value"], output.meta["example_value"])
+    body.recompile()
+    return len(returned)
+
+
+def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
+    """A further input of a graph, after the others."""
+    first = next(node for node in module.graph.nodes if node.op != "placeholder")
+    with module.graph.inserting_before(first):
+        node = module.graph.placeholder(name)
+    node.meta["example_value"] = example
+    return node
+
+
+def example_like(example: object) -> object:
+    """A traced tensor of the same shape and dtype that shares nothing with it."""
+    if not isinstance(example, FakeTensor) or example.is_nested:
+        return example
+    with example.fake_mode, torch.no_grad():
+        return torch.empty_like(example, requires_grad=False)
+
+
+def storages(nodes: Iterable[Node]) -> set[int]:
+    """The memory that traced tensors lie in."""
+    examples = (node.meta.get("example_value") for node in nodes)
+    return {
+        example.untyped_storage()._cdata
+        for example in examples
+        if isinstance(example, FakeTensor) and example.layout is torch.strided
+    }
