@@ -14,13 +14,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -30,11 +26,11 @@ from rich.table import Table
 from torch import nn
 
 import tmm
+from benchmarks.parameters import peak_memory
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
 from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, training_step
 
-ROOT = Path(__file__).parent.parent
 PLAIN, FORWARD, EAGER = "plain step", "plain forward", "uncompiled step"
 DIFFERENCES, LINEAR, LEAVES = "differences, all modules", "RCC, linear layers", "RCC, all leaves"
 PEER = "torch-module-monitor, RCC of all"
@@ -149,9 +145,9 @@ def peer(workload: Workload, leaves: str) -> Callable[[], None]:
     return run
 
 
-def measure(workload: Workload, rounds: int) -> list[Line]:
+def measure(steps: Mapping[str, Callable[[], None]], rounds: int) -> list[Line]:
     """All lines of the report."""
-    timings = interleave(variants(workload), rounds)
+    timings = interleave(steps, rounds)
     forward = timings[FORWARD]
     linear = statistics.median(
         own / base
@@ -176,39 +172,6 @@ def added_forwards(own: Timing, baseline: Timing, forward: Timing) -> Timing:
     return Timing(tuple(added), forward.seconds)
 
 
-def peak_memory(workload: Workload, kind: str) -> int:
-    """Most memory of a process, in bytes, that runs three steps of a variant."""
-    module, tokens = workload.model(), workload.tokens()
-    if kind == PLAIN:
-        step = training_step(module, torch.compile(module), tokens)
-    else:
-        step = watched(workload, tmm.activation_difference("norm"))
-    if workload.device == "cuda":
-        step()
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(3):
-        step()
-    if workload.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory(kinds: tuple[str, ...]) -> Mapping[str, int]:
-    """``peak_memory`` of each kind, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.reference", "--memory-of"]
-    done = {
-        kind: subprocess.run(
-            [*command, kind],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        for kind in kinds
-    }
-    return {kind: int(process.stdout.split()[-1]) for kind, process in done.items()}
-
-
 def show(workload: Workload, lines: list[Line], caption: str) -> None:
     """Print the table."""
     table = Table("variant", "ms", "added forwards", "95 % interval", "bound", title=workload.name)
@@ -223,20 +186,22 @@ def show(workload: Workload, lines: list[Line], caption: str) -> None:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 40,
-    quick: Annotated[bool, typer.Option(help="Few rounds, no memory.")] = False,
+    quick: Annotated[bool, typer.Option(help="Few rounds.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
-    memory_of: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure what comparing with a reference adds to a training step."""
     workload = GPT_124M if torch.cuda.is_available() else GPT_SMALL
-    if memory_of:
-        print(peak_memory(workload, memory_of))
-        return
-    lines = measure(workload, 6 if quick else rounds)
-    peaks = {} if quick else memory((PLAIN, DIFFERENCES))
+    steps = variants(workload)
+    lines = measure(steps, 6 if quick else rounds)
+    peaks = {kind: peak_memory(steps[kind]) for kind in (PLAIN, DIFFERENCES, LEAVES)}
     parameters = sum(p.nbytes for p in workload.model().parameters())
-    caption = ", ".join(f"{kind}: peak {size / 1e6:.0f} MB" for kind, size in peaks.items())
-    show(workload, lines, f"{caption}; parameters {parameters / 1e6:.0f} MB" if peaks else "")
+    caption = "; ".join(f"{kind}: {size / 1e6:.0f} MB" for kind, size in peaks.items())
+    show(
+        workload,
+        lines,
+        f"most bytes of tensors that a step holds: {caption}; and {parameters / 1e6:.0f} MB of"
+        " reference parameters",
+    )
     report = {
         "workload": workload.name,
         "rounds": rounds,
