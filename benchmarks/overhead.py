@@ -29,7 +29,14 @@ from torch import nn
 import tmm
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
-from benchmarks.workloads import FIVE_METRICS, GPT_124M, GPT_SMALL, Workload, training_step
+from benchmarks.workloads import (
+    FIVE_METRICS,
+    GPT_124M,
+    GPT_SMALL,
+    Workload,
+    monitored_step,
+    training_step,
+)
 
 SPEC = tmm.Spec(tmm.activation(*FIVE_METRICS))
 GRADIENTS = tmm.Spec(tmm.activation_gradient(*FIVE_METRICS))
@@ -83,21 +90,13 @@ def compiled_steps(workload: Workload) -> dict[str, Callable[[], None]]:
     watched = tmm.instrument(torch.compile(module), SPEC)
     backward = tmm.instrument(torch.compile(module), GRADIENTS)
 
-    def monitored(model: nn.Module) -> Callable[[], None]:
-        monitor, step = tmm.monitor(model), training_step(module, model, tokens)
-
-        def run() -> None:
-            with monitor.step((monitor.current_step or 0) + 1):
-                step()
-            monitor.get_step_metrics()
-
-        return run
-
     return {
         "plain compiled": training_step(module, plain, tokens),
         "tmm, not monitored": training_step(module, watched, tokens),
-        "tmm, monitored": monitored(watched),
-        "tmm, activation gradients": monitored(backward),
+        "tmm, monitored": monitored_step(watched, training_step(module, watched, tokens)),
+        "tmm, activation gradients": monitored_step(
+            backward, training_step(module, backward, tokens)
+        ),
     }
 
 

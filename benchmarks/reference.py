@@ -29,7 +29,7 @@ import tmm
 from benchmarks.parameters import peak_memory
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
-from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, training_step
+from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, monitored_step, training_step
 
 PLAIN, FORWARD, EAGER = "plain step", "plain forward", "uncompiled step"
 DIFFERENCES, LINEAR, LEAVES = "differences, all modules", "RCC, linear layers", "RCC, all leaves"
@@ -62,14 +62,7 @@ def watched(workload: Workload, *rules: tmm.Rule) -> Callable[[], None]:
     """A monitored training step that compares with the initial parameters."""
     module, tokens = workload.model(), workload.tokens()
     model = tmm.instrument(torch.compile(module), tmm.Spec(*rules, reference="init"))
-    monitor, step = tmm.monitor(model), training_step(module, model, tokens)
-
-    def run() -> None:
-        with monitor.step((monitor.current_step or 0) + 1):
-            step()
-        monitor.get_step_metrics()
-
-    return run
+    return monitored_step(model, training_step(module, model, tokens))
 
 
 def variants(workload: Workload) -> dict[str, Callable[[], None]]:

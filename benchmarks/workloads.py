@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import tmm
 from tmm.demo.gpt import GPT, GPTConfig
 
 FIVE_METRICS = ("mean", "std", "rms", "absmax", "zero_fraction")
@@ -47,6 +48,18 @@ GPT_124M = Workload(
     device="cuda",
     dtype=torch.bfloat16,
 )
+
+
+def monitored_step(model: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
+    """``step`` as a monitored step of ``model``, its values read."""
+    monitor = tmm.monitor(model)
+
+    def run() -> None:
+        with monitor.step((monitor.current_step or 0) + 1):
+            step()
+        monitor.get_step_metrics()
+
+    return run
 
 
 def training_step(

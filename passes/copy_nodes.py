@@ -229,8 +229,7 @@ class Copier:
             self.copies[source] = copied
 
     def _copy_operation(self, node: Node) -> None:
-        anchor = node
-        with self.module.graph.inserting_after(anchor):
+        with self.module.graph.inserting_after(node):
             copied = self.module.graph.node_copy(node, self._counterpart)
         if node.target is functional.batch_norm or node.target is functional.instance_norm:
             _without_statistics(copied)

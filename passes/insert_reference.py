@@ -99,7 +99,9 @@ def insert_reference(
     compared = [node for node in placeholders if node in options.parameters]
     others = [node for node in placeholders if options.is_part and _may_differ(node, options)]
     substitutes = {
-        node: add_placeholder(module, f"{node.name}_reference", _separate(node))
+        node: add_placeholder(
+            module, f"{node.name}_reference", example_like(node.meta["example_value"])
+        )
         for node in (*compared, *others)
     }
     parameters = {module: {node: substitutes[node] for node in compared}}
@@ -169,10 +171,6 @@ def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
 def _may_differ(node: Node, options: ReferenceOptions) -> bool:
     example = node.meta.get("example_value")
     return isinstance(example, torch.Tensor) and node not in options.parameters
-
-
-def _separate(node: Node) -> object:
-    return example_like(node.meta["example_value"])
 
 
 @dataclass

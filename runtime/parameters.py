@@ -10,7 +10,7 @@ import torch
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import PAIR_COLUMNS, Reduction
-from tmm.pairs import inner_products, reduce_pair, widened
+from tmm.pairs import pair_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 
@@ -95,19 +95,12 @@ def _rows_of_pairs(
     own: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], reduction: Reduction
 ) -> torch.Tensor:
     """``tmm.pairs.reduce_pair`` of many pairs, by grouped kernels."""
-    pairs = [widened(a, b) for a, b in zip(own, reference, strict=True)]
-    differences = [a - b for a, b in pairs]
-    if reduction.is_row_norm:
-        norms = [torch.linalg.vector_norm(difference, dim=-1) for difference in differences]
-        return summarize_group(norms, reduction.columns)
-    plain = tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
-    parts = [summarize_group(differences, plain)]
-    if "reference_sum_squares" in reduction.columns:
-        parts.append(summarize_group([b for _, b in pairs], ("sum_squares",)))
-    if "own_sum_squares" in reduction.columns:
-        parts.append(summarize_group([a for a, _ in pairs], ("sum_squares",)))
-    if "dot" in reduction.columns:
-        parts.append(summarize_group([inner_products(a, b) for a, b in pairs], ("sum",)))
+    pairs = zip(own, reference, strict=True)
+    terms = zip(*(pair_terms(a, b, reduction) for a, b in pairs), strict=True)
+    parts = []
+    for term in terms:
+        tensors, columns = zip(*term, strict=True)
+        parts.append(summarize_group(tensors, columns[0]))
     return torch.cat(parts, 1)
 
 

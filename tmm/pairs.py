@@ -17,33 +17,35 @@ def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
     if reduction.function is not None:
         result = torch.as_tensor(reduction.function(own, reference))
         return result.reshape(-1) if reduction.collects_values else _row(result, reduction.columns)
-    own, reference = widened(own, reference)
-    difference = own - reference
+    terms = pair_terms(own, reference, reduction)
     if reduction.is_histogram:
+        ((difference, _),) = terms
         return histogram(difference)
+    rows = [_row(tensor, columns) for tensor, columns in terms]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def pair_terms(
+    own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
+) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
+    """The tensors whose columns, one after the other, are the row of a built-in reduction."""
+    # A difference in half precision would lose its digits.
+    wide = torch.promote_types(own.dtype, torch.float32)
+    own, reference = own.to(wide), reference.to(wide)
+    difference = own - reference
     if reduction.is_row_norm:
-        return row_norms(difference, reduction)
+        return [(torch.linalg.vector_norm(difference, dim=-1), reduction.columns)]
     plain = tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
-    parts = [_row(difference, plain)]
+    terms = [(difference, plain)]
     # In the order of PAIR_COLUMNS.
     if "reference_sum_squares" in reduction.columns:
-        parts.append(_row(reference, ("sum_squares",)))
+        terms.append((reference, ("sum_squares",)))
     if "own_sum_squares" in reduction.columns:
-        parts.append(_row(own, ("sum_squares",)))
+        terms.append((own, ("sum_squares",)))
     if "dot" in reduction.columns:
-        parts.append(_row(inner_products(own, reference), ("sum",)))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def widened(own: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float32 at least: a difference in half precision would lose its digits."""
-    wide = torch.promote_types(own.dtype, torch.float32)
-    return own.to(wide), reference.to(wide)
-
-
-def inner_products(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """The products of the elements; of complex ones the real part of the inner product."""
-    return (own * reference.conj()).real if own.is_complex() else own * reference
+        products = (own * reference.conj()).real if own.is_complex() else own * reference
+        terms.append((products, ("sum",)))
+    return terms
 
 
 def row_norms(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:

@@ -33,7 +33,6 @@ class Reference:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.names = {id(own): name for own, name in names.items() if name in tensors}
         self._own = [own for own, name in names.items() if name in tensors]  # keeps the ids valid
         self._kept = {id(own): _keep(tensors[names[own]], own, device, dtype) for own in self._own}
         self._here: dict[int, torch.Tensor] = {}
