@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_arg
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tmm.layout import Site
 from tmm.passes.edits import add_body_input, add_body_output, example_like, storages
@@ -20,6 +21,7 @@ from tmm.passes.marks import is_mark
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
+from tmm.passes.samples import Samples, SamplesError
 from tmm.passes.shared_masks import FUNCTIONS, SharedMask, draws_by_itself, shared_mask
 
 ORIGIN = "tmm_copied"
@@ -30,6 +32,12 @@ _OF_THE_SHAPE = (
     *("rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full", "new_tensor"),
 )
+
+_BATCH_NORM = (
+    *("input", "running_mean", "running_var", "weight", "bias"),
+    *("training", "momentum", "eps"),
+)
+_UNFOLLOWED = "the items of the batch cannot be told apart in a tensor that it depends on"
 
 
 class Masks:
@@ -66,7 +74,8 @@ class Copier:
     graphs, whose tensors are wanted; after ``copy``, ``found`` maps each to the counterpart of its
     tensor and ``refused`` those that have none to the reason. ``family`` and ``site`` name what
     the copies are made for. ``parameters`` are the substitutes that are parameters, by graph, and
-    ``outer`` maps placeholders of nested graphs to those of the outermost one.
+    ``outer`` maps placeholders of nested graphs to those of the outermost one. With ``samples``
+    the copy is of those items alone; what it shares is narrowed to them.
     """
 
     module: GraphModule
@@ -77,11 +86,12 @@ class Copier:
     site: Site
     parameters: dict[GraphModule, dict[Node, Node]] = field(default_factory=dict)
     outer: dict[Node, Node] = field(default_factory=dict)
+    samples: Samples | None = None
     copies: dict[Node, Node] = field(default_factory=dict)
     found: dict[Node, Node] = field(default_factory=dict)
     refused: dict[Node, str] = field(default_factory=dict)
     _lifted: dict[Node, dict[int, int]] = field(default_factory=dict)
-    _shared: dict[Node, Node] = field(default_factory=dict)
+    _shared: dict[Node, Argument] = field(default_factory=dict)
     _reasons: dict[Node, str] = field(default_factory=dict)
 
     def copy(self, outputs: Iterable[Node] = (), among: Iterable[Node] | None = None) -> None:
@@ -113,6 +123,9 @@ class Copier:
             self.refused[mark] = self._reasons[tensor]
         else:
             self.found[mark] = self.copies.get(tensor, tensor)
+            example = tensor.meta["example_value"]
+            if self.samples is not None and not self.samples.can_be_told_apart(example):
+                self.refused[mark] = _UNFOLLOWED
 
     def _dependent(self, nodes: list[Node]) -> set[Node]:
         depends = set(self.substitutes)
@@ -187,6 +200,8 @@ class Copier:
             return None if returns_body_outputs(node) else f"inside {node.target}"
         if free_unbacked_symbols(node.meta.get("example_value")):
             return "its shape depends on values"
+        if self.samples is not None and (reason := self._why_not_of_samples(node)) is not None:
+            return reason
         target = overwritten_by(node)
         if (
             target is not None
@@ -195,6 +210,36 @@ class Copier:
         ):
             return "it depends on a tensor that is overwritten and has other names"
         return None
+
+    def _why_not_of_samples(self, node: Node) -> str | None:
+        """Why ``node`` cannot be computed of some items alone."""
+        assert self.samples is not None
+        if mixes_items(node):
+            raise SamplesError(
+                f"{_module_type(node)} mixes the items of a batch here (batch norm in training"
+                " mode), so that some of them cannot be compared alone; leave reference_samples="
+                " out"
+            )
+        sources = node.all_input_nodes
+        if node.target in ("to", "type_as"):
+            sources = sources[:1]
+        if any(not self._can_be_narrowed(source) for source in sources):
+            return _UNFOLLOWED
+        example = node.meta.get("example_value")
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example)) and (
+            any(self.samples.has_items(source.meta.get("example_value")) for source in sources)
+            and not self.samples.has_items(example)
+        ):
+            return "it joins the items of the batch"
+        return None
+
+    def _can_be_narrowed(self, node: Node) -> bool:
+        """Whether the items can be told apart in what is shared of ``node``."""
+        example = node.meta.get("example_value")
+        is_copied = self.copies.get(node, node) is not node
+        if self.samples is None or is_copied or not isinstance(example, torch.Tensor):
+            return True
+        return self.samples.can_be_told_apart(example)
 
     def _has_other_names(self, target: Node, writer: Node) -> bool:
         """Whether another name of what ``writer`` overwrites is used later."""
@@ -213,7 +258,8 @@ class Copier:
         if counterpart is not target and counterpart.op != "placeholder":
             return
         with self.module.graph.inserting_before(node):
-            clone = self.module.graph.call_method("clone", (self._without_gradient(counterpart),))
+            shared = self._counterpart(target) if counterpart is target else counterpart
+            clone = self.module.graph.call_method("clone", (shared,))
         self._describe(clone, target)
         self.copies[target] = clone
 
@@ -221,12 +267,28 @@ class Copier:
         both = node.args[0]
         assert isinstance(both, Node)
         arguments = map_arg(both.kwargs, self._counterpart)
+        if self.samples is not None:
+            mask = self._narrowed_mask(both, mask, shared)
         with self.module.graph.inserting_after(node):
             copied = self.module.graph.call_function(shared.by_mask, (mask,), arguments)
         self._describe(copied, node)
         self.copies[node] = copied
         if (source := overwritten_by(both)) is not None:
             self.copies[source] = copied
+
+    def _narrowed_mask(self, both: Node, mask: Node, shared: SharedMask) -> Node:
+        assert self.samples is not None
+        if "example_value" not in mask.meta:
+            given = map_arg(both.kwargs, _example_of)
+            fake_mode = next(v.fake_mode for v in given.values() if isinstance(v, FakeTensor))
+            with fake_mode, torch.no_grad():
+                mask.meta["example_value"] = shared.with_mask(**given)[1]
+        if not self.samples.has_items(mask.meta["example_value"]):
+            return mask
+        with self.module.graph.inserting_after(mask):
+            narrowed = self.samples.insert_narrow(self.module.graph, mask)
+        add_site(narrowed, self.family, self.site)
+        return narrowed
 
     def _copy_operation(self, node: Node) -> None:
         with self.module.graph.inserting_after(node):
@@ -267,15 +329,21 @@ class Copier:
             *(body, substitutes, self.marks, self.masks, self.family, self.site),
             parameters=self.parameters,
             outer=self.outer,
+            samples=self.samples,
         )
         inner.copy(wanted.values())
         self.found |= inner.found
         self.refused |= inner.refused
         self._lifted[node] = {}
         for index, output in wanted.items():
+            found = inner.copies[output]
             if output in inner.refused:
                 self._reasons[node] = inner.refused[output]
-            position = add_body_output(node, body, inner.copies[output])
+            elif not inner._can_be_narrowed(output):
+                self._reasons[node] = _UNFOLLOWED
+            elif found is output and self.samples is not None:
+                found = cast("Node", inner._counterpart(output))
+            position = add_body_output(node, body, found)
             self._lifted[node][index] = position
         self.copies[node] = node
 
@@ -291,30 +359,62 @@ class Copier:
             for key, value in original.meta.items()
             if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
         }
-        copied.meta["example_value"] = tree_map(example_like, original.meta.get("example_value"))
+        example = original.meta.get("example_value")
+        if self.samples is not None:
+            example = self.samples.example(example)
+        copied.meta["example_value"] = tree_map(example_like, example)
         copied.meta[ORIGIN] = original
         add_site(copied, self.family, self.site)
 
-    def _counterpart(self, node: Node) -> Node:
+    def _counterpart(self, node: Node) -> Argument:
         counterpart = self.copies.get(node, node)
-        return self._without_gradient(counterpart) if counterpart is node else counterpart
+        if counterpart is not node:
+            return counterpart
+        if node not in self._shared:
+            self._shared[node] = self._share(node)
+        return self._shared[node]
 
-    def _without_gradient(self, node: Node) -> Node:
+    def _share(self, node: Node) -> Argument:
+        """What a copy takes of a node that it does not copy: no gradient, and no other items."""
         example = node.meta.get("example_value")
+        if self.samples is not None and self.samples.has_items(example):
+            if not isinstance(example, torch.Tensor):
+                return cast("Argument", self.samples.example(example))
+            with self.module.graph.inserting_after(_last_input(self.module, node)):
+                narrowed = self.samples.insert_narrow(self.module.graph, node)
+            narrowed.meta[ORIGIN] = node
+            add_site(narrowed, self.family, self.site)
+            node, example = narrowed, narrowed.meta["example_value"]
         if not isinstance(example, torch.Tensor) or not example.requires_grad:
             return node
-        if node not in self._shared:
-            with self.module.graph.inserting_after(_last_input(self.module, node)):
-                detached = self.module.graph.call_method("detach", (node,))
-            self._describe(detached, node)
-            self._shared[node] = detached
-        return self._shared[node]
+        with self.module.graph.inserting_after(_last_input(self.module, node)):
+            detached = self.module.graph.call_method("detach", (node,))
+        self._describe(detached, node)
+        return detached
 
 
 def of_the_shape_only(target: object) -> bool:
     """Whether a function or method gives what depends on the argument's shape only."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     return name in _OF_THE_SHAPE
+
+
+def mixes_items(node: Node) -> bool:
+    """Whether a normalization takes its statistics over the batch."""
+    if node.target is not functional.batch_norm:
+        return False
+    arguments = dict(zip(_BATCH_NORM, node.args, strict=False)) | node.kwargs
+    return bool(arguments.get("training", False))
+
+
+def _example_of(node: Node) -> object:
+    return node.meta["example_value"]
+
+
+def _module_type(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {"": ("", type(None))}
+    path, kind = next(reversed(stack.values()))
+    return f"{path} ({getattr(kind, '__name__', kind)})"
 
 
 def _last_input(module: GraphModule, node: Node) -> Node:
@@ -328,9 +428,9 @@ def _last_input(module: GraphModule, node: Node) -> Node:
 
 def _without_statistics(node: Node) -> None:
     """Let a normalization of a copy not touch running statistics."""
-    names = ("input", "running_mean", "running_var", "weight", "bias")
-    training = "training" if node.target is functional.batch_norm else "use_input_stats"
-    arguments = dict(zip((*names, training, "momentum", "eps"), node.args, strict=False))
+    is_batch_norm = node.target is functional.batch_norm
+    names, training = _BATCH_NORM, "training" if is_batch_norm else "use_input_stats"
+    arguments = dict(zip((*names[:5], training, *names[6:]), node.args, strict=False))
     arguments |= node.kwargs
     if arguments.get(training, node.target is functional.instance_norm):
         arguments |= {"running_mean": None, "running_var": None}

@@ -19,9 +19,13 @@ from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes
+from tmm.passes.samples import Samples
 from tmm.passes.trace_function import insert_traced, trace
 
 _COMPARED = "tmm_compared"
+
+PAIR = "tmm_pair"
+"""Metadata of a row: the two tensors that it compares, equal where the reference is the model."""
 
 DIFFERENCE = "activation_difference"
 BRANCH = "reference"
@@ -57,6 +61,7 @@ class ReferenceOptions:
     check asks of a module. ``parameters`` gives the ``id`` of the parameter or buffer that a
     placeholder is, for those that have a reference; ``is_part`` tells that the graph is not the
     whole model: other inputs may have counterparts as well, and outputs are to have them.
+    With ``samples`` those items alone are compared. ``refusal`` says why nothing can be.
     """
 
     modules: Mapping[int, str]
@@ -64,6 +69,8 @@ class ReferenceOptions:
     check: Callable[[str], CheckedModule | None]
     parameters: Mapping[Node, int]
     is_part: bool = False
+    samples: Samples | None = None
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,9 @@ def insert_reference(
     wanted = [mark for mark in all_nodes(module) if is_mark(mark) and _is_wanted(mark, options)]
     for mark in wanted:
         mark.meta[_COMPARED] = True
+    if options.refusal:
+        sites = (site_of(mark, options.modules) for mark in wanted)
+        return ReferenceEnds(), tuple((s, f"reference: {options.refusal}") for s in sites if s)
     if not wanted and not options.is_part:
         return ReferenceEnds(), ()
     placeholders = list(module.graph.find_nodes(op="placeholder"))
@@ -109,6 +119,7 @@ def insert_reference(
     branch = Copier(
         *(module, substitutes, marks, Masks(), BRANCH, Site("branch")),
         parameters=parameters,
+        samples=options.samples,
     )
     returned = _returned_tensors(module) if options.is_part else {}
     branch.copy(returned.values())
@@ -207,7 +218,7 @@ class _Rows:
         assert checked is not None
         if checked.only_update:
             return
-        place = _Place(module, mark)
+        place = _Place(module, mark, self.options.samples)
         site = Site(site.module)
         norms = partial(row_norms, reduction=ROW_NORM)
         place.row(INPUT, site, ROW_NORM, norms, place.live)
@@ -216,7 +227,7 @@ class _Rows:
     def _output_rows(
         self, module: GraphModule, mark: Node, site: Site
     ) -> Iterator[tuple[Site, str]]:
-        place = _Place(module, mark)
+        place = _Place(module, mark, self.options.samples)
         dtype = mark.all_input_nodes[0].meta["example_value"].dtype
         for reduction in self.options.select(site.module, dtype):
             place.pair(DIFFERENCE, site, reduction, place.live, place.of(self.branch))
@@ -247,6 +258,7 @@ class _Rows:
         mixed = Copier(
             *(module, parameters, frozenset([mark]), self.branch.masks, BRANCH, site),
             parameters={module: dict(parameters)},
+            samples=self.options.samples,
         )
         mixed.copy(among=[node for node in module.graph.nodes if is_within(node, call)])
         return mixed
@@ -262,7 +274,7 @@ class _Rows:
 class _Place:
     """Where rows go: directly after a mark, and after what was inserted there before."""
 
-    def __init__(self, module: GraphModule, mark: Node) -> None:
+    def __init__(self, module: GraphModule, mark: Node, samples: Samples | None) -> None:
         self.module = module
         self.mark = mark
         (self.tensor,) = mark.all_input_nodes
@@ -270,7 +282,10 @@ class _Place:
         with module.graph.inserting_after(mark):
             self.live = module.graph.call_method("detach", (self.tensor,))
         self.live.meta["example_value"] = example.detach()
-        self.last = self.live
+        self.last = self._detached = self.live
+        if samples is not None and samples.has_items(example):
+            with module.graph.inserting_after(self.live):
+                self.last = self.live = samples.insert_narrow(module.graph, self.live)
 
     def of(self, copier: Copier) -> Node:
         """The counterpart that ``copier`` found of the marked tensor."""
@@ -293,7 +308,10 @@ class _Place:
                 own, reference = own - off[0].detach(), reference - off[1]
             return reduce_pair(own, reference, reduction)
 
-        return self.row(family, site, reduction, compare, own, reference, *offsets)
+        row = self.row(family, site, reduction, compare, own, reference, *offsets)
+        if not offsets:
+            row.meta[PAIR] = (own, reference)
+        return row
 
     def row(
         self,
@@ -310,6 +328,7 @@ class _Place:
         row = insert_traced(self.module.graph, traced, values, self.last)
         row.meta[MEASUREMENTS] = (Measurement(family, site, reduction),)
         add_site(self.live, family, site)
+        add_site(self._detached, family, site)
         while self.last.next is not following:
             self.last = self.last.next
             add_site(self.last, family, site)

@@ -46,7 +46,9 @@ class Binding:
 class KeyRegistry:
     """Names sites and keys, and keeps the order in which sites were first executed."""
 
-    def __init__(self) -> None:
+    def __init__(self, notes: Callable[[str], str] = lambda family: "") -> None:
+        """``notes`` gives what a store is to keep about the keys of a family."""
+        self._notes = notes
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
 
@@ -100,7 +102,8 @@ class KeyRegistry:
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, _, name = site.partition("/")
-        return KeyInfo(key, kind, name or site, self._positions[site], aggregate)
+        position, notes = self._positions[site], self._notes(kind)
+        return KeyInfo(key, kind, name or site, position, aggregate, notes)
 
 
 def _join(*parts: str) -> str:

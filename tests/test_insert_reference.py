@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from tmm.passes.insert_reference import (
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps
+from tmm.passes.samples import Samples
 
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
 
@@ -87,6 +90,20 @@ def test_golden() -> None:
     assert ends == ReferenceEnds(parameters=(1, 2))
     assert refused == ()
     check_golden("insert_reference", before + "\n# becomes\n\n" + text(graph))
+
+
+def test_golden_of_samples() -> None:
+    module, x = Small(), X.repeat(2, 1)
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    graph = copy_graph(trace(module.train(), x, inputs_marked=True))
+    before = text(graph)
+    (size,) = (node.meta["example_value"] for node in graph.graph.nodes if node.name[0] == "s")
+    samples = Samples(size.node.expr, 2)
+    options = replace(options_for(module, graph, "rms", checked="fc"), samples=samples)
+    ends, refused = insert_reference(graph, options=options)
+    assert ends == ReferenceEnds(parameters=(2, 3))
+    assert refused == ()
+    check_golden("insert_reference_samples", before + "\n# becomes\n\n" + text(graph))
 
 
 def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:

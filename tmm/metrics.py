@@ -144,6 +144,10 @@ DERIVED_METRICS: Mapping[str, Metric] = {
 
 ROW_NORMS = ("l2", "l2norm")
 
+MEANS = (*("mean", "mean_abs", "rms", "zero_fraction", "relative_norm", "cosine", *ROW_NORMS),)
+"""Metrics that are means over elements, or quotients and roots of such: a part of the elements
+estimates them."""
+
 _ALL_METRICS = {**METRICS, **DERIVED_METRICS}
 _OF_OTHER_TENSORS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr", *ROW_NORMS)
 

@@ -13,12 +13,13 @@ import torch
 from tmm.metrics import (
     DERIVED_METRICS,
     HISTOGRAM,
+    MEANS,
     METRICS,
     Reduction,
     builtin_reductions,
     function_reduction,
 )
-from tmm.rules import NEED_REFERENCE, Rule, check_pattern, rule_family
+from tmm.rules import BRANCH_FAMILIES, NEED_REFERENCE, Rule, check_pattern, rule_family
 
 StepPredicate: TypeAlias = Callable[[int], bool]
 ReferenceSource: TypeAlias = (
@@ -42,6 +43,10 @@ class Spec:
         reference_device: where the reference is kept. On ``"cpu"`` it lies in pinned memory, and
             is brought over on monitored steps only. By default beside the model.
         reference_dtype: the dtype in which it is kept; it is compared in that of the model.
+        reference_samples: compare the first of each batch (dimension 0 of the model's inputs) and
+            no more, so that the reference costs that share of a forward pass. Means over tokens
+            stay unbiased; metrics that are none are refused, as are models whose batch cannot be
+            followed (graph breaks) or that mix its items (batch norm in training mode).
 
     Raises:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern or a rule
@@ -57,6 +62,7 @@ class Spec:
         reference: ReferenceSource | None = None,
         reference_device: torch.device | str | None = None,
         reference_dtype: torch.dtype | None = None,
+        reference_samples: int | None = None,
     ) -> None:
         if not rules:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -77,10 +83,13 @@ class Spec:
             raise ValueError(f"reference_dtype={reference_dtype} is not a floating-point dtype")
         if reference_device is not None:
             torch.device(reference_device)  # raises for one that does not exist
+        if reference_samples is not None:
+            _check_samples(reference_samples, rules)
         self.rules: tuple[Rule, ...] = rules
         self.reference = reference
         self.reference_device = reference_device
         self.reference_dtype = reference_dtype
+        self.reference_samples = reference_samples
         self.every: int | StepPredicate = every
         self.exclude: str | None = exclude
 
@@ -96,6 +105,8 @@ class Spec:
             parts.append(f"reference_device={str(self.reference_device)!r}")
         if self.reference_dtype is not None:
             parts.append(f"reference_dtype={self.reference_dtype}")
+        if self.reference_samples is not None:
+            parts.append(f"reference_samples={self.reference_samples}")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:
@@ -108,9 +119,40 @@ class Spec:
         """Whether the module of that name is measured by no rule."""
         return self.exclude is not None and re.match(self.exclude, module_name) is not None
 
+    def notes(self, family: str) -> str:
+        """What readers of the rows of ``family`` should know, in a few words."""
+        if self.reference_samples is not None and rule_family(family) in BRANCH_FAMILIES:
+            return f"of the first {self.reference_samples} items of each batch"
+        return ""
+
     def measures(self, family: str) -> bool:
         """Whether any rule is of that family."""
         return any(rule.family == family for rule in self.rules)
+
+
+def _check_samples(samples: object, rules: Iterable[Rule]) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"reference_samples={samples!r} is not a number of items")
+    if samples < 1:
+        raise ValueError(f"reference_samples={samples} must be at least 1")
+    compared = [rule for rule in rules if rule.family in BRANCH_FAMILIES]
+    if not compared:
+        raise ValueError(
+            f"reference_samples={samples} is for tmm.activation_difference and tmm.rcc, which the"
+            " spec has none of"
+        )
+    for rule in compared:
+        for metric in rule.metrics:
+            if metric not in MEANS:
+                raise ValueError(
+                    f"{rule}: {metric!r} of some items does not estimate that of a batch"
+                    f" (reference_samples={samples}); choose among {', '.join(MEANS)}"
+                )
+        if rule.functions and rule.aggregate != "mean":
+            raise ValueError(
+                f"{rule}: aggregate={rule.aggregate!r} over some items does not estimate that over"
+                f" a batch (reference_samples={samples}); choose 'mean'"
+            )
 
 
 def check_reference(reference: object) -> None:

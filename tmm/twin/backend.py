@@ -21,12 +21,14 @@ from tmm.passes.insert_reference import CheckedModule, ReferenceOptions
 from tmm.passes.pipeline import Rewritten, rewrite
 from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
+from tmm.passes.samples import Samples
 from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
 from tmm.passes.shared_masks import draws_random_numbers
 from tmm.reference import Reference
 from tmm.twin.breaks import end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
+from tmm.twin.sampling import LOST_ITEMS, Batch, Sampling
 from tmm.twin.trace import TraceFolder
 
 OUTSIDE = "//"
@@ -76,6 +78,17 @@ class Host(Protocol):
 
     def scope(self) -> Scope:
         """The scope of the frame that is being compiled."""
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch that the running call of the model was given, as far as it is looked for."""
+
+    @property
+    def is_reference_lost(self) -> bool:
+        """Whether the rest of the running call cannot be compared."""
+
+    def lose_reference(self) -> None:
+        """Compare nothing in the rest of the running call."""
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -155,12 +168,14 @@ class MeasuredGraph:
         host: Host,
         *,
         has_own_randomness: bool,
+        loses_reference: bool,
     ) -> None:
         self.run = run
         self.layout = rewritten.layout
         self.row_inputs = rewritten.row_inputs
         self.reference = rewritten.reference
         self.has_own_randomness = has_own_randomness
+        self.loses_reference = loses_reference
         self.report = report
         self.owner = owner
         self.witness = witness
@@ -172,6 +187,8 @@ class MeasuredGraph:
         rows = [self.host.gradient_rows(self, inputs, wanted) for wanted in self.row_inputs]
         with self.host.inside_graph():
             outputs = self.run(*inputs, *counterparts, *rows)
+        if self.loses_reference:
+            self.host.lose_reference()
         extra, paired = self.layout.outputs, self.reference.outputs
         own = len(outputs) - extra - len(paired)
         if paired:
@@ -188,9 +205,12 @@ class MeasuredGraph:
 class MeasuringBackend:
     """Rewrites each traced graph and hands it to the user's backend."""
 
-    def __init__(self, host: Host, settings: CompileSettings) -> None:
+    def __init__(
+        self, host: Host, settings: CompileSettings, sampling: Sampling | None = None
+    ) -> None:
         self.host = host
         self.settings = settings
+        self.sampling = sampling
         # What Dynamo reads from a backend besides calling it.
         for name in ("get_compiler_config", "backend_ctx_ctor", "reset"):
             if hasattr(settings.backend, name):
@@ -203,14 +223,25 @@ class MeasuringBackend:
         probes = None
         if scope.select_gradient is not None:
             probes = ProbeOptions(scope.modules, scope.select_gradient, self.host.scales_gradients)
-        reference = None
+        reference = samples = None
+        whole = scope.is_root and is_whole(module)
         if scope.comparison is not None and self.host.reference is not None:
-            reference = partial(self._reference_options, scope, scope.comparison)
+            refusal = ""
+            if not whole and not self._is_followed(module):
+                refusal = LOST_ITEMS
+            elif self.sampling is not None:
+                samples = self.sampling.samples(module, self.host.batch)
+            bound = (scope, scope.comparison, whole, samples, refusal)
+            reference = partial(self._reference_options, *bound)
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:
             watch = self.host.trace.begin(index, module, scope.modules)
         rewritten = rewrite(module, options, probes, reference, watch=watch)
+        if samples is not None and self.sampling is not None and self.host.batch is not None:
+            with self.host.inside_graph():
+                self.sampling.check(rewritten, samples, self.host.batch)
+            self.sampling.settle(module, samples, self.host.batch)
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         report = GraphReport(
             owner=scope.owner_name,
@@ -237,13 +268,28 @@ class MeasuringBackend:
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
         own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)
         graph = MeasuredGraph(
-            *(run, rewritten, report, scope.owner, witness, self.host), has_own_randomness=own
+            *(run, rewritten, report, scope.owner, witness, self.host),
+            has_own_randomness=own,
+            loses_reference=samples is not None and not whole,
         )
         self.host.graphs.append(graph)
         return graph
 
+    def _is_followed(self, module: GraphModule) -> bool:
+        batch, reference = self.host.batch, self.host.reference
+        if self.sampling is None or batch is None or reference is None:
+            return True
+        after_others = self.host.is_reference_lost
+        return self.sampling.is_followed(module, batch, reference, after_others=after_others)
+
     def _reference_options(
-        self, scope: Scope, comparison: Comparison, module: GraphModule
+        self,
+        scope: Scope,
+        comparison: Comparison,
+        whole: bool,
+        samples: Samples | None,
+        refusal: str,
+        module: GraphModule,
     ) -> ReferenceOptions:
         assert self.host.reference is not None
         parameters = {}
@@ -256,7 +302,9 @@ class MeasuringBackend:
             comparison.select,
             comparison.check,
             parameters,
-            is_part=not (scope.is_root and is_whole(module)),
+            is_part=not whole and samples is None,
+            samples=samples,
+            refusal=refusal,
         )
 
 

@@ -26,6 +26,7 @@ from tmm.preserve import RandomState
 from tmm.twin.attribution import Attribution, checked_module
 from tmm.twin.follow import Follower
 from tmm.twin.outputs import tensors_in
+from tmm.twin.sampling import LOST_ITEMS
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
@@ -95,7 +96,9 @@ class EagerComparison:
             own, reference = tensor.detach(), self._follower.counterpart(tensor)
             if reference is None:
                 self._attribution.unmeasured[f"{name}{path}, compared with the reference"] = (
-                    "it was computed on a way that tmm does not see"
+                    LOST_ITEMS
+                    if self._follower.is_lost
+                    else "it was computed on a way that tmm does not see"
                 )
                 continue
             with torch.no_grad(), self._follower.paused():

@@ -41,6 +41,7 @@ class Follower(TorchDispatchMode):
         self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._inputs: set[Place] = set()
         self._paused = False
+        self.is_lost = False
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -50,6 +51,7 @@ class Follower(TorchDispatchMode):
     def begin(self, inputs: object) -> None:
         """Forget the last forward pass; ``inputs`` are what this one is given."""
         self.end()
+        self.is_lost = False
         given = [value for value in tree_flatten(inputs)[0] if _is_followed(value)]
         self._inputs = {_place(tensor) for tensor in given}
 
@@ -58,6 +60,10 @@ class Follower(TorchDispatchMode):
         self._pairs.clear()
         self._storages.clear()
         self._inputs.clear()
+
+    def lose(self) -> None:
+        """Know no counterpart in the rest of the forward pass."""
+        self.is_lost = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -83,6 +89,8 @@ class Follower(TorchDispatchMode):
         """The counterpart of a tensor; None for one that was lost sight of."""
         if not _is_followed(tensor):
             return None
+        if self.is_lost:
+            return self.reference.of(tensor)
         known = self._known(tensor)
         if known is not None:
             return known
@@ -113,7 +121,13 @@ class Follower(TorchDispatchMode):
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
         is_operator = isinstance(func, torch._ops.OpOverload)
-        if self._paused or in_backward or torch.compiler.is_compiling() or not is_operator:
+        if (
+            self._paused
+            or self.is_lost
+            or in_backward
+            or torch.compiler.is_compiling()
+            or not is_operator
+        ):
             return func(*args, **kwargs)
         given = [value for value in tree_flatten((args, kwargs))[0] if _is_followed(value)]
         if of_the_shape_only(func.overloadpacket) or all(self._known(t) is None for t in given):

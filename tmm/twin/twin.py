@@ -20,6 +20,7 @@ from tmm.metrics import Aggregate, Reduction
 from tmm.naming import unwrapped
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_probes import RowInput
+from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.reference import Reference
 from tmm.rules import BRANCH_FAMILIES
@@ -34,6 +35,7 @@ from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_se
 from tmm.twin.follow import Follower
 from tmm.twin.outputs import mark_inputs, mark_nothing, mark_outputs
 from tmm.twin.regions import COMPILED_CALL, Region
+from tmm.twin.sampling import Batch, Sampling
 from tmm.twin.trace import TraceFolder
 from tmm.values import RecordedValues, RecordError
 
@@ -104,6 +106,7 @@ class Twin:
         self._follower: Follower | None = None
         self._comparison: EagerComparison | None = None
         self._lost = False
+        self.batch: Batch | None = None
         self.attribution = Attribution(module, plan, recorder.registry)
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
@@ -126,7 +129,7 @@ class Twin:
         """Run a region, measured."""
         if self.is_running():
             return self._run(region, *args, **kwargs)
-        with self._hooked(), self._following((args, kwargs)):
+        with self._hooked(), self._following((args, kwargs)), self._sampling((args, kwargs)):
             return self._run(region, *args, **kwargs)
 
     def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +177,10 @@ class Twin:
         for kind, known, program in self._programs:
             if kind is type(region.callee) and known == settings:
                 return program
-        backend = MeasuringBackend(self, settings)
+        sampling = None
+        if (kept := self.plan.spec.reference_samples) is not None:
+            sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
+        backend = MeasuringBackend(self, settings, sampling)
         program = compile_separately(_traced, settings, backend, _keep_guards)
         self._programs.append((type(region.callee), settings, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
@@ -223,6 +229,18 @@ class Twin:
                 yield
         finally:
             self._follower.end()
+
+    @contextmanager
+    def _sampling(self, inputs: object) -> Iterator[None]:
+        if self.plan.spec.reference_samples is None or self._follower is None:
+            yield
+            return
+        self.batch = Batch.of(inputs)
+        try:
+            with nullcontext() if self.batch is None else self.batch.left_open():
+                yield
+        finally:
+            self.batch = None
 
     # Tracing
 
@@ -384,6 +402,16 @@ class Twin:
             found.append(counterpart)
         return found
 
+    @property
+    def is_reference_lost(self) -> bool:
+        """Whether the rest of the running call cannot be compared."""
+        return self._follower is not None and self._follower.is_lost
+
+    def lose_reference(self) -> None:
+        """Compare nothing in the rest of the running call."""
+        if self._follower is not None:
+            self._follower.lose()
+
     def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
         """Take what the reference's branch of a graph gives to later ones."""
         if self._follower is not None and not self._lost:
@@ -432,7 +460,7 @@ class Twin:
 def _fault_of_the_user(error: BaseException | None) -> Exception | None:
     """The message for the user that Dynamo wrapped in an error of its own, if it did."""
     while error is not None:
-        if isinstance(error, (RecordError, MetricFunctionError)):
+        if isinstance(error, (RecordError, MetricFunctionError, SamplesError)):
             return error
         error = error.__cause__ or error.__context__
     return None
