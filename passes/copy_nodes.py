@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_arg
@@ -18,11 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tmm.layout import Site
 from tmm.passes.edits import add_body_input, add_body_output, example_like, storages
 from tmm.passes.marks import is_mark
+from tmm.passes.masks import Masks
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.normalization import mixes_items, without_statistics
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples, SamplesError
-from tmm.passes.shared_masks import FUNCTIONS, SharedMask, draws_by_itself, shared_mask
+from tmm.passes.shared_masks import FUNCTIONS, SharedMask, draws_by_itself
 
 ORIGIN = "tmm_copied"
 """Node metadata: the node that this one computes again. A copy is never copied itself."""
@@ -33,36 +34,7 @@ _OF_THE_SHAPE = (
     *("new_zeros", "new_ones", "new_empty", "new_empty_strided", "new_full", "new_tensor"),
 )
 
-_BATCH_NORM = (
-    *("input", "running_mean", "running_var", "weight", "bias"),
-    *("training", "momentum", "eps"),
-)
 _UNFOLLOWED = "the items of the batch cannot be told apart in a tensor that it depends on"
-
-
-class Masks:
-    """The masks of what drops elements at random, shared by all copies."""
-
-    def __init__(self) -> None:
-        self._masks: dict[Node, tuple[Node, SharedMask]] = {}
-
-    def of(self, module: GraphModule, node: Node) -> tuple[Node, SharedMask] | None:
-        """The mask that ``node`` drops with; has it handed out first."""
-        if node in self._masks:
-            return self._masks[node]
-        shared = shared_mask(node)
-        if shared is None:
-            return None
-        arguments = cast("dict[str, Argument]", dict(shared.arguments))
-        with module.graph.inserting_before(node):
-            both = module.graph.call_function(shared.with_mask, (), arguments)
-            mask = module.graph.call_function(operator.getitem, (both, 1))
-        both.meta = dict(node.meta)
-        both.meta.pop("example_value")
-        # The node itself stays, so that whoever knows it still does.
-        node.target, node.args, node.kwargs = operator.getitem, (both, 0), {}
-        self._masks[node] = (mask, shared)
-        return self._masks[node]
 
 
 @dataclass
@@ -268,7 +240,8 @@ class Copier:
         assert isinstance(both, Node)
         arguments = map_arg(both.kwargs, self._counterpart)
         if self.samples is not None:
-            mask = self._narrowed_mask(both, mask, shared)
+            mask = self.masks.narrowed(self.module, mask, self.samples)
+            add_site(mask, self.family, self.site)
         with self.module.graph.inserting_after(node):
             copied = self.module.graph.call_function(shared.by_mask, (mask,), arguments)
         self._describe(copied, node)
@@ -276,25 +249,11 @@ class Copier:
         if (source := overwritten_by(both)) is not None:
             self.copies[source] = copied
 
-    def _narrowed_mask(self, both: Node, mask: Node, shared: SharedMask) -> Node:
-        assert self.samples is not None
-        if "example_value" not in mask.meta:
-            given = map_arg(both.kwargs, _example_of)
-            fake_mode = next(v.fake_mode for v in given.values() if isinstance(v, FakeTensor))
-            with fake_mode, torch.no_grad():
-                mask.meta["example_value"] = shared.with_mask(**given)[1]
-        if not self.samples.has_items(mask.meta["example_value"]):
-            return mask
-        with self.module.graph.inserting_after(mask):
-            narrowed = self.samples.insert_narrow(self.module.graph, mask)
-        add_site(narrowed, self.family, self.site)
-        return narrowed
-
     def _copy_operation(self, node: Node) -> None:
         with self.module.graph.inserting_after(node):
             copied = self.module.graph.node_copy(node, self._counterpart)
         if node.target is functional.batch_norm or node.target is functional.instance_norm:
-            _without_statistics(copied)
+            without_statistics(copied)
         self._describe(copied, node)
         self.copies[node] = copied
 
@@ -399,18 +358,6 @@ def of_the_shape_only(target: object) -> bool:
     return name in _OF_THE_SHAPE
 
 
-def mixes_items(node: Node) -> bool:
-    """Whether a normalization takes its statistics over the batch."""
-    if node.target is not functional.batch_norm:
-        return False
-    arguments = dict(zip(_BATCH_NORM, node.args, strict=False)) | node.kwargs
-    return bool(arguments.get("training", False))
-
-
-def _example_of(node: Node) -> object:
-    return node.meta["example_value"]
-
-
 def _module_type(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {"": ("", type(None))}
     path, kind = next(reversed(stack.values()))
@@ -424,14 +371,3 @@ def _last_input(module: GraphModule, node: Node) -> Node:
     *_, last = module.graph.find_nodes(op="placeholder")
     assert isinstance(last, Node)
     return last
-
-
-def _without_statistics(node: Node) -> None:
-    """Let a normalization of a copy not touch running statistics."""
-    is_batch_norm = node.target is functional.batch_norm
-    names, training = _BATCH_NORM, "training" if is_batch_norm else "use_input_stats"
-    arguments = dict(zip((*names[:5], training, *names[6:]), node.args, strict=False))
-    arguments |= node.kwargs
-    if arguments.get(training, node.target is functional.instance_norm):
-        arguments |= {"running_mean": None, "running_var": None}
-    node.args, node.kwargs = (), arguments

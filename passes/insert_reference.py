@@ -13,10 +13,11 @@ from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, tap_input, why_unmeasurable
 from tmm.pairs import reduce_pair, row_norms
-from tmm.passes.copy_nodes import Copier, Masks
+from tmm.passes.copy_nodes import Copier
 from tmm.passes.edits import add_placeholder, example_like
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
+from tmm.passes.masks import Masks
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes
 from tmm.passes.samples import Samples
