@@ -10,7 +10,7 @@ import torch
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import PAIR_COLUMNS, Reduction
-from tmm.pairs import pair_terms, reduce_pair
+from tmm.pairs import columns_of_difference, further_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 
@@ -95,10 +95,12 @@ def _rows_of_pairs(
     own: Sequence[torch.Tensor], reference: Sequence[torch.Tensor], reduction: Reduction
 ) -> torch.Tensor:
     """``tmm.pairs.reduce_pair`` of many pairs, by grouped kernels."""
+    if reduction.is_row_norm:
+        pairs = zip(own, reference, strict=True)
+        return torch.stack([reduce_pair(a, b, reduction) for a, b in pairs])
+    parts = [summarize_group(own, columns_of_difference(reduction), reference)]
     pairs = zip(own, reference, strict=True)
-    terms = zip(*(pair_terms(a, b, reduction) for a, b in pairs), strict=True)
-    parts = []
-    for term in terms:
+    for term in zip(*(further_terms(a, b, reduction) for a, b in pairs), strict=True):
         tensors, columns = zip(*term, strict=True)
         parts.append(summarize_group(tensors, columns[0]))
     return torch.cat(parts, 1)

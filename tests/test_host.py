@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tmm.kernels.group import summarize_group
 from tmm.kernels.host import summarize_on_host
 from tmm.metrics import TENSOR_COLUMNS
+from tmm.operators import summarize, summarize_difference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -119,6 +121,37 @@ def test_squares_beyond_the_range_of_float32(value: float) -> None:
     check(x, WITHOUT_HIGHER)
     check(x.abs(), WITHOUT_HIGHER)
     check(torch.cat([x, torch.ones(5000)]), WITHOUT_HIGHER)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.tuples(st.integers(0, 40), st.integers(1, 300)),
+    exponent=st.floats(-25, 3),
+    turned=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 100),
+)
+def test_differences_are_those_of_the_two_in_float32_at_least(
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    exponent: float,
+    turned: tuple[bool, bool],
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pair = torch.randn(2, *shape, generator=generator, dtype=torch.float64) * 10.0**exponent
+    own, other = (
+        x.to(dtype).T.contiguous().T if turn else x.to(dtype)
+        for x, turn in zip(pair, turned, strict=True)
+    )
+    other = own + other / 100  # not far from each other
+    columns = ",".join(WITHOUT_HIGHER)
+    written = own.to(torch.promote_types(dtype, torch.float32)) - other
+    got, want = summarize_difference(own, other, columns), summarize(written, columns)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want[3]))
+    (grouped,) = summarize_group([own], WITHOUT_HIGHER, [other])
+    assert torch.equal(grouped, got)
 
 
 def test_the_number_of_threads_makes_no_difference() -> None:

@@ -1,7 +1,8 @@
 """The operators that rewritten graphs call: tensors in, rows of partial sums out.
 
-``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::pack`` joins rows,
-``tmm::copy`` keeps a whole tensor.
+``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_difference``
+the difference of two without writing it down, ``tmm::pack`` joins rows, ``tmm::copy`` keeps a whole
+tensor.
 They are opaque to the compiler: kernels that are compiled once, for all shapes, serve every site of
 every graph (``tmm.kernels``), so that watching a module adds one node to a graph and next to
 nothing to its compile time. ``tap`` marks a module's output while Dynamo traces.
@@ -13,7 +14,14 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.kernels.dense import flatten, packed_dtype, real
+from tmm.kernels.dense import (
+    can_be_read_together,
+    difference,
+    flatten,
+    flatten_pair,
+    packed_dtype,
+    real,
+)
 from tmm.kernels.host import summarize_on_host
 from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
 from tmm.metrics import HISTOGRAM_EDGES
@@ -48,6 +56,7 @@ _library = torch.library.Library("tmm", "DEF")
 # The reductions do not care in which order elements lie, so no layout is forced on producers.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("summarize(Tensor x, str columns) -> Tensor", tags=_tags)
+_library.define("summarize_difference(Tensor own, Tensor other, str columns) -> Tensor", tags=_tags)
 _library.define("histogram(Tensor x) -> Tensor", tags=_tags)
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 _library.define("copy(Tensor x) -> Tensor", tags=_tags)
@@ -91,6 +100,19 @@ def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
     return x.new_empty(columns.count(COLUMN_SEPARATOR) + 1, dtype=packed_dtype(x.device))
 
 
+def _summarize_difference(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
+    if can_be_read_together(own, other):
+        flat, subtracted = flatten_pair(own, other)
+        rows = summarize_on_host([flat], tuple(columns.split(COLUMN_SEPARATOR)), [subtracted])
+        if rows is not None:
+            return rows[0]
+    return _summarize(difference(own, other), columns)
+
+
+def _difference_shape(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
+    return _summarize_shape(own, columns)
+
+
 def _histogram(x: torch.Tensor) -> torch.Tensor:
     flat = real(x).reshape(-1).to(packed_dtype(x.device))
     edges = torch.as_tensor(HISTOGRAM_EDGES.copy(), dtype=flat.dtype, device=flat.device)
@@ -124,6 +146,7 @@ def _copy_shape(x: torch.Tensor) -> torch.Tensor:
 
 for _name, _implementation, _shape in (
     ("summarize", _summarize, _summarize_shape),
+    ("summarize_difference", _summarize_difference, _difference_shape),
     ("histogram", _histogram, _histogram_shape),
     ("pack", _pack, _pack_shape),
     ("copy", _copy, _copy_shape),
@@ -132,6 +155,9 @@ for _name, _implementation, _shape in (
     torch.library.register_fake(f"tmm::{_name}", _shape, lib=_library)
 
 summarize: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize.default
+summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] = (
+    torch.ops.tmm.summarize_difference.default
+)
 histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
 pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
 # Unlike a clone, which Inductor takes for an alias of a graph's input even where that is

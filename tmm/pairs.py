@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tmm.kernels.dense import difference
 from tmm.metrics import PAIR_COLUMNS, Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, summarize_difference
 
 
 def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction) -> torch.Tensor:
@@ -17,26 +18,28 @@ def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
     if reduction.function is not None:
         result = torch.as_tensor(reduction.function(own, reference))
         return result.reshape(-1) if reduction.collects_values else _row(result, reduction.columns)
-    terms = pair_terms(own, reference, reduction)
     if reduction.is_histogram:
-        ((difference, _),) = terms
-        return histogram(difference)
-    rows = [_row(tensor, columns) for tensor, columns in terms]
+        return histogram(difference(own, reference))
+    if reduction.is_row_norm:
+        return row_norms(difference(own, reference), reduction)
+    columns = COLUMN_SEPARATOR.join(columns_of_difference(reduction))
+    rows = [summarize_difference(own, reference, columns)]
+    rows += [_row(tensor, columns) for tensor, columns in further_terms(own, reference, reduction)]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def pair_terms(
+def columns_of_difference(reduction: Reduction) -> tuple[str, ...]:
+    """The columns, the first ones of a row, that are of the difference of a pair."""
+    return tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
+
+
+def further_terms(
     own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
 ) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
-    """The tensors whose columns, one after the other, are the row of a built-in reduction."""
-    # A difference in half precision would lose its digits.
+    """The tensors whose columns, one after the other, are the rest of a row."""
     wide = torch.promote_types(own.dtype, torch.float32)
     own, reference = own.to(wide), reference.to(wide)
-    difference = own - reference
-    if reduction.is_row_norm:
-        return [(torch.linalg.vector_norm(difference, dim=-1), reduction.columns)]
-    plain = tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
-    terms = [(difference, plain)]
+    terms: list[tuple[torch.Tensor, tuple[str, ...]]] = []
     # In the order of PAIR_COLUMNS.
     if "reference_sum_squares" in reduction.columns:
         terms.append((reference, ("sum_squares",)))

@@ -12,12 +12,16 @@ from collections.abc import Sequence
 
 import torch
 
-from tmm.kernels.dense import flatten, real
+from tmm.kernels.dense import can_be_read_together, difference, flatten, flatten_pair, real
 from tmm.kernels.host import summarize_on_host
 from tmm.kernels.torch_rows import IDENTITIES, summarize_with_torch
 
 
-def summarize_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
+def summarize_group(
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """One row of partial sums per tensor.
 
     Args:
@@ -26,6 +30,8 @@ def summarize_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -
             taken first.
         columns: Names from ``tmm.metrics.COLUMN_ORDER``; ``mean`` and ``moment2``, and then
             ``moment3`` and ``moment4``, only together.
+        subtracted: As many tensors of the same shapes; rows are then of the differences, which a
+            CPU does not write down.
 
     Returns:
         Float64 (``packed_dtype``) of shape ``(len(tensors), len(columns))`` on their device. On a
@@ -42,6 +48,8 @@ def summarize_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -
         return torch.empty(0, len(columns), dtype=torch.float64)
     (device,) = devices
     with torch.no_grad():
+        if subtracted is not None:
+            return _summarize_differences(tensors, subtracted, columns)
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             from tmm.kernels.group_triton import summarize_chunks
 
@@ -53,15 +61,32 @@ def summarize_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -
         return torch.stack([summarize_with_torch(tensor, columns) for tensor in flat])
 
 
-def _summarize_by_dtype(tensors: list[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
+def _summarize_differences(
+    own: Sequence[torch.Tensor], others: Sequence[torch.Tensor], columns: tuple[str, ...]
+) -> torch.Tensor:
+    pairs = [(a.detach(), b.detach()) for a, b in zip(own, others, strict=True)]
+    if not all(can_be_read_together(a, b) for a, b in pairs):
+        return summarize_group([difference(a, b) for a, b in pairs], columns)
+    flat = [flatten_pair(a, b) for a, b in pairs]
+    return _summarize_by_dtype([a for a, _ in flat], columns, [b for _, b in flat])
+
+
+def _summarize_by_dtype(
+    tensors: list[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
     members: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         members.setdefault(tensor.dtype, []).append(index)
     rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
     for indices in members.values():
         some = [tensors[index] for index in indices]
-        of_dtype = summarize_on_host(some, columns)
+        others = None if subtracted is None else [subtracted[index] for index in indices]
+        of_dtype = summarize_on_host(some, columns, others)
         if of_dtype is None:
+            if others is not None:
+                some = [difference(a, b) for a, b in zip(some, others, strict=True)]
             of_dtype = torch.stack([summarize_with_torch(tensor, columns) for tensor in some])
         rows[indices] = of_dtype
     return rows

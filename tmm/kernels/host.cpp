@@ -1,4 +1,5 @@
-// Rows of partial sums of many dense tensors, on a CPU, each element read once.
+// Rows of partial sums of many dense tensors, or of their differences from as many others, on a
+// CPU, each element read once.
 //
 // A tensor is cut into chunks, which threads share, and a chunk into rows that fit the first-level
 // cache. Most rows are reduced in the accumulation type, by deviations from the mean of a sample of
@@ -86,6 +87,36 @@ Vector<float> load(const Float16* from) {
   return as_float(bits | ((half & 0x8000) << 16));
 }
 
+// Elements of a tensor in the arithmetic that they are reduced in.
+template <class Element>
+struct Values {
+  typedef typename Accumulation<Element>::type Scalar;
+  static constexpr int64_t WIDTH = 64 / sizeof(Scalar);
+  const Element* from;
+
+  Values after(int64_t elements) const { return {from + elements}; }
+  Vector<Scalar> at(int64_t start) const { return load(from + start); }
+  // The first of them; the rest are zeros.
+  Vector<Scalar> some(int64_t start, int64_t count) const {
+    Element piece[WIDTH] = {};
+    std::memcpy(piece, from + start, count * sizeof(Element));
+    return load(piece);
+  }
+};
+
+// Elements of a tensor less those of another one.
+template <class Element>
+struct Differences {
+  typedef typename Accumulation<Element>::type Scalar;
+  Values<Element> own, other;
+
+  Differences after(int64_t elements) const { return {own.after(elements), other.after(elements)}; }
+  Vector<Scalar> at(int64_t start) const { return own.at(start) - other.at(start); }
+  Vector<Scalar> some(int64_t start, int64_t count) const {
+    return own.some(start, count) - other.some(start, count);
+  }
+};
+
 // The columns in the order of COLUMN_ORDER in tmm/metrics.py. While rows are being merged the
 // minimum and maximum are those of the other values than NaN.
 struct Row {
@@ -121,16 +152,14 @@ void merge(Row& left, const Row& right) {
 }
 
 // All columns in double, by two passes; `length` is at most ROW.
-template <class Element>
-Row reduce_exactly(const Element* from, int64_t length) {
-  typedef typename Accumulation<Element>::type Scalar;
+template <class Source>
+Row reduce_exactly(Source source, int64_t length) {
+  typedef typename Source::Scalar Scalar;
   constexpr int64_t WIDTH = 64 / sizeof(Scalar);
   double values[ROW];
   for (int64_t start = 0; start < length; start += WIDTH) {
     const int64_t some = length - start < WIDTH ? length - start : WIDTH;
-    Element piece[WIDTH] = {};
-    std::memcpy(piece, from + start, some * sizeof(Element));
-    const Vector<Scalar> loaded = load(piece);
+    const Vector<Scalar> loaded = source.some(start, some);
     for (int64_t i = 0; i < some; i++) values[start + i] = loaded[i];
   }
   double sum = 0, squares = 0, absolute = 0, minimum = INFINITE, maximum = -INFINITE;
@@ -177,9 +206,9 @@ Row reduce_exactly(const Element* from, int64_t length) {
 }
 
 // All columns but the third and fourth moments, from one pass; `length` is a multiple of STEP.
-template <class Element>
-Row reduce_quickly(const Element* from, int64_t length) {
-  typedef typename Accumulation<Element>::type Scalar;
+template <class Source>
+Row reduce_quickly(Source source, int64_t length) {
+  typedef typename Source::Scalar Scalar;
   typedef Vector<Scalar> Values;
   constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
   constexpr Scalar HUGE_SCALAR = std::numeric_limits<Scalar>::infinity();
@@ -187,7 +216,7 @@ Row reduce_quickly(const Element* from, int64_t length) {
   const int64_t sample = length < SAMPLE ? length : SAMPLE;
   Values sums[UNROLL] = {};
   for (int64_t start = 0; start < sample; start += STEP)
-    for (int part = 0; part < UNROLL; part++) sums[part] += load(from + start + part * WIDTH);
+    for (int part = 0; part < UNROLL; part++) sums[part] += source.at(start + part * WIDTH);
   Scalar centre = 0;
   for (int part = 0; part < UNROLL; part++)
     for (int64_t lane = 0; lane < WIDTH; lane++) centre += sums[part][lane] / sample;
@@ -203,7 +232,7 @@ Row reduce_quickly(const Element* from, int64_t length) {
   }
   for (int64_t start = 0; start < length; start += STEP) {
     for (int part = 0; part < UNROLL; part++) {
-      const Values values = load(from + start + part * WIDTH);
+      const Values values = source.at(start + part * WIDTH);
       const Values deviations = values - centre;
       shifts[part] += deviations;
       squares[part] += deviations * deviations;
@@ -227,7 +256,7 @@ Row reduce_quickly(const Element* from, int64_t length) {
   }
   row.count = length;
   if (!std::isfinite(square) || !std::isfinite(row.sum_absolute))
-    return reduce_exactly(from, length);
+    return reduce_exactly(source, length);
   if (row.minimum == row.maximum) {
     row.mean = row.minimum;
     row.sum = length * row.mean;
@@ -236,7 +265,7 @@ Row reduce_quickly(const Element* from, int64_t length) {
   }
   constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
                              double(std::numeric_limits<Scalar>::epsilon());
-  if (square < PRECISE) return reduce_exactly(from, length);  // squares vanish below the range
+  if (square < PRECISE) return reduce_exactly(source, length);  // squares vanish below the range
   const double mean = shift / length, wide = centre;
   row.mean = wide + mean;
   row.sum = length * wide + shift;
@@ -247,23 +276,24 @@ Row reduce_quickly(const Element* from, int64_t length) {
   return row;
 }
 
-template <class Element>
-Row reduce_chunk(const Element* from, int64_t length, bool higher_moments) {
-  constexpr int64_t STEP = UNROLL * 64 / sizeof(typename Accumulation<Element>::type);
+template <class Source>
+Row reduce_chunk(Source source, int64_t length, bool higher_moments) {
+  constexpr int64_t STEP = UNROLL * 64 / sizeof(typename Source::Scalar);
   Row total;
   for (int64_t start = 0; start < length; start += ROW) {
     const int64_t row = length - start < ROW ? length - start : ROW;
     const int64_t quick = higher_moments ? 0 : row - row % STEP;
-    if (quick) merge(total, reduce_quickly(from + start, quick));
-    if (quick < row) merge(total, reduce_exactly(from + start + quick, row - quick));
+    if (quick) merge(total, reduce_quickly(source.after(start), quick));
+    if (quick < row) merge(total, reduce_exactly(source.after(start + quick), row - quick));
   }
   return total;
 }
 
-// Write the asked columns of a row per tensor.
+// Write the asked columns of a row per tensor; `others` is null, or what is subtracted of each.
 template <class Element>
-void summarize(int64_t tensors, const int64_t* addresses, const int64_t* elements, int64_t columns,
-               const int64_t* order, int64_t higher_moments, int64_t threads, double* result) {
+void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
+               const int64_t* elements, int64_t columns, const int64_t* order,
+               int64_t higher_moments, int64_t threads, double* result) {
   std::vector<int64_t> first(tensors + 1, 0);  // number of the tensor's first chunk
   std::vector<int64_t> owner;
   for (int64_t tensor = 0; tensor < tensors; tensor++) {
@@ -276,9 +306,14 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* element
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1 && threads > 1)
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     const int64_t tensor = owner[chunk], start = (chunk - first[tensor]) * CHUNK;
-    const int64_t rest = elements[tensor] - start;
-    const Element* from = reinterpret_cast<const Element*>(addresses[tensor]) + start;
-    rows[chunk] = reduce_chunk(from, rest < CHUNK ? rest : CHUNK, higher_moments != 0);
+    const int64_t rest = elements[tensor] - start, length = rest < CHUNK ? rest : CHUNK;
+    const Values<Element> own{reinterpret_cast<const Element*>(addresses[tensor]) + start};
+    if (others == nullptr) {
+      rows[chunk] = reduce_chunk(own, length, higher_moments != 0);
+      continue;
+    }
+    const Values<Element> other{reinterpret_cast<const Element*>(others[tensor]) + start};
+    rows[chunk] = reduce_chunk(Differences<Element>{own, other}, length, higher_moments != 0);
   }
   for (int64_t tensor = 0; tensor < tensors; tensor++) {
     Row total;  // in the order of the chunks, so that threads make no difference
@@ -297,11 +332,11 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* element
 }  // namespace
 
 #define TMM_SUMMARIZE(NAME, ELEMENT)                                                            \
-  extern "C" void NAME(int64_t tensors, const int64_t* addresses, const int64_t* elements,      \
-                       int64_t columns, const int64_t* order, int64_t higher_moments,           \
-                       int64_t threads, double* result) {                                       \
-    summarize<ELEMENT>(tensors, addresses, elements, columns, order, higher_moments, threads,   \
-                       result);                                                                 \
+  extern "C" void NAME(int64_t tensors, const int64_t* addresses, const int64_t* others,        \
+                       const int64_t* elements, int64_t columns, const int64_t* order,          \
+                       int64_t higher_moments, int64_t threads, double* result) {               \
+    summarize<ELEMENT>(tensors, addresses, others, elements, columns, order, higher_moments,    \
+                       threads, result);                                                        \
   }
 
 TMM_SUMMARIZE(summarize_float64, double)

@@ -17,12 +17,16 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def summarize_on_host(
-    tensors: Sequence[torch.Tensor], columns: tuple[str, ...]
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
     """One row of partial sums per tensor.
 
     Args:
         tensors: One-dimensional, contiguous and of one floating-point dtype, on the CPU.
+        subtracted: As many of the same dtype and sizes; rows are then of the differences, taken in
+            float32 at least.
         columns: Names from ``tmm.metrics.COLUMN_ORDER``.
 
     Returns:
@@ -38,6 +42,7 @@ def summarize_on_host(
     kernel(
         len(tensors),
         pointers(*[tensor.data_ptr() for tensor in tensors]),
+        None if subtracted is None else pointers(*[tensor.data_ptr() for tensor in subtracted]),
         pointers(*[tensor.numel() for tensor in tensors]),
         len(columns),
         _order(columns),
@@ -73,7 +78,7 @@ def _kernels() -> dict[torch.dtype, Callable[..., None]]:
         kernel = getattr(library, f"summarize_{str(dtype).removeprefix('torch.')}")
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         kernel.argtypes = [
-            *(integer, pointer, pointer, integer, pointer, integer, integer, pointer)
+            *(integer, pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
         ]
         kernel.restype = None
         kernels[dtype] = kernel
