@@ -6,7 +6,8 @@ Time is given as the number of plain compiled forward passes (without gradients)
 adds to a plain compiled training step, in the same rounds. The arithmetic bound is one for the
 branch, and one more of each checked module. torch-module-monitor (optional:
 ``pip install --no-deps torch-module-monitor``) does the same on the uncompiled model; what it adds
-is taken against the uncompiled step.
+is taken against the uncompiled step. A second table is of ``reference_samples`` with an eighth of a
+batch of eight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.util
 import re
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import torch
@@ -35,6 +36,8 @@ PLAIN, FORWARD, EAGER = "plain step", "plain forward", "uncompiled step"
 DIFFERENCES, LINEAR, LEAVES = "differences, all modules", "RCC, linear layers", "RCC, all leaves"
 PEER = "torch-module-monitor, RCC of all"
 LINEAR_FORWARD = "forward of the linear layers"
+ITEMS = 8  # of the batch of which one is compared
+SAMPLED = {DIFFERENCES: "differences, an eighth", LEAVES: "RCC of all leaves, an eighth"}
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,11 @@ def patterns(model: nn.Module) -> dict[str, str]:
     return {kind: f"({'|'.join(map(re.escape, names))})$" for kind, names in kinds}
 
 
-def watched(workload: Workload, *rules: tmm.Rule) -> Callable[[], None]:
+def watched(workload: Workload, *rules: tmm.Rule, samples: int | None = None) -> Callable[[], None]:
     """A monitored training step that compares with the initial parameters."""
     module, tokens = workload.model(), workload.tokens()
-    model = tmm.instrument(torch.compile(module), tmm.Spec(*rules, reference="init"))
+    spec = tmm.Spec(*rules, reference="init", reference_samples=samples)
+    model = tmm.instrument(torch.compile(module), spec)
     return monitored_step(model, training_step(module, model, tokens))
 
 
@@ -98,6 +102,26 @@ def variants(workload: Workload) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("torch_module_monitor") is not None:
         steps[PEER] = peer(workload, matching[LEAVES])
     return steps
+
+
+def sampled_variants(workload: Workload) -> dict[str, Callable[[], None]]:
+    """Comparisons of an eighth of a batch, and the plain program."""
+    tokens, module = workload.tokens(), workload.model()
+    compiled = torch.compile(module)
+    leaves = patterns(module)[LEAVES]
+
+    def forward() -> None:
+        with torch.no_grad():
+            compiled(tokens)
+
+    # The metrics that some items estimate: a norm is none.
+    rules = {DIFFERENCES: tmm.activation_difference("rms"), LEAVES: tmm.rcc(modules=leaves)}
+    samples = workload.batch // ITEMS
+    return {
+        PLAIN: training_step(module, compiled, tokens),
+        FORWARD: forward,
+        **{SAMPLED[kind]: watched(workload, rule, samples=samples) for kind, rule in rules.items()},
+    }
 
 
 def _input_shape(workload: Workload, layer: nn.Linear) -> tuple[int, int, int]:
@@ -142,18 +166,28 @@ def measure(steps: Mapping[str, Callable[[], None]], rounds: int) -> list[Line]:
     """All lines of the report."""
     timings = interleave(steps, rounds)
     forward = timings[FORWARD]
+    if LINEAR_FORWARD not in steps:
+        share = {SAMPLED[DIFFERENCES]: 1 / ITEMS, SAMPLED[LEAVES]: 2 / ITEMS}
+        return _lines(timings, dict.fromkeys(share, PLAIN), share)
     linear = statistics.median(
         own / base
         for own, base in zip(timings[LINEAR_FORWARD].seconds, forward.seconds, strict=True)
     )
     bounds = {DIFFERENCES: 1.0, LINEAR: 1.0 + min(linear, 1.0), LEAVES: 2.0}
-    baselines = {name: timings[EAGER if name == PEER else PLAIN] for name in (*bounds, PEER)}
+    return _lines(timings, {**dict.fromkeys(bounds, PLAIN), PEER: EAGER}, bounds)
+
+
+def _lines(
+    timings: Mapping[str, Timing], baselines: Mapping[str, str], bounds: Mapping[str, float]
+) -> list[Line]:
     lines = [
-        Line(name, timings[name].median * 1e3, 0.0, 0.0, 0.0) for name in (PLAIN, FORWARD, EAGER)
+        Line(name, timings[name].median * 1e3, 0.0, 0.0, 0.0)
+        for name in (PLAIN, FORWARD, EAGER)
+        if name in timings
     ]
     for name, baseline in baselines.items():
         if name in timings:
-            added = added_forwards(timings[name], baseline, forward)
+            added = added_forwards(timings[name], timings[baseline], timings[FORWARD])
             low, high = added.interval
             lines.append(Line(name, added.median * 1e3, added.ratio, low, high, bounds.get(name)))
     return lines
@@ -195,8 +229,14 @@ def main(
         f"most bytes of tensors that a step holds: {caption}; and {parameters / 1e6:.0f} MB of"
         " reference parameters",
     )
+    eighth = replace(
+        workload, batch=ITEMS, name=re.sub(r"batch \d+", f"batch {ITEMS}", workload.name)
+    )
+    sampled = measure(sampled_variants(eighth), 6 if quick else rounds)
+    show(eighth, sampled, f"one item of {ITEMS} is compared")
     report = {
         "workload": workload.name,
+        "sampled": {"workload": eighth.name, "lines": [asdict(line) for line in sampled]},
         "rounds": rounds,
         "environment": environment(),
         "peak_bytes": peaks,

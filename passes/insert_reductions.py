@@ -29,6 +29,9 @@ from tmm.passes.trace_function import insert_call, insert_function
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""
 
+CONSECUTIVE = "tmm_consecutive"
+"""Node metadata: the rows of the measurements lie one after the other; else they are the same."""
+
 _MEASURED = "tmm_measured"
 
 

@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.operators import pack
-from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
 
 
 def pack_rows(
@@ -38,9 +38,10 @@ def pack_rows(
     for nodes in packed.values():
         start = 0
         for node in nodes:
-            stop = start + _measurements(node)[0].reduction.width
-            rows += [(node, Row(m, len(extra), start, stop)) for m in _measurements(node)]
-            start = stop
+            for measurements in _slices(node):
+                stop = start + measurements[0].reduction.width
+                rows += [(node, Row(m, len(extra), start, stop)) for m in measurements]
+                start = stop
         with module.graph.inserting_before(output):
             extra.append(module.graph.call_function(pack, (nodes,)))
         extra[-1].meta["example_value"] = pack([node.meta["example_value"] for node in nodes])
@@ -54,6 +55,14 @@ def pack_rows(
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     rows.sort(key=lambda item: order[item[0]])
     return PackedLayout(tuple(row for _, row in rows), len(extra), unmeasured)
+
+
+def _slices(node: Node) -> list[tuple[Measurement, ...]]:
+    """The measurements of each row that a node holds."""
+    measurements = _measurements(node)
+    if node.meta.get(CONSECUTIVE):
+        return [(measurement,) for measurement in measurements]
+    return [measurements]
 
 
 def _measurements(node: Node) -> tuple[Measurement, ...]:

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.insert_attention import AttentionOptions, insert_attention
 from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
 from tmm.passes.insert_reference import ReferenceEnds, ReferenceOptions, insert_reference
@@ -50,14 +51,15 @@ def rewrite(
     options: ReductionOptions,
     probes: ProbeOptions | None = None,
     reference: Callable[[GraphModule], ReferenceOptions] | None = None,
+    attention: AttentionOptions | None = None,
     *,
     watch: Watch | None = None,
 ) -> Rewritten:
     """Measure the marked tensors of ``module`` in a copy of it.
 
     With ``probes`` their gradients are measured as well; with ``reference``, which gives the
-    options for the copy, they are compared. The copy takes and returns what ``module`` does, and
-    then what ``Rewritten`` says.
+    options for the copy, they are compared; with ``attention`` attentions are measured. The copy
+    takes and returns what ``module`` does, and then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -82,6 +84,10 @@ def rewrite(
 
     rewritten = copy_graph(module)
     unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
+    if attention is not None:
+        unmeasured += run(
+            "insert_attention", lambda: insert_attention(rewritten, options=attention)
+        )
     ends = ReferenceEnds()
     if reference is not None:
         compared = reference(rewritten)

@@ -95,7 +95,7 @@ def multi_head_attention_with_mask(**arguments: Any) -> tuple[Any, torch.Tensor]
         masks.append(mask)
         return result
 
-    result = _multi_head(keep)(**arguments)
+    result = multi_head(keep)(**arguments)
     (mask,) = masks
     return result, mask
 
@@ -109,10 +109,10 @@ def multi_head_attention_by_mask(mask: torch.Tensor, **arguments: Any) -> Any:
             return function(*args, **kwargs)
         return shared.by_mask(mask, **shared.arguments)
 
-    return _multi_head(use)(**arguments)
+    return multi_head(use)(**arguments)
 
 
-def _multi_head(call: Callable[..., Any]) -> Callable[..., Any]:
+def multi_head(call: Callable[..., Any]) -> Callable[..., Any]:
     """``multi_head_attention_forward`` that drops elements by way of ``call``."""
     own = {
         "dropout": functools.partial(call, functional.dropout),
@@ -207,7 +207,7 @@ def random_function(target: Any, args: Any, kwargs: Any) -> str | None:
     drops = target in (functional.dropout, torch.dropout, *_BY_CHANNEL, _ATTENTION, _MULTI_HEAD)
     if not drops and target not in _RANDOM:
         return name if name in _RANDOM_METHODS else None
-    arguments = _bind(target, args, kwargs)
+    arguments = bind(target, args, kwargs)
     active = arguments.get("training", arguments.get("train", True)) is not False
     return name if active and _probability(arguments) != 0 else None
 
@@ -216,7 +216,7 @@ def _shared(target: Any, args: Any, kwargs: Any) -> SharedMask | None:
     plain = target in (functional.dropout, torch.dropout)
     if not plain and target not in (*_BY_CHANNEL, _ATTENTION, _MULTI_HEAD):
         return None
-    arguments = dict(_bind(target, args, kwargs))
+    arguments = dict(bind(target, args, kwargs))
     p = _probability(arguments)
     training = arguments.get("training", arguments.get("train", True))
     if training is not True or not isinstance(p, float) or not p:
@@ -244,7 +244,8 @@ def _on_cpu(arguments: Arguments) -> bool:
     return isinstance(example, torch.Tensor) and example.device.type == "cpu"
 
 
-def _bind(target: Any, args: Any, kwargs: Any) -> Arguments:
+def bind(target: Any, args: Any, kwargs: Any) -> Arguments:
+    """The arguments of a call by name; those by position only where the signature is known."""
     if target is _ATTENTION:
         return dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | dict(kwargs)
     if target is torch.dropout:

@@ -88,7 +88,12 @@ class KeyRegistry:
         known = self._infos.get((reduction, sites))
         if known is None:
             known = tuple(
-                self._info(_join(site, metric), site, reduction.aggregate_name)
+                self._info(
+                    # The family of a statistic of attention names it.
+                    site if reduction.is_of_attention else _join(site, metric),
+                    site,
+                    reduction.aggregate_name,
+                )
                 for site in sites
                 for metric in reduction.metrics
             )

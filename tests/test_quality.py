@@ -83,7 +83,7 @@ def test_everything_is_formatted() -> None:
 
 def test_the_wheel_holds_every_module_and_its_types(wheel: Path) -> None:
     page = ("page.html", "page.css", "page.js", "graphs.js")
-    expected = {"tmm/py.typed", "tmm/kernels/host.cpp"}
+    expected = {"tmm/py.typed", "tmm/kernels/host.cpp", "tmm/kernels/attention_host.cpp"}
     expected |= {f"tmm/explain_page/{name}" for name in page}
     for path in source_files():
         folder, *rest = path.relative_to(ROOT).parts

@@ -14,6 +14,9 @@ ROOT_NAME = "[root module]"
 VALUE_FAMILY = ""
 """The family of values that a model records by name: their keys have no family."""
 
+ATTENTION = "attention"
+"""What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
+
 FAMILIES = (
     *("activation", "activation_difference", "activation_gradient"),
     *("gradient", "gradient_before_clip", "update", "optimizer_state"),
@@ -73,14 +76,34 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Site:
-    """A tensor in a model's forward: an output of a module.
+    """A tensor in a model's forward: an output of a module, or a part of an attention in it.
 
     ``module`` is the module's dotted name, relative to the module whose frame was traced (empty
-    for that module itself); ``path`` locates the tensor in the output, such as ``"[0]"``.
+    for that module itself); ``path`` locates the tensor in the output, such as ``"[0]"``, or in
+    the attention, such as ``".head_0.query"``.
     """
 
     module: str
     path: str = ""
+
+    @property
+    def is_of_attention(self) -> bool:
+        """Whether it is a part of an attention."""
+        return self.path.startswith(".")
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What is asked of the attentions that a module calls.
+
+    ``statistics`` are of the distributions over keys, of at most ``queries`` queries, and ``parts``
+    of query, key, value and output; ``pooled`` of all heads together.
+    """
+
+    statistics: tuple[Reduction, ...]
+    parts: tuple[Reduction, ...]
+    pooled: bool = False
+    queries: int | None = None
 
 
 @dataclass(frozen=True)

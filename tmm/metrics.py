@@ -142,14 +142,29 @@ DERIVED_METRICS: Mapping[str, Metric] = {
 ``l2`` and ``l2norm`` are means of the 2-norms of the rows (the last dimension) of a tensor.
 """
 
+ATTENTION_METRICS: Mapping[str, Metric] = {
+    "entropy": _mean,
+    "normalized_entropy": _mean,
+    "max_logit": Metric(("maximum",), lambda c: c["maximum"]),
+    "logsumexp": _mean,
+    "max_probability": _mean,
+    "sink_mass": _mean,
+}
+"""What is measured of the distributions of an attention head: means over its queries, and the
+largest logit. Each is a family of its own, so that the name of the metric is not in a key twice.
+"""
+
 ROW_NORMS = ("l2", "l2norm")
 
 MEANS = (*("mean", "mean_abs", "rms", "zero_fraction", "relative_norm", "cosine", *ROW_NORMS),)
 """Metrics that are means over elements, or quotients and roots of such: a part of the elements
 estimates them."""
 
-_ALL_METRICS = {**METRICS, **DERIVED_METRICS}
-_OF_OTHER_TENSORS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr", *ROW_NORMS)
+_ALL_METRICS = {**METRICS, **DERIVED_METRICS, **ATTENTION_METRICS}
+_OF_OTHER_TENSORS = (
+    *("exp_avg_norm", "exp_avg_sq_norm", "effective_lr"),
+    *(*ROW_NORMS, *ATTENTION_METRICS),
+)
 
 _AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),
@@ -184,6 +199,11 @@ class Reduction:
     def is_row_norm(self) -> bool:
         """Whether a row holds sums over the 2-norms of the tensor's rows."""
         return self.function is None and self.metrics[0] in ROW_NORMS
+
+    @property
+    def is_of_attention(self) -> bool:
+        """Whether a row describes the distributions of an attention head."""
+        return self.function is None and self.metrics[0] in ATTENTION_METRICS
 
     @property
     def width(self) -> int:

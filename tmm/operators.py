@@ -1,8 +1,9 @@
 """The operators that rewritten graphs call: tensors in, rows of partial sums out.
 
 ``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_difference``
-the difference of two without writing it down, ``tmm::pack`` joins rows, ``tmm::copy`` keeps a whole
-tensor.
+the difference of two without writing it down, ``tmm::summarize_heads`` each head of one,
+``tmm::summarize_attention`` the distributions of an attention; ``tmm::pack`` joins rows,
+``tmm::copy`` keeps a whole tensor.
 They are opaque to the compiler: kernels that are compiled once, for all shapes, serve every site of
 every graph (``tmm.kernels``), so that watching a module adds one node to a graph and next to
 nothing to its compile time. ``tap`` marks a module's output while Dynamo traces.
@@ -14,6 +15,8 @@ from collections.abc import Callable
 
 import torch
 
+from tmm.kernels.attention import ATTENTION_COLUMNS
+from tmm.kernels.attention import summarize_attention as summarize_attention_of
 from tmm.kernels.dense import (
     can_be_read_together,
     difference,
@@ -22,6 +25,7 @@ from tmm.kernels.dense import (
     packed_dtype,
     real,
 )
+from tmm.kernels.group import summarize_group
 from tmm.kernels.host import summarize_on_host
 from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
 from tmm.metrics import HISTOGRAM_EDGES
@@ -58,6 +62,12 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("summarize(Tensor x, str columns) -> Tensor", tags=_tags)
 _library.define("summarize_difference(Tensor own, Tensor other, str columns) -> Tensor", tags=_tags)
 _library.define("histogram(Tensor x) -> Tensor", tags=_tags)
+_library.define("summarize_heads(Tensor x, str columns) -> Tensor", tags=_tags)
+_library.define(
+    "summarize_attention(Tensor query, Tensor key, Tensor? mask, bool is_causal, float? scale,"
+    " int? queries, bool pooled, str statistics) -> Tensor",
+    tags=_tags,
+)
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 _library.define("copy(Tensor x) -> Tensor", tags=_tags)
 
@@ -128,6 +138,58 @@ def _histogram_shape(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(len(HISTOGRAM_EDGES), dtype=packed_dtype(x.device))
 
 
+def _summarize_heads(x: torch.Tensor, columns: str) -> torch.Tensor:
+    heads = real(x).movedim(-3, 0).contiguous()
+    return summarize_group(list(heads), tuple(columns.split(COLUMN_SEPARATOR))).reshape(-1)
+
+
+def _summarize_heads_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
+    width = columns.count(COLUMN_SEPARATOR) + 1
+    return x.new_empty(x.shape[-3] * width, dtype=packed_dtype(x.device))
+
+
+def _summarize_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    queries: int | None,
+    pooled: bool,
+    statistics: str,
+) -> torch.Tensor:
+    stride = 1 if queries is None else max(1, -(-query.shape[-2] // queries))
+    rows = summarize_attention_of(
+        *(query, key, mask), is_causal=is_causal, scale=scale, query_stride=stride
+    )
+    last = ATTENTION_COLUMNS.index("max_logit")
+    if pooled:
+        rows = torch.cat([rows[:, :last].sum(0), rows[:, last:].amax(0)])[None]
+    names = statistics.split(COLUMN_SEPARATOR)
+    order = [i for name in names for i in (0, ATTENTION_COLUMNS.index(name))]
+    return rows[:, order].reshape(-1)
+
+
+def _summarize_attention_shape(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    queries: int | None,
+    pooled: bool,
+    statistics: str,
+) -> torch.Tensor:
+    heads = 1 if pooled else attention_heads(query, key)
+    length = 2 * heads * (statistics.count(COLUMN_SEPARATOR) + 1)
+    return query.new_empty(length, dtype=packed_dtype(query.device))
+
+
+def attention_heads(query: torch.Tensor, key: torch.Tensor) -> int:
+    """The number of heads of an attention; a single one without a dimension for them."""
+    return max(int(x.shape[-3]) if x.dim() > 2 else 1 for x in (query, key))
+
+
 def _pack(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(rows)
 
@@ -148,6 +210,8 @@ for _name, _implementation, _shape in (
     ("summarize", _summarize, _summarize_shape),
     ("summarize_difference", _summarize_difference, _difference_shape),
     ("histogram", _histogram, _histogram_shape),
+    ("summarize_heads", _summarize_heads, _summarize_heads_shape),
+    ("summarize_attention", _summarize_attention, _summarize_attention_shape),
     ("pack", _pack, _pack_shape),
     ("copy", _copy, _copy_shape),
 ):
@@ -159,6 +223,8 @@ summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] 
     torch.ops.tmm.summarize_difference.default
 )
 histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
+summarize_heads: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize_heads.default
+summarize_attention: Callable[..., torch.Tensor] = torch.ops.tmm.summarize_attention.default
 pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
 # Unlike a clone, which Inductor takes for an alias of a graph's input even where that is
 # overwritten later in the graph.

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from tmm.layout import ATTENTION
 from tmm.metrics import (
     AGGREGATE_NAMES,
+    ATTENTION_METRICS,
+    HISTOGRAM,
     METRIC_NAMES,
     Aggregate,
     MetricFunction,
@@ -25,6 +28,7 @@ BRANCH_FAMILIES = ("activation_difference", "rcc")
 
 _UPDATE_METRICS = (*METRIC_NAMES, "relative_norm")
 _DIFFERENCE_METRICS = (*METRIC_NAMES, "relative_norm", "cosine", "l2")
+_HEAD_METRICS = tuple(name for name in METRIC_NAMES if name != HISTOGRAM)
 _STATE_METRICS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
 
 
@@ -190,6 +194,69 @@ def activation_difference(
     return _rule(family, "modules", known, metrics, functions, modules, aggregate)
 
 
+@dataclass(frozen=True)
+class AttentionRule(Rule):
+    """A rule for attention: whether heads are ``pooled``, and how many ``queries`` are measured."""
+
+    pooled: bool = False
+    queries: int | None = None
+
+    def __str__(self) -> str:
+        more = [", heads='pooled'"] if self.pooled else []
+        more += [f", queries={self.queries}"] if self.queries is not None else []
+        return f"{super().__str__()[:-1]}{''.join(more)})"
+
+
+def attention(
+    *metrics: str,
+    modules: str | None = None,
+    heads: Literal["apart", "pooled"] = "apart",
+    queries: int | None = None,
+    aggregate: Aggregate | None = None,
+    **functions: MetricFunction,
+) -> Rule:
+    """Measure every scaled-dot-product attention that a module calls, per head.
+
+    Of the distributions over the keys, before dropout, are recorded as
+    ``attention_{name}/{module}.head_{i}``: ``"entropy"`` (mean over the queries, in nats),
+    ``"normalized_entropy"`` (divided by the logarithm of the number of keys that a query may see; 0
+    for one key), ``"logsumexp"`` (mean; of the logits), ``"max_probability"`` (mean of the
+    largest), ``"sink_mass"`` (mean of the probability of key 0) and ``"max_logit"`` (the largest
+    of all, with what a float mask adds). Queries that may see no key are left out. A key is
+    forbidden by a boolean mask or by a float mask of -9999 and below.
+
+    The metrics of ``tmm.activation``, without histograms, and functions are of query, key, value
+    and output: ``activation/{module}.head_{i}.query/{metric}``, ``.key``, ``.value`` and
+    ``.activation``. With grouped queries, keys and values have fewer heads.
+
+    Args:
+        *metrics: names of metrics of either kind.
+        modules: as in ``tmm.activation``; matched on the module whose forward calls the attention.
+        heads: ``"pooled"`` joins the heads, and leaves ``.head_{i}`` out of the keys.
+        queries: the statistics of distributions are of at most so many queries, evenly spaced.
+        aggregate: as in ``tmm.activation``; not a callable.
+        **functions: get query, key, value or output of one head, of all items of the batch.
+
+    Raises:
+        ValueError: for an unknown metric, an invalid pattern, aggregate, ``heads`` or ``queries``.
+        TypeError: for a metric that is not a name or a function that cannot be called.
+    """
+    known = (*ATTENTION_METRICS, *_HEAD_METRICS)
+    rule = _rule(ATTENTION, "modules", known, metrics, functions, modules, aggregate)
+    if callable(rule.aggregate):
+        raise ValueError(
+            f"{rule}: aggregate= cannot be a function here; choose one of"
+            f" {', '.join(AGGREGATE_NAMES)}"
+        )
+    if heads not in ("apart", "pooled"):
+        raise ValueError(f"{rule}: heads={heads!r} is neither 'apart' nor 'pooled'")
+    if queries is not None and (
+        isinstance(queries, bool) or not isinstance(queries, int) or queries < 1
+    ):
+        raise ValueError(f"{rule}: queries={queries!r} is not a number of queries, at least 1")
+    return AttentionRule(**vars(rule), pooled=heads == "pooled", queries=queries)
+
+
 def rcc(*, modules: str | None = None) -> Rule:
     """The refined coordinate check of modules (Haas, Bordt, von Luxburg, Vankadara 2025).
 
@@ -212,6 +279,8 @@ def rcc(*, modules: str | None = None) -> Rule:
 
 def rule_family(family: str) -> str:
     """The family of the rules that ask for rows of ``family``, as keys name it."""
+    if family.startswith(f"{ATTENTION}_"):
+        return ATTENTION
     return "rcc" if family.startswith("RCC ") else family
 
 

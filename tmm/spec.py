@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 
+from tmm.layout import ATTENTION, AttentionRequest
 from tmm.metrics import (
+    ATTENTION_METRICS,
     DERIVED_METRICS,
     HISTOGRAM,
     MEANS,
@@ -19,7 +21,14 @@ from tmm.metrics import (
     builtin_reductions,
     function_reduction,
 )
-from tmm.rules import BRANCH_FAMILIES, NEED_REFERENCE, Rule, check_pattern, rule_family
+from tmm.rules import (
+    BRANCH_FAMILIES,
+    NEED_REFERENCE,
+    AttentionRule,
+    Rule,
+    check_pattern,
+    rule_family,
+)
 
 StepPredicate: TypeAlias = Callable[[int], bool]
 ReferenceSource: TypeAlias = (
@@ -123,6 +132,11 @@ class Spec:
         """What readers of the rows of ``family`` should know, in a few words."""
         if self.reference_samples is not None and rule_family(family) in BRANCH_FAMILIES:
             return f"of the first {self.reference_samples} items of each batch"
+        if family.startswith(f"{ATTENTION}_"):
+            rules = (rule for rule in self.rules if isinstance(rule, AttentionRule))
+            limits = sorted({rule.queries for rule in rules if rule.queries is not None})
+            if limits:
+                return f"of at most {' or '.join(map(str, limits))} evenly spaced queries"
         return ""
 
     def measures(self, family: str) -> bool:
@@ -185,6 +199,7 @@ class Plan:
         self.modules = tuple(modules)
         self.parameters = dict(parameters or {})
         self._reductions: dict[tuple[str, str, bool], tuple[Reduction, ...]] = {}
+        self._attention: dict[str, tuple[AttentionRequest, ...]] = {}
         for rule in spec.rules:
             _check_matches(rule, self.candidates(rule))
         if not any(self.matched.values()):
@@ -195,6 +210,7 @@ class Plan:
         for rule in spec.rules:
             for name in self.candidates(rule):
                 self.select(name, torch.float32, rule.family)  # finds collisions now
+                self.attention(name)
 
     def select(
         self, name: str, dtype: torch.dtype, family: str = "activation"
@@ -203,10 +219,19 @@ class Plan:
         family = rule_family(family)
         key = (family, name, dtype.is_complex)
         if key not in self._reductions:
-            rules = [rule for rule in self.spec.rules if rule.family == family]
-            matching = [rule for rule in rules if self._measures(rule, name)]
+            matching = self._matching(name, family)
             self._reductions[key] = _reductions(name, matching, dtype.is_complex)
         return self._reductions[key]
+
+    def attention(self, name: str) -> tuple[AttentionRequest, ...]:
+        """What is asked of the attentions that the module of that name calls."""
+        if name not in self._attention:
+            self._attention[name] = tuple(_requests(name, self._matching(name, ATTENTION)))
+        return self._attention[name]
+
+    def _matching(self, name: str, family: str) -> list[Rule]:
+        rules = (rule for rule in self.spec.rules if rule.family == family)
+        return [rule for rule in rules if self._measures(rule, name)]
 
     def metrics(self, name: str, family: str = "activation") -> tuple[str, ...]:
         """The names of the metrics, in a family, of that module or parameter."""
@@ -243,10 +268,30 @@ def _reductions(name: str, rules: Iterable[Rule], is_complex: bool) -> tuple[Red
                 raise _collision(name, metric, known[1], rule)
     for metric in builtin.keys() & functions.keys():
         raise _collision(name, metric, builtin[metric], functions[metric][1])
-    ordered = [*METRICS, *DERIVED_METRICS, HISTOGRAM]
+    ordered = [*METRICS, *DERIVED_METRICS, *ATTENTION_METRICS, HISTOGRAM]
     names = tuple(metric for metric in ordered if metric in builtin)
     own = tuple(reduction for reduction, _ in functions.values())
     return builtin_reductions(names, is_complex=is_complex) + own
+
+
+def _requests(name: str, rules: Iterable[Rule]) -> Iterator[AttentionRequest]:
+    """One request for each way of looking at the heads and queries."""
+    ways: dict[tuple[bool, int | None], list[Rule]] = {}
+    counted: dict[tuple[bool, str], AttentionRule] = {}
+    for rule in rules:
+        assert isinstance(rule, AttentionRule)
+        ways.setdefault((rule.pooled, rule.queries), []).append(rule)
+        for metric in rule.metrics:
+            known = counted.setdefault((rule.pooled, metric), rule)
+            if metric in ATTENTION_METRICS and known.queries != rule.queries:
+                raise _collision(name, metric, known, rule)
+    parts: set[tuple[bool, Reduction]] = set()
+    for (pooled, queries), some in ways.items():
+        reductions = _reductions(name, some, is_complex=False)
+        own = tuple(r for r in reductions if not r.is_of_attention and (pooled, r) not in parts)
+        parts |= {(pooled, reduction) for reduction in own}
+        statistics = tuple(reduction for reduction in reductions if reduction.is_of_attention)
+        yield AttentionRequest(statistics, own, pooled, queries)
 
 
 def _collision(name: str, metric: str, first: Rule, second: Rule) -> ValueError:

@@ -7,7 +7,15 @@ from functools import partial
 
 import torch
 
-from tmm.layout import ROOT_NAME, VALUE_FAMILY, Measurement, PackedLayout, Site
+from tmm.layout import (
+    ATTENTION,
+    ROOT_NAME,
+    VALUE_FAMILY,
+    AttentionRequest,
+    Measurement,
+    PackedLayout,
+    Site,
+)
 from tmm.metrics import Reduction
 from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
@@ -84,11 +92,20 @@ class Attribution:
         comparison = None
         if any(self.plan.spec.measures(family) for family in BRANCH_FAMILIES):
             comparison = Comparison(partial(select, family=DIFFERENCE), check)
+        attention = None
+        if self.plan.spec.measures(ATTENTION):
+
+            def attention(relative: str) -> tuple[AttentionRequest, ...]:
+                names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
+                requests = [request for name in names for request in self.plan.attention(name)]
+                return tuple(dict.fromkeys(requests))
+
         gradient = None
         if self.plan.spec.measures(GRADIENT):
             gradient = partial(select, family=GRADIENT)
         return Scope(
             *(owner, self.name(owner), modules, select, values, gradient, comparison),
+            attention=attention,
             is_root=owner is self.root,
         )
 
@@ -152,8 +169,9 @@ class Attribution:
             name = absolute(measurement.site.module)
             if name is None or (graph.outside(measurement) and owner is not graph.owner):
                 return None
-            wanted = [*self.plan.select(name, torch.float32, measurement.family)]
-            wanted += self.plan.select(name, torch.complex64, measurement.family)
+            family = ATTENTION if measurement.site.is_of_attention else measurement.family
+            wanted = [*self.plan.select(name, torch.float32, family)]
+            wanted += self.plan.select(name, torch.complex64, family)
             if measurement.reduction not in wanted:
                 return None
             self._measured.setdefault(name, {})["graph"] = None

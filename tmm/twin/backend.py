@@ -12,12 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.layout import Measurement, Site
+from tmm.layout import AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
+from tmm.passes.insert_attention import AttentionOptions
 from tmm.passes.insert_probes import ProbeOptions, RowInput
 from tmm.passes.insert_reductions import ReductionOptions
 from tmm.passes.insert_reference import CheckedModule, ReferenceOptions
+from tmm.passes.multi_head import VERSION as MULTI_HEAD_VERSION
+from tmm.passes.multi_head import parts_of_multi_head
 from tmm.passes.pipeline import Rewritten, rewrite
 from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
@@ -48,8 +51,8 @@ class Scope:
     """Where a frame is traced: its module (the owner) and what modules are called from there.
 
     ``values`` says how what the model records by name is reduced, ``select_gradient`` which
-    gradients of outputs are measured and ``comparison`` what is compared (None if nothing is);
-    ``is_root`` tells that the owner is the whole model.
+    gradients of outputs are measured, ``comparison`` what is compared and ``attention`` what is
+    asked of attentions (None if nothing is); ``is_root`` tells that the owner is the whole model.
     """
 
     owner: torch.nn.Module
@@ -59,6 +62,7 @@ class Scope:
     values: Mapping[str, Reduction]
     select_gradient: Callable[[str, torch.dtype], tuple[Reduction, ...]] | None = None
     comparison: Comparison | None = None
+    attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None
     is_root: bool = False
 
 
@@ -237,7 +241,10 @@ class MeasuringBackend:
         watch = None
         if self.host.trace is not None:
             watch = self.host.trace.begin(index, module, scope.modules)
-        rewritten = rewrite(module, options, probes, reference, watch=watch)
+        attention = None
+        if scope.attention is not None:
+            attention = AttentionOptions(scope.modules, scope.attention)
+        rewritten = rewrite(module, options, probes, reference, attention, watch=watch)
         if samples is not None and self.sampling is not None and self.host.batch is not None:
             with self.host.inside_graph():
                 self.sampling.check(rewritten, samples, self.host.batch)
@@ -262,7 +269,8 @@ class MeasuringBackend:
         examples = [node.meta["example_value"] for node in added]
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
         known = torch._inductor.config.unsafe_marked_cacheable_functions
-        ours = {probe: PROBE_VERSION} | dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
+        ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
+        ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         with torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])

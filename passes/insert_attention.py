@@ -1,0 +1,234 @@
+"""Measure the attentions of a graph, per head, without their matrices of probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.layout import ATTENTION, AttentionRequest, Measurement, Site
+from tmm.metrics import Reduction
+from tmm.operators import (
+    COLUMN_SEPARATOR,
+    attention_heads,
+    summarize,
+    summarize_attention,
+    summarize_heads,
+)
+from tmm.passes.find_attention import FoundAttention, MaskKind, Unmatched, find_attention
+from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
+from tmm.passes.marks import call_of
+from tmm.passes.multi_head import insert_parts
+from tmm.passes.nesting import nested_calls, returns_body_outputs
+from tmm.passes.origin import add_site
+from tmm.passes.trace_function import insert_traced, trace
+
+_LOOKED_AT = "tmm_attention"
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What ``insert_attention`` measures.
+
+    ``modules`` gives the relative name of each module by its ``id``; ``select`` what is asked of
+    the attentions that a module calls.
+    """
+
+    modules: Mapping[int, str]
+    select: Callable[[str], tuple[AttentionRequest, ...]]
+
+
+def insert_attention(
+    module: GraphModule, *, options: AttentionOptions
+) -> tuple[tuple[Site, str], ...]:
+    """After each attention that is asked for, insert the nodes that measure its heads.
+
+    Afterwards rows that lie one after the other in a node are marked as such; the attentions
+    themselves are as before. The calls that a module makes are numbered in order. Returns the
+    modules whose attention cannot be measured, with the reason.
+    """
+    return tuple(_insert(module, options, Counter()))
+
+
+def _insert(
+    module: GraphModule, options: AttentionOptions, calls: Counter[tuple[tuple[str, str], ...]]
+) -> Iterator[tuple[Site, str]]:
+    bodies = {call: body for call, body in nested_calls(module) if returns_body_outputs(call)}
+    found = {_caller(attention): attention for attention in find_attention(module)}
+    for node in list(module.graph.nodes):
+        if node in bodies:
+            yield from _insert(bodies[node], options, calls)
+        elif (attention := found.get(node)) is not None:
+            call = call_of(node)
+            name = None if call is None else options.modules.get(int(call.partition("@")[0]))
+            requests = () if name is None else options.select(name)
+            if call is None or name is None or not requests or node.meta.get(_LOOKED_AT):
+                continue
+            node.meta[_LOOKED_AT] = True
+            # Of this call of the module: with those of the modules that called it.
+            place = tuple((key, path) for key, (path, _) in node.meta["nn_module_stack"].items())
+            site = Site(name, f".call_{calls[place]}" if calls[place] else "")
+            calls[place] += 1
+            if isinstance(attention, Node):
+                attention = insert_parts(module.graph, attention, site)
+            if isinstance(attention, Unmatched):
+                yield Site(name, f"{site.path} (attention)"), attention.reason
+            else:
+                for request in requests:
+                    _Heads(module, attention, site, request).insert()
+
+
+def _caller(attention: FoundAttention | Unmatched | Node) -> Node:
+    return attention if isinstance(attention, Node) else attention.caller
+
+
+class _Heads:
+    """Inserts the rows of one attention."""
+
+    def __init__(
+        self, module: GraphModule, found: FoundAttention, site: Site, request: AttentionRequest
+    ) -> None:
+        self.graph = module.graph
+        self.found = found
+        self.site = site
+        self.request = request
+        self.last = found.position
+
+    def insert(self) -> None:
+        if self.request.statistics:
+            self._statistics()
+        found = self.found
+        parts = {"query": found.query, "key": found.key, "value": found.value}
+        if found.output is not None:
+            parts["activation"] = found.output
+        for name, tensor in parts.items():
+            if self.last < tensor:
+                self.last = tensor
+            for reduction in self.request.parts:
+                turned = name == "key" and found.key_is_turned
+                self._part(name, tensor, reduction, turned=turned)
+
+    def _statistics(self) -> None:
+        found, request = self.found, self.request
+        names = tuple(name for reduction in request.statistics for name in reduction.metrics)
+        kinds = tuple(mask.kind for mask in found.masks)
+
+        def rows(query: torch.Tensor, key: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+            def own(mask: torch.Tensor) -> torch.Tensor:
+                joined = mask.dim() == 3 and mask.shape[0] == query.shape[0]
+                return _split(mask, found.heads) if joined else mask
+
+            return summarize_attention(
+                *(_split(query, found.heads), _split(_turn(key, found.key_is_turned), found.heads)),
+                *(_join(kinds, [own(mask) for mask in masks]), found.is_causal, found.scale),
+                *(request.queries, request.pooled, COLUMN_SEPARATOR.join(names)),
+            )
+
+        values = (found.query, found.key, *(mask.tensor for mask in found.masks))
+        count = attention_heads(*(_split(_example(v), found.heads) for v in values[:2]))
+        measured = tuple(
+            Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
+            for site in self._sites(count)
+            for reduction in request.statistics
+        )
+        self._insert(rows, values, request.statistics[0], measured)
+
+    def _part(self, name: str, tensor: Node, reduction: Reduction, *, turned: bool) -> None:
+        pooled = self.request.pooled
+
+        def rows(part: torch.Tensor) -> torch.Tensor:
+            part = _split(_turn(part, turned), self.found.heads)
+            part = part[None] if part.dim() == 2 else part
+            if reduction.function is not None:
+                part = _apply(reduction, part, pooled=pooled)
+            columns = COLUMN_SEPARATOR.join(reduction.columns)
+            return (summarize if pooled else summarize_heads)(part, columns)
+
+        example = _split(_turn(_example(tensor), turned), self.found.heads)
+        count = int(example.shape[-3]) if example.dim() > 2 else 1
+        measured = tuple(
+            Measurement("activation", replace(site, path=f"{site.path}.{name}"), reduction)
+            for site in self._sites(count)
+        )
+        self._insert(rows, (tensor,), reduction, measured)
+
+    def _sites(self, count: int) -> list[Site]:
+        if self.request.pooled:
+            return [self.site]
+        return [replace(self.site, path=f"{self.site.path}.head_{i}") for i in range(count)]
+
+    def _insert(
+        self,
+        function: Callable[..., torch.Tensor],
+        values: Sequence[Node],
+        reduction: Reduction,
+        measured: tuple[Measurement, ...],
+    ) -> None:
+        following = self.last.next
+        traced = trace(function, [_example(value).detach() for value in values], reduction)
+        detached = []
+        for value in values:
+            with self.graph.inserting_after(self.last):
+                self.last = self.graph.call_method("detach", (value,))
+            self.last.meta["example_value"] = _example(value).detach()
+            detached.append(self.last)
+        first = detached[0]
+        row = insert_traced(self.graph, traced, detached, self.last)
+        row.meta[MEASUREMENTS] = measured
+        row.meta[CONSECUTIVE] = True
+        node = first
+        while node is not following:
+            for measurement in measured:
+                add_site(node, measurement.family, measurement.site)
+            self.last, node = node, node.next
+
+
+def _example(node: Node) -> torch.Tensor:
+    example: torch.Tensor = node.meta["example_value"]
+    return example
+
+
+def _turn(key: torch.Tensor, turned: bool) -> torch.Tensor:
+    return key.transpose(-2, -1) if turned else key
+
+
+def _split(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
+    """Batch and heads apart, where they are one dimension."""
+    if heads is None or tensor.dim() != 3:
+        return tensor
+    apart: torch.Tensor = tensor.unflatten(0, (-1, heads))
+    return apart
+
+
+def _join(kinds: Sequence[MaskKind], masks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One mask that does what all of them do."""
+    joined: torch.Tensor | None = None
+    for kind, mask in zip(kinds, masks, strict=True):
+        if kind == "added":
+            joined = mask if joined is None else joined + mask
+    for kind, mask in zip(kinds, masks, strict=True):
+        if kind == "added":
+            continue
+        allowed = mask if kind == "allowed" else ~mask
+        if joined is None:
+            joined = allowed
+        elif joined.dtype == torch.bool:
+            joined = joined & allowed
+        else:
+            joined = torch.where(allowed, joined, float("-inf"))
+    return joined
+
+
+def _apply(reduction: Reduction, part: torch.Tensor, *, pooled: bool) -> torch.Tensor:
+    """The values of a user's function, of each head where they are not pooled."""
+    function: Any = reduction.function
+    if pooled:
+        whole: torch.Tensor = torch.as_tensor(function(part))
+        return whole
+    values = torch.func.vmap(lambda head: torch.as_tensor(function(head)))(part.movedim(-3, 0))
+    heads: torch.Tensor = values.reshape(values.shape[0], 1, -1)
+    return heads
