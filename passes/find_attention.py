@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from tmm.passes.edits import storages
+from tmm.passes.flexible_scores import FlexibleScores
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.origin import sites_of
 from tmm.passes.shared_masks import bind
@@ -57,7 +58,8 @@ class FoundAttention:
 
     ``caller`` is the node whose module called it; after ``position`` all of its tensors are known.
     ``key`` is of shape (..., keys, channels), or with the last two the other way round. ``heads``
-    is the number of heads where tensors have batch and heads in one dimension.
+    is the number of heads where tensors have batch and heads in one dimension. ``scores`` is what
+    ``flex_attention`` makes of the logits, with further ``tensors``.
     """
 
     caller: Node
@@ -71,6 +73,8 @@ class FoundAttention:
     scale: float | None = None
     key_is_turned: bool = False
     heads: int | None = None
+    scores: FlexibleScores | None = None
+    tensors: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ def find_attention(module: GraphModule) -> Iterator[FoundAttention | Unmatched |
             yield _called(node)
         elif node.target is MULTI_HEAD:
             yield node
+        elif node.target is torch.ops.higher_order.flex_attention:
+            yield _flexible(module, node)
         elif "native_multi_head" in str(node.target) or "encoder_layer_fwd" in str(node.target):
             yield Unmatched(node, "torch's fused layer keeps its query and key to itself")
         elif _is_softmax(node) and (product := _weighs(node)) is not None:
@@ -111,6 +117,23 @@ def _called(node: Node) -> FoundAttention | Unmatched:
         masks = (Mask(mask, "allowed" if is_boolean else "added"),)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     return FoundAttention(node, node, query, key, value, node, masks, causal, scale)
+
+
+def _flexible(module: GraphModule, node: Node) -> FoundAttention | Unmatched:
+    query, key, value, score, blocks, scale, _, score_tensors, mask_tensors = node.args
+    assert isinstance(blocks, tuple)
+    functions = [getattr(module, str(part.target)) for part in (score, blocks[-1])]  # type: ignore[union-attr]
+    tensors = (*score_tensors, *mask_tensors)  # type: ignore[misc]
+    if not isinstance(scale, float) or not all(isinstance(tensor, Node) for tensor in tensors):
+        return Unmatched(node, "flex_attention with numbers that are known only when it runs")
+    first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    scores = FlexibleScores(*functions, len(score_tensors), len(mask_tensors))  # type: ignore[arg-type]
+    return FoundAttention(
+        *(node, node, query, key, value, first[0] if first else None),  # type: ignore[arg-type]
+        scale=scale,
+        scores=scores,
+        tensors=tensors,
+    )
 
 
 def _is_softmax(node: Node) -> bool:

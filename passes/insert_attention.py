@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tmm.kernels.attention import arrange
+from tmm.kernels.attention_torch import summarize_attention_with_torch
 from tmm.layout import ATTENTION, AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import (
     COLUMN_SEPARATOR,
     attention_heads,
+    select_statistics,
+    stride_of,
     summarize,
     summarize_attention,
     summarize_heads,
+    why_unmeasurable,
 )
 from tmm.passes.find_attention import FoundAttention, MaskKind, Unmatched, find_attention
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
@@ -27,6 +32,7 @@ from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
 from tmm.passes.trace_function import insert_traced, trace
 
+_MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _LOOKED_AT = "tmm_attention"
 
 
@@ -75,6 +81,8 @@ def _insert(
             calls[place] += 1
             if isinstance(attention, Node):
                 attention = insert_parts(module.graph, attention, site)
+            if isinstance(attention, FoundAttention) and (reason := _why_unreadable(attention)):
+                attention = Unmatched(node, reason)
             if isinstance(attention, Unmatched):
                 yield Site(name, f"{site.path} (attention)"), attention.reason
             else:
@@ -128,14 +136,29 @@ class _Heads:
                 *(request.queries, request.pooled, COLUMN_SEPARATOR.join(names)),
             )
 
-        values = (found.query, found.key, *(mask.tensor for mask in found.masks))
+        def flexible_rows(
+            query: torch.Tensor, key: torch.Tensor, *tensors: torch.Tensor
+        ) -> torch.Tensor:
+            assert found.scores is not None
+            stride = stride_of(query, request.queries)
+            call = arrange(query, key, None, False, found.scale, stride)
+            scores = found.scores
+
+            def modify(logits: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+                return scores.apply(logits, indices, tensors)
+
+            measured = summarize_attention_with_torch(call, modify, most_blocks=_MOST_BLOCKS)
+            return select_statistics(measured, COLUMN_SEPARATOR.join(names), pooled=request.pooled)
+
+        values = (found.query, found.key, *(mask.tensor for mask in found.masks), *found.tensors)
         count = attention_heads(*(_split(_example(v), found.heads) for v in values[:2]))
         measured = tuple(
             Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
             for site in self._sites(count)
             for reduction in request.statistics
         )
-        self._insert(rows, values, request.statistics[0], measured)
+        function = rows if found.scores is None else flexible_rows
+        self._insert(function, values, request.statistics[0], measured)
 
     def _part(self, name: str, tensor: Node, reduction: Reduction, *, turned: bool) -> None:
         pooled = self.request.pooled
@@ -185,6 +208,16 @@ class _Heads:
             for measurement in measured:
                 add_site(node, measurement.family, measurement.site)
             self.last, node = node, node.next
+
+
+def _why_unreadable(found: FoundAttention) -> str | None:
+    """Why the tensors of an attention cannot be measured; None if they can."""
+    for node in (found.query, found.key, found.value):
+        example = _example(node)
+        reason = "nested tensors" if example.is_nested else why_unmeasurable(example)
+        if reason:
+            return reason
+    return None
 
 
 def _example(node: Node) -> torch.Tensor:

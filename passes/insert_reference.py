@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,13 +13,13 @@ from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, tap_input, why_unmeasurable
 from tmm.pairs import reduce_pair, row_norms
-from tmm.passes.copy_nodes import Copier
+from tmm.passes.copy_nodes import ORIGIN, Copier
 from tmm.passes.edits import add_placeholder, example_like
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
 from tmm.passes.masks import Masks
 from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import add_site, all_nodes
+from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
 from tmm.passes.trace_function import insert_traced, trace
 
@@ -194,12 +194,15 @@ class _Rows:
     branch: Copier
     parameters: Mapping[GraphModule, Mapping[Node, Node]]
     wanted: set[Node]
+    differences: dict[tuple[Node, Reduction], Node] = field(default_factory=dict)
 
     def insert(self) -> Iterator[tuple[Site, str]]:
         yield from self._insert(self.module)
 
     def _insert(self, module: GraphModule) -> Iterator[tuple[Site, str]]:
         for mark in list(module.graph.nodes):
+            if not is_mark(mark) and ORIGIN not in mark.meta and not sites_of(mark):
+                self.differences.clear()  # what comes may overwrite the tensor
             if mark not in self.wanted:
                 continue
             site = site_of(mark, self.options.modules)
@@ -231,7 +234,13 @@ class _Rows:
         place = _Place(module, mark, self.options.samples)
         dtype = mark.all_input_nodes[0].meta["example_value"].dtype
         for reduction in self.options.select(site.module, dtype):
-            place.pair(DIFFERENCE, site, reduction, place.live, place.of(self.branch))
+            key = (place.tensor, reduction)
+            if key in self.differences:
+                _also(self.differences[key], DIFFERENCE, site, reduction)
+                continue
+            self.differences[key] = place.pair(
+                DIFFERENCE, site, reduction, place.live, place.of(self.branch)
+            )
         checked = self.options.check(site.module)
         if checked is None:
             return
@@ -336,7 +345,7 @@ class _Place:
         return row
 
 
-def _also(row: Node, family: str, site: Site) -> None:
+def _also(row: Node, family: str, site: Site, reduction: Reduction = ROW_NORM) -> None:
     """Let a row be that of a further site."""
-    row.meta[MEASUREMENTS] += (Measurement(family, site, ROW_NORM),)
+    row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
     add_site(row, family, site)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import tmm
@@ -208,7 +209,7 @@ def test_models_with_torch_s_attention_and_with_their_own(name: str) -> None:
     module.set_attn_implementation("eager")
     torch._dynamo.reset()
     explanation = check(module, batch, want=want)
-    assert not [name for name in explanation.unmeasured if "attention" in name]
+    assert not [name for name in explanation.unmeasured if "(attention)" in name]
 
 
 class Calls(nn.Module):
@@ -514,6 +515,57 @@ def test_together_with_a_reference() -> None:
     # Products of transposed tensors depend, in their last digit, on whether these need a gradient.
     assert max(differences) < 1e-5
     assert "attention_entropy/1.self_attn.head_3" in values
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0])
+
+
+def flexible(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -> torch.Tensor:
+    def score(logit: Any, batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return logit - SLOPES[head] * (query - key) + 0.1 * batch
+
+    def window(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) & (query - key < 600) & (key != 1)
+
+    k, v = (x[:, :2] if grouped else x for x in (k, v))
+    blocks = create_block_mask(window, None, None, q.shape[-2], k.shape[-2], device="cpu")
+    output = flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=grouped)
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_flex_attention(backend: str, grouped: bool) -> None:
+    torch.manual_seed(0)
+    length = 1100
+    module = Calls(lambda q, k, v: flexible(q, k, v, grouped)).eval()
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    mask = -SLOPES[:, None, None] * (query - key) + 0.1 * torch.arange(2)[:, None, None, None]
+    mask = mask.masked_fill((key > query) | (query - key >= 600) | (key == 1), -math.inf)
+    same = copy.deepcopy(module)
+    same.inner.call = lambda q, k, v: F.scaled_dot_product_attention(
+        *((q, k[:, :2], v[:, :2]) if grouped else (q, k, v)), mask, enable_gqa=grouped
+    )
+    batch = batch_of(2, length)
+    with torch.no_grad():  # a CPU has no gradient of it
+        want = expected(same, [batch])
+        model = tmm.instrument(torch.compile(module, backend=backend), tmm.Spec(ALL))
+        with tmm.monitor(model).step(0):
+            model(**batch)
+    assert_agrees(tmm.monitor(model).get_step_metrics(), want, SINGLE)
+
+
+def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return torch.compiler.disable(F.scaled_dot_product_attention)(q, k, v)
+
+
+def test_attention_outside_of_graphs_is_stated() -> None:
+    model = tmm.instrument(torch.compile(Calls(broken), backend="aot_eager"), tmm.Spec(ALL))
+    assert not run(model, [batch_of(3, 7)])
+    reason = tmm.explain(model).unmeasured["attention outside of graphs"]
+    assert "outside ran inner" in reason
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=attribution.unmeasured | _compiled_methods(twin),
+            unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
         )
 
     def __str__(self) -> str:
@@ -199,6 +199,17 @@ def _compiled_methods(twin: Twin) -> dict[str, str]:
         for name, value in vars(kind).items()
         if settings_of(value) is not None
     }
+
+
+def _eager_attention(twin: Twin) -> dict[str, str]:
+    """Modules that ran outside of graphs, where attention is not looked for."""
+    names = (twin.attribution.name(module) for module in twin.eager_modules)
+    asked = [name for name in names if twin.plan.attention(name)]
+    if not asked:
+        return {}
+    more = f" and {len(asked) - _SHOWN} more" if len(asked) > _SHOWN else ""
+    listed = f"{', '.join(asked[:_SHOWN])}{more}"
+    return {"attention outside of graphs": f"it is looked for in graphs only; outside ran {listed}"}
 
 
 def _regions(twin: Twin) -> dict[str, str]:

@@ -86,11 +86,6 @@ class Site:
     module: str
     path: str = ""
 
-    @property
-    def is_of_attention(self) -> bool:
-        """Whether it is a part of an attention."""
-        return self.path.startswith(".")
-
 
 @dataclass(frozen=True)
 class AttentionRequest:
@@ -116,6 +111,12 @@ class Measurement:
     family: str
     site: Site
     reduction: Reduction
+
+    @property
+    def is_of_attention(self) -> bool:
+        """Whether it is of an attention: of its distributions, or of a tensor inside of it."""
+        inside = self.family == "activation" and self.site.path.startswith(".")
+        return inside or self.family.startswith(f"{ATTENTION}_")
 
 
 @dataclass(frozen=True)

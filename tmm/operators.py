@@ -158,16 +158,24 @@ def _summarize_attention(
     pooled: bool,
     statistics: str,
 ) -> torch.Tensor:
-    stride = 1 if queries is None else max(1, -(-query.shape[-2] // queries))
+    stride = stride_of(query, queries)
     rows = summarize_attention_of(
         *(query, key, mask), is_causal=is_causal, scale=scale, query_stride=stride
     )
+    return select_statistics(rows, statistics, pooled=pooled)
+
+
+def select_statistics(rows: torch.Tensor, statistics: str, *, pooled: bool) -> torch.Tensor:
+    """Count and value of each of the ``statistics`` of each head, one after the other.
+
+    ``rows`` are those of ``tmm.kernels.attention``; ``pooled`` joins them.
+    """
     last = ATTENTION_COLUMNS.index("max_logit")
     if pooled:
         rows = torch.cat([rows[:, :last].sum(0), rows[:, last:].amax(0)])[None]
     names = statistics.split(COLUMN_SEPARATOR)
     order = [i for name in names for i in (0, ATTENTION_COLUMNS.index(name))]
-    return rows[:, order].reshape(-1)
+    return torch.stack([rows[:, column] for column in order], 1).reshape(-1)
 
 
 def _summarize_attention_shape(
@@ -183,6 +191,11 @@ def _summarize_attention_shape(
     heads = 1 if pooled else attention_heads(query, key)
     length = 2 * heads * (statistics.count(COLUMN_SEPARATOR) + 1)
     return query.new_empty(length, dtype=packed_dtype(query.device))
+
+
+def stride_of(query: torch.Tensor, queries: int | None) -> int:
+    """The distance of ``queries`` queries, at most, that are evenly spaced."""
+    return 1 if queries is None else max(1, -(-int(query.shape[-2]) // queries))
 
 
 def attention_heads(query: torch.Tensor, key: torch.Tensor) -> int:

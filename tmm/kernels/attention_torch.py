@@ -27,9 +27,15 @@ _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def summarize_attention_with_torch(
-    call: AttentionCall, modify: Modify | None = None
+    call: AttentionCall,
+    modify: Modify | None = None,
+    *,
+    most_blocks: int | None = None,
 ) -> torch.Tensor:
     """The rows of ``summarize_attention``; all logits are passed through ``modify`` first.
+
+    With ``most_blocks`` queries and keys are each cut into so many blocks at most, for a compiler
+    that sees every one of them.
 
     Returns:
         ``packed_dtype``, shape ``(heads, len(ATTENTION_COLUMNS))``.
@@ -39,11 +45,14 @@ def summarize_attention_with_torch(
     device = call.query.device
     batch, heads, queries, _ = call.query.shape
     fitting = _ELEMENTS.get(device.type, 1 << 22) // (batch * heads * _KEYS)
-    size = max(fitting, _FEWEST_QUERIES)
+    size, width = max(fitting, _FEWEST_QUERIES), _KEYS
+    if most_blocks is not None:
+        size = max(size, -(-queries // most_blocks))
+        width = max(width, -(-call.key.shape[2] // most_blocks))
     # Autocast would multiply in a shorter dtype.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         blocks = [
-            _summarize_queries(call, start, min(start + size, queries), modify)
+            _summarize_queries(call, start, min(start + size, queries), width, modify)
             for start in range(0, queries, size)
         ]
         rows = torch.stack(blocks)
@@ -52,9 +61,9 @@ def summarize_attention_with_torch(
 
 
 def _summarize_queries(
-    call: AttentionCall, start: int, stop: int, modify: Modify | None
+    call: AttentionCall, start: int, stop: int, width: int, modify: Modify | None
 ) -> torch.Tensor:
-    """The rows of some of the queries."""
+    """The rows of some of the queries, from ``width`` keys at a time."""
     batch, heads, _, channels = call.query.shape
     key_heads, keys = call.key.shape[1:3]
     dtype, device = accumulation_dtype(call.query.dtype), call.query.device
@@ -70,8 +79,8 @@ def _summarize_queries(
 
     maximum, total, weighted, sink = zeros() - math.inf, zeros(), zeros(), zeros()
     number = torch.zeros(batch, heads, stop - start, dtype=torch.int64, device=device)
-    for first in range(0, keys, _KEYS):
-        last = min(first + _KEYS, keys)
+    for first in range(0, keys, width):
+        last = min(first + width, keys)
         product = query @ call.key[:, :, first:last].to(dtype).mT
         logits = product.view(batch, heads, stop - start, last - first) * call.scale
         mask = None if call.mask is None else call.mask[:, :, start:stop, first:last]

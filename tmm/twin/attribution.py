@@ -169,7 +169,7 @@ class Attribution:
             name = absolute(measurement.site.module)
             if name is None or (graph.outside(measurement) and owner is not graph.owner):
                 return None
-            family = ATTENTION if measurement.site.is_of_attention else measurement.family
+            family = ATTENTION if measurement.is_of_attention else measurement.family
             wanted = [*self.plan.select(name, torch.float32, family)]
             wanted += self.plan.select(name, torch.complex64, family)
             if measurement.reduction not in wanted:

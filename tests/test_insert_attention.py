@@ -1,0 +1,124 @@
+"""Attention in single graphs: what is matched, what is inserted, and what stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from tests.graphs import check_golden, text, trace
+from tmm.layout import AttentionRequest
+from tmm.metrics import builtin_reductions
+from tmm.passes.copy_graph import copy_graph
+from tmm.passes.find_attention import FoundAttention, find_attention
+from tmm.passes.insert_attention import AttentionOptions, insert_attention
+from tmm.passes.pack_rows import pack_rows
+from tmm.passes.remove_taps import remove_taps
+
+X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Small(nn.Module):
+    """Two heads, called in a way that is given."""
+
+    def __init__(self, call: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.fc, self.call = nn.Linear(4, 4), call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.fc(x).unflatten(-1, (2, 2)).transpose(1, 2)
+        return self.call(heads, heads, heads)
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(2) + 1.5 * v[..., :1], -1) @ v
+
+
+def options_for(module: nn.Module, *names: str, pooled: bool = False) -> AttentionOptions:
+    reductions = builtin_reductions(names, is_complex=False)
+    request = AttentionRequest(
+        tuple(r for r in reductions if r.is_of_attention),
+        tuple(r for r in reductions if not r.is_of_attention),
+        pooled,
+    )
+    modules = {id(child): name for name, child in module.named_modules()}
+    return AttentionOptions(modules, lambda name: (request,) if not name and names else ())
+
+
+def traced(module: nn.Module) -> GraphModule:
+    return copy_graph(trace(module, X))
+
+
+@pytest.mark.parametrize("call", [causal, by_hand])
+def test_golden(call: Callable[..., torch.Tensor]) -> None:
+    module = Small(call)
+    graph = traced(module)
+    before = text(graph)
+    options = options_for(module, "entropy", "max_logit", "rms")
+    assert insert_attention(graph, options=options) == ()
+    name = f"insert_attention_{call.__name__}"
+    check_golden(name, before + "\n# becomes\n\n" + text(graph))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_rows_lie_one_after_the_other_and_the_program_is_as_before(pooled: bool) -> None:
+    module = Small(causal)
+    graph = traced(module)
+    options = options_for(module, "entropy", "max_logit", "rms", pooled=pooled)
+    insert_attention(graph, options=options)
+    remove_taps(graph)
+    layout = pack_rows(graph)
+    graph.recompile()
+    assert len(layout.rows) == (2 + 4) * (1 if pooled else 2)
+    ends = [0, *(row.stop for row in layout.rows)]
+    assert [row.start for row in layout.rows] == ends[:-1]
+    inputs = [node.meta["real"] for node in graph.graph.find_nodes(op="placeholder")]
+    output, packed = graph(*inputs)
+    assert torch.equal(output, module(X))
+    assert packed.shape == (ends[-1],)
+
+
+def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:
+    module = Small(causal)
+    graph = traced(module)
+    untouched = text(graph)
+    insert_attention(graph, options=options_for(module))
+    assert text(graph) == untouched
+    options = options_for(module, "entropy")
+    insert_attention(graph, options=options)
+    once = text(graph)
+    assert once != untouched
+    insert_attention(graph, options=options)
+    assert text(graph) == once
+
+
+def test_a_mask_of_the_logits_and_their_scale_are_found() -> None:
+    (found,) = find_attention(traced(Small(by_hand)))
+    assert isinstance(found, FoundAttention)
+    assert found.scale == pytest.approx(1 / math.sqrt(2))
+    assert [mask.kind for mask in found.masks] == ["added"]
+    assert found.key_is_turned
+
+
+def overwriting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k = k.clone()
+    logits = q @ k.mT
+    k.mul_(2)
+    return torch.softmax(logits, -1) @ v
+
+
+def test_tensors_that_are_overwritten_before_they_could_be_read_are_refused() -> None:
+    module = Small(overwriting)
+    graph = traced(module)
+    ((site, reason),) = insert_attention(graph, options=options_for(module, "entropy"))
+    assert site.path == " (attention)"
+    assert "overwritten" in reason
