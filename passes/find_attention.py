@@ -122,12 +122,12 @@ def _called(node: Node) -> FoundAttention | Unmatched:
 def _flexible(module: GraphModule, node: Node) -> FoundAttention | Unmatched:
     query, key, value, score, blocks, scale, _, score_tensors, mask_tensors = node.args
     assert isinstance(blocks, tuple)
-    functions = [getattr(module, str(part.target)) for part in (score, blocks[-1])]  # type: ignore[union-attr]
+    score_mod, mask_mod = (getattr(module, str(part.target)) for part in (score, blocks[-1]))  # type: ignore[union-attr]
     tensors = (*score_tensors, *mask_tensors)  # type: ignore[misc]
     if not isinstance(scale, float) or not all(isinstance(tensor, Node) for tensor in tensors):
         return Unmatched(node, "flex_attention with numbers that are known only when it runs")
     first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
-    scores = FlexibleScores(*functions, len(score_tensors), len(mask_tensors))  # type: ignore[arg-type]
+    scores = FlexibleScores(score_mod, mask_mod, len(score_tensors), len(mask_tensors))  # type: ignore[arg-type]
     return FoundAttention(
         *(node, node, query, key, value, first[0] if first else None),  # type: ignore[arg-type]
         scale=scale,
