@@ -591,3 +591,34 @@ def test_two_rules_that_differ_in_their_queries_collide() -> None:
         tmm.instrument(torch.compile(Calls(CALLS["plain"])), spec)
     text = str(tmm.attention("entropy", modules="a", heads="pooled", queries=4))
     assert text == "tmm.attention('entropy', modules='a', heads='pooled', queries=4)"
+
+
+def test_keys_and_values_of_torch_module_monitor() -> None:
+    peer = pytest.importorskip("torch_module_monitor")
+    torch.manual_seed(0)
+    module, batch = Calls(CALLS["causal"]), batch_of(3, 7)
+    monitor = peer.ModuleMonitor(monitor_step_fn=lambda step: True)
+    monitor.add_activation_metric("l2norm", lambda x: x.norm(dim=-1), r".*head_\d+\..*")
+    monitor.set_module(module)
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        output = CALLS["causal"](q, k, v)
+        peer.monitor_scaled_dot_product_attention(
+            monitor, module.inner, q, k, v, is_causal=True, activation=output
+        )
+        return output
+
+    module.inner.call = watched
+    monitor.begin_step(0)
+    module(**batch)
+    monitor.end_step()
+    want = {
+        key: Expected(value, max(abs(value), 1e-2))  # it adds 1e-8 to each probability
+        for key, value in monitor.get_step_metrics().items()
+    }
+    assert len(want) == 4 * 5
+    torch.manual_seed(0)
+    module = Calls(CALLS["causal"])
+    rule = tmm.attention("entropy", l2norm=lambda x: x.norm(dim=-1))
+    model = tmm.instrument(torch.compile(module, backend="aot_eager"), tmm.Spec(rule))
+    assert_agrees(run(model, [batch]), want, SINGLE)
