@@ -425,8 +425,8 @@ class Monitor:
         return self._open if self.is_monitoring() else None
 
     def _release_reference(self) -> None:
-        if self._twin is not None and self._twin.reference is not None:
-            self._twin.reference.release()
+        if self._twin is not None and self._twin.comparing is not None:
+            self._twin.comparing.reference.release()
 
     def _require_twin(self) -> Twin:
         assert self._twin is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
@@ -31,8 +31,11 @@ from tmm.passes.shared_masks import draws_random_numbers
 from tmm.reference import Reference
 from tmm.twin.breaks import end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
-from tmm.twin.sampling import LOST_ITEMS, Batch, Sampling
+from tmm.twin.sampling import LOST_ITEMS, Sampling
 from tmm.twin.trace import TraceFolder
+
+if TYPE_CHECKING:
+    from tmm.twin.comparing import Comparing
 
 OUTSIDE = "//"
 """Prefix of the name of a site that does not lie under the module whose frame was traced."""
@@ -73,8 +76,12 @@ class Host(Protocol):
     trace: TraceFolder | None
 
     @property
-    def reference(self) -> Reference | None:
-        """What the model is compared with."""
+    def comparing(self) -> Comparing | None:
+        """What is known of the reference, if the model is compared with one."""
+
+    @property
+    def frame(self) -> torch.nn.Module:
+        """The module whose frame is running."""
 
     @property
     def scales_gradients(self) -> bool:
@@ -82,17 +89,6 @@ class Host(Protocol):
 
     def scope(self) -> Scope:
         """The scope of the frame that is being compiled."""
-
-    @property
-    def batch(self) -> Batch | None:
-        """The batch that the running call of the model was given, as far as it is looked for."""
-
-    @property
-    def is_reference_lost(self) -> bool:
-        """Whether the rest of the running call cannot be compared."""
-
-    def lose_reference(self) -> None:
-        """Compare nothing in the rest of the running call."""
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -109,17 +105,6 @@ class Host(Protocol):
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
     ) -> torch.Tensor:
         """An extra input of one call of ``graph``, whose gradient will hold rows."""
-
-    def inside_graph(self) -> AbstractContextManager[None]:
-        """To be entered around what a graph computes."""
-
-    def counterparts(
-        self, graph: MeasuredGraph, inputs: Sequence[object]
-    ) -> Sequence[torch.Tensor]:
-        """The extra inputs that the reference's branch of a graph takes."""
-
-    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
-        """Take the extra outputs of the reference's branch of a graph."""
 
 
 @dataclass(frozen=True)
@@ -187,17 +172,20 @@ class MeasuredGraph:
 
     def __call__(self, *inputs: object) -> Sequence[Any]:
         """Run the graph."""
-        counterparts = self.host.counterparts(self, inputs)
+        comparing = self.host.comparing
+        counterparts: Sequence[torch.Tensor] = ()
+        if comparing is not None:
+            counterparts = comparing.counterparts(self.reference, inputs, self.host.frame)
         rows = [self.host.gradient_rows(self, inputs, wanted) for wanted in self.row_inputs]
-        with self.host.inside_graph():
+        with nullcontext() if comparing is None else comparing.inside_graph():
             outputs = self.run(*inputs, *counterparts, *rows)
-        if self.loses_reference:
-            self.host.lose_reference()
         extra, paired = self.layout.outputs, self.reference.outputs
         own = len(outputs) - extra - len(paired)
-        if paired:
+        if comparing is not None and paired:
             returned = [outputs[position] for position in paired]
-            self.host.pair(returned, outputs[own : own + len(paired)])
+            comparing.pair(returned, outputs[own : own + len(paired)])
+        if comparing is not None and self.loses_reference:
+            comparing.end()
         self.host.collect(self, inputs, outputs[len(outputs) - extra :])
         return outputs[:own]
 
@@ -228,15 +216,15 @@ class MeasuringBackend:
         if scope.select_gradient is not None:
             probes = ProbeOptions(scope.modules, scope.select_gradient, self.host.scales_gradients)
         reference = samples = None
-        whole = scope.is_root and is_whole(module)
-        if scope.comparison is not None and self.host.reference is not None:
+        comparing, whole = self.host.comparing, scope.is_root and is_whole(module)
+        if scope.comparison is not None and comparing is not None:
             refusal = ""
-            if not whole and not self._is_followed(module):
+            if not whole and not self._is_followed(module, comparing):
                 refusal = LOST_ITEMS
             elif self.sampling is not None:
-                samples = self.sampling.samples(module, self.host.batch)
-            bound = (scope, scope.comparison, whole, samples, refusal)
-            reference = partial(self._reference_options, *bound)
+                samples = self.sampling.samples(module, comparing.batch)
+            bound = (scope, scope.comparison, comparing.reference, whole, samples, refusal)
+            reference = partial(_reference_options, *bound)
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:
@@ -245,10 +233,13 @@ class MeasuringBackend:
         if scope.attention is not None:
             attention = AttentionOptions(scope.modules, scope.attention)
         rewritten = rewrite(module, options, probes, reference, attention, watch=watch)
-        if samples is not None and self.sampling is not None and self.host.batch is not None:
-            with self.host.inside_graph():
-                self.sampling.check(rewritten, samples, self.host.batch)
-            self.sampling.settle(module, samples, self.host.batch)
+        if samples is not None:
+            assert self.sampling is not None
+            assert comparing is not None
+            assert comparing.batch is not None
+            with comparing.inside_graph():
+                self.sampling.check(rewritten, samples, comparing.batch)
+            self.sampling.settle(module, samples, comparing.batch)
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         report = GraphReport(
             owner=scope.owner_name,
@@ -283,37 +274,37 @@ class MeasuringBackend:
         self.host.graphs.append(graph)
         return graph
 
-    def _is_followed(self, module: GraphModule) -> bool:
-        batch, reference = self.host.batch, self.host.reference
-        if self.sampling is None or batch is None or reference is None:
+    def _is_followed(self, module: GraphModule, comparing: Comparing) -> bool:
+        if self.sampling is None or comparing.batch is None:
             return True
-        after_others = self.host.is_reference_lost
-        return self.sampling.is_followed(module, batch, reference, after_others=after_others)
-
-    def _reference_options(
-        self,
-        scope: Scope,
-        comparison: Comparison,
-        whole: bool,
-        samples: Samples | None,
-        refusal: str,
-        module: GraphModule,
-    ) -> ReferenceOptions:
-        assert self.host.reference is not None
-        parameters = {}
-        for node in module.graph.find_nodes(op="placeholder"):
-            argument = node.meta.get("grapharg")
-            if argument is not None and self.host.reference.of(argument.example) is not None:
-                parameters[node] = id(argument.example)
-        return ReferenceOptions(
-            scope.modules,
-            comparison.select,
-            comparison.check,
-            parameters,
-            is_part=not whole and samples is None,
-            samples=samples,
-            refusal=refusal,
+        return self.sampling.is_followed(
+            module, comparing.batch, comparing.reference, after_others=comparing.is_over
         )
+
+
+def _reference_options(
+    scope: Scope,
+    comparison: Comparison,
+    reference: Reference,
+    whole: bool,
+    samples: Samples | None,
+    refusal: str,
+    module: GraphModule,
+) -> ReferenceOptions:
+    parameters = {}
+    for node in module.graph.find_nodes(op="placeholder"):
+        argument = node.meta.get("grapharg")
+        if argument is not None and reference.of(argument.example) is not None:
+            parameters[node] = id(argument.example)
+    return ReferenceOptions(
+        scope.modules,
+        comparison.select,
+        comparison.check,
+        parameters,
+        is_part=not whole and samples is None,
+        samples=samples,
+        refusal=refusal,
+    )
 
 
 def _extra_bytes(rewritten: Rewritten) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
@@ -23,29 +23,19 @@ from tmm.passes.insert_probes import RowInput
 from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.reference import Reference
-from tmm.rules import BRANCH_FAMILIES
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
 from tmm.twin.attribution import Attribution
 from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
-from tmm.twin.compare import EagerComparison
+from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
-from tmm.twin.follow import Follower
-from tmm.twin.outputs import mark_inputs, mark_nothing, mark_outputs
-from tmm.twin.regions import COMPILED_CALL, Region
-from tmm.twin.sampling import Batch, Sampling
+from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.regions import Region
+from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
 from tmm.values import RecordedValues, RecordError
-
-_HOOK_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
-
-# What exists only while tracing, or only between graphs: no guard may depend on it.
-_UNGUARDED = (
-    *("._forward_hooks", "._forward_pre_hooks", "._forward_pre_hooks_with_kwargs"),
-    f".{COMPILED_CALL}",
-)
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
@@ -103,10 +93,7 @@ class Twin:
         self.plan = plan
         self.recorder = recorder
         self.trace = trace
-        self._follower: Follower | None = None
-        self._comparison: EagerComparison | None = None
-        self._lost = False
-        self.batch: Batch | None = None
+        self.comparing: Comparing | None = None
         self.attribution = Attribution(module, plan, recorder.registry)
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
@@ -119,9 +106,10 @@ class Twin:
         self._in_program = False
         self._isolation_ids: set[int] = set()
         self._discarding = False
-        self._marks_inputs = plan.spec.measures("rcc")
-        self._compares = any(map(plan.spec.measures, BRANCH_FAMILIES))
-        self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
+        self._hooks = ModuleHooks(
+            *(self.attribution, self._enter_module, self._leave_module),
+            marks_inputs=plan.spec.measures("rcc"),
+        )
 
     # Running
 
@@ -129,7 +117,8 @@ class Twin:
         """Run a region, measured."""
         if self.is_running():
             return self._run(region, *args, **kwargs)
-        with self._hooked(), self._following((args, kwargs)), self._sampling((args, kwargs)):
+        comparing = self.comparing
+        with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
             return self._run(region, *args, **kwargs)
 
     def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +180,7 @@ class Twin:
         outer = _running.set(self)
         frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
-        self._hook_eagerly()
+        self._hooks.watch()
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
         try:
@@ -199,55 +188,22 @@ class Twin:
         finally:
             callback_handler.remove_start_callback(self._start_tracing)
             callback_handler.remove_end_callback(self._end_tracing)
-            self._unhook()
+            self._hooks.remove()
             self._frames = frames
             _running.reset(outer)
 
-    @property
-    def reference(self) -> Reference | None:
-        """What the model is compared with."""
-        return None if self._follower is None else self._follower.reference
-
     def compare_with(self, reference: Reference | None) -> None:
         """Compare with ``reference`` from now on, or with nothing; graphs are traced anew."""
-        self._follower = self._comparison = None
+        self.comparing = None
         if reference is not None:
-            self._follower = Follower(reference)
-        if self._follower is not None and self._compares:
-            add = self._add_comparison
-            self._comparison = EagerComparison(self.attribution, self._follower, add)
+            self.comparing = Comparing(reference, self.attribution, self._add_comparison)
         self._programs.clear()
-
-    @contextmanager
-    def _following(self, inputs: object) -> Iterator[None]:
-        if self._follower is None or not self._compares:
-            yield
-            return
-        self._follower.begin(inputs)
-        try:
-            with self._follower:
-                yield
-        finally:
-            self._follower.end()
-
-    @contextmanager
-    def _sampling(self, inputs: object) -> Iterator[None]:
-        if self.plan.spec.reference_samples is None or self._follower is None:
-            yield
-            return
-        self.batch = Batch.of(inputs)
-        try:
-            with nullcontext() if self.batch is None else self.batch.left_open():
-                yield
-        finally:
-            self.batch = None
 
     # Tracing
 
     def _start_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
             return
-        self._unhook()  # of the modules known so far: there may be others now
         if not self._compiles_program():
             name = self.attribution.name(self._frames[-1])
             self.attribution.unmeasured[f"{name}, in a function that is compiled by itself"] = (
@@ -255,19 +211,7 @@ class Twin:
             )
             return
         self._tracing = True
-        self.attribution.refresh()
-        for module in self.attribution.names:
-            module._forward_hooks[_HOOK_KEY] = mark_outputs
-            if self._marks_inputs:
-                module._forward_pre_hooks[_HOOK_KEY] = mark_inputs
-                module._forward_pre_hooks_with_kwargs[_HOOK_KEY] = True
-            elif module._forward_pre_hooks:
-                # The user's hooks are guarded on, with the length of the dict that holds them.
-                module._forward_pre_hooks[_HOOK_KEY] = mark_nothing
-            if (call := module.__dict__.get(COMPILED_CALL)) is not None:
-                # A part that is compiled on its own is traced like any other.
-                self._hidden_calls.append((module, call))
-                module.__dict__[COMPILED_CALL] = None
+        self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
@@ -275,7 +219,7 @@ class Twin:
         if self._tracing:
             self.breaks.note(self._frames[-1])
         self._tracing = False
-        self._hook_eagerly()
+        self._hooks.watch()
 
     def _compiles_program(self) -> bool:
         """Whether what Dynamo compiles now is one of our programs, not a function of the user."""
@@ -296,42 +240,21 @@ class Twin:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         self.attribution.leave_out(owner, unmeasured)
 
-    # Hooks
-
-    def _hook_eagerly(self) -> None:
-        # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
-        self._show_calls()
-        for module in self.attribution.names:
-            module._forward_pre_hooks[_HOOK_KEY] = self._enter_module
-            if self._marks_inputs:
-                module._forward_pre_hooks_with_kwargs[_HOOK_KEY] = True
-            module._forward_hooks[_HOOK_KEY] = self._leave_module
-
-    def _unhook(self) -> None:
-        self._show_calls()
-        for module in self.attribution.names:
-            module._forward_pre_hooks.pop(_HOOK_KEY, None)
-            module._forward_pre_hooks_with_kwargs.pop(_HOOK_KEY, None)
-            module._forward_hooks.pop(_HOOK_KEY, None)
-
-    def _show_calls(self) -> None:
-        while self._hidden_calls:
-            module, call = self._hidden_calls.pop()
-            module.__dict__[COMPILED_CALL] = call
+    # Calls between graphs
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _enter_module(
         self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None = None
     ) -> None:
-        if self._comparison is not None and self._comparison.is_repeating:
+        if self.comparing is not None and self.comparing.is_repeating:
             return
         self._frames.append(module)
-        if self._comparison is not None:
-            self._comparison.enter(module, arguments, keywords or {})
+        if self.comparing is not None:
+            self.comparing.enter(module, arguments, keywords)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
-        if self._comparison is not None and self._comparison.is_repeating:
+        if self.comparing is not None and self.comparing.is_repeating:
             return
         if module in self._frames[1:]:
             while self._frames.pop() is not module:
@@ -339,8 +262,8 @@ class Twin:
         self.eager_modules[module] = self._frames[-1]
         for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
             self._add_eagerly(binding, tensor, reduction)
-        if self._comparison is not None:
-            self._comparison.leave(module, output)
+        if self.comparing is not None:
+            self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
             self._probe_eagerly(module, output)
 
@@ -350,12 +273,13 @@ class Twin:
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
     ) -> None:
         """Take the rows of one call of ``graph``."""
-        if graph.has_own_randomness and self._comparison is not None:
-            self._comparison.note_own_randomness()
+        if graph.has_own_randomness and self.comparing is not None:
+            self.comparing.note_own_randomness()
         if not extra:
             return
         binding = self.attribution.bind(
-            graph, graph.layout, inputs, self._frames, compared=not self._lost
+            *(graph, graph.layout, inputs, self._frames),
+            compared=self.comparing is None or not self.comparing.lost,
         )
         if binding is not None and not self._discarding:
             self.recorder.add(binding, extra)
@@ -375,47 +299,10 @@ class Twin:
             rows.register_hook(partial(_hand_over, sink, binding))
         return rows
 
-    def inside_graph(self) -> AbstractContextManager[None]:
-        """Keeps the reference from being followed where a graph computes it."""
-        return nullcontext() if self._follower is None else self._follower.paused()
-
-    def counterparts(
-        self, graph: MeasuredGraph, inputs: Sequence[object]
-    ) -> Sequence[torch.Tensor]:
-        """What the reference's branch of a graph takes for these inputs."""
-        follower, self._lost = self._follower, False
-        if follower is None:
-            return ()
-        found = []
-        ends = graph.reference
-        for position in (*ends.parameters, *ends.inputs):
-            tensor = inputs[position]
-            assert isinstance(tensor, torch.Tensor)
-            counterpart = follower.counterpart(tensor)
-            if counterpart is None:
-                self._lost = True
-                where = self.attribution.name(self._frames[-1])
-                self.attribution.unmeasured[f"{where}, compared with the reference"] = (
-                    "a tensor came to a graph of it on a way that tmm does not see"
-                )
-                counterpart = tensor.detach()
-            found.append(counterpart)
-        return found
-
     @property
-    def is_reference_lost(self) -> bool:
-        """Whether the rest of the running call cannot be compared."""
-        return self._follower is not None and self._follower.is_lost
-
-    def lose_reference(self) -> None:
-        """Compare nothing in the rest of the running call."""
-        if self._follower is not None:
-            self._follower.lose()
-
-    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
-        """Take what the reference's branch of a graph gives to later ones."""
-        if self._follower is not None and not self._lost:
-            self._follower.pair(own, counterparts)
+    def frame(self) -> torch.nn.Module:
+        """The module whose frame is running."""
+        return self._frames[-1]
 
     def _probe_eagerly(self, module: torch.nn.Module, output: object) -> None:
         sink = None if self._discarding else self.recorder.gradient_sink()
@@ -489,9 +376,4 @@ def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
-    return [not _depends_on_us(entry) for entry in entries]
-
-
-def _depends_on_us(entry: GuardFilterEntry) -> bool:
-    ours = any(entry.value is hook for hook in (mark_outputs, mark_inputs, mark_nothing))
-    return ours or entry.name.endswith(_UNGUARDED)
+    return [keep_guard(entry) for entry in entries]

@@ -1,0 +1,116 @@
+"""What a monitored program knows of the reference that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from tmm.passes.insert_reference import ReferenceEnds
+from tmm.reference import Reference
+from tmm.rules import BRANCH_FAMILIES
+from tmm.twin.attribution import Attribution
+from tmm.twin.compare import Add, EagerComparison
+from tmm.twin.follow import Follower
+from tmm.twin.sampling import Batch
+
+
+class Comparing:
+    """Follows the reference through one forward pass after the other.
+
+    ``batch`` is what the running one was given, where only some of its items are compared; ``lost``
+    tells that the graph that runs cannot be compared this time.
+    """
+
+    def __init__(self, reference: Reference, attribution: Attribution, add: Add) -> None:
+        spec = attribution.plan.spec
+        self.reference = reference
+        self.batch: Batch | None = None
+        self.lost = False
+        self._attribution = attribution
+        self._follower = Follower(reference)
+        self._runs_branch = any(map(spec.measures, BRANCH_FAMILIES))
+        self._samples = spec.reference_samples
+        self._eager = EagerComparison(attribution, self._follower, add)
+
+    @contextmanager
+    def forward(self, inputs: object) -> Iterator[None]:
+        """To be entered around a forward pass of the model."""
+        if not self._runs_branch:
+            yield
+            return
+        self._follower.begin(inputs)
+        if self._samples is not None:
+            self.batch = Batch.of(inputs)
+        left_open = nullcontext() if self.batch is None else self.batch.left_open()
+        try:
+            with self._follower, left_open:
+                yield
+        finally:
+            self._follower.end()
+            self.batch = None
+
+    # Of graphs
+
+    def inside_graph(self) -> AbstractContextManager[None]:
+        """Keeps the reference from being followed where a graph computes it."""
+        return self._follower.paused()
+
+    def counterparts(
+        self, ends: ReferenceEnds, inputs: Sequence[object], owner: torch.nn.Module
+    ) -> list[torch.Tensor]:
+        """What the reference's branch of a graph takes for these inputs."""
+        self.lost = False
+        found = []
+        for position in (*ends.parameters, *ends.inputs):
+            tensor = inputs[position]
+            assert isinstance(tensor, torch.Tensor)
+            counterpart = self._follower.counterpart(tensor)
+            if counterpart is None:
+                self.lost = True
+                where = self._attribution.name(owner)
+                self._attribution.unmeasured[f"{where}, compared with the reference"] = (
+                    "a tensor came to a graph of it on a way that tmm does not see"
+                )
+                counterpart = tensor.detach()
+            found.append(counterpart)
+        return found
+
+    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
+        """Take what the reference's branch of a graph gives to later ones."""
+        if not self.lost:
+            self._follower.pair(own, counterparts)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rest of the forward pass cannot be compared."""
+        return self._follower.is_lost
+
+    def end(self) -> None:
+        """Compare nothing in the rest of the forward pass."""
+        self._follower.lose()
+
+    # Between graphs
+
+    @property
+    def is_repeating(self) -> bool:
+        """Whether a module is running a second time, to be compared."""
+        return self._eager.is_repeating
+
+    def enter(
+        self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None
+    ) -> None:
+        """A module is called."""
+        if self._runs_branch:
+            self._eager.enter(module, arguments, keywords or {})
+
+    def leave(self, module: torch.nn.Module, output: object) -> None:
+        """A module has returned."""
+        if self._runs_branch:
+            self._eager.leave(module, output)
+
+    def note_own_randomness(self) -> None:
+        """A graph ran that draws random numbers of its own."""
+        self._eager.note_own_randomness()

@@ -1,0 +1,88 @@
+"""The hooks that a model carries during a monitored forward pass, and at no other time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._dynamo.types import GuardFilterEntry
+
+from tmm.twin.attribution import Attribution
+from tmm.twin.outputs import mark_inputs, mark_nothing, mark_outputs
+from tmm.twin.regions import COMPILED_CALL
+
+_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
+
+# What exists only while tracing, or only between graphs: no guard may depend on it.
+_UNGUARDED = (
+    *("._forward_hooks", "._forward_pre_hooks", "._forward_pre_hooks_with_kwargs"),
+    f".{COMPILED_CALL}",
+)
+
+
+class ModuleHooks:
+    """Marks the outputs of modules while Dynamo traces, and shows their calls where no graph is.
+
+    ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
+    with its output afterwards. With ``marks_inputs`` inputs are marked, too.
+    """
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        enter: Callable[..., None],
+        leave: Callable[..., None],
+        *,
+        marks_inputs: bool,
+    ) -> None:
+        self._attribution = attribution
+        self._enter = enter
+        self._leave = leave
+        self._marks_inputs = marks_inputs
+        self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
+
+    def mark(self) -> None:
+        """Mark what Dynamo traces from now on."""
+        self.remove()  # from the modules known so far: there may be others now
+        self._attribution.refresh()
+        for module in self._attribution.names:
+            module._forward_hooks[_KEY] = mark_outputs
+            if self._marks_inputs:
+                module._forward_pre_hooks[_KEY] = mark_inputs
+                module._forward_pre_hooks_with_kwargs[_KEY] = True
+            elif module._forward_pre_hooks:
+                # The user's hooks are guarded on, with the length of the dict that holds them.
+                module._forward_pre_hooks[_KEY] = mark_nothing
+            if (call := module.__dict__.get(COMPILED_CALL)) is not None:
+                # A part that is compiled on its own is traced like any other.
+                self._hidden_calls.append((module, call))
+                module.__dict__[COMPILED_CALL] = None
+
+    def watch(self) -> None:
+        """Show the calls that run from now on."""
+        # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
+        self._show_calls()
+        for module in self._attribution.names:
+            module._forward_pre_hooks[_KEY] = self._enter
+            if self._marks_inputs:
+                module._forward_pre_hooks_with_kwargs[_KEY] = True
+            module._forward_hooks[_KEY] = self._leave
+
+    def remove(self) -> None:
+        """Leave the modules as they were."""
+        self._show_calls()
+        for module in self._attribution.names:
+            module._forward_pre_hooks.pop(_KEY, None)
+            module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
+            module._forward_hooks.pop(_KEY, None)
+
+    def _show_calls(self) -> None:
+        while self._hidden_calls:
+            module, call = self._hidden_calls.pop()
+            module.__dict__[COMPILED_CALL] = call
+
+
+def keep_guard(entry: GuardFilterEntry) -> bool:
+    """Whether a guard of Dynamo depends on the user's program, and not on these hooks."""
+    ours = any(entry.value is hook for hook in (mark_outputs, mark_inputs, mark_nothing))
+    return not ours and not entry.name.endswith(_UNGUARDED)
