@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import tmm
-from tmm.monitor import MonitoringWarning
+from tmm.gaps import MonitoringWarning
 from tmm.twin.twin import Twin
 
 

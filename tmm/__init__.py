@@ -6,9 +6,10 @@ statistics of every module are computed inside of it, on the steps that ``spec``
 
 from tmm.coordinate_check import CoordinateCheck, coord_check
 from tmm.explain import Explanation
+from tmm.gaps import MonitoringWarning
 from tmm.instrument import explain, instrument, monitor, remove
 from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
-from tmm.monitor import Monitor, MonitoringWarning
+from tmm.monitor import Monitor
 from tmm.reader import Run, open_run
 from tmm.record import record
 from tmm.rules import (

@@ -11,8 +11,9 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
 from tmm.explain import Explanation
+from tmm.gaps import OnError
 from tmm.metrics import HISTOGRAM_EDGES
-from tmm.monitor import Monitor, OnError
+from tmm.monitor import Monitor
 from tmm.naming import display_name, parameter_names, relative_names
 from tmm.reference import load_reference
 from tmm.run_info import describe_environment

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.layout import Event, StepRecord
+from tmm.gaps import Gaps, OnError
+from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
@@ -27,15 +27,9 @@ from tmm.twin.twin import Twin
 from tmm.watch import Watch
 
 Value: TypeAlias = float | FloatArray
-OnError: TypeAlias = Literal["raise", "warn"]
 Forward: TypeAlias = Callable[..., Any]
 
-_FAILURES_UNTIL_SILENT = 3  # in a row; each may cost a compilation
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
-
-
-class MonitoringWarning(UserWarning):
-    """Monitoring failed on a step; the training goes on without it."""
 
 
 class Monitor:
@@ -60,17 +54,13 @@ class Monitor:
         self.recording = False
         self.current_step: int | None = None
         self._writer = writer
-        self._on_error = on_error
+        self._gaps = Gaps(on_error)
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
         self._watch: Watch | None = None
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
-        self._events: list[Event] = []
-        self._has_recorded = False
-        self._failures = 0
-        self._missed_forward = False
 
     def attach(
         self, twin: Twin, explain: Callable[[], str], reference: Reference | None = None
@@ -142,9 +132,9 @@ class Monitor:
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
         if finished.monitored and not finished.ran_forward:
-            self._warn_of_missed_forward(finished.step)
+            self._gaps.warn_of_missed_forward(finished.step)
         self._finished = finished
-        finished.events, self._events = tuple(self._events), []
+        finished.events = self._gaps.take_events()
         if finished.is_on_host:
             finished.record()
         if self._writer is None:
@@ -152,9 +142,9 @@ class Monitor:
         else:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
             self._writer.submit(finished.record, wait_seconds=wait)
-        if not self._has_recorded:
+        if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
-        self._has_recorded, self._failures = True, 0
+        self._gaps.close()
 
     @contextmanager
     def step(self, step: int) -> Iterator[bool]:
@@ -366,10 +356,10 @@ class Monitor:
         assert twin is not None
         assert collector is not None
         collector.ran_forward = True
-        if self._failures >= _FAILURES_UNTIL_SILENT:
+        if self._gaps.are_certain:
             collector.failed = True
             return plain(*args, **kwargs)
-        if not self._has_recorded and self._on_error == "raise":
+        if self._gaps.are_raised:
             return twin.run(region, *args, **kwargs)
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
         try:
@@ -380,7 +370,8 @@ class Monitor:
             random_state.restore()
             with self.no_monitor():
                 output = plain(*args, **kwargs)  # an error of the model itself is raised here
-            self._give_up(collector, error)
+            collector.failed = True
+            self._gaps.add_failure(collector.step, error)
             return output
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
@@ -414,10 +405,8 @@ class Monitor:
             return
         try:
             self._save_explanation()
-            if self._events:
-                last = self._events[-1].step
-                self._writer.submit(StepRecord(last, events=tuple(self._events)))
-                self._events.clear()
+            if events := self._gaps.take_events():
+                self._writer.submit(StepRecord(events[-1].step, events=events))
         finally:
             self._writer.close()
 
@@ -440,40 +429,13 @@ class Monitor:
         if self._writer is not None and self._explain is not None:
             self._writer.write_text("explain.txt", self._explain())
 
-    def _give_up(self, collector: StepCollector, error: Exception) -> None:
-        collector.failed = True
-        self._failures += 1
-        self._mark_gap(collector.step, f"monitoring failed: {type(error).__name__}: {error}")
-        if self._failures == 1:
-            warnings.warn(
-                f"monitoring failed on step {collector.step}, which is not recorded; the training"
-                f" goes on. {type(error).__name__}: {error}",
-                MonitoringWarning,
-                stacklevel=4,
-            )
-
-    def _warn_of_missed_forward(self, step: int) -> None:
-        if not self._missed_forward:
-            self._missed_forward = True
-            warnings.warn(
-                f"no forward pass of the instrumented model ran in the monitored step {step}, so"
-                " nothing of it was measured. Call the object that tmm.instrument gave back. If it"
-                " is called inside a function or module that is compiled itself, instrument that:"
-                " tmm.instrument(torch.compile(step), spec, module=model)",
-                MonitoringWarning,
-                stacklevel=4,
-            )
-
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:
             if self._open.monitored:
-                self._mark_gap(self._open.step, reason)
+                self._gaps.add(self._open.step, reason)
             self._open, self.recording = None, False
             self._require_watch().drop_step()
             self._release_reference()
-
-    def _mark_gap(self, step: int, text: str) -> None:
-        self._events.append(Event(step, "gap", text))
 
     def _require_step(self, caller: str) -> StepCollector:
         if self._open is None:
