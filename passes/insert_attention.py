@@ -24,7 +24,8 @@ from tmm.operators import (
     summarize_heads,
     why_unmeasurable,
 )
-from tmm.passes.find_attention import FoundAttention, MaskKind, Unmatched, find_attention
+from tmm.passes.attention_parts import FoundAttention, Unmatched
+from tmm.passes.find_attention import find_attention
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
 from tmm.passes.marks import call_of
 from tmm.passes.multi_head import insert_parts
@@ -123,16 +124,11 @@ class _Heads:
     def _statistics(self) -> None:
         found, request = self.found, self.request
         names = tuple(name for reduction in request.statistics for name in reduction.metrics)
-        kinds = tuple(mask.kind for mask in found.masks)
 
         def rows(query: torch.Tensor, key: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-            def own(mask: torch.Tensor) -> torch.Tensor:
-                joined = mask.dim() == 3 and mask.shape[0] == query.shape[0]
-                return _split(mask, found.heads) if joined else mask
-
             return summarize_attention(
                 *(_split(query, found.heads), _split(_turn(key, found.key_is_turned), found.heads)),
-                *(_join(kinds, [own(mask) for mask in masks]), found.is_causal, found.scale),
+                *(_join(found, masks, query.dtype), found.is_causal, found.scale),
                 *(request.queries, request.pooled, COLUMN_SEPARATOR.join(names)),
             )
 
@@ -217,6 +213,17 @@ def _why_unreadable(found: FoundAttention) -> str | None:
         reason = "nested tensors" if example.is_nested else why_unmeasurable(example)
         if reason:
             return reason
+    query, key, *masks = (
+        _example(node).detach()
+        for node in (found.query, found.key, *(mask.tensor for mask in found.masks))
+    )
+    try:
+        with query.fake_mode:  # type: ignore[attr-defined]
+            key = _split(_turn(key, found.key_is_turned), found.heads)
+            mask = _join(found, masks, query.dtype)
+            arrange(_split(query, found.heads), key, mask, found.is_causal, found.scale, 1)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"its tensors do not fit together: {error}"
     return None
 
 
@@ -237,16 +244,24 @@ def _split(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
     return apart
 
 
-def _join(kinds: Sequence[MaskKind], masks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def _join(
+    found: FoundAttention, masks: Sequence[torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor | None:
     """One mask that does what all of them do."""
     joined: torch.Tensor | None = None
-    for kind, mask in zip(kinds, masks, strict=True):
-        if kind == "added":
-            joined = mask if joined is None else joined + mask
-    for kind, mask in zip(kinds, masks, strict=True):
-        if kind == "added":
+    heads = found.heads
+    tensors = [
+        _split(tensor, heads) if mask.has_joined_heads else tensor
+        for mask, tensor in zip(found.masks, masks, strict=True)
+    ]
+    for mask, tensor in zip(found.masks, tensors, strict=True):
+        if mask.kind == "added":
+            added = tensor if tensor.dtype.is_floating_point else tensor.to(dtype)
+            joined = added if joined is None else joined + added
+    for mask, tensor in zip(found.masks, tensors, strict=True):
+        if mask.kind == "added":
             continue
-        allowed = mask if kind == "allowed" else ~mask
+        allowed = tensor if mask.kind == "allowed" else ~tensor
         if joined is None:
             joined = allowed
         elif joined.dtype == torch.bool:

@@ -13,7 +13,7 @@ from torch.fx.node import Argument, map_arg
 from torch.nn import functional
 
 from tmm.layout import ATTENTION, Site
-from tmm.passes.find_attention import FoundAttention, Mask, MaskKind
+from tmm.passes.attention_parts import FoundAttention, Mask, MaskKind
 from tmm.passes.origin import add_site
 from tmm.passes.shared_masks import bind, multi_head
 

@@ -308,6 +308,39 @@ def test_short_dtypes_and_sharp_attention(dtype: torch.dtype) -> None:
     check(module, batch, want=want)
 
 
+def integers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    allowed = CAUSAL.long()
+    logits = torch.matmul(input=q, other=k.mT) / 2
+    p = functional.softmax(input=logits + (1 - allowed) * -10000, dim=-1)
+    return torch.matmul(input=functional.dropout(input=p, p=0.3), other=v)
+
+
+def shared_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(q[:1, 0] @ k.mT / 2, dim=3) * HEAD_MASK @ v
+
+
+HEAD_MASK = torch.tensor([1.0, 0.0, 1.0, 1.0])[:, None, None]
+
+
+def test_further_forms_by_hand() -> None:
+    for call, like in (
+        (integers, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
+        (
+            shared_query,
+            lambda q, k, v: F.scaled_dot_product_attention(q[:1, 0].expand(3, 4, 7, 4), k, v),
+        ),
+    ):
+        torch.manual_seed(0)
+        module = Calls(call)
+        same = copy.deepcopy(module)
+        same.inner.call = like
+        want = expected(same, [batch_of(3, 7)])
+        want = {key: value for key, value in want.items() if "attention_" in key}
+        model = tmm.instrument(torch.compile(module, backend="aot_eager"), tmm.Spec(ALL))
+        values = run(model, [batch_of(3, 7)])
+        assert_agrees({k: v for k, v in values.items() if "attention_" in k}, want, SINGLE)
+
+
 def softmax_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: str) -> torch.Tensor:
     mask, causal = FLOAT, CAUSAL
     scale = 1 / math.sqrt(q.shape[-1])
@@ -352,6 +385,36 @@ def test_attention_written_out_by_hand(form: str) -> None:
     check(module, batch_of(3, 7), want=expected(same, [batch_of(3, 7)]), without=without)
 
 
+OVER = "overwritten"
+
+
+def in_place(q: Any, k: Any, v: Any, change: Callable[[torch.Tensor], object]) -> Any:
+    logits = q @ k.mT
+    change(logits)
+    return logits.softmax(-1) @ v
+
+
+def changed_constant(q: Any, k: Any, v: Any) -> Any:
+    scale = torch.full([], 2.0)
+    scale.mul_(3)
+    return ((q @ k.mT) / scale).softmax(-1) @ v
+
+
+def einsum_attention(q: Any, k: Any, v: Any) -> Any:
+    p = torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1)
+    return torch.einsum("bhij,bhjd->bhid", p, v)
+
+
+def grouped_by_hand(q: Any, k: Any, v: Any) -> Any:
+    groups = q.unflatten(1, (2, 2)) @ k[:, :2, None].mT
+    return groups.reshape(*q.shape[:2], 7, 7).softmax(-1) @ v
+
+
+def windows(q: Any, k: Any, v: Any) -> Any:
+    logits = (q @ k.mT).view(-1, 1, 4, 7, 7) + FLOAT_OF_HEADS
+    return logits.view(-1, 4, 7, 7).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
@@ -359,6 +422,21 @@ def test_attention_written_out_by_hand(form: str) -> None:
         (lambda q, k, v: torch.softmax(q @ k.mT * v.mean(), -1) @ v, "multiplied by a tensor"),
         (lambda q, k, v: torch.softmax(q[:, 0] @ k[:, 0].mT, -1) @ v[:, 0], "has the heads"),
         (lambda q, k, v: torch.softmax((q @ k.mT + v.mean()) * 2, -1) @ v, "after a mask"),
+        (lambda q, k, v: torch.softmax(q @ k.mT + v @ v.mT, -1) @ v, "two products"),
+        (lambda q, k, v: torch.softmax(q @ k.mT + 1, -1) @ v, "a number is added"),
+        (lambda q, k, v: torch.softmax(q @ k[0, 0].mT, -1) @ v[..., :7, :], "the same keys"),
+        (lambda q, k, v: (q @ k.mT).softmax(-2).mT @ v, "not over the last dimension"),
+        (lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (q @ k.mT).softmax(-1), v), "weighs"),
+        (lambda q, k, v: einsum_attention(q, k, v), "pass einsum"),
+        (lambda q, k, v: grouped_by_hand(q, k, v), "are regrouped"),
+        (lambda q, k, v: windows(q, k, v), "are regrouped"),
+        (lambda q, k, v: in_place(q, k, v, lambda a: a.masked_fill_(~CAUSAL, -math.inf)), OVER),
+        (lambda q, k, v: in_place(q, k, v, lambda a: a.div_(2)), OVER),
+        (lambda q, k, v: in_place(q, k, v, lambda a: a[..., 0].mul_(3)), OVER),
+        (lambda q, k, v: in_place(q, k, v, lambda a: F.relu(a, inplace=True)), OVER),
+        (lambda q, k, v: in_place(q, k, v, lambda a: a.diagonal(0, -2, -1).zero_()), OVER),
+        (lambda q, k, v: in_place(q, k, v, lambda a: a.__setitem__((..., 0), 3.0)), OVER),
+        (lambda q, k, v: changed_constant(q, k, v), OVER),
     ],
 )
 def test_what_is_not_matched_is_stated(call: Callable[..., Any], reason: str) -> None:

@@ -14,8 +14,9 @@ from torch.nn import functional
 from tests.graphs import check_golden, text, trace
 from tmm.layout import AttentionRequest
 from tmm.metrics import builtin_reductions
+from tmm.passes.attention_parts import FoundAttention
 from tmm.passes.copy_graph import copy_graph
-from tmm.passes.find_attention import FoundAttention, find_attention
+from tmm.passes.find_attention import find_attention
 from tmm.passes.insert_attention import AttentionOptions, insert_attention
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps
