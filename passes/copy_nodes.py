@@ -47,7 +47,8 @@ class Copier:
     tensor and ``refused`` those that have none to the reason. ``family`` and ``site`` name what
     the copies are made for. ``parameters`` are the substitutes that are parameters, by graph, and
     ``outer`` maps placeholders of nested graphs to those of the outermost one. With ``samples``
-    the copy is of those items alone; what it shares is narrowed to them.
+    the copy is of those items alone, and what it shares is narrowed to them, which is not possible
+    for ``scrambled`` nodes.
     """
 
     module: GraphModule
@@ -59,6 +60,7 @@ class Copier:
     parameters: dict[GraphModule, dict[Node, Node]] = field(default_factory=dict)
     outer: dict[Node, Node] = field(default_factory=dict)
     samples: Samples | None = None
+    scrambled: Container[Node] = frozenset()
     copies: dict[Node, Node] = field(default_factory=dict)
     found: dict[Node, Node] = field(default_factory=dict)
     refused: dict[Node, str] = field(default_factory=dict)
@@ -96,7 +98,9 @@ class Copier:
         else:
             self.found[mark] = self.copies.get(tensor, tensor)
             example = tensor.meta["example_value"]
-            if self.samples is not None and not self.samples.can_be_told_apart(example):
+            if self.samples is not None and (
+                tensor in self.scrambled or not self.samples.can_be_told_apart(example)
+            ):
                 self.refused[mark] = _UNFOLLOWED
 
     def _dependent(self, nodes: list[Node]) -> set[Node]:
@@ -211,7 +215,7 @@ class Copier:
         is_copied = self.copies.get(node, node) is not node
         if self.samples is None or is_copied or not isinstance(example, torch.Tensor):
             return True
-        return self.samples.can_be_told_apart(example)
+        return node not in self.scrambled and self.samples.can_be_told_apart(example)
 
     def _has_other_names(self, target: Node, writer: Node) -> bool:
         """Whether another name of what ``writer`` overwrites is used later."""
@@ -289,6 +293,7 @@ class Copier:
             parameters=self.parameters,
             outer=self.outer,
             samples=self.samples,
+            scrambled=self.scrambled,
         )
         inner.copy(wanted.values())
         self.found |= inner.found

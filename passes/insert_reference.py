@@ -16,6 +16,7 @@ from tmm.pairs import reduce_pair, row_norms
 from tmm.passes.copy_nodes import ORIGIN, Copier
 from tmm.passes.edits import add_placeholder, example_like
 from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.item_order import scrambled
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
 from tmm.passes.masks import Masks
 from tmm.passes.nesting import nested_calls, returns_body_outputs
@@ -121,6 +122,7 @@ def insert_reference(
         *(module, substitutes, marks, Masks(), BRANCH, Site("branch")),
         parameters=parameters,
         samples=options.samples,
+        scrambled=frozenset() if options.samples is None else scrambled(module, options.samples),
     )
     returned = _returned_tensors(module) if options.is_part else {}
     branch.copy(returned.values())
@@ -269,6 +271,7 @@ class _Rows:
             *(module, parameters, frozenset([mark]), self.branch.masks, BRANCH, site),
             parameters={module: dict(parameters)},
             samples=self.options.samples,
+            scrambled=self.branch.scrambled,
         )
         mixed.copy(among=[node for node in module.graph.nodes if is_within(node, call)])
         return mixed

@@ -41,12 +41,12 @@ class Samples:
 
     def can_be_told_apart(self, example: torch.Tensor) -> bool:
         """Whether the items are the outermost part of no more than one dimension."""
-        return not self.has_items(example) or self._dimension(example) is not None
+        return not self.has_items(example) or self.dimension(example) is not None
 
     def insert_narrow(self, graph: Graph, tensor: Node) -> Node:
         """Insert a view of these items of ``tensor``, in which they can be told apart."""
         example = tensor.meta["example_value"]
-        dimension = self._dimension(example)
+        dimension = self.dimension(example)
         assert dimension is not None
         length: Any = self._size(example.shape[dimension])
         node = graph.call_method("narrow", (tensor, dimension, 0))
@@ -55,11 +55,12 @@ class Samples:
         node.meta["example_value"] = example.narrow(dimension, 0, length)
         return node
 
-    def _dimension(self, example: torch.Tensor) -> int | None:
+    def dimension(self, example: torch.Tensor) -> int | None:
+        """The one dimension that items lie in, outermost as far as sizes tell; None for several."""
         found = [i for i, size in enumerate(example.shape) if self.has_items(size)]
         if len(found) != 1:
             return None
-        others = sympy.simplify(_expression(example.shape[found[0]]) / self.batch)
+        others = sympy.simplify(expression(example.shape[found[0]]) / self.batch)
         return None if self.batch in others.free_symbols else found[0]
 
     def _insert_size(self, graph: Graph, size: int | torch.SymInt) -> Node | int:
@@ -70,7 +71,7 @@ class Samples:
         examples = {node: node.meta.get("example_value") for node in placeholders}
         given = {e.node.expr: node for node, e in examples.items() if isinstance(e, torch.SymInt)}
         result: Any = 1
-        for factor in sympy.Mul.make_args(_expression(size)):
+        for factor in sympy.Mul.make_args(expression(size)):
             value = int(factor) if factor.is_Integer else given[factor]
             result = graph.call_function(operator.mul, (result, value))
         result.meta["example_value"] = size
@@ -91,15 +92,16 @@ class Samples:
         if not self.has_items(size):
             return size
         assert isinstance(size, torch.SymInt)
-        expression = _expression(size).subs(self.batch, self.kept)
-        if expression.is_Integer:
-            return int(expression)
+        of_items = expression(size).subs(self.batch, self.kept)
+        if of_items.is_Integer:
+            return int(of_items)
         environment = size.node.shape_env
-        found: torch.SymInt = environment.create_symintnode(expression, hint=None)
+        found: torch.SymInt = environment.create_symintnode(of_items, hint=None)
         return found
 
 
-def _expression(size: int | torch.SymInt) -> Any:
+def expression(size: int | torch.SymInt) -> Any:
+    """A size as arithmetic on symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 

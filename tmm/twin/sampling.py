@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.nn.functional import batch_norm, instance_norm
 from torch.utils._pytree import tree_leaves
 
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import Site
+from tmm.layout import ROOT_NAME, Site
+from tmm.passes.edits import storages
 from tmm.passes.insert_reference import PAIR
+from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import sites_of
+from tmm.passes.origin import all_nodes, sites_of
 from tmm.passes.pipeline import Rewritten
 from tmm.passes.samples import Samples, SamplesError
 from tmm.preserve import RandomState
@@ -134,31 +137,46 @@ class Sampling:
         Raises ``SamplesError`` where items are other ones without the rest of their batch. Changes
         nothing: not the inputs, not the buffers, and no random state.
         """
+        found = self._run(rewritten, change=False)
+        # Values that happen to be equal, or weights that happen to be 0, could hide a mixture.
+        changed = found or self._run(rewritten, change=True)
+        if changed:
+            raise self._error(
+                f"{changed} gives other values for them than within a batch of {batch.size}, so"
+                " that some module mixes the items"
+            )
+
+    def _run(self, rewritten: Rewritten, *, change: bool) -> str | None:
+        """The first site that differs, if any; with ``change`` from other parameters and inputs."""
         module = rewritten.module
         placeholders = list(module.graph.find_nodes(op="placeholder"))
-        own = [_real(node) for node in placeholders if "grapharg" in node.meta]
-        same = [own[position].detach() for position in rewritten.reference.parameters]
-        rows = [
-            torch.zeros(row.length, dtype=packed_dtype(row.device), device=row.device)
-            for row in rewritten.row_inputs
-        ]
-        inputs = [v if isinstance(v, torch.nn.Parameter) else _clone(v) for v in own]
+        traced = [node for node in placeholders if "grapharg" in node.meta]
         state = RandomState.capture()
         comparing = _Comparing(module)
         try:
+            torch.manual_seed(0)
+            written = _overwritten(module)
+            own = [_other(node) if change else _real(node) for node in traced]
+            same = [own[position].detach() for position in rewritten.reference.parameters]
+            inputs = [
+                _clone(value) if storages([node]) & written else value
+                for node, value in zip(traced, own, strict=True)
+            ]
+            rows = [
+                torch.zeros(row.length, dtype=packed_dtype(row.device), device=row.device)
+                for row in rewritten.row_inputs
+            ]
             with torch.no_grad():
                 comparing.run(*inputs, *same, *rows)
         except Exception as error:
+            if change:
+                return None  # such values need not make sense to the model
             raise self._error(
-                f"they cannot be computed without the rest of a batch of {batch.size} ({error})"
+                f"they cannot be computed without the rest of a batch ({error})"
             ) from error
         finally:
             state.restore()
-        if comparing.differing is not None:
-            raise self._error(
-                f"{comparing.differing} gives other values for them than within a batch of"
-                f" {batch.size}, so that some module mixes the items"
-            )
+        return comparing.differing
 
     def _error(self, reason: str) -> SamplesError:
         return SamplesError(
@@ -190,7 +208,8 @@ class _Comparing(Interpreter):
         for pair, site in self._pairs.get(n, ()):
             own, other = (result if node is n else self.env.get(node) for node in pair)
             if self.differing is None and own is not None and other is not None:
-                self.differing = repr(site.module + site.path) if _differ(own, other) else None
+                name = repr(site.module + site.path or ROOT_NAME)
+                self.differing = name if _differ(own, other) else None
         return result
 
 
@@ -217,6 +236,26 @@ def _real(node: Node) -> Any:
         if isinstance(example, torch.SymInt)
         else node.meta["grapharg"].example
     )
+
+
+def _other(node: Node) -> Any:
+    """A floating-point value of the same size that differs a bit in each element."""
+    value = _real(node)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    value = value.detach()
+    spread = value.float().std(correction=0).nan_to_num() * 0.1 + 0.02
+    return value + (torch.randn_like(value) * spread).to(value.dtype)
+
+
+def _overwritten(module: GraphModule) -> set[int]:
+    """The memory that a graph, or one nested in it, writes to."""
+    targets = [overwritten_by(node) for node in all_nodes(module)]
+    memory = storages(target for target in targets if target is not None)
+    for node in all_nodes(module):
+        if node.target in (batch_norm, instance_norm):
+            memory |= storages(node.all_input_nodes)  # running statistics
+    return memory
 
 
 def _clone(value: object) -> object:
