@@ -34,6 +34,7 @@ from tmm.passes.origin import add_site
 from tmm.passes.trace_function import insert_traced, trace
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
+_NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"
 _LOOKED_AT = "tmm_attention"
 
 
@@ -42,11 +43,13 @@ class AttentionOptions:
     """What ``insert_attention`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` what is asked of
-    the attentions that a module calls.
+    the attentions that a module calls; ``begins_forward`` tells that the graph is the beginning of
+    a module's forward.
     """
 
     modules: Mapping[int, str]
     select: Callable[[str], tuple[AttentionRequest, ...]]
+    begins_forward: bool = False
 
 
 def insert_attention(
@@ -71,13 +74,18 @@ def _insert(
             yield from _insert(bodies[node], options, calls)
         elif (attention := found.get(node)) is not None:
             call = call_of(node)
-            name = None if call is None else options.modules.get(int(call.partition("@")[0]))
+            # Without a call, it is the module's whose frame was left and is gone on with.
+            name = "" if call is None else options.modules.get(int(call.partition("@")[0]))
             requests = () if name is None else options.select(name)
-            if call is None or name is None or not requests or node.meta.get(_LOOKED_AT):
+            if name is None or not requests or node.meta.get(_LOOKED_AT):
                 continue
             node.meta[_LOOKED_AT] = True
+            if call is None and not options.begins_forward:
+                yield Site(name, " (attention)"), _NO_CALL
+                continue
             # Of this call of the module: with those of the modules that called it.
-            place = tuple((key, path) for key, (path, _) in node.meta["nn_module_stack"].items())
+            stack = node.meta.get("nn_module_stack") or {}
+            place = tuple((key, path) for key, (path, _) in stack.items())
             site = Site(name, f".call_{calls[place]}" if calls[place] else "")
             calls[place] += 1
             if isinstance(attention, Node):

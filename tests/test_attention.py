@@ -639,6 +639,26 @@ def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.compiler.disable(F.scaled_dot_product_attention)(q, k, v)
 
 
+class Interrupted(Inner):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part.transpose(-3, -2) for part in self.qkv(x).unflatten(-1, (3, 4, 4)).unbind(-3)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        torch._dynamo.graph_break()
+        return y + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_attention_after_a_graph_break_in_its_module_is_stated() -> None:
+    torch.manual_seed(0)
+    module = Calls(CALLS["plain"])
+    module.inner = Interrupted(CALLS["plain"])
+    want = {k: v for k, v in expected(module, [batch_of(3, 7)]).items() if "call_1" not in k}
+    model = tmm.instrument(torch.compile(module, backend="aot_eager"), tmm.Spec(ALL))
+    assert_agrees(run(model, [batch_of(3, 7)]), want, SINGLE)
+    assert "follows a graph break" in tmm.explain(model).unmeasured["inner (attention)"]
+
+
 def test_attention_outside_of_graphs_is_stated() -> None:
     model = tmm.instrument(torch.compile(Calls(broken), backend="aot_eager"), tmm.Spec(ALL))
     assert not run(model, [batch_of(3, 7)])

@@ -29,7 +29,7 @@ from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
 from tmm.passes.shared_masks import draws_random_numbers
 from tmm.reference import Reference
-from tmm.twin.breaks import end_of_graph, is_whole
+from tmm.twin.breaks import begins_forward, end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
 from tmm.twin.sampling import LOST_ITEMS, Sampling
 from tmm.twin.trace import TraceFolder
@@ -231,7 +231,7 @@ class MeasuringBackend:
             watch = self.host.trace.begin(index, module, scope.modules)
         attention = None
         if scope.attention is not None:
-            attention = AttentionOptions(scope.modules, scope.attention)
+            attention = AttentionOptions(scope.modules, scope.attention, begins_forward())
         rewritten = rewrite(module, options, probes, reference, attention, watch=watch)
         if samples is not None:
             assert self.sampling is not None

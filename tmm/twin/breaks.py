@@ -52,8 +52,17 @@ def end_of_graph(module: torch.fx.GraphModule) -> str:
 
 def is_whole(module: torch.fx.GraphModule) -> bool:
     """Whether a graph that is being traced holds all that a program of ours runs."""
-    frame = InstructionTranslator.current_tx().f_code.co_name
-    return frame == PROGRAM and not end_of_graph(module)
+    return _frame() == PROGRAM and not end_of_graph(module)
+
+
+def begins_forward() -> bool:
+    """Whether the frame that is being traced is a module's forward, from its beginning."""
+    return _frame() == "forward"
+
+
+def _frame() -> str:
+    name: str = InstructionTranslator.current_tx().f_code.co_name
+    return name
 
 
 def _counts() -> Counter[str]:
