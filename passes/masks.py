@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -11,7 +11,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
 from tmm.passes.samples import Samples
-from tmm.passes.shared_masks import SharedMask, shared_mask
+from tmm.passes.shared_masks import (
+    SharedMask,
+    attention_with_mask,
+    multi_head_attention_with_mask,
+    shared_mask,
+)
 
 
 class Masks:
@@ -49,8 +54,26 @@ class Masks:
 
 
 def _describe(mask: Node) -> None:
+    """The shape of a mask; not by computing it, which fixes sizes before torch 2.13."""
     (both,) = mask.all_input_nodes
-    given = map_arg(both.kwargs, lambda node: cast("Argument", node.meta["example_value"]))
+    given: Any = map_arg(both.kwargs, lambda node: cast("Argument", node.meta["example_value"]))
     fake_mode = next(value.fake_mode for value in given.values() if isinstance(value, FakeTensor))
     with fake_mode, torch.no_grad():
-        mask.meta["example_value"] = both.target(**given)[1]  # type: ignore[operator]
+        if both.target is attention_with_mask:
+            query, key = given["query"], given["key"]
+            example = query.new_empty((*query.shape[:-1], key.shape[-2]))
+        elif both.target is multi_head_attention_with_mask:
+            example = given["query"].new_empty(_shape_of_multi_head(given))
+        else:
+            example = torch.empty_like(given["input"])
+    mask.meta["example_value"] = example
+
+
+def _shape_of_multi_head(given: Any) -> tuple[Any, ...]:
+    """Of the probabilities in ``multi_head_attention_forward``, whose inputs are sequence-first."""
+    query, key, heads = given["query"], given["key"], given["num_heads"]
+    batch = query.shape[1] if query.dim() == 3 else 1
+    further = int(given.get("bias_k") is not None) + int(bool(given.get("add_zero_attn")))
+    sizes = query.shape[0], key.shape[0] + further
+    together = given.get("need_weights", True)
+    return (batch * heads, *sizes) if together else (batch, heads, *sizes)

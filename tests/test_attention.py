@@ -608,7 +608,7 @@ def flexible(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grouped: bool) -
     def window(batch: Any, head: Any, query: Any, key: Any) -> Any:
         return (key <= query) & (query - key < 600) & (key != 1)
 
-    k, v = (x[:, :2] if grouped else x for x in (k, v))
+    q, k, v = (x.contiguous() for x in (q, *(x[:, :2] if grouped else x for x in (k, v))))
     blocks = create_block_mask(window, None, None, q.shape[-2], k.shape[-2], device="cpu")
     output = flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=grouped)
     assert isinstance(output, torch.Tensor)
