@@ -16,8 +16,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import tmm
-from tests.eager_hooks import Expected, Tolerance, assert_agrees, backward, site_names
+from tests.eager_hooks import Expected, Tolerance, assert_agrees, site_names
 from tests.model_zoo import CASES
+from tests.test_reference import run
 
 STATISTICS = (
     *("entropy", "normalized_entropy", "logsumexp"),
@@ -117,7 +118,7 @@ class Recorder:
         for handle in handles:
             handle.remove()
 
-    def expected(self, **scales: float) -> dict[str, Expected]:
+    def expected(self) -> dict[str, Expected]:
         values = {}
         for key, items in self.values.items():
             value = sum(total for total, _ in items) / sum(count for _, count in items)
@@ -130,9 +131,7 @@ class Recorder:
         return values
 
 
-def expected(
-    module: nn.Module, batches: list[Mapping[str, Any]], seeds: bool = True
-) -> dict[str, Expected]:
+def expected(module: nn.Module, batches: list[Mapping[str, Any]]) -> dict[str, Expected]:
     recorder = Recorder()
     module = copy.deepcopy(module)
     with recorder.recording(module), torch.no_grad():
@@ -140,15 +139,6 @@ def expected(
             torch.manual_seed(index)
             module(**batch)
     return recorder.expected()
-
-
-def run(model: Any, batches: list[Mapping[str, Any]], step: int = 0) -> dict[str, Any]:
-    monitor = tmm.monitor(model)
-    with monitor.step(step):
-        for index, batch in enumerate(batches):
-            torch.manual_seed(index)
-            backward(model(**batch))
-    return monitor.get_step_metrics()
 
 
 ALL = tmm.attention(*STATISTICS, "rms")

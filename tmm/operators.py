@@ -12,6 +12,7 @@ nothing to its compile time. ``tap`` marks a module's output while Dynamo traces
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -178,16 +179,8 @@ def select_statistics(rows: torch.Tensor, statistics: str, *, pooled: bool) -> t
     return torch.stack([rows[:, column] for column in order], 1).reshape(-1)
 
 
-def _summarize_attention_shape(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    queries: int | None,
-    pooled: bool,
-    statistics: str,
-) -> torch.Tensor:
+def _summarize_attention_shape(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *_, pooled, statistics = rest
     heads = 1 if pooled else attention_heads(query, key)
     length = 2 * heads * (statistics.count(COLUMN_SEPARATOR) + 1)
     return query.new_empty(length, dtype=packed_dtype(query.device))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from tmm.kernels.attention import AttentionCall
+from tmm.kernels.host_library import DTYPES, load_kernels
 
-_SOURCE = Path(__file__).with_name("attention_host.cpp")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_MASK_TYPES = (None, torch.bool, *_DTYPES)  # in the order of `mask_reader` in the source
+_SOURCE = "attention_host.cpp"
+_MASK_TYPES = (None, torch.bool, *DTYPES)  # in the order of `mask_reader` in the source
 
 _Integer, _Pointer = ctypes.c_int64, ctypes.c_void_p
 _Strides = _Integer * 4
@@ -76,22 +74,4 @@ def summarize_attention_on_host(call: AttentionCall) -> torch.Tensor | None:
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    from torch._inductor.codecache import CppCodeCache  # slow to import
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    try:
-        library = CppCodeCache.load(_SOURCE.read_text())
-    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
-        warnings.warn(
-            "tmm measures attention on the CPU with plain torch operations, which is slower, "
-            f"because its kernel could not be compiled: {str(error).strip().splitlines()[0]}",
-            stacklevel=2,
-        )
-        return {}
-    kernels = {}
-    for dtype in _DTYPES:
-        kernel = getattr(library, f"summarize_{str(dtype).removeprefix('torch.')}")
-        kernel.argtypes = [ctypes.POINTER(_Call)]
-        kernel.restype = None
-        kernels[dtype] = kernel
-    return kernels
+    return load_kernels(_SOURCE, (ctypes.POINTER(_Call),), "measures attention")

@@ -15,20 +15,7 @@ import torch
 
 from tmm.kernels.attention import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
 from tmm.kernels.attention_torch import summarize_attention_with_torch
-
-try:
-    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
-except ImportError:  # the module imports everywhere, and ``summarize_attention`` leaves it alone
-
-    class triton:  # type: ignore[no-redef] # noqa: N801
-        """Stands for the package where it is missing."""
-
-        @staticmethod
-        def jit(function):
-            """The function as it is; never called."""
-            return function
-
+from tmm.kernels.optional_triton import tl, triton
 
 _MOST_CHANNELS = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 """Those whose queries and keys fit the shared memory of every GPU since sm_80."""

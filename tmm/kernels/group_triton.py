@@ -18,21 +18,8 @@ import torch
 
 from tmm.kernels.dense import flatten, real
 from tmm.kernels.group import merge_rows
+from tmm.kernels.optional_triton import tl, triton
 from tmm.metrics import TENSOR_COLUMNS
-
-try:
-    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
-except ImportError:  # the module imports everywhere, and ``summarize_group`` leaves it alone
-
-    class triton:  # type: ignore[no-redef] # noqa: N801
-        """Stands for the package where it is missing."""
-
-        @staticmethod
-        def jit(function):
-            """The function as it is; never called."""
-            return function
-
 
 _CHUNK = 1 << 15  # elements per program: the rows are then less than 1 % of the tensors
 _BLOCK = 1 << 11  # elements per iteration, and those whose mean is the centre of the deviations

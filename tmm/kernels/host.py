@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
+from tmm.kernels.host_library import load_kernels
 from tmm.metrics import COLUMN_ORDER
 
-_SOURCE = Path(__file__).with_name("host.cpp")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_SOURCE = "host.cpp"
 
 
 def summarize_on_host(
@@ -61,25 +59,6 @@ def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    from torch._inductor.codecache import CppCodeCache  # slow to import
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
-    try:
-        library = CppCodeCache.load(_SOURCE.read_text())
-    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
-        warnings.warn(
-            "tmm measures on the CPU with plain torch operations, which is slower, because its "
-            f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
-            stacklevel=2,
-        )
-        return {}
-    kernels = {}
-    for dtype in _DTYPES:
-        kernel = getattr(library, f"summarize_{str(dtype).removeprefix('torch.')}")
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        kernel.argtypes = [
-            *(integer, pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
-        ]
-        kernel.restype = None
-        kernels[dtype] = kernel
-    return kernels
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    types = (integer, pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
+    return load_kernels(_SOURCE, types, "measures")

@@ -1,0 +1,42 @@
+"""Compile the kernels of a CPU, once per machine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Those that there are kernels for."""
+
+
+def load_kernels(
+    source: str, argument_types: Sequence[Any], measures: str
+) -> dict[torch.dtype, Callable[..., None]]:
+    """The functions ``summarize_{dtype}`` of a C++ file beside this one, by dtype.
+
+    There are none where no C++ compiler works; a warning then tells that what ``measures`` says is
+    done by plain torch operations.
+    """
+    from torch._inductor.codecache import CppCodeCache  # slow to import
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        library = CppCodeCache.load(Path(__file__).with_name(source).read_text())
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        warnings.warn(
+            f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
+            f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
+            stacklevel=2,
+        )
+        return {}
+    kernels = {}
+    for dtype in DTYPES:
+        kernel = getattr(library, f"summarize_{str(dtype).removeprefix('torch.')}")
+        kernel.argtypes = list(argument_types)
+        kernel.restype = None
+        kernels[dtype] = kernel
+    return kernels
