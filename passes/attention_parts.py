@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch.fx import Node
 
 from tmm.passes.flexible_scores import FlexibleScores
@@ -24,6 +25,12 @@ class Mask:
     tensor: Node
     kind: MaskKind
     has_joined_heads: bool = False
+
+    @staticmethod
+    def of(tensor: Node) -> Mask:
+        """What ``scaled_dot_product_attention`` makes of a mask."""
+        is_boolean = tensor.meta["example_value"].dtype == torch.bool
+        return Mask(tensor, "allowed" if is_boolean else "added")
 
 
 @dataclass(frozen=True)

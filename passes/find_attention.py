@@ -45,10 +45,7 @@ def _called(node: Node) -> FoundAttention | Unmatched:
     scale = arguments.get("scale")
     if not isinstance(causal, bool) or not isinstance(scale, (int, float, type(None))):
         return Unmatched(node, "its is_causal= or scale= is known only when it runs")
-    masks: tuple[Mask, ...] = ()
-    if isinstance(mask, Node):
-        is_boolean = mask.meta["example_value"].dtype == torch.bool
-        masks = (Mask(mask, "allowed" if is_boolean else "added"),)
+    masks = (Mask.of(mask),) if isinstance(mask, Node) else ()
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     return FoundAttention(node, node, query, key, value, node, masks, causal, scale)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.kernels.attention import arrange
+from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 from tmm.layout import ATTENTION, AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction

@@ -13,9 +13,9 @@ from torch.fx.node import Argument, map_arg
 from torch.nn import functional
 
 from tmm.layout import ATTENTION, Site
-from tmm.passes.attention_parts import FoundAttention, Mask, MaskKind
+from tmm.passes.attention_parts import FoundAttention, Mask
 from tmm.passes.origin import add_site
-from tmm.passes.shared_masks import bind, multi_head
+from tmm.passes.shared_masks import Arguments, bind, multi_head
 
 VERSION = "1"
 """To be changed with what ``parts_of_multi_head`` computes: compiled graphs with it are cached."""
@@ -24,7 +24,7 @@ VERSION = "1"
 class _ReachedError(Exception):
     """The attention was reached; carries its arguments."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         super().__init__()
         self.arguments = arguments
 
@@ -34,8 +34,11 @@ def parts_of_multi_head(**arguments: Any) -> tuple[torch.Tensor, ...]:
 
     ``multi_head_attention_forward`` up to there; where a compiler sees both, it joins them.
     """
-    given = _arguments_of_attention(arguments)
-    tensors = given["query"], given["key"], given["value"], given["attn_mask"]
+    return _tensors(_arguments_of_attention(arguments))
+
+
+def _tensors(given: Arguments) -> tuple[torch.Tensor, ...]:
+    tensors = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
     return tuple(tensor for tensor in tensors if tensor is not None)
 
 
@@ -46,7 +49,7 @@ def insert_parts(graph: Graph, node: Node, site: Site) -> FoundAttention:
     fake_mode = next(v.fake_mode for v in examples.values() if isinstance(v, FakeTensor))
     with fake_mode, torch.no_grad():
         given = _arguments_of_attention(examples)
-        parts = parts_of_multi_head(**examples)
+    parts = _tensors(given)
     with graph.inserting_after(node):
         call = position = graph.call_function(parts_of_multi_head, (), arguments)
     call.meta["example_value"] = parts
@@ -58,22 +61,20 @@ def insert_parts(graph: Graph, node: Node, site: Site) -> FoundAttention:
         position.meta["example_value"] = part
         add_site(position, ATTENTION, site)
         found.append(position)
-    masks: tuple[Mask, ...] = ()
-    if len(found) > 3:
-        kind: MaskKind = "allowed" if parts[3].dtype == torch.bool else "added"
-        masks = (Mask(found[3], kind),)
-    query, key, value, *_ = found
-    causal = bool(given["is_causal"])
-    return FoundAttention(node, position, query, key, value, None, masks, causal)
+    query, key, value, *masks = found
+    causal = bool(given.get("is_causal", False))
+    return FoundAttention(
+        *(node, position, query, key, value, None),
+        masks=tuple(map(Mask.of, masks)),
+        is_causal=causal,
+    )
 
 
-def _arguments_of_attention(arguments: dict[str, Any]) -> dict[str, Any]:
+def _arguments_of_attention(arguments: dict[str, Any]) -> Arguments:
     def reach(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if function is not functional.scaled_dot_product_attention:
             return args[0]  # dropout of the probabilities
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        raise _ReachedError(**{"attn_mask": None, "is_causal": False, **given})
+        raise _ReachedError(bind(function, args, kwargs))
 
     try:
         # Without weights, torch's own function is called, with what the weights are computed from.

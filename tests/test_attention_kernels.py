@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.parameters import peak_memory
-from tmm.kernels.attention import ATTENTION_COLUMNS, AttentionCall, arrange, summarize_attention
+from tmm.kernels.attention import summarize_attention
+from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
 from tmm.kernels.attention_host import summarize_attention_on_host
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 
@@ -436,7 +437,8 @@ import warnings
 import torch
 from torch._inductor import config
 config.cpp.cxx = ("no-such-compiler",)
-from tmm.kernels.attention import arrange, summarize_attention
+from tmm.kernels.attention import summarize_attention
+from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 x = torch.randn(2, 5, 8)
 with warnings.catch_warnings(record=True) as caught:

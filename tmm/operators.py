@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from tmm.kernels.attention import ATTENTION_COLUMNS
 from tmm.kernels.attention import summarize_attention as summarize_attention_of
+from tmm.kernels.attention_call import ATTENTION_COLUMNS
 from tmm.kernels.dense import (
     can_be_read_together,
     difference,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.kernels.attention import AttentionCall
+from tmm.kernels.attention_call import AttentionCall
 from tmm.kernels.host_library import DTYPES, load_kernels
 
 _SOURCE = "attention_host.cpp"

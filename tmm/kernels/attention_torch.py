@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from tmm.kernels.attention import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
+from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
 from tmm.kernels.dense import accumulation_dtype, packed_dtype
 
 Modify: TypeAlias = Callable[

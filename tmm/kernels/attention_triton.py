@@ -13,7 +13,7 @@ import contextlib
 
 import torch
 
-from tmm.kernels.attention import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
+from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 from tmm.kernels.optional_triton import tl, triton
 
