@@ -9,10 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from tmm.operators import tap_attention
 from tmm.passes.attention_by_hand import is_softmax, match_softmax
 from tmm.passes.attention_parts import FoundAttention, Mask, Unmatched
 from tmm.passes.flexible_scores import FlexibleScores
-from tmm.passes.origin import sites_of
+from tmm.passes.origin import all_nodes, sites_of
 from tmm.passes.shared_masks import bind
 
 ATTENTION = functional.scaled_dot_product_attention
@@ -29,6 +30,8 @@ def find_attention(module: GraphModule) -> Iterator[FoundAttention | Unmatched |
             continue
         if node.target is ATTENTION:
             yield _called(node)
+        elif node.target is tap_attention:
+            yield _shown(node)
         elif node.target is MULTI_HEAD:
             yield node
         elif node.target is torch.ops.higher_order.flex_attention:
@@ -37,6 +40,11 @@ def find_attention(module: GraphModule) -> Iterator[FoundAttention | Unmatched |
             yield Unmatched(node, "torch's fused layer keeps its query and key to itself")
         elif is_softmax(node) and (written_out := match_softmax(module, node)) is not None:
             yield written_out
+
+
+def shows_attention(module: GraphModule) -> bool:
+    """Whether the program shows an attention by a call, in this graph or one nested in it."""
+    return any(node.target is tap_attention for node in all_nodes(module))
 
 
 def _called(node: Node) -> FoundAttention | Unmatched:
@@ -48,6 +56,14 @@ def _called(node: Node) -> FoundAttention | Unmatched:
     masks = (Mask.of(mask),) if isinstance(mask, Node) else ()
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     return FoundAttention(node, node, query, key, value, node, masks, causal, scale)
+
+
+def _shown(node: Node) -> FoundAttention:
+    query, key, mask, causal, scale, *_ = node.args
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    masks = (Mask.of(mask),) if isinstance(mask, Node) else ()
+    return FoundAttention(node, node, query, key, key, None, masks, bool(causal), scale)  # type: ignore[arg-type]
 
 
 def _flexible(module: GraphModule, node: Node) -> FoundAttention | Unmatched:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 from tmm.layout import ATTENTION, AttentionRequest, Measurement, Site
-from tmm.metrics import Reduction
+from tmm.metrics import Reduction, builtin_reductions
 from tmm.operators import (
     COLUMN_SEPARATOR,
     attention_heads,
@@ -22,12 +22,13 @@ from tmm.operators import (
     summarize,
     summarize_attention,
     summarize_heads,
+    tap_attention,
     why_unmeasurable,
 )
 from tmm.passes.attention_parts import FoundAttention, Unmatched
 from tmm.passes.find_attention import find_attention
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
-from tmm.passes.marks import call_of
+from tmm.passes.marks import call_of, site_of
 from tmm.passes.multi_head import insert_parts
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
@@ -36,6 +37,9 @@ from tmm.passes.trace_function import insert_traced, trace
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"
 _LOOKED_AT = "tmm_attention"
+
+SHOWN = AttentionRequest(builtin_reductions(("entropy",), is_complex=False), ())
+"""What is measured of an attention that the program shows by a call."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ def _insert(
     for node in list(module.graph.nodes):
         if node in bodies:
             yield from _insert(bodies[node], options, calls)
+        elif node.target is tap_attention:
+            yield from _shown(module, node, found[node], options)
         elif (attention := found.get(node)) is not None:
             call = call_of(node)
             # Without a call, it is the module's whose frame was left and is gone on with.
@@ -97,6 +103,24 @@ def _insert(
             else:
                 for request in requests:
                     _Heads(module, attention, site, request).insert()
+
+
+def _shown(
+    module: GraphModule,
+    mark: Node,
+    attention: FoundAttention | Unmatched | Node,
+    options: AttentionOptions,
+) -> Iterator[tuple[Site, str]]:
+    """Measure an attention that the program shows by a call."""
+    site = site_of(mark, options.modules)
+    if site is None or mark.meta.get(_LOOKED_AT):
+        return
+    mark.meta[_LOOKED_AT] = True
+    assert isinstance(attention, FoundAttention)
+    if reason := _why_unreadable(attention):
+        yield site, reason
+    else:
+        _Heads(module, attention, site, SHOWN).insert()
 
 
 def _caller(attention: FoundAttention | Unmatched | Node) -> Node:

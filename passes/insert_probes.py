@@ -37,7 +37,7 @@ class ProbeOptions:
     """
 
     modules: Mapping[int, str]
-    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     scaled: bool = False
 
 
@@ -138,7 +138,7 @@ def _place(
         return None
     if mark.meta.get(_PROBED):
         return None
-    reductions = options.select(site.module, example.dtype)
+    reductions = options.select(site, example.dtype)
     if not reductions:
         return None
     mark.meta[_PROBED] = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -15,7 +15,7 @@ from tmm.operators import (
     copy,
     histogram,
     summarize,
-    tap,
+    tap_attention,
     tap_input,
     tap_value,
     why_unmeasurable,
@@ -24,7 +24,7 @@ from tmm.operators import (
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
-from tmm.passes.trace_function import insert_call, insert_function
+from tmm.passes.trace_function import MetricFunctionError, insert_call, insert_function
 
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""
@@ -40,11 +40,11 @@ class ReductionOptions:
     """What ``insert_reductions`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a module's output of a given dtype; ``values`` that of each value recorded by name.
+    a site of a given dtype; ``values`` that of each value recorded by name.
     """
 
     modules: Mapping[int, str]
-    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
         bodies.setdefault(call, []).append(body)
     computed: dict[tuple[Node, Reduction], Node] = {}
     for node in list(module.graph.nodes):
-        if node.target is tap_input:
+        if node.target in (tap_input, tap_attention):
             continue
         if is_mark(node):
             if not node.meta.setdefault(_MEASURED, False):
@@ -95,7 +95,7 @@ def _measure(
     family, site, reductions = _mark(node, options, example.dtype)
     if not reductions:
         return
-    reason = why_unmeasurable(example) if node.target is tap else why_unreadable(example)
+    reason = (why_unreadable if node.target is tap_value else why_unmeasurable)(example)
     if reason:
         yield site, reason
         return
@@ -110,10 +110,12 @@ def _measure(
                 if example.is_nested:
                     with module.graph.inserting_after(value):
                         value = insert_call(module.graph, "values", value)
-            row = computed[tensor, reduction] = _reduce(module.graph, value, reduction, options)
+            row = computed[tensor, reduction] = _reduce(module.graph, value, reduction)
             row.meta[MEASUREMENTS] = ()
         else:
             add_site(row, family, site)
+        if row.target is copy and not reduction.collects_values:
+            reduction = replace(reduction, trace=False)  # also where it fell back
         row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
     inserted = node.next
     while inserted is not following:
@@ -121,13 +123,21 @@ def _measure(
         inserted = inserted.next
 
 
-def _reduce(graph: Graph, value: Node, reduction: Reduction, options: ReductionOptions) -> Node:
-    """Insert the nodes of one reduction after ``value`` and give back the last of them."""
+def _reduce(graph: Graph, value: Node, reduction: Reduction) -> Node:
+    """Insert the nodes of one reduction after ``value`` and give back the last of them.
+
+    That is a copy of the tensor for a function that is to run eagerly.
+    """
     if reduction.function is not None:
         with graph.inserting_after(value):
             if not reduction.trace:
                 return insert_call(graph, copy, value)
-            value = insert_function(graph, value, reduction)
+            try:
+                value = insert_function(graph, value, reduction)
+            except MetricFunctionError:
+                if not reduction.falls_back:
+                    raise
+                return insert_call(graph, copy, value)
         if reduction.collects_values:
             # A copy, not a view of what a later operation may overwrite.
             with graph.inserting_after(value):
@@ -143,7 +153,7 @@ def _refuse(
     module: GraphModule, options: ReductionOptions, reason: str
 ) -> Iterator[tuple[Site, str]]:
     for node in module.graph.nodes:
-        if is_mark(node) and node.target is not tap_input:
+        if is_mark(node) and node.target not in (tap_input, tap_attention):
             _, site, reductions = _mark(node, options, torch.float32)
             if reductions:
                 yield site, reason
@@ -155,10 +165,10 @@ def _mark(
     node: Node, options: ReductionOptions, dtype: torch.dtype
 ) -> tuple[str, Site, tuple[Reduction, ...]]:
     """What a tap marks: family, site, and the reductions that are wanted of it."""
-    label = str(node.args[1])
     if node.target is tap_value:
-        return VALUE_FAMILY, Site(label), (options.values[label],)
+        name = str(node.args[1])
+        return VALUE_FAMILY, Site(name), (options.values[name],)
     site = site_of(node, options.modules)
     if site is None:
-        return "activation", Site("", label), ()
-    return "activation", site, options.select(site.module, dtype)
+        return "activation", Site(""), ()
+    return "activation", site, options.select(site, dtype)

@@ -11,8 +11,15 @@ from torch.fx import GraphModule, Node
 
 from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
-from tmm.operators import tap, tap_input, why_unmeasurable
-from tmm.pairs import reduce_pair, row_norms
+from tmm.operators import tap, tap_input, tap_shown, why_unmeasurable
+from tmm.pairs import (
+    ROW_NORM,
+    Normalization,
+    normalized_norms,
+    norms_without,
+    reduce_pair,
+    row_norms,
+)
 from tmm.passes.copy_nodes import ORIGIN, Copier
 from tmm.passes.edits import add_placeholder, example_like
 from tmm.passes.insert_reductions import MEASUREMENTS
@@ -37,8 +44,9 @@ INPUT_TERM = "RCC W_0(x_t-x_0)"
 INPUT = "RCC x_t"
 INPUT_DIFFERENCE = "RCC (x_t-x_0)"
 
-ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
-"""The mean of the 2-norms over the last dimension, as torch-module-monitor writes it."""
+W_T_X_T, W_0_X_0 = ".weight/W_t x_t", ".weight/W_0 x_0"
+X_T, X_CHANGE = ".weight/x_t", ".weight/x_t-x_0"
+"""Paths of the norms of the operands of both terms of a weight."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,15 @@ class CheckedModule:
     """What the refined coordinate check asks of a module.
 
     ``only_update`` leaves out all but the update term (embeddings). ``has_weight_rows`` adds rows
-    without the bias, whose ``id`` is ``bias`` where there is one.
+    without the bias, whose ``id`` is ``bias`` where there is one; ``has_operand_rows`` those of
+    W_t x_t and W_0 x_0, and with a ``normalization`` those of the normalized inputs.
     """
 
     only_update: bool = False
     has_weight_rows: bool = False
     bias: int | None = None
+    has_operand_rows: bool = False
+    normalization: Normalization | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class ReferenceOptions:
     """
 
     modules: Mapping[int, str]
-    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     check: Callable[[str], CheckedModule | None]
     parameters: Mapping[Node, int]
     is_part: bool = False
@@ -161,25 +172,29 @@ def _needs_branch(mark: Node, options: ReferenceOptions) -> bool:
     site = site_of(mark, options.modules)
     assert site is not None
     (tensor,) = mark.all_input_nodes
-    checked = options.check(site.module)
+    checked = _checked(site, options)
     if checked is not None and not checked.only_update:
         return True
-    return mark.target is tap and bool(
-        options.select(site.module, tensor.meta["example_value"].dtype)
-    )
+    dtype = tensor.meta["example_value"].dtype
+    return mark.target is not tap_input and bool(options.select(site, dtype))
 
 
 def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
     site = site_of(mark, options.modules)
-    if site is None or mark.target not in (tap, tap_input) or mark.meta.get(_COMPARED):
+    is_mark_of_site = mark.target in (tap, tap_input, tap_shown)
+    if site is None or not is_mark_of_site or mark.meta.get(_COMPARED):
         return False
     (tensor,) = mark.all_input_nodes
     example = tensor.meta["example_value"]
     if why_unmeasurable(example):
         return False
-    if mark.target is tap and options.select(site.module, example.dtype):
+    if mark.target is not tap_input and options.select(site, example.dtype):
         return True
-    return options.check(site.module) is not None
+    return _checked(site, options) is not None
+
+
+def _checked(site: Site, options: ReferenceOptions) -> CheckedModule | None:
+    return None if site.is_shown else options.check(site.module)
 
 
 def _may_differ(node: Node, options: ReferenceOptions) -> bool:
@@ -229,13 +244,18 @@ class _Rows:
         norms = partial(row_norms, reduction=ROW_NORM)
         place.row(INPUT, site, ROW_NORM, norms, place.live)
         place.pair(INPUT_DIFFERENCE, site, ROW_NORM, place.live, place.of(self.branch))
+        if checked.normalization is not None:
+            norms = partial(normalized_norms, checked.normalization)
+            values = place.live, place.of(self.branch)
+            place.row(UPDATE_TERM, Site(site.module, X_T), ROW_NORM, norms, values[0])
+            place.row(INPUT_TERM, Site(site.module, X_CHANGE), ROW_NORM, norms, *values)
 
     def _output_rows(
         self, module: GraphModule, mark: Node, site: Site
     ) -> Iterator[tuple[Site, str]]:
         place = _Place(module, mark, self.options.samples)
         dtype = mark.all_input_nodes[0].meta["example_value"].dtype
-        for reduction in self.options.select(site.module, dtype):
+        for reduction in self.options.select(site, dtype):
             key = (place.tensor, reduction)
             if key in self.differences:
                 _also(self.differences[key], DIFFERENCE, site, reduction)
@@ -243,7 +263,7 @@ class _Rows:
             self.differences[key] = place.pair(
                 DIFFERENCE, site, reduction, place.live, place.of(self.branch)
             )
-        checked = self.options.check(site.module)
+        checked = _checked(site, self.options)
         if checked is None:
             return
         mixed = self._with_live_input(module, mark, site)
@@ -261,6 +281,13 @@ class _Rows:
             row = place.pair(INPUT_TERM, site, ROW_NORM, own, place.of(self.branch))
             if checked.has_weight_rows:
                 _also(row, INPUT_TERM, weight)  # the bias is the same on both sides
+        if checked.has_operand_rows:
+            norms, reference = norms_without, place.of(self.branch)
+            for term, path, values in (
+                (UPDATE_TERM, W_T_X_T, (place.live, *biases[:1])),
+                (INPUT_TERM, W_0_X_0, (reference, *biases[1:])),
+            ):
+                place.row(term, Site(site.module, site.path + path), ROW_NORM, norms, *values)
 
     def _with_live_input(self, module: GraphModule, mark: Node, site: Site) -> Copier:
         """W_0 x_t: the module's own nodes with the reference's parameters."""

@@ -6,20 +6,27 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from tmm.layout import Site
-from tmm.operators import tap, tap_input, tap_value
+from tmm.layout import OUTSIDE, Site
+from tmm.operators import MARKS, tap_attention, tap_shown
 
 
 def is_mark(node: Node) -> bool:
     """Whether the node is a tap of any kind."""
-    return node.op == "call_function" and node.target in (tap, tap_value, tap_input)
+    return node.op == "call_function" and node.target in MARKS
 
 
 def site_of(node: Node, modules: Mapping[int, str]) -> Site | None:
-    """The site that a tap of a module's output or input marks; None for a module without a name.
+    """The site that a tap of a module's tensor marks; None for a module without a name.
 
     ``modules`` gives the relative name of each module by its ``id``.
     """
+    if node.target in (tap_shown, tap_attention):
+        identity, path = node.args[-2:]
+        if identity == 0:
+            return Site(f"{OUTSIDE}{path}", is_shown=True)
+        assert isinstance(identity, int)
+        name = modules.get(identity)
+        return None if name is None else Site(name, str(path), is_shown=True)
     key = call_of(node)
     if key is None:
         return None

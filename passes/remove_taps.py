@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from tmm.operators import tap, tap_input, tap_value
+from tmm.operators import MARKS
 from tmm.passes.nesting import nested_calls
 
 
@@ -14,7 +14,7 @@ def remove_taps(module: GraphModule) -> int:
     Returns the number of taps erased.
     """
     erased = 0
-    for target in (tap, tap_value, tap_input):
+    for target in MARKS:
         for node in module.graph.find_nodes(op="call_function", target=target):
             tensor = node.args[0]
             assert isinstance(tensor, Node)

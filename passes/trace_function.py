@@ -77,7 +77,7 @@ def trace(
     if any(torch.Tag.nondeterministic_seeded in n.target.tags for n in operations):
         raise MetricFunctionError(
             f"the metric {name!r} draws random numbers, which would change those of the training;"
-            " draw them beforehand, or give its rule trace=False and use a generator of your own."
+            " draw them beforehand, or give its rule trace=False, which leaves the others alone."
         )
     if traced.graph.find_nodes(op="get_attr"):
         raise MetricFunctionError(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tmm.layout import KeyInfo, Measurement, PackedLayout, Row
+from tmm.layout import VALUE_FAMILY, KeyInfo, Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 
-Resolve = Callable[[Measurement], str | None]
-"""The absolute name of a measurement's site, or None for a site that is not to be recorded."""
+Resolve = Callable[[Measurement], Site | None]
+"""A measurement's site with an absolute name, or None for one that is not to be recorded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +43,24 @@ class Binding:
     whole: tuple[WholeOutput, ...]
 
 
+def _whole_name(family: str, site: Site) -> str | None:
+    return site.module + site.path
+
+
 class KeyRegistry:
     """Names sites and keys, and keeps the order in which sites were first executed."""
 
-    def __init__(self, notes: Callable[[str], str] = lambda family: "") -> None:
-        """``notes`` gives what a store is to keep about the keys of a family."""
+    def __init__(
+        self,
+        notes: Callable[[str], str] = lambda family: "",
+        site_name: Callable[[str, Site], str | None] = _whole_name,
+    ) -> None:
+        """``notes`` gives what a store is to keep about the keys of a family.
+
+        ``site_name`` gives the name of a site of a family; None for one that is not recorded.
+        """
         self._notes = notes
+        self._site_name = site_name
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
 
@@ -58,11 +70,12 @@ class KeyRegistry:
         turns: Counter[tuple[Reduction, str]] = Counter()
         whole: list[WholeOutput] = []
         for row in layout.rows:
-            reduction = row.measurement.reduction
-            name = resolve(row.measurement)
+            family, reduction = row.measurement.family, row.measurement.reduction
+            found = resolve(row.measurement)
+            name = None if found is None else self._name(family, found)
             if name is None:
                 continue
-            site = _join(row.measurement.family, name)
+            site = _join(family, name)
             self._positions.setdefault(site, len(self._positions))
             if row.start == row.stop:
                 whole.append(WholeOutput(reduction, site, row.output))
@@ -82,6 +95,9 @@ class KeyRegistry:
             for (output, reduction, _), entries in rounds.items()
         )
         return Binding(groups, tuple(whole))
+
+    def _name(self, family: str, site: Site) -> str | None:
+        return site.module if family == VALUE_FAMILY else self._site_name(family, site)
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""

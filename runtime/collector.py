@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from tmm.layout import Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import apply_function
+from tmm.runtime.joining import join
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,7 @@ class StepCollector:
         self.events: tuple[Event, ...] = ()
         self.failed = False
         self.ran_forward = False
+        self.expects_forward = monitored
         self.has_parameters = False
         self.has_gradients = False
         self.has_gradients_before_clip = False
@@ -145,28 +147,22 @@ class StepCollector:
         for accumulator in accumulators.values():
             table = accumulator.table(self.registry)
             (histograms if accumulator.reduction.is_histogram else scalars).append(table)
-        extra = [
-            (
-                info := self.registry.infos(reduction, (site,))[0],
-                _join(info.key, reduction.aggregate, values),
-            )
-            for (reduction, site), values in collected.items()
-        ]
-        extra += [
-            (
-                self.registry.logged(key, aggregate if isinstance(aggregate, str) else "function"),
-                _join(key, aggregate, [copy.read() for copy in copies]),
-            )
-            for key, (aggregate, copies) in self._logged.items()
-        ]
-        scalars.append(_table([(info, value) for info, value in extra if value is not None]))
-        recorded = {info.key for table in scalars[:-1] for info in table.infos}
-        recorded |= {info.key for info, _ in extra[: len(collected)]}
-        if clash := recorded & self._logged.keys():
+        extra: dict[str, tuple[KeyInfo, float]] = {}
+        for (reduction, site), parts in collected.items():
+            info = self.registry.infos(reduction, (site,))[0]
+            extra.update(_joined(info, reduction.aggregate, parts))
+        logged: dict[str, tuple[KeyInfo, float]] = {}
+        for key, (aggregate, copies) in self._logged.items():
+            name = aggregate if isinstance(aggregate, str) else "function"
+            parts = [copy.read() for copy in copies]
+            logged.update(_joined(self.registry.logged(key, name), aggregate, parts))
+        recorded = {info.key for table in scalars for info in table.infos} | extra.keys()
+        if clash := recorded & logged.keys():
             raise ValueError(
                 f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
                 " log it under another name"
             )
+        scalars.append(_table([*extra.values(), *logged.values()]))
         return StepRecord(
             self.step,
             tuple(table for table in scalars if table.infos),
@@ -215,20 +211,11 @@ def _is_nonzero(copy: HostCopy) -> bool:
     return bool(copy.read().item() != 0)
 
 
-def _join(key: str, aggregate: Aggregate, parts: list[torch.Tensor]) -> float | None:
-    """One number from all values of a key; None if there are none."""
-    values = torch.cat([part.reshape(-1) for part in parts])
-    if values.numel() == 0:
-        return None
-    if not isinstance(aggregate, str):
-        try:
-            return float(aggregate(values))  # type: ignore[arg-type]
-        except Exception as error:
-            raise ValueError(
-                f"the aggregate of {key!r} failed on its {values.numel()} values: {error}"
-            ) from error
-    joined: torch.Tensor = getattr(values.to(torch.float64), aggregate)()
-    return float(joined)
+def _joined(
+    info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
+) -> dict[str, tuple[KeyInfo, float]]:
+    numbers = join(info.key, aggregate, values)
+    return {key: (replace(info, key=key), number) for key, number in numbers.items()}
 
 
 def _table(items: list[tuple[KeyInfo, float]]) -> Table:

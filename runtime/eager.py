@@ -6,6 +6,7 @@ import torch
 
 from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.preserve import RandomState
 
 
 def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
@@ -23,8 +24,18 @@ def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
 def apply_function(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     """The row, or all the values, of a user's function of ``tensor``."""
     assert reduction.function is not None
-    with torch.no_grad():
-        result = reduction.function(tensor)
+    state = None if reduction.trace else RandomState.capture()
+    try:
+        with torch.no_grad():
+            result = reduction.function(tensor)
+    except Exception as error:
+        raise RuntimeError(
+            f"the metric {reduction.metrics[0]!r} failed on a tensor of shape"
+            f" {tuple(tensor.shape)} ({tensor.dtype}): {error}"
+        ) from error
+    finally:
+        if state is not None:
+            state.restore()  # the training's random numbers are not the metric's
     if not isinstance(result, torch.Tensor):
         result = torch.tensor(result, dtype=torch.float64)
     if reduction.collects_values:

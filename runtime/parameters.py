@@ -87,7 +87,7 @@ class NamedStatistics:
                 for i, name in enumerate(names)
             )
             layout = PackedLayout(rows, 1)
-            self._bindings[key] = self._registry.bind(layout, lambda m: m.site.module)
+            self._bindings[key] = self._registry.bind(layout, lambda m: m.site)
         return self._bindings[key]
 
 

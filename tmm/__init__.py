@@ -9,6 +9,16 @@ from tmm.explain import Explanation
 from tmm.gaps import MonitoringWarning
 from tmm.instrument import explain, instrument, monitor, remove
 from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
+from tmm.module_monitor import (
+    HooksManager,
+    ModuleMonitor,
+    MonitorMixin,
+    RefinedCoordinateCheck,
+    StorageManager,
+    default_format_module_name_fn,
+    l2_norm,
+    monitor_scaled_dot_product_attention,
+)
 from tmm.monitor import Monitor
 from tmm.reader import Run, open_run
 from tmm.record import record
@@ -32,20 +42,28 @@ __all__ = [
     "METRIC_NAMES",
     "CoordinateCheck",
     "Explanation",
+    "HooksManager",
+    "ModuleMonitor",
     "Monitor",
+    "MonitorMixin",
     "MonitoringWarning",
+    "RefinedCoordinateCheck",
     "Rule",
     "Run",
     "Spec",
+    "StorageManager",
     "activation",
     "activation_difference",
     "activation_gradient",
     "attention",
     "coord_check",
+    "default_format_module_name_fn",
     "explain",
     "gradient",
     "instrument",
+    "l2_norm",
     "monitor",
+    "monitor_scaled_dot_product_attention",
     "open_run",
     "optimizer_state",
     "parameter",

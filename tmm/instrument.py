@@ -92,7 +92,7 @@ def instrument(
     writer = None
     if run is not None:
         writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
-    monitor = Monitor(spec, measured, KeyRegistry(spec.notes), writer, on_error)
+    monitor = Monitor(spec, measured, KeyRegistry(spec.notes, spec.site_name), writer, on_error)
     twin = Twin(root, regions, measured, plan, monitor, trace_folder)
     monitor.attach(twin, lambda: str(Explanation.of(twin)), reference)
     siblings: list[Dispatch] = []

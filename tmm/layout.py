@@ -74,17 +74,23 @@ class StepRecord:
     events: tuple[Event, ...] = ()
 
 
+OUTSIDE = "//"
+"""Prefix of the name of a site that does not lie under the module whose frame was traced."""
+
+
 @dataclass(frozen=True)
 class Site:
     """A tensor in a model's forward: an output of a module, or a part of an attention in it.
 
     ``module`` is the module's dotted name, relative to the module whose frame was traced (empty
     for that module itself); ``path`` locates the tensor in the output, such as ``"[0]"``, or in
-    the attention, such as ``".head_0.query"``.
+    the attention, such as ``".head_0.query"``. ``is_shown`` tells that the program itself shows
+    the tensor under that name, by a call; rules are matched on module and path, then.
     """
 
     module: str
     path: str = ""
+    is_shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class Measurement:
     def is_of_attention(self) -> bool:
         """Whether it is of an attention: of its distributions, or of a tensor inside of it."""
         inside = self.family == "activation" and self.site.path.startswith(".")
-        return inside or self.family.startswith(f"{ATTENTION}_")
+        return (inside and not self.site.is_shown) or self.family.startswith(f"{ATTENTION}_")
 
 
 @dataclass(frozen=True)

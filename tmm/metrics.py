@@ -9,7 +9,7 @@ computed from it. Everything here is numpy in float64; the reduction of tensors 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -181,14 +181,16 @@ class Reduction:
 
     ``columns`` are the partial sums of a row, in order. They are empty for a callable
     ``aggregate``, which needs all the values, and for ``histogram``, whose row is the count of
-    elements and then the bins.
+    elements and then the bins. How a function is run makes no difference to what it is: without
+    ``trace`` eagerly, with ``falls_back`` eagerly where it cannot be traced.
     """
 
     metrics: tuple[str, ...]
     columns: tuple[str, ...]
     function: MetricFunction | None = None
     aggregate: Aggregate = "mean"
-    trace: bool = True
+    trace: bool = field(default=True, compare=False)
+    falls_back: bool = field(default=False, compare=False)
 
     @property
     def is_histogram(self) -> bool:
@@ -261,11 +263,16 @@ def builtin_reductions(names: tuple[str, ...], *, is_complex: bool) -> tuple[Red
 
 
 def function_reduction(
-    name: str, function: MetricFunction, aggregate: Aggregate, trace: bool
+    name: str,
+    function: MetricFunction,
+    aggregate: Aggregate,
+    *,
+    trace: bool = True,
+    falls_back: bool = False,
 ) -> Reduction:
     """Reduction of a user function's values to the row that ``aggregate`` needs."""
     columns = _AGGREGATE_COLUMNS[aggregate] if isinstance(aggregate, str) else ()
-    return Reduction((name,), columns, function, aggregate, trace)
+    return Reduction((name,), columns, function, aggregate, trace, falls_back)
 
 
 def merge(reduction: Reduction, left: FloatArray, right: FloatArray) -> FloatArray:

@@ -38,6 +38,9 @@ class Monitor:
     A step is open from ``begin_step`` to ``end_step``; ``with monitor.step(n):`` is both. Forward
     passes in an open, monitored step are measured, and all of them together make the values of
     the step. Whatever runs outside of a step runs the user's own compiled program.
+
+    ``keeps_history`` tells whether the steps stay in memory for ``get_all_metrics``; those of a run
+    are in its files.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Monitor:
         self.registry = registry
         self.recording = False
         self.current_step: int | None = None
+        self.keeps_history = writer is None
         self._writer = writer
         self._gaps = Gaps(on_error)
         self._twin: Twin | None = None
@@ -126,20 +130,21 @@ class Monitor:
             OSError: if what was measured before could not be written.
         """
         finished = self._require_step("end_step")
+        self.after_micro_batch()
         self._require_watch().end_step(finished)
         self._release_reference()
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
-        if finished.monitored and not finished.ran_forward:
+        if finished.expects_forward and not finished.ran_forward:
             self._gaps.warn_of_missed_forward(finished.step)
         self._finished = finished
         finished.events = self._gaps.take_events()
         if finished.is_on_host:
             finished.record()
-        if self._writer is None:
+        if self.keeps_history:
             self._history[finished.step] = finished
-        else:
+        if self._writer is not None:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
             self._writer.submit(finished.record, wait_seconds=wait)
         if not self._gaps.has_recorded:
@@ -167,13 +172,16 @@ class Monitor:
             RuntimeError: if no step is open.
         """
         self._require_step("after_micro_batch")
+        comparing = self._require_twin().comparing
+        if comparing is not None:
+            comparing.inputs.forget()
 
     @contextmanager
     def no_monitor(self) -> Iterator[None]:
         """Do not measure forward passes in the block, such as those of an evaluation."""
         recording, self.recording = self.recording, False
         if self._open is not None:
-            self._open.ran_forward = True  # or would not have been measured
+            self._open.expects_forward = False  # it may be one that is not to be measured
         try:
             yield
         finally:
@@ -259,6 +267,32 @@ class Monitor:
         """
         self._replace_reference(None)
 
+    def give_reference_inputs(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the model's next forward pass with one of the reference on these inputs.
+
+        They are matched with the model's by the names of its arguments; without this call they are
+        the same. Tensors that differ in shape or dtype are refused by that forward pass.
+
+        Raises:
+            RuntimeError: if there is no reference.
+        """
+        comparing = self._require_twin().comparing
+        if comparing is None:
+            raise RuntimeError("give_reference_inputs(): there is no reference; set_reference(...)")
+        comparing.inputs.give(args, kwargs)
+
+    @property
+    def differing_inputs(self) -> tuple[str, ...]:
+        """The arguments in which the reference's inputs have differed from the model's so far."""
+        comparing = self._require_twin().comparing
+        return () if comparing is None else tuple(comparing.inputs.differing)
+
+    @property
+    def has_unused_reference_inputs(self) -> bool:
+        """Whether the model has not run since ``give_reference_inputs``."""
+        comparing = self._require_twin().comparing
+        return comparing is not None and comparing.inputs.are_waiting
+
     def _replace_reference(self, reference: Reference | None) -> None:
         if self._open is not None:
             raise RuntimeError("the reference can be replaced before begin_step or after end_step")
@@ -316,6 +350,65 @@ class Monitor:
         if self.recording:
             collector = self._require_step("monitor_gradients")
             self._require_watch().measure_gradients(collector, before_clip=before_clip)
+
+    def measure(
+        self,
+        family: str,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        rules: str | None = None,
+        reference: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Measure named tensors now, by the rules of ``family`` (or of the family ``rules``).
+
+        With ``reference`` they are compared with the tensors of the same names there. Several calls
+        in a step are joined. Nothing happens outside of a monitored step.
+        """
+        if self.recording:
+            self._require_watch().parameters.add(
+                self._require_step("measure"),
+                *(family, {name: tensor.detach() for name, tensor in tensors.items()}),
+                rules=rules,
+                reference=None if reference is None else dict(reference),
+            )
+
+    def show_value(self, name: str, tensor: torch.Tensor, aggregate: Aggregate | None) -> None:
+        """``tmm.record`` outside of any forward pass; joined with what is recorded inside."""
+        if self.recording:
+            twin = self._require_twin()
+            twin.declare_value(name, type(tensor), aggregate, any_family=True)
+            twin.record_eagerly(name, tensor)
+
+    def show_activation(
+        self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor
+    ) -> None:
+        """``tmm.show.show_activation`` outside of any forward pass."""
+        if self.recording:
+            self._require_twin().show_eagerly(owner, path, tensor)
+
+    def show_attention(
+        self,
+        owner: torch.nn.Module | str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> None:
+        """``tmm.show.show_attention`` outside of any forward pass."""
+        if self.recording:
+            twin = self._require_twin()
+            twin.show_attention_eagerly(owner, query, key, mask, is_causal, scale)
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether anything of the step that is open was measured."""
+        return self._open is not None and self._open.holds_values
+
+    @property
+    def has_run_forward(self) -> bool:
+        """Whether a forward pass of the step that is open was measured."""
+        return self._open is not None and self._open.ran_forward
 
     # Forward passes
 

@@ -53,7 +53,30 @@ def tap_input(tensor: torch.Tensor, path: str) -> torch.Tensor:
     return tensor
 
 
-for _mark in (tap, tap_value, tap_input):
+def tap_shown(tensor: torch.Tensor, module: int, path: str) -> torch.Tensor:
+    """Mark ``tensor`` as one that the program shows under a name; an identity.
+
+    The name is that of the module whose ``id`` is ``module``, and ``path``; ``path`` alone for 0.
+    """
+    return tensor
+
+
+def tap_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    module: int,
+    path: str,
+) -> torch.Tensor:
+    """Mark an attention that the program shows, named as in ``tap_shown``; gives ``query``."""
+    return query
+
+
+MARKS = (tap, tap_value, tap_input, tap_shown, tap_attention)
+
+for _mark in MARKS:
     torch._dynamo.allow_in_graph(_mark)
     torch.fx.node.has_side_effect(_mark)  # unused results: dead-code elimination must keep them
 

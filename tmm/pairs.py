@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tmm.kernels.dense import difference, packed_dtype
 from tmm.metrics import PAIR_COLUMNS, Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, summarize_difference
+
+ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
+"""The mean of the 2-norms over the last dimension, as torch-module-monitor writes it."""
 
 
 def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction) -> torch.Tensor:
@@ -59,6 +64,33 @@ def row_norms(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
     # Plain operations, which a compiler joins with those of the norm.
     wide = packed_dtype(norms.device)
     return torch.stack([norms.new_full((), norms.numel(), dtype=wide), norms.sum(dtype=wide)])
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A layer normalization without its weight and bias."""
+
+    shape: tuple[int, ...]
+    eps: float
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the weight of the layer is multiplied with."""
+        return torch.nn.functional.layer_norm(tensor, self.shape, None, None, self.eps)
+
+
+def normalized_norms(
+    normalization: Normalization, own: torch.Tensor, reference: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The row of the norms of an input, or of its difference from another one, normalized."""
+    own = normalization.apply(own)
+    if reference is None:
+        return row_norms(own, ROW_NORM)
+    return reduce_pair(own, normalization.apply(reference), ROW_NORM)
+
+
+def norms_without(tensor: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The row of the norms of ``tensor`` less a bias."""
+    return row_norms(tensor if bias is None else tensor - bias.detach(), ROW_NORM)
 
 
 def _row(tensor: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from tmm.metrics import Aggregate
-from tmm.operators import tap_value
-from tmm.twin.twin import running_twin
+from tmm.show import show_value
 
 
 def record(name: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> None:
@@ -26,21 +25,4 @@ def record(name: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> No
         ValueError: in a monitored step, for a name or an aggregate that cannot be, or for
             something that is not a tensor.
     """
-    if torch.compiler.is_compiling():
-        # Evaluated while Dynamo traces: the plain program has neither the test nor the mark.
-        if _declare(name, type(tensor), aggregate):
-            tap_value(tensor, name)
-        return
-    twin = running_twin()
-    if twin is not None:
-        twin.declare_value(name, type(tensor), aggregate)
-        twin.record_eagerly(name, tensor)
-
-
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
-def _declare(name: str, tensor_type: type, aggregate: Aggregate) -> bool:
-    twin = running_twin()
-    if twin is None:
-        return False
-    twin.declare_value(name, tensor_type, aggregate)
-    return True
+    show_value(name, tensor, aggregate, any_family=False)

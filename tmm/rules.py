@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -19,6 +19,8 @@ from tmm.metrics import (
 )
 
 Subject: TypeAlias = Literal["modules", "parameters"]
+Pattern: TypeAlias = str | Callable[[str], bool]
+"""A regular expression (``re.match``) or a predicate, of names."""
 
 NEED_REFERENCE = ("parameter_difference", "activation_difference", "rcc")
 """Families that compare with the reference of a spec."""
@@ -37,31 +39,37 @@ class Rule:
     """Metrics of one family, of what a pattern matches; made by ``tmm.activation`` and siblings.
 
     ``subject`` says whether the pattern is matched on the names of modules or of parameters.
+    Functions are traced into the graph with ``trace``; with ``falls_back``, those that cannot be
+    run eagerly.
     """
 
     family: str
     subject: Subject
     metrics: tuple[str, ...]
     functions: tuple[tuple[str, MetricFunction], ...] = ()
-    pattern: str | None = None
+    pattern: Pattern | None = None
     aggregate: Aggregate = "mean"
     trace: bool = True
+    falls_back: bool = False
 
     def __str__(self) -> str:
         arguments = [repr(name) for name in self.metrics if self.family != "rcc"]
         arguments += [f"{name}=<function>" for name, _ in self.functions]
         if self.pattern is not None:
-            arguments.append(f"{self.subject}={self.pattern!r}")
+            shown = repr(self.pattern) if isinstance(self.pattern, str) else "<predicate>"
+            arguments.append(f"{self.subject}={shown}")
         return f"tmm.{self.family}({', '.join(arguments)})"
 
     def matches(self, name: str) -> bool:
         """Whether the rule applies to the module or parameter of that name (``re.match``)."""
+        if callable(self.pattern):
+            return bool(self.pattern(name))
         return self.pattern is None or re.match(self.pattern, name) is not None
 
 
 def activation(
     *metrics: str,
-    modules: str | None = None,
+    modules: Pattern | None = None,
     aggregate: Aggregate | None = None,
     trace: bool = True,
     **functions: MetricFunction,
@@ -73,7 +81,7 @@ def activation(
             They describe all elements of an output, of all calls and micro-batches of a step
             together.
         modules: regular expression, matched with ``re.match`` on a module's dotted name (the root
-            is ``"[root module]"``). All modules without it.
+            is ``"[root module]"``), or a function of the name that tells. All modules without it.
         aggregate: joins the values that the functions return, flattened and concatenated over
             calls and micro-batches: ``"mean"`` (the default), ``"sum"``, ``"min"``, ``"max"`` or a
             callable on the one-dimensional tensor of all values.
@@ -93,7 +101,7 @@ def activation(
 
 def activation_gradient(
     *metrics: str,
-    modules: str | None = None,
+    modules: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
@@ -117,22 +125,23 @@ def activation_gradient(
 
 def parameter(
     *metrics: str,
-    parameters: str | None = None,
+    parameters: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
     """Measure parameters, as they are when the step ends.
 
     ``parameters`` is a regular expression, matched with ``re.match`` on the dotted names of
-    parameters. The other arguments and the errors are those of ``tmm.activation``; functions run
-    eagerly. ``monitor.watch(optimizer)`` or ``monitor.monitor_parameters()`` measures.
+    parameters, or a function of the name that tells. The other arguments and the errors are those
+    of ``tmm.activation``; functions run eagerly. ``monitor.watch(optimizer)`` or
+    ``monitor.monitor_parameters()`` measures.
     """
     return _rule("parameter", "parameters", METRIC_NAMES, metrics, functions, parameters, aggregate)
 
 
 def gradient(
     *metrics: str,
-    parameters: str | None = None,
+    parameters: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
@@ -146,7 +155,7 @@ def gradient(
 
 def update(
     *metrics: str,
-    parameters: str | None = None,
+    parameters: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
@@ -161,7 +170,7 @@ def update(
 
 def parameter_difference(
     *metrics: str,
-    parameters: str | None = None,
+    parameters: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
@@ -177,7 +186,7 @@ def parameter_difference(
 
 def activation_difference(
     *metrics: str,
-    modules: str | None = None,
+    modules: Pattern | None = None,
     aggregate: Aggregate | None = None,
     **functions: MetricFunction,
 ) -> Rule:
@@ -209,7 +218,7 @@ class AttentionRule(Rule):
 
 def attention(
     *metrics: str,
-    modules: str | None = None,
+    modules: Pattern | None = None,
     heads: Literal["apart", "pooled"] = "apart",
     queries: int | None = None,
     aggregate: Aggregate | None = None,
@@ -257,7 +266,14 @@ def attention(
     return AttentionRule(**vars(rule), pooled=heads == "pooled", queries=queries)
 
 
-def rcc(*, modules: str | None = None) -> Rule:
+@dataclass(frozen=True)
+class CoordinateCheckRule(Rule):
+    """A rule for the refined coordinate check: whether its ``operands`` are recorded, too."""
+
+    operands: bool = False
+
+
+def rcc(*, modules: Pattern | None = None, operands: bool = False) -> Rule:
     """The refined coordinate check of modules (Haas, Bordt, von Luxburg, Vankadara 2025).
 
     With W_t and x_t the weights and inputs of a module and W_0 and x_0 those of the spec's
@@ -265,13 +281,20 @@ def rcc(*, modules: str | None = None) -> Rule:
     ``RCC (W_t-W_0)x_t/{module}/l2norm`` (what its own weights did to its output),
     ``RCC W_0(x_t-x_0)/{module}/l2norm`` (what its changed input did), ``RCC x_t/...`` and
     ``RCC (x_t-x_0)/...``. Linear and normalization layers have rows of both terms without the bias,
-    ``{module}.weight``; embeddings have the first term only; the root has none. ``modules`` as in
-    ``tmm.activation``.
+    ``{module}.weight``; embeddings have the first term only; the root has none.
+
+    Args:
+        modules: as in ``tmm.activation``.
+        operands: record ``RCC (W_t-W_0)x_t/{module}.weight/W_t x_t/l2norm`` and
+            ``RCC W_0(x_t-x_0)/{module}.weight/W_0 x_0/l2norm``, too, and of layer normalizations
+            ``.weight/x_t`` and ``.weight/x_t-x_0``, their inputs after normalization.
 
     Raises:
         ValueError: for an invalid pattern.
     """
-    rule = Rule("rcc", "modules", ("l2norm",), pattern=modules)
+    rule = CoordinateCheckRule(
+        "rcc", "modules", ("l2norm",), pattern=modules, operands=bool(operands)
+    )
     if modules is not None:
         check_pattern(rule, "modules", modules)
     return rule
@@ -284,7 +307,7 @@ def rule_family(family: str) -> str:
     return "rcc" if family.startswith("RCC ") else family
 
 
-def optimizer_state(*metrics: str, parameters: str | None = None) -> Rule:
+def optimizer_state(*metrics: str, parameters: Pattern | None = None) -> Rule:
     """Measure the state of Adam-like optimizers, after their step.
 
     ``"exp_avg_norm"`` and ``"exp_avg_sq_norm"`` are the norms of the two averages, and
@@ -301,7 +324,7 @@ def _rule(
     known: tuple[str, ...],
     metrics: tuple[str, ...],
     functions: Mapping[str, MetricFunction],
-    pattern: str | None,
+    pattern: Pattern | None,
     aggregate: Aggregate | None,
 ) -> Rule:
     rule = Rule(family, subject, metrics, tuple(functions.items()), pattern, aggregate or "mean")
@@ -355,8 +378,17 @@ def _check_aggregate(rule: Rule, aggregate: Aggregate) -> None:
         )
 
 
-def check_pattern(owner: object, argument: str, pattern: str) -> None:
-    """Raise ``ValueError`` for a pattern that is not a regular expression."""
+def check_pattern(owner: object, argument: str, pattern: Pattern) -> None:
+    """Raise for a pattern that is neither a regular expression nor a function.
+
+    Raises:
+        ValueError: it is text, but no regular expression.
+        TypeError: it is something else.
+    """
+    if callable(pattern):
+        return
+    if not isinstance(pattern, str):
+        raise TypeError(f"{owner}: {argument}={pattern!r} is neither text nor a function")
     try:
         re.compile(pattern)
     except re.error as error:

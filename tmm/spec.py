@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from tmm.layout import ATTENTION, AttentionRequest
+from tmm.layout import ATTENTION, AttentionRequest, Site
 from tmm.metrics import (
     ATTENTION_METRICS,
     DERIVED_METRICS,
@@ -25,6 +25,7 @@ from tmm.rules import (
     BRANCH_FAMILIES,
     NEED_REFERENCE,
     AttentionRule,
+    CoordinateCheckRule,
     Rule,
     check_pattern,
     rule_family,
@@ -61,7 +62,12 @@ class Spec:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern or a rule
             that lacks its reference.
         TypeError: for something that is not a rule, a number, a predicate or a reference.
+
+    Attributes:
+        is_strict: whether there must be rules, and each must match something.
     """
+
+    is_strict = True
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class Spec:
         reference_dtype: torch.dtype | None = None,
         reference_samples: int | None = None,
     ) -> None:
-        if not rules:
+        if not rules and self.is_strict:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
         for rule in rules:
             if not isinstance(rule, Rule):
@@ -127,6 +133,13 @@ class Spec:
     def excludes(self, module_name: str) -> bool:
         """Whether the module of that name is measured by no rule."""
         return self.exclude is not None and re.match(self.exclude, module_name) is not None
+
+    def site_name(self, family: str, site: Site) -> str | None:
+        """The name that a site has in keys of ``family``; None for one that is not recorded.
+
+        Sites of one name are joined. The site's module is named as in patterns.
+        """
+        return site.module + site.path
 
     def notes(self, family: str) -> str:
         """What readers of the rows of ``family`` should know, in a few words."""
@@ -200,9 +213,9 @@ class Plan:
         self.parameters = dict(parameters or {})
         self._reductions: dict[tuple[str, str, bool], tuple[Reduction, ...]] = {}
         self._attention: dict[str, tuple[AttentionRequest, ...]] = {}
-        for rule in spec.rules:
+        for rule in spec.rules if spec.is_strict else ():
             _check_matches(rule, self.candidates(rule))
-        if not any(self.matched.values()):
+        if spec.is_strict and not any(self.matched.values()):
             raise ValueError(
                 f"{spec} measures nothing: exclude={spec.exclude!r} drops everything that a rule"
                 " matches"
@@ -228,6 +241,13 @@ class Plan:
         if name not in self._attention:
             self._attention[name] = tuple(_requests(name, self._matching(name, ATTENTION)))
         return self._attention[name]
+
+    def has_operand_rows(self, name: str) -> bool:
+        """Whether the refined coordinate check of that module is to record its operands, too."""
+        return any(
+            isinstance(rule, CoordinateCheckRule) and rule.operands
+            for rule in self._matching(name, "rcc")
+        )
 
     def _matching(self, name: str, family: str) -> list[Rule]:
         rules = (rule for rule in self.spec.rules if rule.family == family)
@@ -262,7 +282,9 @@ def _reductions(name: str, rules: Iterable[Rule], is_complex: bool) -> tuple[Red
         for metric in rule.metrics:
             builtin.setdefault(metric, rule)
         for metric, function in rule.functions:
-            reduction = function_reduction(metric, function, rule.aggregate, rule.trace)
+            reduction = function_reduction(
+                metric, function, rule.aggregate, trace=rule.trace, falls_back=rule.falls_back
+            )
             known = functions.setdefault(metric, (reduction, rule))
             if known[0] != reduction:
                 raise _collision(name, metric, known[1], rule)
@@ -306,6 +328,11 @@ def _check_matches(rule: Rule, names: Sequence[str]) -> None:
         return
     if rule.pattern is None:
         raise ValueError(f"{rule}: the model has no {rule.subject}")
+    if callable(rule.pattern):
+        raise ValueError(
+            f"{rule}: the predicate holds for none of the {len(names)} {rule.subject}, such as"
+            f" {', '.join(map(repr, names[:5]))}"
+        )
     literal = re.sub(r"[\\^$.*+?()\[\]{}|]+", ".", rule.pattern).strip(".")
     nearest = difflib.get_close_matches(literal, names, n=5, cutoff=0.0)
     raise ValueError(

@@ -20,16 +20,20 @@ class RecordedValues:
     def __init__(self) -> None:
         self.reductions: dict[str, Reduction] = {}
 
-    def declare(self, name: str, value_type: type, aggregate: Aggregate) -> None:
-        """Know of a value.
+    def declare(
+        self, name: str, value_type: type, aggregate: Aggregate | None, *, any_family: bool = False
+    ) -> None:
+        """Know of a value; without an aggregate it is the one known, or the mean.
 
-        Raises ``RecordError`` for a name that is taken or reserved, an unknown aggregate, or what
-        is not a tensor.
+        Raises ``RecordError`` for a name that is taken or, unless ``any_family``, reserved, an
+        unknown aggregate, or what is not a tensor.
         """
         known = self.reductions.get(name)
+        if aggregate is None:
+            aggregate = "mean" if known is None else known.aggregate
         if known is None:
-            _check(name, value_type, aggregate)
-            self.reductions[name] = function_reduction("", _itself, aggregate, trace=True)
+            _check(name, value_type, aggregate, any_family=any_family)
+            self.reductions[name] = function_reduction("", _itself, aggregate)
         elif not _same(known.aggregate, aggregate):
             raise RecordError(
                 f"tmm.record({name!r}): the name is used with aggregate={aggregate!r} and with"
@@ -37,7 +41,7 @@ class RecordedValues:
             )
 
 
-def _check(name: str, value_type: type, aggregate: Aggregate) -> None:
+def _check(name: str, value_type: type, aggregate: Aggregate, *, any_family: bool) -> None:
     if not isinstance(name, str) or not name:
         raise RecordError(f"tmm.record: name={name!r} is not a key; give it as text")
     if not issubclass(value_type, torch.Tensor):
@@ -46,7 +50,7 @@ def _check(name: str, value_type: type, aggregate: Aggregate) -> None:
             " monitor.log_scalar, or make it a tensor"
         )
     family = re.split(r"[/ ]", name)[0]
-    if family in FAMILIES or family.startswith("attention_"):
+    if not any_family and (family in FAMILIES or family.startswith("attention_")):
         raise RecordError(
             f"tmm.record({name!r}): keys that start with {family!r} are tmm's own; choose"
             f" another name, such as {'my_' + name!r}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from tmm.layout import (
     ATTENTION,
+    OUTSIDE,
     ROOT_NAME,
     VALUE_FAMILY,
     AttentionRequest,
@@ -19,12 +21,13 @@ from tmm.layout import (
 from tmm.metrics import Reduction
 from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
+from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_reference import DIFFERENCE, CheckedModule
 from tmm.rules import BRANCH_FAMILIES, rule_family
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
-from tmm.twin.backend import OUTSIDE, Comparison, MeasuredGraph, Scope
+from tmm.twin.backend import Comparison, MeasuredGraph, Scope
 from tmm.twin.outputs import tensors_in
 
 Frames = Sequence[torch.nn.Module]
@@ -75,10 +78,11 @@ class Attribution:
         resolvers = [self._resolver(peer) for peer in peers]
 
         def select(
-            relative: str, dtype: torch.dtype, family: str = "activation"
+            site: Site, dtype: torch.dtype, family: str = "activation"
         ) -> tuple[Reduction, ...]:
-            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
-            selected = [r for name in names for r in self.plan.select(name, dtype, family)]
+            names = [name for resolve in resolvers if (name := resolve(site.module)) is not None]
+            path = site.path if site.is_shown else ""
+            selected = [r for name in names for r in self.plan.select(name + path, dtype, family)]
             return tuple(dict.fromkeys(selected))
 
         own = {name: module for module, name in relative_names(owner).items()}
@@ -160,27 +164,38 @@ class Attribution:
             return None
         absolute = self._resolver(owner)
 
-        def resolve(measurement: Measurement) -> str | None:
+        def resolve(measurement: Measurement) -> Site | None:
             if measurement.family == VALUE_FAMILY:
                 self.rows[measurement] = None
-                return measurement.site.module
+                return measurement.site
             if not compared and rule_family(measurement.family) in BRANCH_FAMILIES:
                 return None
             name = absolute(measurement.site.module)
-            if name is None or (graph.outside(measurement) and owner is not graph.owner):
+            if name is None:
                 return None
-            family = ATTENTION if measurement.is_of_attention else measurement.family
-            wanted = [*self.plan.select(name, torch.float32, family)]
-            wanted += self.plan.select(name, torch.complex64, family)
-            if measurement.reduction not in wanted:
+            site = replace(measurement.site, module=name)
+            if not site.is_shown and graph.outside(measurement) and owner is not graph.owner:
+                return None
+            if not self._is_wanted(replace(measurement, site=site)):
                 return None
             self._measured.setdefault(name, {})["graph"] = None
-            site = Site(name, measurement.site.path)
-            self.rows[Measurement(measurement.family, site, measurement.reduction)] = None
-            return name + measurement.site.path
+            self.rows[replace(measurement, site=site)] = None
+            return site
 
         self.leave_out(owner, layout.unmeasured)
         return self._registry.bind(layout, resolve)
+
+    def _is_wanted(self, measurement: Measurement) -> bool:
+        """Whether a rule asks for the measurement, whose site is named as in keys."""
+        site, family = measurement.site, measurement.family
+        if measurement.is_of_attention:
+            if site.is_shown:
+                return True  # it was asked for by the call
+            family = ATTENTION
+        name = site.module + site.path if site.is_shown else site.module
+        wanted = [*self.plan.select(name, torch.float32, family)]
+        wanted += self.plan.select(name, torch.complex64, family)
+        return measurement.reduction in wanted
 
     def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
         """From names relative to ``owner`` to those in keys: a shared module has its first name."""
@@ -214,14 +229,27 @@ class Attribution:
                 selected.append((self.bind_eagerly(measurement), tensor, reduction))
         return selected
 
+    def shown_site(self, owner: torch.nn.Module | str, path: str) -> Site:
+        """The site, named as in keys, of what the program shows under a name or a module."""
+        if isinstance(owner, str):
+            return Site(owner + path, is_shown=True)
+        return Site(self.name(owner), path, is_shown=True)
+
+    def select_shown(self, site: Site, tensor: torch.Tensor) -> list[tuple[Binding, Reduction]]:
+        """What to reduce of a tensor that the program shows outside of every graph."""
+        reductions = self.plan.select(site.module + site.path, tensor.dtype)
+        if reductions and (reason := why_unmeasurable(tensor)):
+            self.unmeasured[site.module + site.path] = reason
+            return []
+        found = (Measurement("activation", site, reduction) for reduction in reductions)
+        return [(self.bind_eagerly(measurement), measurement.reduction) for measurement in found]
+
     def bind_eagerly(self, measurement: Measurement) -> Binding:
         """The binding of one measurement whose site is named as in keys."""
         if measurement not in self._eager:
             self.rows[measurement] = None
             layout = single_row(measurement)
-            self._eager[measurement] = self._registry.bind(
-                layout, lambda m: m.site.module + m.site.path
-            )
+            self._eager[measurement] = self._registry.bind(layout, lambda m: m.site)
         return self._eager[measurement]
 
 
@@ -235,7 +263,13 @@ def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedMod
     if not isinstance(module, torch.nn.Linear) and not is_norm:
         return CheckedModule()
     bias = getattr(module, "bias", None)
-    return CheckedModule(has_weight_rows=True, bias=None if bias is None else id(bias))
+    checked = CheckedModule(has_weight_rows=True, bias=None if bias is None else id(bias))
+    if not plan.has_operand_rows(name):
+        return checked
+    normalization = None
+    if isinstance(module, torch.nn.LayerNorm):
+        normalization = Normalization(module.normalized_shape, module.eps)
+    return replace(checked, has_operand_rows=True, normalization=normalization)
 
 
 def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:

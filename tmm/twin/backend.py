@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.layout import AttentionRequest, Measurement, Site
+from tmm.layout import OUTSIDE, AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction
+from tmm.passes.find_attention import shows_attention
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
 from tmm.passes.insert_attention import AttentionOptions
 from tmm.passes.insert_probes import ProbeOptions, RowInput
@@ -37,15 +38,12 @@ from tmm.twin.trace import TraceFolder
 if TYPE_CHECKING:
     from tmm.twin.comparing import Comparing
 
-OUTSIDE = "//"
-"""Prefix of the name of a site that does not lie under the module whose frame was traced."""
-
 
 @dataclass(frozen=True)
 class Comparison:
     """What is compared with a reference: see ``ReferenceOptions``."""
 
-    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     check: Callable[[str], CheckedModule | None]
 
 
@@ -61,9 +59,9 @@ class Scope:
     owner: torch.nn.Module
     owner_name: str
     modules: Mapping[int, str]
-    select: Callable[[str, torch.dtype], tuple[Reduction, ...]]
+    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction]
-    select_gradient: Callable[[str, torch.dtype], tuple[Reduction, ...]] | None = None
+    select_gradient: Callable[[Site, torch.dtype], tuple[Reduction, ...]] | None = None
     comparison: Comparison | None = None
     attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None
     is_root: bool = False
@@ -223,15 +221,17 @@ class MeasuringBackend:
                 refusal = LOST_ITEMS
             elif self.sampling is not None:
                 samples = self.sampling.samples(module, comparing.batch)
-            bound = (scope, scope.comparison, comparing.reference, whole, samples, refusal)
+            is_part = samples is None and (not whole or comparing.inputs.are_traced)
+            bound = (scope, scope.comparison, comparing.reference, is_part, samples, refusal)
             reference = partial(_reference_options, *bound)
         index = len(self.host.graphs)
         watch = None
         if self.host.trace is not None:
             watch = self.host.trace.begin(index, module, scope.modules)
         attention = None
-        if scope.attention is not None:
-            attention = AttentionOptions(scope.modules, scope.attention, begins_forward())
+        if scope.attention is not None or shows_attention(module):
+            select = scope.attention or _ask_nothing
+            attention = AttentionOptions(scope.modules, select, begins_forward())
         rewritten = rewrite(module, options, probes, reference, attention, watch=watch)
         if samples is not None:
             assert self.sampling is not None
@@ -286,7 +286,7 @@ def _reference_options(
     scope: Scope,
     comparison: Comparison,
     reference: Reference,
-    whole: bool,
+    is_part: bool,
     samples: Samples | None,
     refusal: str,
     module: GraphModule,
@@ -301,10 +301,14 @@ def _reference_options(
         comparison.select,
         comparison.check,
         parameters,
-        is_part=not whole and samples is None,
+        is_part=is_part,
         samples=samples,
         refusal=refusal,
     )
+
+
+def _ask_nothing(name: str) -> tuple[AttentionRequest, ...]:
+    return ()
 
 
 def _extra_bytes(rewritten: Rewritten) -> int:

@@ -11,15 +11,19 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from tmm.layout import Measurement, Site
+from tmm.metrics import Reduction
 from tmm.operators import why_unmeasurable
-from tmm.pairs import reduce_pair, row_norms
+from tmm.pairs import ROW_NORM, normalized_norms, norms_without, reduce_pair, row_norms
 from tmm.passes.insert_reference import (
     DIFFERENCE,
     INPUT,
     INPUT_DIFFERENCE,
     INPUT_TERM,
-    ROW_NORM,
     UPDATE_TERM,
+    W_0_X_0,
+    W_T_X_T,
+    X_CHANGE,
+    X_T,
     CheckedModule,
 )
 from tmm.preserve import RandomState
@@ -93,22 +97,41 @@ class EagerComparison:
             checked = None if entered is None or entered.mixed is None else entered.checked
             if why_unmeasurable(tensor) or not (reductions or checked):
                 continue
-            own, reference = tensor.detach(), self._follower.counterpart(tensor)
+            reference = self._differences(Site(name, path), tensor, reductions)
             if reference is None:
-                self._attribution.unmeasured[f"{name}{path}, compared with the reference"] = (
-                    LOST_ITEMS
-                    if self._follower.is_lost
-                    else "it was computed on a way that tmm does not see"
-                )
                 continue
+            own = tensor.detach()
             with torch.no_grad(), self._follower.paused():
-                for reduction in reductions:
-                    # Copies, for a function may change its arguments in place.
-                    row = reduce_pair(own.clone(), reference.clone(), reduction)
-                    self._add(Measurement(DIFFERENCE, Site(name, path), reduction), row)
                 if checked is not None and entered is not None and entered.mixed is not None:
                     mixed = entered.mixed[path]
                     self._check(Site(name, path), module, checked, own, mixed, reference)
+
+    def show(self, site: Site, tensor: torch.Tensor) -> None:
+        """Measure a tensor that the program shows under a name."""
+        name = site.module + site.path
+        reductions = self._attribution.plan.select(name, tensor.dtype, DIFFERENCE)
+        if reductions and not why_unmeasurable(tensor):
+            self._differences(site, tensor, reductions)
+
+    def _differences(
+        self, site: Site, tensor: torch.Tensor, reductions: tuple[Reduction, ...]
+    ) -> torch.Tensor | None:
+        """Measure a tensor against its counterpart, which is given back; None if it is lost."""
+        reference = self._follower.counterpart(tensor)
+        if reference is None:
+            name = f"{site.module}{site.path}, compared with the reference"
+            self._attribution.unmeasured[name] = (
+                LOST_ITEMS
+                if self._follower.is_lost
+                else "it was computed on a way that tmm does not see"
+            )
+            return None
+        with torch.no_grad(), self._follower.paused():
+            for reduction in reductions:
+                # Copies, for a function may change its arguments in place.
+                row = reduce_pair(tensor.detach().clone(), reference.clone(), reduction)
+                self._add(Measurement(DIFFERENCE, site, reduction), row)
+        return reference
 
     def _compare_input(self, name: str, given: torch.Tensor, checked: CheckedModule) -> None:
         counterpart = self._follower.counterpart(given)
@@ -119,6 +142,11 @@ class EagerComparison:
             self._add(Measurement(INPUT, site, ROW_NORM), row_norms(own, ROW_NORM))
             row = reduce_pair(own, counterpart, ROW_NORM)
             self._add(Measurement(INPUT_DIFFERENCE, site, ROW_NORM), row)
+            if (way := checked.normalization) is not None:
+                row = normalized_norms(way, own)
+                self._add(Measurement(UPDATE_TERM, Site(name, X_T), ROW_NORM), row)
+                row = normalized_norms(way, own, counterpart)
+                self._add(Measurement(INPUT_TERM, Site(name, X_CHANGE), ROW_NORM), row)
 
     def _check(
         self,
@@ -137,15 +165,23 @@ class EagerComparison:
         add(UPDATE_TERM, site, own, mixed)
         if not checked.only_update:
             add(INPUT_TERM, site, mixed, reference)
-        if checked.has_weight_rows:
-            bias = getattr(module, "bias", None)
-            initial = self._follower.reference.of(bias)
-            if bias is not None and initial is not None:
-                own, without = own - bias.detach(), mixed - initial
-                add(UPDATE_TERM, weight, own, without)
-            else:
-                add(UPDATE_TERM, weight, own, mixed)
-            add(INPUT_TERM, weight, mixed, reference)
+        if not checked.has_weight_rows:
+            return
+        bias = getattr(module, "bias", None)
+        initial = self._follower.reference.of(bias)
+        if checked.has_operand_rows:
+            for term, path, tensor, offset in (
+                (UPDATE_TERM, W_T_X_T, own, bias),
+                (INPUT_TERM, W_0_X_0, reference, initial),
+            ):
+                operand = Site(site.module, site.path + path)
+                self._add(Measurement(term, operand, ROW_NORM), norms_without(tensor, offset))
+        if bias is not None and initial is not None:
+            own, without = own - bias.detach(), mixed - initial
+            add(UPDATE_TERM, weight, own, without)
+        else:
+            add(UPDATE_TERM, weight, own, mixed)
+        add(INPUT_TERM, weight, mixed, reference)
 
     def _repeat(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> Any:
         """What the module gives with the reference's parameters, changing nothing."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from tmm.layout import Site
 from tmm.passes.insert_reference import ReferenceEnds
 from tmm.reference import Reference
 from tmm.rules import BRANCH_FAMILIES
 from tmm.twin.attribution import Attribution
 from tmm.twin.compare import Add, EagerComparison
 from tmm.twin.follow import Follower
+from tmm.twin.reference_inputs import ReferenceInputs
 from tmm.twin.sampling import Batch
 
 
@@ -21,7 +23,8 @@ class Comparing:
     """Follows the reference through one forward pass after the other.
 
     ``batch`` is what the running one was given, where only some of its items are compared; ``lost``
-    tells that the graph that runs cannot be compared this time.
+    tells that the graph that runs cannot be compared this time; ``inputs`` are those of the
+    reference where they are not the model's.
     """
 
     def __init__(self, reference: Reference, attribution: Attribution, add: Add) -> None:
@@ -29,6 +32,7 @@ class Comparing:
         self.reference = reference
         self.batch: Batch | None = None
         self.lost = False
+        self.inputs = ReferenceInputs()
         self._attribution = attribution
         self._follower = Follower(reference)
         self._runs_branch = any(map(spec.measures, BRANCH_FAMILIES))
@@ -42,6 +46,8 @@ class Comparing:
             yield
             return
         self._follower.begin(inputs)
+        for own, other in self.inputs.pairs:
+            self._follower.pair(own, other)
         if self._samples is not None:
             self.batch = Batch.of(inputs)
         left_open = nullcontext() if self.batch is None else self.batch.left_open()
@@ -51,6 +57,7 @@ class Comparing:
         finally:
             self._follower.end()
             self.batch = None
+            self.inputs.pairs = []
 
     # Of graphs
 
@@ -110,6 +117,11 @@ class Comparing:
         """A module has returned."""
         if self._runs_branch:
             self._eager.leave(module, output)
+
+    def show(self, site: Site, tensor: torch.Tensor) -> None:
+        """The program shows a tensor under a name."""
+        if self._runs_branch:
+            self._eager.show(site, tensor)
 
     def note_own_randomness(self) -> None:
         """A graph ran that draws random numbers of its own."""

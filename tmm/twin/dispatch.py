@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule, skip_code
+from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
-from tmm.twin.regions import COMPILED_CALL, Region
+from tmm.twin.regions import COMPILED_CALL, Region, install
 from tmm.twin.twin import Twin, running_twin
 
 
@@ -93,10 +93,7 @@ class Dispatch:
 
 
 def attach(dispatch: Dispatch) -> Callable[..., Any]:
-    """Put ``dispatch`` in the place of its region's program; gives back what stands there now.
-
-    It stands in an attribute that copies and pickles do not carry, so that those are clean.
-    """
+    """Put ``dispatch`` in the place of its region's program; gives back what stands there now."""
     monitor, plain, choose = dispatch.monitor, dispatch.plain, dispatch.choose
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -104,16 +101,8 @@ def attach(dispatch: Dispatch) -> Callable[..., Any]:
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 
-    skip_code(forward.__code__)
-    region = dispatch.region
-    if region.attribute == COMPILED_CALL:
-        # Another torch.compile around it traces what it would trace without us.
-        inner = region.callee if region.module is None else region.module._call_impl
-        forward._torchdynamo_inline = inner  # type: ignore[attr-defined]
-        forward._torchdynamo_orig_callable = inner  # type: ignore[attr-defined]
     forward.tmm_dispatch = dispatch  # type: ignore[attr-defined]
-    if region.holder is not None:
-        region.holder.__dict__[region.attribute] = forward
+    install(dispatch.region, forward)
     return forward
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
 from tmm.twin.compile_settings import CompileSettings, settings_of
 
@@ -58,3 +60,25 @@ def behind_dispatches(call: object) -> object:
     while (dispatch := getattr(call, "tmm_dispatch", None)) is not None:
         call = dispatch.original
     return call
+
+
+def install(region: Region, forward: Callable[..., Any]) -> None:
+    """Let calls of ``region`` run ``forward``, which Dynamo is not to look into.
+
+    It stands in an attribute that copies and pickles do not carry, so that those are clean.
+    """
+    assert isinstance(forward, types.FunctionType)
+    skip_code(forward.__code__)
+    if region.attribute == COMPILED_CALL:
+        # Another torch.compile around it traces what it would trace without us.
+        inner = region.callee if region.module is None else region.module._call_impl
+        forward.__dict__.update(_torchdynamo_inline=inner, _torchdynamo_orig_callable=inner)
+    if region.holder is not None:
+        region.holder.__dict__[region.attribute] = forward
+
+
+def compiled_wrapper(module: torch.nn.Module) -> torch.nn.Module:
+    """The newest object that ``torch.compile(module)`` has given; the module itself without one."""
+    found = (wrapper for wrapper in gc.get_objects() if type(wrapper) is OptimizedModule)
+    wrappers = [wrapper for wrapper in found if wrapper._modules.get("_orig_mod") is module]
+    return wrappers[-1] if wrappers else module

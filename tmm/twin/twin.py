@@ -15,9 +15,11 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import VALUE_FAMILY, Measurement, Site
+from tmm.layout import ATTENTION, VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import unwrapped
+from tmm.operators import summarize_attention
+from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_probes import RowInput
 from tmm.passes.samples import SamplesError
@@ -118,6 +120,13 @@ class Twin:
         if self.is_running():
             return self._run(region, *args, **kwargs)
         comparing = self.comparing
+        if comparing is not None and region.callee in (self.attribution.root, self.root.callee):
+            module = region.module
+            forward = region.callee if module is None else unwrapped(module).forward
+            comparing.inputs.match(forward, args, kwargs)
+            if comparing.inputs.pairs and not comparing.inputs.are_traced:
+                comparing.inputs.are_traced = True
+                self._programs.clear()  # they have no place for inputs of the reference
         with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
             return self._run(region, *args, **kwargs)
 
@@ -324,9 +333,11 @@ class Twin:
         """Whether gradients carry a scaler's factor that is to be taken out."""
         return self.recorder.scales_gradients
 
-    def declare_value(self, name: str, value_type: type, aggregate: Aggregate) -> None:
+    def declare_value(
+        self, name: str, value_type: type, aggregate: Aggregate | None, *, any_family: bool = False
+    ) -> None:
         """Know of a value that the model records; see ``RecordedValues.declare``."""
-        self.values.declare(name, value_type, aggregate)
+        self.values.declare(name, value_type, aggregate, any_family=any_family)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
@@ -334,6 +345,38 @@ class Twin:
         reduction = self.values.reductions[name]
         binding = self.attribution.bind_eagerly(Measurement(VALUE_FAMILY, Site(name), reduction))
         self._add_eagerly(binding, tensor.detach(), reduction)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def show_eagerly(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
+        """Measure a tensor that the program shows outside of graphs; see ``tmm.show``."""
+        site = self.attribution.shown_site(owner, path)
+        for binding, reduction in self.attribution.select_shown(site, tensor):
+            self._add_eagerly(binding, tensor, reduction)
+        if self.comparing is not None and self.is_running():
+            self.comparing.show(site, tensor)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def show_attention_eagerly(
+        self,
+        owner: torch.nn.Module | str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> None:
+        """Measure an attention that the program shows outside of graphs; see ``tmm.show``."""
+        if self._discarding:
+            return
+        (reduction,) = SHOWN.statistics
+        rows = summarize_attention(
+            *(query.detach(), key.detach(), None if mask is None else mask.detach()),
+            *(is_causal, scale, SHOWN.queries, SHOWN.pooled, reduction.metrics[0]),
+        )
+        for head, row in enumerate(rows.unflatten(0, (-1, reduction.width)).unbind()):
+            site = self.attribution.shown_site(owner, f".head_{head}")
+            measurement = Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
+            self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
     def _add_comparison(self, measurement: Measurement, row: torch.Tensor) -> None:
         if not self._discarding:
