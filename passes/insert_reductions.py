@@ -66,7 +66,7 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
-    computed: dict[tuple[Node, Reduction], Node] = {}
+    computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]] = {}
     for node in list(module.graph.nodes):
         if node.target in (tap_input, tap_attention):
             continue
@@ -87,7 +87,7 @@ def _measure(
     module: GraphModule,
     node: Node,
     options: ReductionOptions,
-    computed: dict[tuple[Node, Reduction], Node],
+    computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]],
 ) -> Iterator[tuple[Site, str]]:
     tensor = node.args[0]
     assert isinstance(tensor, Node)
@@ -102,20 +102,19 @@ def _measure(
     following = node.next
     value: Node | None = None
     for reduction in reductions:
-        row = computed.get((tensor, reduction))
-        if row is None:
+        known = computed.get((tensor, reduction))
+        if known is not None:
+            row, reduction = known
+            add_site(row, family, site)
+        else:
             if value is None:
                 with module.graph.inserting_after(node):
                     value = insert_call(module.graph, "detach", tensor)
                 if example.is_nested:
                     with module.graph.inserting_after(value):
                         value = insert_call(module.graph, "values", value)
-            row = computed[tensor, reduction] = _reduce(module.graph, value, reduction)
-            row.meta[MEASUREMENTS] = ()
-        else:
-            add_site(row, family, site)
-        if row.target is copy and not reduction.collects_values:
-            reduction = replace(reduction, trace=False)  # also where it fell back
+            row, ran = computed[tensor, reduction] = _reduce(module.graph, value, reduction)
+            row.meta[MEASUREMENTS], reduction = (), ran
         row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
     inserted = node.next
     while inserted is not following:
@@ -123,30 +122,31 @@ def _measure(
         inserted = inserted.next
 
 
-def _reduce(graph: Graph, value: Node, reduction: Reduction) -> Node:
+def _reduce(graph: Graph, value: Node, reduction: Reduction) -> tuple[Node, Reduction]:
     """Insert the nodes of one reduction after ``value`` and give back the last of them.
 
-    That is a copy of the tensor for a function that is to run eagerly.
+    That is a copy of the tensor for a function that is to run eagerly, as is told, too.
     """
     if reduction.function is not None:
         with graph.inserting_after(value):
-            if not reduction.trace:
-                return insert_call(graph, copy, value)
             try:
-                value = insert_function(graph, value, reduction)
+                if reduction.trace:
+                    value = insert_function(graph, value, reduction)
             except MetricFunctionError:
                 if not reduction.falls_back:
                     raise
-                return insert_call(graph, copy, value)
+                reduction = replace(reduction, trace=False)
+            if not reduction.trace:
+                return insert_call(graph, copy, value), reduction
         if reduction.collects_values:
             # A copy, not a view of what a later operation may overwrite.
             with graph.inserting_after(value):
-                return insert_call(graph, copy, value)
+                return insert_call(graph, copy, value), reduction
     with graph.inserting_after(value):
         if reduction.is_histogram:
-            return insert_call(graph, histogram, value)
+            return insert_call(graph, histogram, value), reduction
         columns = COLUMN_SEPARATOR.join(reduction.columns)
-        return insert_call(graph, summarize, value, columns)
+        return insert_call(graph, summarize, value, columns), reduction
 
 
 def _refuse(

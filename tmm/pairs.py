@@ -79,18 +79,18 @@ class Normalization:
 
 
 def normalized_norms(
-    normalization: Normalization, own: torch.Tensor, reference: torch.Tensor | None = None
+    normalization: Normalization, own: torch.Tensor, *reference: torch.Tensor
 ) -> torch.Tensor:
     """The row of the norms of an input, or of its difference from another one, normalized."""
     own = normalization.apply(own)
-    if reference is None:
+    if not reference:
         return row_norms(own, ROW_NORM)
-    return reduce_pair(own, normalization.apply(reference), ROW_NORM)
+    return reduce_pair(own, normalization.apply(reference[0]), ROW_NORM)
 
 
-def norms_without(tensor: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The row of the norms of ``tensor`` less a bias."""
-    return row_norms(tensor if bias is None else tensor - bias.detach(), ROW_NORM)
+def norms_without(tensor: torch.Tensor, *bias: torch.Tensor) -> torch.Tensor:
+    """The row of the norms of ``tensor``, less a bias if one is given."""
+    return row_norms(tensor - bias[0].detach() if bias else tensor, ROW_NORM)
 
 
 def _row(tensor: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:

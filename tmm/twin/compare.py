@@ -175,7 +175,8 @@ class EagerComparison:
                 (INPUT_TERM, W_0_X_0, reference, initial),
             ):
                 operand = Site(site.module, site.path + path)
-                self._add(Measurement(term, operand, ROW_NORM), norms_without(tensor, offset))
+                offsets = () if offset is None else (offset,)
+                self._add(Measurement(term, operand, ROW_NORM), norms_without(tensor, *offsets))
         if bias is not None and initial is not None:
             own, without = own - bias.detach(), mixed - initial
             add(UPDATE_TERM, weight, own, without)
