@@ -186,7 +186,9 @@ def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
     for place in places:
         for reduction in place.reductions:
             stop = start + reduction.width
-            rows += [Row(Measurement(FAMILY, s, reduction), 0, start, stop) for s in place.sites]
+            rows += [
+                Row(Measurement(FAMILY, s, reduction), 0, range(start, stop)) for s in place.sites
+            ]
             start = stop
     return RowInput(device, start, PackedLayout(tuple(rows), 1))
 

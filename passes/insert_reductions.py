@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tmm.layout import VALUE_FAMILY, Measurement, Site
-from tmm.metrics import Reduction
+from tmm.metrics import COLUMN_ORDER, KnownMetric, Reduction
 from tmm.operators import (
     COLUMN_SEPARATOR,
     copy,
@@ -24,7 +24,14 @@ from tmm.operators import (
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
-from tmm.passes.trace_function import MetricFunctionError, insert_call, insert_function
+from tmm.passes.recognize import recognize
+from tmm.passes.trace_function import (
+    MetricFunctionError,
+    TracedFunction,
+    insert_call,
+    insert_traced,
+    trace_function,
+)
 
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""
@@ -32,7 +39,35 @@ MEASUREMENTS = "tmm_measurements"
 CONSECUTIVE = "tmm_consecutive"
 """Node metadata: the rows of the measurements lie one after the other; else they are the same."""
 
+SHARED = "tmm_shared"
+"""Node metadata: the ``SharedRow`` that the node computes, if it is one."""
+
 _MEASURED = "tmm_measured"
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """A row that serves several reductions of a tensor, each by some of its ``columns``.
+
+    ``known`` says what the functions among them compute.
+    """
+
+    columns: tuple[str, ...]
+    known: Mapping[Reduction, KnownMetric]
+
+    @staticmethod
+    def of(builtin: Sequence[Reduction], known: Mapping[Reduction, KnownMetric]) -> SharedRow:
+        """The row of these built-in reductions and functions."""
+        needed = {column for reduction in builtin for column in reduction.columns}
+        needed |= {column for metric in known.values() for column in metric.columns}
+        return SharedRow(tuple(column for column in COLUMN_ORDER if column in needed), known)
+
+    def offsets(self, reduction: Reduction) -> list[int]:
+        """Where in the row the columns of a reduction, or of what it is known to be, are."""
+        columns = reduction.columns
+        if reduction in self.known:
+            columns = self.known[reduction].columns
+        return [self.columns.index(column) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -100,21 +135,20 @@ def _measure(
         yield site, reason
         return
     following = node.next
-    value: Node | None = None
-    for reduction in reductions:
-        known = computed.get((tensor, reduction))
-        if known is not None:
-            row, reduction = known
+    fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]
+    if fresh:
+        with module.graph.inserting_after(node):
+            value = insert_call(module.graph, "detach", tensor)
+        if example.is_nested:
+            with module.graph.inserting_after(value):
+                value = insert_call(module.graph, "values", value)
+        for reduction, row in _reduce(module.graph, value, fresh):
+            computed[tensor, reduction] = row, reduction
+            row.meta.setdefault(MEASUREMENTS, ())
+    for wanted in reductions:
+        row, reduction = computed[tensor, wanted]
+        if wanted not in fresh:
             add_site(row, family, site)
-        else:
-            if value is None:
-                with module.graph.inserting_after(node):
-                    value = insert_call(module.graph, "detach", tensor)
-                if example.is_nested:
-                    with module.graph.inserting_after(value):
-                        value = insert_call(module.graph, "values", value)
-            row, ran = computed[tensor, reduction] = _reduce(module.graph, value, reduction)
-            row.meta[MEASUREMENTS], reduction = (), ran
         row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
     inserted = node.next
     while inserted is not following:
@@ -122,31 +156,67 @@ def _measure(
         inserted = inserted.next
 
 
-def _reduce(graph: Graph, value: Node, reduction: Reduction) -> tuple[Node, Reduction]:
-    """Insert the nodes of one reduction after ``value`` and give back the last of them.
+def _reduce(
+    graph: Graph, value: Node, reductions: Sequence[Reduction]
+) -> Iterator[tuple[Reduction, Node]]:
+    """Insert the nodes of the reductions after ``value``; gives the last one of each.
 
-    That is a copy of the tensor for a function that is to run eagerly, as is told, too.
+    Functions that compute what tmm knows share one row with the built-in metrics. Those that are
+    to run eagerly get a copy of the tensor, and lose their ``trace``.
     """
-    if reduction.function is not None:
-        with graph.inserting_after(value):
-            try:
-                if reduction.trace:
-                    value = insert_function(graph, value, reduction)
-            except MetricFunctionError:
-                if not reduction.falls_back:
-                    raise
-                reduction = replace(reduction, trace=False)
-            if not reduction.trace:
-                return insert_call(graph, copy, value), reduction
-        if reduction.collects_values:
-            # A copy, not a view of what a later operation may overwrite.
+    example = value.meta["example_value"]
+    functions = {r: _traced(example, r) for r in reductions if r.function is not None and r.trace}
+    known: dict[Reduction, KnownMetric] = {}
+    for reduction, traced in functions.items():
+        metric = None if traced is None else recognize(traced.graph)
+        if metric is not None and metric.can_serve(reduction):
+            known[reduction] = metric
+    if known:
+        builtin = [r for r in reductions if r.function is None and not r.is_histogram]
+        shared = SharedRow.of(builtin, known)
+        row = _summarize(graph, value, shared.columns)
+        row.meta[SHARED] = shared
+        yield from ((reduction, row) for reduction in (*builtin, *known))
+        reductions = [r for r in reductions if r not in known and r not in builtin]
+    for reduction in reductions:
+        function = functions.get(reduction)
+        if reduction.function is None:
+            columns = reduction.columns
+            yield (
+                reduction,
+                _histogram(graph, value) if not columns else _summarize(graph, value, columns),
+            )
+        elif function is None:
             with graph.inserting_after(value):
-                return insert_call(graph, copy, value), reduction
+                yield replace(reduction, trace=False), insert_call(graph, copy, value)
+        else:
+            result = insert_traced(graph, function, (value,), value)
+            if not reduction.collects_values:
+                yield reduction, _summarize(graph, result, reduction.columns)
+                continue
+            # A copy, not a view of what a later operation may overwrite.
+            with graph.inserting_after(result):
+                yield reduction, insert_call(graph, copy, result)
+
+
+def _traced(example: torch.Tensor, reduction: Reduction) -> TracedFunction | None:
+    """The operations of a function; None for one that is to run eagerly, then."""
+    try:
+        return trace_function(example, reduction)
+    except MetricFunctionError:
+        if not reduction.falls_back:
+            raise
+        return None
+
+
+def _summarize(graph: Graph, value: Node, columns: Sequence[str]) -> Node:
     with graph.inserting_after(value):
-        if reduction.is_histogram:
-            return insert_call(graph, histogram, value), reduction
-        columns = COLUMN_SEPARATOR.join(reduction.columns)
-        return insert_call(graph, summarize, value, columns), reduction
+        return insert_call(graph, summarize, value, COLUMN_SEPARATOR.join(columns))
+
+
+def _histogram(graph: Graph, value: Node) -> Node:
+    with graph.inserting_after(value):
+        return insert_call(graph, histogram, value)
 
 
 def _refuse(

@@ -6,7 +6,7 @@ import operator
 
 from torch.fx import GraphModule, Node
 
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
+from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import copy_sites
 
@@ -36,7 +36,9 @@ def lift_rows(module: GraphModule) -> int:
             with module.graph.inserting_after(position):
                 position = module.graph.call_function(operator.getitem, (call, index))
             position.meta[MEASUREMENTS] = row.meta.pop(MEASUREMENTS)
-            position.meta[CONSECUTIVE] = row.meta.pop(CONSECUTIVE, False)
+            for key in (CONSECUTIVE, SHARED):
+                if key in row.meta:
+                    position.meta[key] = row.meta.pop(key)
             position.meta["example_value"] = row.meta["example_value"]
             copy_sites(row, position)
         lifted += len(rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.fx import GraphModule, Node
 
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.operators import pack
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
+from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
 
 
 def pack_rows(
@@ -38,10 +40,8 @@ def pack_rows(
     for nodes in packed.values():
         start = 0
         for node in nodes:
-            for measurements in _slices(node):
-                stop = start + measurements[0].reduction.width
-                rows += [(node, Row(m, len(extra), start, stop)) for m in measurements]
-                start = stop
+            rows += [(node, row) for row in _rows(node, len(extra), start)]
+            start += int(node.meta["example_value"].numel())
         with module.graph.inserting_before(output):
             extra.append(module.graph.call_function(pack, (nodes,)))
         extra[-1].meta["example_value"] = pack([node.meta["example_value"] for node in nodes])
@@ -52,17 +52,24 @@ def pack_rows(
 
     for node, _ in rows:
         node.meta.pop(MEASUREMENTS, None)
+        node.meta.pop(SHARED, None)
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     rows.sort(key=lambda item: order[item[0]])
     return PackedLayout(tuple(row for _, row in rows), len(extra), unmeasured)
 
 
-def _slices(node: Node) -> list[tuple[Measurement, ...]]:
-    """The measurements of each row that a node holds."""
-    measurements = _measurements(node)
-    if node.meta.get(CONSECUTIVE):
-        return [(measurement,) for measurement in measurements]
-    return [measurements]
+def _rows(node: Node, output: int, start: int) -> Iterator[Row]:
+    """The rows that a node holds, whose first number is at ``start`` of an output."""
+    shared: SharedRow | None = node.meta.get(SHARED)
+    for measurement in _measurements(node):
+        width = measurement.reduction.width
+        if shared is None:
+            yield Row(measurement, output, range(start, start + width))
+        else:
+            indices = tuple(start + offset for offset in shared.offsets(measurement.reduction))
+            yield Row(measurement, output, indices, shared.known.get(measurement.reduction))
+        if node.meta.get(CONSECUTIVE):
+            start += width
 
 
 def _measurements(node: Node) -> tuple[Measurement, ...]:

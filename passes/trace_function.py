@@ -87,17 +87,6 @@ def trace(
     return TracedFunction(traced, any(n.target._schema.is_mutable for n in operations))
 
 
-def insert_function(graph: Graph, value: Node, reduction: Reduction) -> Node:
-    """Insert the operations of ``reduction.function`` on ``value``, directly after it.
-
-    Returns the node of the function's result. Raises ``MetricFunctionError`` as
-    ``trace_function`` does.
-    """
-    return insert_traced(
-        graph, trace_function(value.meta["example_value"], reduction), (value,), value
-    )
-
-
 def insert_traced(
     graph: Graph, function: TracedFunction, values: Sequence[Node], position: Node
 ) -> Node:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tmm.layout import VALUE_FAMILY, KeyInfo, Measurement, PackedLayout, Row, Site
-from tmm.metrics import Reduction
+from tmm.metrics import FloatArray, KnownMetric, Reduction
 
 Resolve = Callable[[Measurement], Site | None]
 """A measurement's site with an absolute name, or None for one that is not to be recorded."""
@@ -18,12 +18,21 @@ Resolve = Callable[[Measurement], Site | None]
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:
-    """Rows of one reduction in one packed output: ``indices`` is (sites, width), sites differ."""
+    """Rows of one reduction in one packed output: ``indices`` is (sites, width), sites differ.
+
+    With ``known`` they are rows of that metric, which the reduction's function is.
+    """
 
     reduction: Reduction
     sites: tuple[str, ...]
     output: int
     indices: npt.NDArray[np.intp]
+    known: KnownMetric | None = None
+
+    def rows(self, packed: FloatArray) -> FloatArray:
+        """The rows of the reduction, from the packed output."""
+        rows: FloatArray = packed[self.indices]
+        return rows if self.known is None else self.known.rows(self.reduction, rows)
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,9 @@ class KeyRegistry:
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
         """Name the sites of ``layout``."""
-        rounds: dict[tuple[int, Reduction, int], list[tuple[str, range]]] = {}
+        rounds: dict[
+            tuple[int, Reduction, KnownMetric | None, int], list[tuple[str, Sequence[int]]]
+        ] = {}
         turns: Counter[tuple[Reduction, str]] = Counter()
         whole: list[WholeOutput] = []
         for row in layout.rows:
@@ -77,22 +88,23 @@ class KeyRegistry:
                 continue
             site = _join(family, name)
             self._positions.setdefault(site, len(self._positions))
-            if row.start == row.stop:
+            if not row.indices:
                 whole.append(WholeOutput(reduction, site, row.output))
                 continue
             # A module that is called several times in a graph has several rows: one per round.
             turn = turns[reduction, site]
             turns[reduction, site] += 1
-            entry = (site, range(row.start, row.stop))
-            rounds.setdefault((row.output, reduction, turn), []).append(entry)
+            entry = (site, row.indices)
+            rounds.setdefault((row.output, reduction, row.known, turn), []).append(entry)
         groups = tuple(
             RowGroup(
                 reduction,
                 tuple(site for site, _ in entries),
                 output,
                 np.array([list(span) for _, span in entries], dtype=np.intp),
+                known,
             )
-            for (output, reduction, _), entries in rounds.items()
+            for (output, reduction, known, _), entries in rounds.items()
         )
         return Binding(groups, tuple(whole))
 
@@ -136,4 +148,4 @@ def single_row(measurement: Measurement) -> PackedLayout:
     """The layout of one measurement made outside of any graph."""
     reduction = measurement.reduction
     width = 0 if reduction.leaves_whole else reduction.width
-    return PackedLayout((Row(measurement, 0, 0, width),), 1)
+    return PackedLayout((Row(measurement, 0, range(width)),), 1)

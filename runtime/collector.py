@@ -131,7 +131,7 @@ class StepCollector:
             for group in binding.groups:
                 packed = tensors[group.output].numpy().astype(np.float64, copy=False)
                 accumulator = accumulators.setdefault(group.reduction, Accumulator(group.reduction))
-                accumulator.add(group.sites, packed[group.indices])
+                accumulator.add(group.sites, group.rows(packed))
             for whole in binding.whole:
                 reduction, values = whole.reduction, tensors[whole.output]
                 if reduction.collects_values:

@@ -9,13 +9,17 @@ import torch
 
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
-from tmm.metrics import PAIR_COLUMNS, Reduction
+from tmm.metrics import PAIR_COLUMNS, KnownMetric, Reduction
 from tmm.pairs import columns_of_difference, further_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 
 Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a tensor of that name and dtype."""
+
+
+Recognize = Callable[[Reduction, torch.Tensor], KnownMetric | None]
+"""The metric that the function of a reduction computes of a tensor, if it is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +33,12 @@ class Measured:
 class NamedStatistics:
     """Reduces sets of named tensors to rows; what belongs to a set is worked out once."""
 
-    def __init__(self, registry: KeyRegistry) -> None:
+    def __init__(self, registry: KeyRegistry, known: Recognize) -> None:
         self._registry = registry
-        self._bindings: dict[tuple[str, Reduction, tuple[str, ...]], Binding] = {}
+        self._known = known
+        self._bindings: dict[
+            tuple[str, Reduction, KnownMetric | None, tuple[str, ...]], Binding
+        ] = {}
 
     def measure(
         self,
@@ -47,15 +54,18 @@ class NamedStatistics:
         With ``reference`` rows are those of the pairs (see ``tmm.pairs``). ``reference_squares``
         are the values of the column ``reference_sum_squares`` of tensors that are differences.
         """
-        groups: dict[tuple[torch.device, Reduction], list[str]] = {}
+        groups: dict[tuple[torch.device, Reduction, KnownMetric | None], list[str]] = {}
         for name, tensor in tensors.items():
             for reduction in select(name, tensor.dtype):
-                groups.setdefault((tensor.device, reduction), []).append(name)
+                known = None
+                if reduction.function is not None and reference is None:
+                    known = self._known(reduction, tensor)
+                groups.setdefault((tensor.device, reduction, known), []).append(name)
         measured = []
-        for (_, reduction), names in groups.items():
+        for (_, reduction, known), names in groups.items():
             values = [_dense(tensors[name]) for name in names]
             others = None if reference is None else [_dense(reference[name]) for name in names]
-            if reduction.function is not None or reduction.is_histogram:
+            if known is None and (reduction.function is not None or reduction.is_histogram):
                 for index, name in enumerate(names):
                     if others is None:
                         row = reduce_eagerly(values[index], reduction)
@@ -68,22 +78,33 @@ class NamedStatistics:
             if others is not None:
                 rows = _rows_of_pairs(values, others, reduction)
             else:
-                columns = tuple(c for c in reduction.columns if c not in PAIR_COLUMNS)
+                own = reduction.columns if known is None else known.columns
+                columns = tuple(c for c in own if c not in PAIR_COLUMNS)
                 rows = summarize_group(values, columns)
-                if columns != reduction.columns:
+                if columns != own:
                     assert reference_squares is not None
                     squares = torch.stack([reference_squares[name] for name in names])
                     rows = torch.cat([rows, squares[:, None]], 1)
-            binding = self._bind(family, reduction, tuple(names))
+            binding = self._bind(family, reduction, tuple(names), known)
             measured.append(Measured(binding, (rows.reshape(-1),)))
         return measured
 
-    def _bind(self, family: str, reduction: Reduction, names: tuple[str, ...]) -> Binding:
-        key = (family, reduction, names)
+    def _bind(
+        self,
+        family: str,
+        reduction: Reduction,
+        names: tuple[str, ...],
+        known: KnownMetric | None = None,
+    ) -> Binding:
+        key = (family, reduction, known, names)
         if key not in self._bindings:
-            width = 0 if reduction.collects_values else reduction.width
+            width = reduction.width if known is None else len(known.columns)
+            width = 0 if reduction.collects_values else width
             rows = tuple(
-                Row(Measurement(family, Site(name), reduction), 0, i * width, (i + 1) * width)
+                Row(
+                    Measurement(family, Site(name), reduction),
+                    *(0, range(i * width, (i + 1) * width), known),
+                )
                 for i, name in enumerate(names)
             )
             layout = PackedLayout(rows, 1)

@@ -154,7 +154,7 @@ def test_complex_tensors_have_no_order() -> None:
     ("aggregate", "expected"), [("mean", 2.5), ("sum", 10.0), ("min", -1.0), ("max", 6.0)]
 )
 def test_aggregates_of_user_functions(aggregate: str, expected: float) -> None:
-    reduction = function_reduction("mine", abs, aggregate, True)
+    reduction = function_reduction("mine", abs, aggregate)
     parts = [np.array([-1.0, 2.0]), np.array([3.0]), np.array([6.0]), np.array([])]
     rows = [row(part, reduction) for part in parts]
     merged = rows[0]

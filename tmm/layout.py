@@ -5,9 +5,10 @@ Plain frozen data, so that passes and runtime need not know each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tmm.metrics import FloatArray, Reduction
+from tmm.metrics import FloatArray, KnownMetric, Reduction
 
 ROOT_NAME = "[root module]"
 
@@ -127,16 +128,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """Where a measurement lies: a slice of one of a rewritten graph's extra outputs.
+    """Where a measurement lies: at ``indices`` of one of a rewritten graph's extra outputs.
 
-    Measurements of one and the same tensor share a slice. A reduction that collects values has an
-    output of its own, all of which it is.
+    Measurements of one and the same tensor may share them. A reduction that collects values has an
+    output of its own, all of which it is, and no indices. With ``known`` the row is that of a
+    metric which the user's function of the measurement is.
     """
 
     measurement: Measurement
     output: int
-    start: int = 0
-    stop: int = 0
+    indices: Sequence[int] = ()
+    known: KnownMetric | None = None
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,52 @@ def function_reduction(
     return Reduction((name,), columns, function, aggregate, trace, falls_back)
 
 
+_KNOWN: Mapping[str, Metric] = {
+    **{name: METRICS[name] for name in ("mean", "mean_abs", "std", "rms", "norm")},
+    **{name: METRICS[name] for name in ("absmax", "min", "max")},
+    "sum": Metric(("sum",), lambda c: c["sum"]),
+    "mean_square": Metric(("sum_squares",), lambda c: c["sum_squares"] / c["count"]),
+    "variance": Metric(("mean", "moment2"), lambda c: c["moment2"] / (c["count"] - 1)),
+    "zero_fraction": Metric(("zeros",), lambda c: c["zeros"] / c["count"]),  # NaN is not zero
+}
+
+
+@dataclass(frozen=True)
+class KnownMetric:
+    """What a user's function computes, if that follows from partial sums.
+
+    ``name`` is one of ``_KNOWN``. With a ``row_length`` the function gives the mean of each row of
+    so many elements instead of one number.
+    """
+
+    name: str
+    row_length: int = 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The partial sums that it is computed from."""
+        needed = ("count", *_KNOWN[self.name].columns)
+        return tuple(column for column in COLUMN_ORDER if column in needed)
+
+    def can_serve(self, reduction: Reduction) -> bool:
+        """Whether ``reduction`` joins the function's values in a way that its sum is enough for."""
+        joins = ("mean", "sum") if self.row_length else AGGREGATE_NAMES
+        return reduction.aggregate in joins
+
+    def rows(self, reduction: Reduction, rows: FloatArray) -> FloatArray:
+        """The rows of ``reduction``, of the function's values, from rows of ``columns``.
+
+        Each row is that of one call.
+        """
+        columns = {name: rows[:, index] for index, name in enumerate(self.columns)}
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            values = _KNOWN[self.name].value(columns)
+        if self.row_length:
+            count = columns["count"] / self.row_length
+            return np.stack([count, values * count], axis=1)
+        return np.stack([np.ones_like(values), values], axis=1)
+
+
 def merge(reduction: Reduction, left: FloatArray, right: FloatArray) -> FloatArray:
     """Rows of the joined data, from the rows ``left`` and ``right``, each ``(rows, width)``.
 

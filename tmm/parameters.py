@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from tmm.known_functions import KnownFunctions
 from tmm.metrics import Reduction
 from tmm.naming import parameter_names, unwrapped
 from tmm.reference import DIFFERENCE, Reference
@@ -39,7 +40,7 @@ class ParameterMonitor:
         self.plan = plan
         self.unmeasured = unmeasured
         self.reference = reference
-        self._statistics = NamedStatistics(registry)
+        self._statistics = NamedStatistics(registry, KnownFunctions().find)
         self._squares: dict[str, list[torch.Tensor]] = {}
 
     def wants(self, family: str) -> bool:
