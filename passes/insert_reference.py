@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.layout import Measurement, Site
+from tmm.layout import DIFFERENCE, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, tap_input, tap_shown, why_unmeasurable
 from tmm.pairs import (
@@ -29,14 +29,13 @@ from tmm.passes.masks import Masks
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
-from tmm.passes.trace_function import insert_traced, trace
+from tmm.passes.trace_function import MetricFunctionError, insert_traced, trace
 
 _COMPARED = "tmm_compared"
 
 PAIR = "tmm_pair"
 """Metadata of a row: the two tensors that it compares, equal where the reference is the model."""
 
-DIFFERENCE = "activation_difference"
 BRANCH = "reference"
 
 UPDATE_TERM = "RCC (W_t-W_0)x_t"
@@ -258,7 +257,8 @@ class _Rows:
         for reduction in self.options.select(site, dtype):
             key = (place.tensor, reduction)
             if key in self.differences:
-                _also(self.differences[key], DIFFERENCE, site, reduction)
+                row = self.differences[key]
+                _also(row, DIFFERENCE, site, row.meta[MEASUREMENTS][0].reduction)
                 continue
             self.differences[key] = place.pair(
                 DIFFERENCE, site, reduction, place.live, place.of(self.branch)
@@ -364,7 +364,13 @@ class _Place:
         """Insert ``function`` of ``values``, a row."""
         following = self.last.next
         examples = [value.meta["example_value"].detach() for value in values]
-        traced = trace(function, examples, reduction)
+        try:
+            traced = trace(function, examples, reduction)
+        except MetricFunctionError:
+            if not reduction.falls_back:
+                raise
+            reduction = replace(reduction, trace=False)
+            traced = trace(_one_after_the_other, examples, reduction)
         row = insert_traced(self.module.graph, traced, values, self.last)
         row.meta[MEASUREMENTS] = (Measurement(family, site, reduction),)
         add_site(self.live, family, site)
@@ -373,6 +379,10 @@ class _Place:
             self.last = self.last.next
             add_site(self.last, family, site)
         return row
+
+
+def _one_after_the_other(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return torch.stack([own.detach(), reference.to(own.dtype)])
 
 
 def _also(row: Node, family: str, site: Site, reduction: Reduction = ROW_NORM) -> None:

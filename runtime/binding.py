@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tmm.layout import VALUE_FAMILY, KeyInfo, Measurement, PackedLayout, Row, Site
+from tmm.layout import DIFFERENCE, VALUE_FAMILY, KeyInfo, Measurement, PackedLayout, Row, Site
 from tmm.metrics import FloatArray, KnownMetric, Reduction
 
 Resolve = Callable[[Measurement], Site | None]
@@ -37,11 +37,16 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class WholeOutput:
-    """An output that is not packed: all values of one reduction of one site."""
+    """An output that is not packed: all values of one reduction of one site.
+
+    Of a function that is to run eagerly it is the tensor, and ``is_pair`` tells that it is that
+    and its counterpart in the reference, one after the other.
+    """
 
     reduction: Reduction
     site: str
     output: int
+    is_pair: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +94,8 @@ class KeyRegistry:
             site = _join(family, name)
             self._positions.setdefault(site, len(self._positions))
             if not row.indices:
-                whole.append(WholeOutput(reduction, site, row.output))
+                is_pair = family == DIFFERENCE
+                whole.append(WholeOutput(reduction, site, row.output, is_pair))
                 continue
             # A module that is called several times in a graph has several rows: one per round.
             turn = turns[reduction, site]

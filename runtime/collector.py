@@ -78,12 +78,14 @@ class StepCollector:
 
         They do not count if ``unless``, one element or a test, holds when the step is evaluated.
         """
+        # What leaves a reentrant checkpoint requires a gradient, even a row.
+        outputs = [output.detach() for output in outputs]
         arrived = [copy_to_host(output) for output in outputs]
         for whole in binding.whole:
             if not whole.reduction.trace:
-                arrived[whole.output] = copy_to_host(
-                    apply_function(outputs[whole.output], whole.reduction)
-                )
+                output = outputs[whole.output]
+                tensors = output.unbind() if whole.is_pair else (output,)
+                arrived[whole.output] = copy_to_host(apply_function(whole.reduction, *tensors))
         if isinstance(unless, torch.Tensor):
             unless = partial(_is_nonzero, copy_to_host(unless.detach().clone()))
         self._arrivals.append((binding, arrived, unless))

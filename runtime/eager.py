@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from numbers import Number
+
+import numpy as np
 import torch
 
 from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.pairs import reduce_pair
 from tmm.preserve import RandomState
 
 
@@ -18,26 +22,39 @@ def reduce_eagerly(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
             return histogram(tensor)
         return summarize(tensor, COLUMN_SEPARATOR.join(reduction.columns))
     values = tensor.clone()  # the function may change its argument in place
-    return apply_function(values, reduction) if reduction.trace else values
+    return apply_function(reduction, values) if reduction.trace else values
 
 
-def apply_function(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-    """The row, or all the values, of a user's function of ``tensor``."""
+def reduce_pair_eagerly(
+    own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
+) -> torch.Tensor:
+    """``tmm.pairs.reduce_pair``; a function may change its arguments in place, and is named."""
+    if reduction.function is None:
+        return reduce_pair(own, reference, reduction)
+    return apply_function(reduction, own.clone(), reference.clone())
+
+
+def apply_function(reduction: Reduction, *tensors: torch.Tensor) -> torch.Tensor:
+    """The row, or all the values, of a user's function of a tensor, or of one and its counterpart.
+
+    Raises ``RuntimeError``, which names the metric, for a function that fails.
+    """
     assert reduction.function is not None
-    state = None if reduction.trace else RandomState.capture()
+    state = RandomState.capture()
     try:
         with torch.no_grad():
-            result = reduction.function(tensor)
+            result = reduction.function(*tensors)
+        if not isinstance(result, torch.Tensor):
+            if not isinstance(result, (Number, np.ndarray)):
+                raise TypeError(f"it gave {result!r}, which is neither a number nor a tensor")
+            result = torch.as_tensor(result, dtype=torch.float64)
     except Exception as error:
         raise RuntimeError(
             f"the metric {reduction.metrics[0]!r} failed on a tensor of shape"
-            f" {tuple(tensor.shape)} ({tensor.dtype}): {error}"
+            f" {tuple(tensors[0].shape)} ({tensors[0].dtype}): {error}"
         ) from error
     finally:
-        if state is not None:
-            state.restore()  # the training's random numbers are not the metric's
-    if not isinstance(result, torch.Tensor):
-        result = torch.tensor(result, dtype=torch.float64)
+        state.restore()  # the training's random numbers are not the metric's
     if reduction.collects_values:
         return result.reshape(-1)
     return summarize(result, COLUMN_SEPARATOR.join(reduction.columns))

@@ -12,7 +12,7 @@ from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import PAIR_COLUMNS, KnownMetric, Reduction
 from tmm.pairs import columns_of_difference, further_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
-from tmm.runtime.eager import reduce_eagerly
+from tmm.runtime.eager import reduce_eagerly, reduce_pair_eagerly
 
 Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a tensor of that name and dtype."""
@@ -70,9 +70,7 @@ class NamedStatistics:
                     if others is None:
                         row = reduce_eagerly(values[index], reduction)
                     else:
-                        # Copies, for a function may change its arguments in place.
-                        pair = values[index].clone(), others[index].clone()
-                        row = reduce_pair(*pair, reduction)
+                        row = reduce_pair_eagerly(values[index], others[index], reduction)
                     measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
                 continue
             if others is not None:

@@ -8,6 +8,7 @@ import logging
 import pickle
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -534,3 +535,268 @@ def test_a_name_for_a_number_and_a_tensor_is_refused() -> None:
     monitor.end_step()
     with pytest.raises(ValueError, match="'a' was logged as a number, and as a tensor"):
         monitor.get_step_metrics()
+
+
+def test_every_way_of_calling_the_module_is_measured() -> None:
+    model, x = Two(), torch.randn(3, 4)
+    monitor = monitor_of(model)
+    monitor.add_activation_metric("mean", lambda x: x.mean())
+    compiled = torch.compile(model, backend="eager")
+    gc.collect()
+    other = torch.compile(model, backend="aot_eager")
+    expected = None
+    for callee in (compiled, model, other, compiled, model):
+        found = measure(monitor, callee, x)
+        assert len(found) == 4
+        assert expected is None or found == pytest.approx(expected, rel=1e-5)
+        expected = found
+    model.compile(backend="eager")
+    assert measure(monitor, model, x) == pytest.approx(expected, rel=1e-5)
+    assert compiled is not other
+
+
+def test_a_step_that_calls_parts_only_is_warned_of() -> None:
+    model, x = Two(), torch.randn(3, 4)
+    monitor = monitor_of(model)
+    monitor.add_activation_metric("mean", lambda x: x.mean())
+    with pytest.warns(tmm.MonitoringWarning, match="Call the module that was given to set_module"):
+        assert measure(monitor, model.fc1, x) == {}
+
+
+def test_a_second_monitor_is_refused() -> None:
+    model = Two()
+    monitor_of(model).begin_step(0)
+    with pytest.raises(ValueError, match="monitored already.*add the metrics to that one"):
+        monitor_of(model).begin_step(0)
+
+
+class Leaky(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.fc, self.drop, self.slope = nn.Linear(4, 4), nn.Dropout(0.5), slope
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.drop(nn.functional.leaky_relu(self.fc(x), self.slope))
+        return y
+
+
+def test_a_reference_that_differs_in_more_than_its_tensors_is_named() -> None:
+    monitor = monitor_of(Leaky(0.1))
+    with pytest.warns(tmm.MonitoringWarning, match="root module.slope is 0.5, not 0.1"):
+        monitor.set_reference_module(Leaky(0.5))
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    monitor = monitor_of(model)
+    with pytest.warns(tmm.MonitoringWarning, match="1 is a GELU, not a ReLU"):
+        monitor.set_reference_module(nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+    leaky = Leaky(0.1)
+    monitor = monitor_of(leaky)
+    monitor.set_reference_module(copy.deepcopy(leaky).eval())
+    with pytest.warns(tmm.MonitoringWarning, match="its own mode is another one: drop"):
+        monitor.begin_step(0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scale": 3.0}, "given scale = 3.0, that of the model 2.0"),
+        ({"scale": torch.tensor(2.0)}, "given scale = Tensor, that of the model float"),
+    ],
+)
+def test_other_arguments_of_the_reference_are_refused(given: Any, message: str) -> None:
+    model = Two()
+    monitor = monitor_of(model)
+    reference = moved(model)
+    monitor.set_reference_module(reference)
+    monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
+    monitor.begin_step(0)
+    x = torch.randn(3, 4)
+    reference(x, **given)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(x, scale=2.0)
+
+
+class WithTargets(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        y = self.fc(x)
+        return y if targets is None else (y, (y - targets).square().mean())
+
+
+def test_targets_that_only_the_model_is_given() -> None:
+    model = WithTargets()
+    reference = moved(model)
+    monitor = monitor_of(model)
+    monitor.set_reference_module(reference)
+    monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
+    x = torch.randn(3, 4)
+    with pytest.warns(tmm.MonitoringWarning, match="was not given targets, which the monitored"):
+        monitor.begin_step(0)
+        reference(x)
+        model(x, torch.zeros(3, 4))
+        monitor.end_step()
+    expected = (model(x) - reference(x)).norm(dim=-1).mean().item()
+    found = monitor.get_step_metrics()
+    assert found == {"activation_difference/fc/l2": pytest.approx(expected, rel=1e-5)}
+    monitor = monitor_of(WithTargets())
+    monitor.set_reference_module(reference)
+    monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
+    assert monitor.module is not None
+    monitor.begin_step(0)
+    reference(x, x)
+    with pytest.raises(ValueError, match="targets"):
+        monitor.module(x)
+
+
+class Logging(nn.Module, tmm.MonitorMixin):
+    """Logs all that it is given; ``breaks`` the graph before."""
+
+    breaks = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.fc(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        if self.is_monitoring:
+            monitor = self.get_module_monitor()
+            assert monitor is not None
+            monitor.log_tensor("logged", y, lambda values: {"[n]": values.numel()})
+            monitor.log_scalar("scalar", y.sum())
+        return y
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_coordinate_check_logs_nothing_again(breaks: bool, compiled: bool) -> None:
+    model = nn.Sequential(Logging(), nn.ReLU())
+    model[0].breaks = breaks
+    called = torch.compile(model, backend="eager") if compiled else model
+    monitor = monitor_of(called)
+    monitor.set_reference_module(moved(model))
+    check = tmm.RefinedCoordinateCheck(monitor)
+    monitor.begin_step(0)
+    called(torch.randn(3, 4))
+    check.refined_coordinate_check()
+    monitor.end_step()
+    found = monitor.get_step_metrics()
+    assert found["logged[n]"] == 12
+    assert "scalar" in found
+    assert found["RCC (W_t-W_0)x_t/0/l2norm"] > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_the_reference_logs_is_joined(compiled: bool) -> None:
+    model = nn.Sequential(Logging(), nn.ReLU())
+    reference = moved(model)
+    called = torch.compile(reference, backend="eager") if compiled else reference
+    monitor = monitor_of(model)
+    monitor.set_reference_module(called)
+    x = torch.randn(3, 4)
+    monitor.begin_step(0)
+    called(x)
+    model(x)
+    monitor.end_step()
+    assert monitor.get_step_metrics()["logged[n]"] == 24
+
+
+def test_differences_by_functions_that_cannot_be_traced() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    reference, x = moved(model), torch.randn(3, 4)
+    functions: dict[str, Any] = {
+        "item": lambda a, b: torch.tensor((a - b).norm().item()),
+        "branch": lambda a, b: (a - b).norm() if b.norm() > 0 else a.norm(),
+        "mask": lambda a, b: (a - b)[a > 0],
+        "numpy": lambda a, b: torch.tensor((a - b).numpy().sum()),
+    }
+    for compiled in (False, True):
+        own = copy.deepcopy(model)
+        called = torch.compile(own, backend="aot_eager") if compiled else own
+        monitor = monitor_of(called)
+        monitor.set_reference_module(reference)
+        for name, function in functions.items():
+            monitor.add_activation_difference_metric(name, function)
+        found = measure(monitor, called, x)
+        with torch.no_grad():
+            for name, function in functions.items():
+                expected = function(model(x), reference(x)).mean().item()
+                key = f"activation_difference/[root module]/{name}"
+                assert found[key] == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_leave_the_random_numbers_alone() -> None:
+    def next_number(family: str | None) -> float:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4)
+        monitor = monitor_of(model)
+        if family is not None:
+            getattr(monitor, f"add_{family}_metric")("drawn", lambda x: torch.rand(()))
+        monitor.begin_step(0)
+        model(torch.ones(2, 4)).sum().backward()
+        monitor.monitor_parameters()
+        monitor.monitor_gradients()
+        monitor.end_step()
+        return torch.rand(()).item()
+
+    assert {next_number(f) for f in (None, "activation", "parameter", "gradient")} == {
+        next_number(None)
+    }
+
+
+def test_metrics_that_give_no_number_are_named() -> None:
+    for result in (None, (1.0, 2.0), "a"):
+        monitor = monitor_of(nn.Linear(2, 2))
+        monitor.add_parameter_metric("odd", lambda p, result=result: result)
+        monitor.begin_step(0)
+        with pytest.raises(RuntimeError, match="the metric 'odd' failed.*neither a number nor"):
+            monitor.monitor_parameters()
+
+
+def test_references_that_were_replaced_are_given_up() -> None:
+    model, x = Two(), torch.randn(3, 4)
+    monitor = monitor_of(model)
+    monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
+    replaced = []
+    for _ in range(3):
+        reference = moved(model)
+        replaced.append(weakref.ref(reference))
+        monitor.set_reference_module(reference)
+        assert len(measure(monitor, model, x)) == 4
+    del reference
+    monitor.remove_reference_module()
+    measure(monitor, model, x)
+    gc.collect()
+    assert [reference() for reference in replaced] == [None, None, None]
+
+
+def test_frozen_layers_may_be_shared_with_the_reference() -> None:
+    model = Two()
+    model.fc1.requires_grad_(False)
+    reference = moved(model)
+    reference.fc1 = model.fc1
+    monitor = monitor_of(model)
+    monitor.set_reference_module(reference)
+    monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
+    found = measure(monitor, model, torch.randn(3, 4))
+    assert found["activation_difference/fc1/l2"] == 0
+    assert found["activation_difference/fc2/l2"] > 0
+
+
+def test_what_has_no_rows_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Argmax())
+    monitor = monitor_of(model, logger=logging.getLogger("mine"))
+    monitor.add_activation_metric("max", lambda x: x.max())
+    measure(monitor, model, torch.randn(3, 4))
+    measure(monitor, model, torch.randn(3, 4))
+    assert caplog.text.count("1 is not measured: int64 output") == 1
+
+
+class Argmax(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(-1)

@@ -569,3 +569,106 @@ def test_what_is_written_into_views_is_refused_in_graphs() -> None:
     kept = {key: value for key, value in want.items() if "[root module]" not in key}
     assert_agrees(run(model, [batch]), kept, DOUBLE)
     assert "has other names" in tmm.explain(model).unmeasured["[root module]"]
+
+
+def test_recurrent_layers_are_followed() -> None:
+    """They run between graphs, and with batch_first turn their output in place."""
+    torch.manual_seed(0)
+
+    class Recurrent(nn.Module):
+        def __init__(self, kind: type[nn.RNNBase]) -> None:
+            super().__init__()
+            self.layer, self.head = kind(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.layer(x)[0])
+            return y
+
+    for kind in (nn.GRU, nn.LSTM, nn.RNN):
+        model, reference = Recurrent(kind), Recurrent(kind)
+        x = torch.randn(3, 5, 4)
+        tmm.instrument(model, tmm.Spec(tmm.activation_difference("norm"), reference=reference))
+        with tmm.monitor(model).step(0):
+            model(x)
+        found = tmm.monitor(model).get_step_metrics()
+        with torch.no_grad():
+            differences = {
+                "head": model(x) - reference(x),
+                "layer[0]": model.layer(x)[0] - reference.layer(x)[0],
+            }
+        for name, difference in differences.items():
+            expected = difference.norm().item()
+            assert found[f"activation_difference/{name}/norm"] == pytest.approx(expected, rel=1e-5)
+        assert not tmm.explain(model).unmeasured
+
+
+def test_the_operands_of_both_terms() -> None:
+    torch.manual_seed(0)
+
+    class Layers(nn.Module):
+        def __init__(self, breaks: bool) -> None:
+            super().__init__()
+            self.fc, self.norm, self.out = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3, False)
+            self.breaks = breaks
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            if self.breaks:
+                torch._dynamo.graph_break()
+            z: torch.Tensor = self.out(self.norm(y))
+            return z
+
+    for breaks in (False, True):
+        model, reference = Layers(breaks), Layers(breaks)
+        with torch.no_grad():
+            for module in (model, reference):
+                module.norm.weight.normal_()
+                module.norm.bias.normal_()
+        x = torch.randn(5, 4)
+        tmm.instrument(
+            model, tmm.Spec(tmm.rcc(operands=True), reference=reference), on_error="raise"
+        )
+        with tmm.monitor(model).step(0):
+            model(x)
+        found = tmm.monitor(model).get_step_metrics()
+        with torch.no_grad():
+            ours = [x, model.fc(x), model.norm(model.fc(x))]
+            theirs = [x, reference.fc(x), reference.norm(reference.fc(x))]
+            normal, initial = (nn.functional.layer_norm(t[1], (6,)) for t in (ours, theirs))
+            update, change = "RCC (W_t-W_0)x_t", "RCC W_0(x_t-x_0)"
+            expected = {
+                f"{update}/fc.weight/W_t x_t": ours[0] @ model.fc.weight.T,
+                f"{change}/fc.weight/W_0 x_0": theirs[0] @ reference.fc.weight.T,
+                f"{update}/norm.weight/W_t x_t": normal * model.norm.weight,
+                f"{change}/norm.weight/W_0 x_0": initial * reference.norm.weight,
+                f"{update}/norm.weight/x_t": normal,
+                f"{change}/norm.weight/x_t-x_0": normal - initial,
+                f"{update}/out.weight/W_t x_t": model.out(ours[2]),
+                f"{change}/out.weight/W_0 x_0": reference.out(theirs[2]),
+            }
+        for key, operand in expected.items():
+            value = operand.norm(dim=-1).mean().item()
+            assert found[f"{key}/l2norm"] == pytest.approx(value, rel=1e-4), key
+        further = {key for key in found if key.count("/") > 2}
+        assert further == {f"{key}/l2norm" for key in expected}
+        assert not tmm.explain(model).unmeasured
+
+
+def test_inputs_of_the_reference() -> None:
+    torch.manual_seed(0)
+    model, reference = nn.Linear(4, 4), nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="aot_eager")
+    tmm.instrument(compiled, tmm.Spec(tmm.activation_difference("norm"), reference=reference))
+    monitor, x, y = tmm.monitor(compiled), torch.randn(3, 4), torch.randn(3, 4)
+    for step, other in enumerate((None, x, y, None)):
+        with monitor.step(step):
+            if other is not None:
+                monitor.give_reference_inputs(other)
+            compiled(x)
+        expected = (model(x) - reference(x if other is None else other)).norm().item()
+        (value,) = monitor.get_step_metrics().values()
+        assert value == pytest.approx(expected, rel=1e-5)
+    assert len(monitor.reference_inputs) == 1
+    monitor.remove_reference()
+    with pytest.raises(RuntimeError, match="there is no reference"):
+        monitor.give_reference_inputs(x)

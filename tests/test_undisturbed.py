@@ -23,6 +23,7 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tests.eager_hooks import BUILTIN, walk
@@ -490,3 +491,43 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert cold["autograd_cache_miss"] == warm["autograd_cache_hit"] == 1, (cold, warm)
     assert cold["fxgraph_cache_miss"] > 1, cold
     assert "fxgraph_cache_miss" not in warm, warm
+
+
+class DroppingCheckpoint(nn.Module):
+    """Checkpoints a block with a dropout, whose mask is to be the same when it is repeated."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.block = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+        return y
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("mode", ["uncompiled", "aot_eager"])
+def test_checkpoints_repeat_their_dropouts(use_reentrant: bool, mode: str) -> None:
+    def run(*rules: tmm.Rule) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module = DroppingCheckpoint(use_reentrant)
+        model = module if mode == "uncompiled" else torch.compile(module, backend=mode)
+        if rules:
+            tmm.instrument(model, tmm.Spec(*rules))
+        values: dict[str, Any] = {}
+        with tmm.monitor(model).step(0) if rules else contextlib.nullcontext():
+            output = model(torch.randn(3, 4, requires_grad=True))
+            before = torch.get_rng_state()
+            output.sum().backward()
+            after = torch.get_rng_state()
+        if rules:
+            values = tmm.monitor(model).get_step_metrics()
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        return [output.detach(), *gradients, before, after, torch.rand(2)], values
+
+    plain, _ = run()
+    monitored, values = run(tmm.activation("norm", "zero_fraction"))
+    assert all(map(torch.equal, plain, monitored))
+    assert values["activation/block/norm"] == pytest.approx(plain[0].norm().item(), rel=1e-5)

@@ -9,6 +9,12 @@ from tmm.layout import Event
 
 OnError: TypeAlias = Literal["raise", "warn"]
 
+CALL_THE_MODEL = (
+    "Call the object that tmm.instrument gave back. If it is called inside a function or module"
+    " that is compiled itself, instrument that: tmm.instrument(torch.compile(step), spec,"
+    " module=model)"
+)
+
 _FAILURES_UNTIL_SILENT = 3  # in a row; each may cost a compilation
 
 
@@ -65,15 +71,13 @@ class Gaps:
                 stacklevel=4,
             )
 
-    def warn_of_missed_forward(self, step: int) -> None:
-        """Warn, once, that no forward pass ran in a monitored step."""
+    def warn_of_missed_forward(self, step: int, hint: str) -> None:
+        """Warn, once, that no forward pass ran in a monitored step, and what to do."""
         if not self._missed_forward:
             self._missed_forward = True
             warnings.warn(
                 f"no forward pass of the instrumented model ran in the monitored step {step}, so"
-                " nothing of it was measured. Call the object that tmm.instrument gave back. If it"
-                " is called inside a function or module that is compiled itself, instrument that:"
-                " tmm.instrument(torch.compile(step), spec, module=model)",
+                f" that nothing of one was measured. {hint}",
                 MonitoringWarning,
                 stacklevel=4,
             )

@@ -25,6 +25,7 @@ from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch
 from tmm.twin.regions import Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
+from tmm.twin.uncompiled import eager
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -177,7 +178,7 @@ def _root(
         settings = region.settings
     disabled = isinstance(holder, OptimizedModule) and settings is None
     if settings is None and not regions and not disabled:
-        settings = settings_for("eager" if backend is None else backend)
+        settings = settings_for(eager if backend is None else backend)
     elif backend is not None:
         raise ValueError(
             f"backend={backend!r} goes with a model that is not compiled; this one is, or a part"

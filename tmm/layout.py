@@ -15,6 +15,9 @@ ROOT_NAME = "[root module]"
 VALUE_FAMILY = ""
 """The family of values that a model records by name: their keys have no family."""
 
+DIFFERENCE = "activation_difference"
+"""The family of differences of outputs from those of a reference."""
+
 ATTENTION = "attention"
 """What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
 

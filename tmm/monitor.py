@@ -11,7 +11,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.gaps import Gaps, OnError
+from tmm.gaps import CALL_THE_MODEL, Gaps, OnError
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
@@ -40,7 +40,7 @@ class Monitor:
     the step. Whatever runs outside of a step runs the user's own compiled program.
 
     ``keeps_history`` tells whether the steps stay in memory for ``get_all_metrics``; those of a run
-    are in its files.
+    are in its files. ``hint`` tells a user what to call, where nothing measured ran in a step.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Monitor:
         self.recording = False
         self.current_step: int | None = None
         self.keeps_history = writer is None
+        self.hint = CALL_THE_MODEL
         self._writer = writer
         self._gaps = Gaps(on_error)
         self._twin: Twin | None = None
@@ -137,7 +138,7 @@ class Monitor:
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
         if finished.expects_forward and not finished.ran_forward:
-            self._gaps.warn_of_missed_forward(finished.step)
+            self._gaps.warn_of_missed_forward(finished.step, self.hint)
         self._finished = finished
         finished.events = self._gaps.take_events()
         if finished.is_on_host:
@@ -282,10 +283,15 @@ class Monitor:
         comparing.inputs.give(args, kwargs)
 
     @property
-    def differing_inputs(self) -> tuple[str, ...]:
-        """The arguments in which the reference's inputs have differed from the model's so far."""
+    def unmeasured(self) -> dict[str, str]:
+        """What was asked for and has no rows so far, with the reason."""
+        return dict(self._require_twin().attribution.unmeasured)
+
+    @property
+    def reference_inputs(self) -> tuple[str, ...]:
+        """What there is to say of the inputs that the reference was given so far."""
         comparing = self._require_twin().comparing
-        return () if comparing is None else tuple(comparing.inputs.differing)
+        return () if comparing is None else tuple(comparing.inputs.remarks())
 
     @property
     def has_unused_reference_inputs(self) -> bool:
@@ -494,14 +500,16 @@ class Monitor:
         if self._open is not None:
             self._drop_step("was not ended")
         self._require_watch().close()
-        if self._writer is None:
-            return
         try:
-            self._save_explanation()
-            if events := self._gaps.take_events():
-                self._writer.submit(StepRecord(events[-1].step, events=events))
+            if self._writer is not None:
+                self._save_explanation()
+                if events := self._gaps.take_events():
+                    self._writer.submit(StepRecord(events[-1].step, events=events))
         finally:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
+            twin = self._require_twin()
+            twin.compare_with(None)
 
     def _open_collector(self) -> StepCollector | None:
         return self._open if self.is_monitoring() else None

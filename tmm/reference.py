@@ -91,7 +91,7 @@ def load_reference(
             problems.append(
                 f"{name} has {other.dtype}, not {own.dtype} (reference_dtype= converts)"
             )
-        elif other.numel() and other.data_ptr() == own.data_ptr():
+        elif _is_live(own, other):
             problems.append(f"{name} is the parameter itself, which will change: give a copy")
     if any(problem.endswith("is missing") for problem in problems):
         known = {*names.values(), *plan.parameters}
@@ -104,6 +104,12 @@ def load_reference(
     return Reference(names, found, device, spec.reference_dtype)
 
 
+def _is_live(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether ``other`` is the model's own tensor, which training changes."""
+    is_frozen = isinstance(own, torch.nn.Parameter) and not own.requires_grad
+    return not is_frozen and other.numel() > 0 and other.data_ptr() == own.data_ptr()
+
+
 def _keep(
     tensor: torch.Tensor,
     own: torch.Tensor,
@@ -114,7 +120,7 @@ def _keep(
     device = own.device if device is None else device
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     kept = tensor.to(device, wanted)
-    if kept.data_ptr() == own.data_ptr():
+    if _is_live(own, kept):
         kept = kept.clone()
     pin = device.type == "cpu" and own.device.type == "cuda"
     return kept.pin_memory() if pin else kept

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 
-from tmm.instrument import instrument, remove
+from tmm.instrument import instrument
 from tmm.instrument import monitor as monitor_of
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
 from tmm.module_monitor.rules import ModuleMonitorSpec
 from tmm.naming import parameter_names
 from tmm.rules import Rule
-from tmm.twin.regions import compiled_wrapper
+from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch, stands
+from tmm.twin.regions import COMPILED_CALL, Region, compiled_wrappers, region_of
 
 _State = tuple[tuple[int, int, torch.dtype, torch.device], ...]
 
@@ -41,26 +43,55 @@ class Measuring:
         self.has_run_forward = True
         self._logger = logger
         self._is_monitoring = is_monitoring
-        self._callee = compiled_wrapper(module)
+        self._wrappers = compiled_wrappers(module)
+        self._callee, *others = (*self._wrappers, module)
         self._state = _state(reference)
+        if any(root_dispatch(callee) is not None for callee in (module, *self._wrappers)):
+            raise ValueError(
+                "the module is monitored already, by tmm.instrument or another ModuleMonitor; add"
+                " the metrics to that one"
+            )
         spec = ModuleMonitorSpec(rules, names, reference, _other_dtype(module, reference))
         instrument(self._callee, spec)
+        self._dispatch = _dispatch_of(self._callee)
+        self._attach(others)
         self.core = monitor_of(self._callee)
         self.core.keeps_history = False
-        self._reference_calls = None
+        self.core.hint = (
+            "Call the module that was given to set_module, or what torch.compile made of it, not"
+            " its parts; inside of a function or module that is compiled itself it is not measured."
+        )
+        self._reference_calls: ReferenceCalls | None = None
         if reference is not None:
             self._reference_calls = ReferenceCalls(reference, self._note_reference)
 
+    def _attach(self, others: list[torch.nn.Module]) -> None:
+        """Measure calls of these, too: of the module itself, and of further wrappers of it."""
+        root = self._dispatch
+        for other in others:
+            if other.__dict__.get(COMPILED_CALL) is None or isinstance(other, OptimizedModule):
+                region = region_of(other) or Region(other, root.region.settings, other)
+                attach(Dispatch.of(region, root.monitor, root.twin, root.siblings, is_root=False))
+
+    @property
+    def runs_forward(self) -> bool:
+        """Whether a forward pass, of the model or of the reference, is under way."""
+        calls = self._reference_calls
+        return self._dispatch.twin.is_running() or (calls is not None and calls.are_running)
+
     def is_current(self) -> bool:
         """Whether model and reference are as they were: not compiled, moved or loaded anew."""
-        is_called = self.has_run_forward or compiled_wrapper(self.module) is self._callee
-        return is_called and _state(self.reference) == self._state
+        if not all(map(stands, self._dispatch.siblings)) or _state(self.reference) != self._state:
+            return False
+        return self.has_run_forward or compiled_wrappers(self.module) == self._wrappers
 
     def stop(self) -> None:
         """Leave model and reference as they were."""
         if self._reference_calls is not None:
             self._reference_calls.stop()
-        remove(self._callee)
+        for dispatch in self._dispatch.siblings:
+            detach(dispatch)
+        self.core.close()
 
     def add_gradients(self, family: str) -> None:
         """Measure the gradients, as they are now, as ``family``."""
@@ -88,9 +119,17 @@ class Measuring:
     def _names_of_parameters(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
         return {parameter: name for parameter, (name, _) in parameter_names(module).items()}
 
-    def _note_reference(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._is_monitoring():
+    def _note_reference(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        is_monitoring = self._is_monitoring()
+        if is_monitoring:
             self.core.give_reference_inputs(*arguments, **keywords)
+        return is_monitoring
+
+
+def _dispatch_of(model: torch.nn.Module) -> Dispatch:
+    dispatch = root_dispatch(model)
+    assert dispatch is not None
+    return dispatch
 
 
 def _state(module: torch.nn.Module | None) -> _State:

@@ -13,6 +13,7 @@ import torch
 
 from tmm.gaps import MonitoringWarning
 from tmm.metrics import MetricFunction
+from tmm.module_monitor.likeness import differences, modes
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.names import FormatName, Names, default_format_module_name_fn
@@ -25,6 +26,7 @@ from tmm.module_monitor.rules import (
 )
 from tmm.module_monitor.storage import StorageManager
 from tmm.monitor import Monitor
+from tmm.naming import unwrapped
 from tmm.rules import Rule
 from tmm.show import is_shown, show_activation, show_attention, show_value
 from tmm.twin.twin import running_twin
@@ -105,7 +107,7 @@ class ModuleMonitor:
         self._is_open = False
         self._is_paused = False
         self._ended: int | None = None
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     def __deepcopy__(self, memo: object) -> None:
         """Copies of a module that knows its monitor know none."""
@@ -229,6 +231,11 @@ class ModuleMonitor:
                 "The reference module must have the same structure as the monitored module (there"
                 f" are modules with different names): {', '.join(map(repr, differing[:5]))}"
             )
+        if found := list(differences(unwrapped(self.module), unwrapped(module))):
+            self._warn_once(
+                "the reference module is computed by the monitored module's code, with its own"
+                f" parameters and buffers, but differs otherwise: {'; '.join(found[:5])}"
+            )
         self.reference_module, self.reference_module_names = module, names
         self._introduce(names, is_reference=True)
         self._change()
@@ -328,6 +335,7 @@ class ModuleMonitor:
         if not self.is_step_monitored(step):
             return False
         self._prepared().core.begin_step(step)
+        self._compare_modes()
         self._storage.create_step_entry(step)
         self._is_open, self._has_checked_coordinates = True, False
         return True
@@ -364,11 +372,10 @@ class ModuleMonitor:
         self._is_open, self._is_paused = False, False
         core.end_step()
         self._ended = self.current_step
-        if differing := core.differing_inputs:
-            self._warn_once(
-                f"the reference module was given another {' and another '.join(differing)} than"
-                " the monitored module; its own is what is compared"
-            )
+        for name, reason in core.unmeasured.items():
+            self._log_once(f"{name} is not measured: {reason}")
+        for remark in core.reference_inputs:
+            self._warn_once(remark)
 
     def get_step_metrics(self) -> dict[str, Any]:
         """Key to value of the current step; complete once it has ended."""
@@ -418,8 +425,10 @@ class ModuleMonitor:
             ValueError: if ``value`` is not one number.
             RuntimeError: for ``force`` before the first step.
         """
-        if torch.compiler.is_compiling():
-            show_value(key, torch.as_tensor(value), aggregation_fn, any_family=True)
+        if torch.compiler.is_compiling() or (self._measuring and self._measuring.runs_forward):
+            # Joined with what compiled modules log.
+            dtype = None if isinstance(value, torch.Tensor) else torch.float64
+            self.log_tensor(key, torch.as_tensor(value, dtype=dtype), aggregation_fn)
             return
         if not self.is_monitoring() and not force:
             return
@@ -526,6 +535,15 @@ class ModuleMonitor:
                 )
             self._has_checked_coordinates = True
 
+    def _compare_modes(self) -> None:
+        if self.module is None or self.reference_module is None:
+            return
+        if found := list(modes(unwrapped(self.module), unwrapped(self.reference_module))):
+            self._warn_once(
+                "the reference module is compared in the mode of the monitored module, with its"
+                f" masks of dropouts; its own mode is another one: {', '.join(found[:5])}"
+            )
+
     def _warn_of_late_reference(self) -> None:
         if self._core.has_unused_reference_inputs:
             self._warn_once(
@@ -540,10 +558,15 @@ class ModuleMonitor:
         return self._measuring.core
 
     def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            self._warned.add(text)
-            self.logger.warning(text)
+        if self._log_once(text):
             warnings.warn(text, MonitoringWarning, stacklevel=3)
+
+    def _log_once(self, text: str) -> bool:
+        is_new = text not in self._said
+        if is_new:
+            self._said.add(text)
+            self.logger.warning("%s", text)
+        return is_new
 
 
 def _compiled(argument: str, regex: str) -> re.Pattern[str]:

@@ -59,7 +59,7 @@ def rules_of_modules(
         Rule(
             *(family, "modules", (), ((name, function),), partial(matches, pattern)),
             aggregate="mean" if aggregation is None else aggregation,
-            falls_back=family == "activation",
+            falls_back=True,
         )
         for name, (pattern, function, aggregation) in metrics.items()
     ]

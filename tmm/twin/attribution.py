@@ -10,6 +10,7 @@ import torch
 
 from tmm.layout import (
     ATTENTION,
+    DIFFERENCE,
     OUTSIDE,
     ROOT_NAME,
     VALUE_FAMILY,
@@ -23,7 +24,7 @@ from tmm.naming import display_name, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_reference import DIFFERENCE, CheckedModule
+from tmm.passes.insert_reference import CheckedModule
 from tmm.rules import BRANCH_FAMILIES, rule_family
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan

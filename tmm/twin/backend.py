@@ -192,8 +192,33 @@ class MeasuredGraph:
         return measurement.site.module.startswith(OUTSIDE)
 
 
+class Handle:
+    """Calls something, until it is let go of.
+
+    Dynamo keeps what it was given, and copies of its ``__dict__``, for as long as the process runs.
+    A handle has none, so that models and compiled programs need not live as long.
+    """
+
+    __slots__ = ("__weakref__", "_held")
+
+    def __init__(self, held: Callable[..., Any]) -> None:
+        self._held: Callable[..., Any] | None = held
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call what is held."""
+        assert self._held is not None, "it was let go of"
+        return self._held(*arguments)
+
+    def let_go(self) -> None:
+        """Hold nothing from now on."""
+        self._held = None
+
+
 class MeasuringBackend:
-    """Rewrites each traced graph and hands it to the user's backend."""
+    """Rewrites each traced graph and hands it to the user's backend.
+
+    ``handles`` are what Dynamo is given: of the backend, and of the graphs that it made.
+    """
 
     def __init__(
         self, host: Host, settings: CompileSettings, sampling: Sampling | None = None
@@ -201,13 +226,30 @@ class MeasuringBackend:
         self.host = host
         self.settings = settings
         self.sampling = sampling
+        self.handles: list[Handle] = []
+
+    def compiler(self) -> Callable[..., Any]:
+        """What Dynamo is to call."""
+        handle = Handle(self._compile)
+        self.handles.append(handle)
+
+        def compile_measured(module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
+            compiled: Handle = handle(module, inputs)
+            return compiled
+
         # What Dynamo reads from a backend besides calling it.
         for name in ("get_compiler_config", "backend_ctx_ctor", "reset"):
-            if hasattr(settings.backend, name):
-                setattr(self, name, getattr(settings.backend, name))
+            if hasattr(self.settings.backend, name):
+                setattr(compile_measured, name, getattr(self.settings.backend, name))
+        return compile_measured
 
-    def __call__(self, module: GraphModule, inputs: list[torch.Tensor]) -> MeasuredGraph:
-        """Compile ``module`` with its measurements."""
+    def close(self) -> None:
+        """Let go of the model and of the compiled programs."""
+        for handle in self.handles:
+            handle.let_go()
+        self.handles.clear()
+
+    def _compile(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
         scope = self.host.scope()
         options = ReductionOptions(scope.modules, scope.select, scope.values)
         probes = None
@@ -272,7 +314,8 @@ class MeasuringBackend:
             loses_reference=samples is not None and not whole,
         )
         self.host.graphs.append(graph)
-        return graph
+        self.handles.append(Handle(graph))
+        return self.handles[-1]
 
     def _is_followed(self, module: GraphModule, comparing: Comparing) -> bool:
         if self.sampling is None or comparing.batch is None:

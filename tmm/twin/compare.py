@@ -10,12 +10,11 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from tmm.layout import Measurement, Site
+from tmm.layout import DIFFERENCE, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import why_unmeasurable
 from tmm.pairs import ROW_NORM, normalized_norms, norms_without, reduce_pair, row_norms
 from tmm.passes.insert_reference import (
-    DIFFERENCE,
     INPUT,
     INPUT_DIFFERENCE,
     INPUT_TERM,
@@ -27,6 +26,7 @@ from tmm.passes.insert_reference import (
     CheckedModule,
 )
 from tmm.preserve import RandomState
+from tmm.runtime.eager import reduce_pair_eagerly
 from tmm.twin.attribution import Attribution, checked_module
 from tmm.twin.follow import Follower
 from tmm.twin.outputs import tensors_in
@@ -128,8 +128,7 @@ class EagerComparison:
             return None
         with torch.no_grad(), self._follower.paused():
             for reduction in reductions:
-                # Copies, for a function may change its arguments in place.
-                row = reduce_pair(tensor.detach().clone(), reference.clone(), reduction)
+                row = reduce_pair_eagerly(tensor.detach(), reference, reduction)
                 self._add(Measurement(DIFFERENCE, site, reduction), row)
         return reference
 

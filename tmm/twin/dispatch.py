@@ -106,10 +106,16 @@ def attach(dispatch: Dispatch) -> Callable[..., Any]:
     return forward
 
 
+def stands(dispatch: Dispatch) -> bool:
+    """Whether ``dispatch`` is still in the place of its region's program."""
+    holder, attribute = dispatch.region.holder, dispatch.region.attribute
+    return holder is None or dispatch_of(holder.__dict__.get(attribute)) is dispatch
+
+
 def detach(dispatch: Dispatch) -> None:
     """Put back what stood in the place of ``dispatch``, unless something else took it since."""
     holder, attribute = dispatch.region.holder, dispatch.region.attribute
-    if holder is None or dispatch_of(holder.__dict__.get(attribute)) is not dispatch:
+    if holder is None or not stands(dispatch):
         return
     if dispatch.original is None:
         del holder.__dict__[attribute]

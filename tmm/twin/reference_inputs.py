@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ class ReferenceInputs:
     """What the reference's next forward pass is given, where somebody says so.
 
     ``pairs`` are the tensors of the model's inputs that differ from the reference's, with those;
-    ``differing`` names the arguments that have differed so far, and ``are_traced`` tells that
-    graphs take what the reference is given.
+    ``differing`` names the arguments in which that was so, ``lacking`` those that the reference was
+    not given, and ``are_traced`` tells that graphs take what the reference is given.
     """
 
     def __init__(self) -> None:
         self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.differing: dict[str, None] = {}
+        self.lacking: dict[str, None] = {}
         self.are_traced = False
         self._given: tuple[tuple[Any, ...], dict[str, Any], list[int]] | None = None
 
@@ -40,16 +41,30 @@ class ReferenceInputs:
         """Whether there was no forward pass since inputs were given."""
         return self._given is not None
 
+    def remarks(self) -> Iterator[str]:
+        """What a user should know of the inputs so far."""
+        for name in self.differing:
+            yield (
+                f"the reference was given another {name} than the monitored module; its own is what"
+                " is compared"
+            )
+        for name in self.lacking:
+            yield (
+                f"the reference was not given {name}, which the monitored module was; it is"
+                " compared as if it had been given the same"
+            )
+
     def match(
         self, forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> None:
         """Find the tensors that differ from those that a forward pass of the model is given.
 
-        Arguments are matched by name; one that only the model or only the reference has does not
-        matter.
+        Arguments are matched by name. One that the reference was not given is taken to be that of
+        the model.
 
         Raises:
-            ValueError: for tensors that differ in shape or dtype, or were overwritten since.
+            ValueError: for tensors that differ in shape or dtype, or were overwritten since, for
+                other values that differ, and for an argument that the model is not given.
         """
         self.pairs = []
         if self._given is None:
@@ -63,10 +78,17 @@ class ReferenceInputs:
             )
         own = _by_name(forward, arguments, keywords)
         others = _by_name(forward, given, given_keywords)
+        if further := others.keys() - own.keys():
+            raise ValueError(_refusal(min(further), "a value", "was not"))
         for name in own.keys() & others.keys():
             self._match(name, tree_leaves(own[name]), tree_leaves(others[name]))
+        for name in own.keys() - others.keys():
+            self.lacking[name] = None
 
     def _match(self, name: str, own: list[Any], others: list[Any]) -> None:
+        if others == [None] and own != [None]:
+            self.lacking[name] = None  # as targets are, which only a loss depends on
+            return
         if len(own) != len(others):
             raise ValueError(_refusal(name, f"{len(others)} values", f"{len(own)}"))
         for value, other in zip(own, others, strict=True):
@@ -77,14 +99,18 @@ class ReferenceInputs:
                     self.differing[name] = None
                     self.pairs.append((value, other.detach()))
             elif isinstance(value, _PLAIN) and isinstance(other, _PLAIN) and value != other:
-                self.differing[name] = None
+                raise ValueError(_refusal(name, repr(other), repr(value)))
+            elif isinstance(value, torch.Tensor) != isinstance(other, torch.Tensor):
+                raise ValueError(_refusal(name, type(other).__name__, type(value).__name__))
 
 
 def _by_name(
     forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> dict[str, Any]:
     try:
-        return dict(inspect.signature(forward).bind(*arguments, **keywords).arguments)
+        bound = inspect.signature(forward).bind(*arguments, **keywords)
+        bound.apply_defaults()
+        return dict(bound.arguments)
     except (TypeError, ValueError):
         return {str(position): value for position, value in enumerate(arguments)} | dict(keywords)
 
@@ -107,5 +133,5 @@ def _described(tensor: torch.Tensor) -> str:
 def _refusal(name: str, reference: str, own: str) -> str:
     return (
         f"the reference cannot be compared: its forward pass was given {name} = {reference}, that"
-        f" of the model {own}; give both the same batch"
+        f" of the model {own}; give both the same arguments, or leave out the reference's own pass"
     )

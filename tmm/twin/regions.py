@@ -77,8 +77,7 @@ def install(region: Region, forward: Callable[..., Any]) -> None:
         region.holder.__dict__[region.attribute] = forward
 
 
-def compiled_wrapper(module: torch.nn.Module) -> torch.nn.Module:
-    """The newest object that ``torch.compile(module)`` has given; the module itself without one."""
+def compiled_wrappers(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """What ``torch.compile(module)`` has given and is still there."""
     found = (wrapper for wrapper in gc.get_objects() if type(wrapper) is OptimizedModule)
-    wrappers = [wrapper for wrapper in found if wrapper._modules.get("_orig_mod") is module]
-    return wrappers[-1] if wrappers else module
+    return [wrapper for wrapper in found if wrapper._modules.get("_orig_mod") is module]

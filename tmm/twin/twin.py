@@ -102,6 +102,7 @@ class Twin:
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
         self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
+        self._backends: list[MeasuringBackend] = []
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
         self._tracing = False
@@ -126,7 +127,7 @@ class Twin:
             comparing.inputs.match(forward, args, kwargs)
             if comparing.inputs.pairs and not comparing.inputs.are_traced:
                 comparing.inputs.are_traced = True
-                self._programs.clear()  # they have no place for inputs of the reference
+                self.close()  # the graphs have no place for inputs of the reference
         with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
             return self._run(region, *args, **kwargs)
 
@@ -179,7 +180,8 @@ class Twin:
         if (kept := self.plan.spec.reference_samples) is not None:
             sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
         backend = MeasuringBackend(self, settings, sampling)
-        program = compile_separately(_traced, settings, backend, _keep_guards)
+        self._backends.append(backend)
+        program = compile_separately(_traced, settings, backend.compiler(), _keep_guards)
         self._programs.append((type(region.callee), settings, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
@@ -206,6 +208,14 @@ class Twin:
         self.comparing = None
         if reference is not None:
             self.comparing = Comparing(reference, self.attribution, self._add_comparison)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
+        for backend in self._backends:
+            backend.close()
+        self.graphs.clear()
+        self._backends.clear()
         self._programs.clear()
 
     # Tracing
@@ -350,6 +360,8 @@ class Twin:
     def show_eagerly(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
         """Measure a tensor that the program shows outside of graphs; see ``tmm.show``."""
         site = self.attribution.shown_site(owner, path)
+        if self._is_discarding:
+            return
         for binding, reduction in self.attribution.select_shown(site, tensor):
             self._add_eagerly(binding, tensor, reduction)
         if self.comparing is not None and self.is_running():
@@ -366,7 +378,7 @@ class Twin:
         scale: float | None,
     ) -> None:
         """Measure an attention that the program shows outside of graphs; see ``tmm.show``."""
-        if self._discarding:
+        if self._is_discarding:
             return
         (reduction,) = SHOWN.statistics
         rows = summarize_attention(
@@ -378,12 +390,18 @@ class Twin:
             measurement = Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
             self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
+    @property
+    def _is_discarding(self) -> bool:
+        """Whether a forward pass, or a part of it, runs that is not to be measured."""
+        repeats = self.comparing is not None and self.comparing.is_repeating
+        return self._discarding or repeats
+
     def _add_comparison(self, measurement: Measurement, row: torch.Tensor) -> None:
         if not self._discarding:
             self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
     def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
-        if not self._discarding:
+        if not self._is_discarding:
             self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
 
 
