@@ -78,8 +78,9 @@ class StepCollector:
 
         They do not count if ``unless``, one element or a test, holds when the step is evaluated.
         """
-        # What leaves a reentrant checkpoint requires a gradient, even a row.
-        outputs = [output.detach() for output in outputs]
+        # What leaves a reentrant checkpoint requires a gradient, even a row. Others are kept as
+        # they are: autograd adds later gradients in place to one that nobody else refers to.
+        outputs = [output.detach() if output.requires_grad else output for output in outputs]
         arrived = [copy_to_host(output) for output in outputs]
         for whole in binding.whole:
             if not whole.reduction.trace:
@@ -94,6 +95,11 @@ class StepCollector:
         """Take values that the user logs; all values of a key in a step are joined."""
         _, logged = self._logged.setdefault(key, (aggregate, []))
         logged.append(copy_to_host(values.detach().reshape(-1).clone()))
+
+    def take_logged(self, other: StepCollector) -> None:
+        """Take what was logged in ``other``, of the same step, which is given up."""
+        for key, (aggregate, copies) in other._logged.items():
+            self._logged.setdefault(key, (aggregate, []))[1].extend(copies)
 
     def was_skipped(self) -> bool:
         """Whether an optimizer skipped its step; known once the step is over."""

@@ -108,7 +108,7 @@ class RunWriter:
         plain = name and Path(name).name == name and not name.startswith(".")
         if not plain or name == INFO_NAME or name.endswith(".h5"):
             raise ValueError(f"a run cannot take a text under the name {name!r}")
-        _replace(self.path / name, text)
+        replace_text(self.path / name, text)
 
     def close(self) -> None:
         """Write what was submitted and end the thread; a second call does nothing.
@@ -289,7 +289,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _add_start(folder: Path, info: Mapping[str, object]) -> None:
     if "starts" in info:
         raise ValueError("info must not hold 'starts', which the writer keeps")
-    given: dict[str, Any] = json.loads(json.dumps(dict(info)))
+    given: dict[str, Any] = json.loads(json.dumps(dict(info), default=str))
     start: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
@@ -303,7 +303,7 @@ def _add_start(folder: Path, info: Mapping[str, object]) -> None:
         else:
             known = given
         known.setdefault("starts", []).append(start)
-        _replace(folder / INFO_NAME, json.dumps(known, indent=2) + "\n")
+        replace_text(folder / INFO_NAME, json.dumps(known, indent=2, default=str) + "\n")
 
 
 @contextmanager
@@ -321,7 +321,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; raises OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:

@@ -35,6 +35,10 @@ from tmm.rules import (
     rcc,
     update,
 )
+from tmm.runs.catalog import RunRecord, list_runs
+from tmm.runs.current import finish, init, log, step, watch
+from tmm.runs.live import LiveRun, default_spec
+from tmm.runs.start import start_run
 from tmm.spec import Spec
 
 __all__ = [
@@ -43,6 +47,7 @@ __all__ = [
     "CoordinateCheck",
     "Explanation",
     "HooksManager",
+    "LiveRun",
     "ModuleMonitor",
     "Monitor",
     "MonitorMixin",
@@ -50,6 +55,7 @@ __all__ = [
     "RefinedCoordinateCheck",
     "Rule",
     "Run",
+    "RunRecord",
     "Spec",
     "StorageManager",
     "activation",
@@ -58,10 +64,15 @@ __all__ = [
     "attention",
     "coord_check",
     "default_format_module_name_fn",
+    "default_spec",
     "explain",
+    "finish",
     "gradient",
+    "init",
     "instrument",
     "l2_norm",
+    "list_runs",
+    "log",
     "monitor",
     "monitor_scaled_dot_product_attention",
     "open_run",
@@ -71,5 +82,8 @@ __all__ = [
     "rcc",
     "record",
     "remove",
+    "start_run",
+    "step",
     "update",
+    "watch",
 ]

@@ -17,6 +17,7 @@ from tmm.monitor import Monitor
 from tmm.naming import display_name, parameter_names, relative_names
 from tmm.reference import load_reference
 from tmm.run_info import describe_environment
+from tmm.runs.live import LiveRun
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
@@ -34,7 +35,7 @@ Model = TypeVar("Model", bound=Callable[..., Any])
 def instrument(
     model: Model,
     spec: Spec,
-    run: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | LiveRun | None = None,
     *,
     module: torch.nn.Module | None = None,
     backend: str | CompilerFunction | None = None,
@@ -48,7 +49,8 @@ def instrument(
             parts of it one by one) or not at all; or, with ``module``, a step function that calls
             the module, such as what ``torch.compile(step)`` returned.
         spec: what to measure, where and when.
-        run: folder to record into; one that exists is continued. In memory only without it.
+        run: folder to record into; one that exists is continued. Or a run of ``tmm.start_run``,
+            which then has the steps of this model. In memory only without it.
         module: the module whose parts are measured, when ``model`` is a function.
         backend: the compiler of the monitored steps of a model that is not compiled at all.
             Without it they are traced and run by the same eager kernels as the others.
@@ -91,9 +93,14 @@ def instrument(
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
     writer = None
-    if run is not None:
-        writer = RunWriter(run, info=describe_environment(spec), histogram_edges=HISTOGRAM_EDGES)
-    monitor = Monitor(spec, measured, KeyRegistry(spec.notes, spec.site_name), writer, on_error)
+    live = run if isinstance(run, LiveRun) else None
+    if live is not None:
+        writer = live.writer
+    elif run is not None:
+        info = describe_environment(spec)
+        writer = RunWriter(run, info=info, histogram_edges=HISTOGRAM_EDGES)  # type: ignore[arg-type]
+    registry = KeyRegistry(spec.notes, spec.site_name)
+    monitor = Monitor(spec, measured, registry, writer, on_error, live)
     twin = Twin(root, regions, measured, plan, monitor, trace_folder)
     monitor.attach(twin, lambda: str(Explanation.of(twin)), reference)
     siblings: list[Dispatch] = []
@@ -101,6 +108,8 @@ def instrument(
         if region.holder is not root.holder:
             is_root = region.callee is measured
             attach(Dispatch.of(region, monitor, twin, siblings, is_root=is_root))
+    if live is not None:
+        live.attach(monitor)
     function = attach(Dispatch.of(root, monitor, twin, siblings, is_root=True, plain=model))
     return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
 from tmm.watch import Watch
+
+if TYPE_CHECKING:
+    from tmm.runs.live import LiveRun
 
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
@@ -50,6 +53,7 @@ class Monitor:
         registry: KeyRegistry,
         writer: RunWriter | None = None,
         on_error: OnError = "raise",
+        run: LiveRun | None = None,
     ) -> None:
         self.spec = spec
         self.module = module
@@ -59,6 +63,7 @@ class Monitor:
         self.keeps_history = writer is None
         self.hint = CALL_THE_MODEL
         self._writer = writer
+        self._run = run
         self._gaps = Gaps(on_error)
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
@@ -111,6 +116,13 @@ class Monitor:
                 f"step={step} lies before the current step {self.current_step}; steps must not"
                 " decrease"
             )
+        earlier = None
+        if self._run is not None and self._open is not None and self._run.has_opened(self._open):
+            if self._open.step == step or not self.has_content:
+                earlier = self._open
+                self.discard_step()
+            else:
+                self.end_step()
         if self._open is not None:
             self._drop_step("was not ended")
         if self._writer is not None:
@@ -120,6 +132,10 @@ class Monitor:
         self._finished = None
         self._open = StepCollector(step, self.registry, monitored=monitored)
         self.recording = monitored
+        if earlier is not None:
+            self._open.take_logged(earlier)
+        if self._run is not None:
+            self._run.begins(self._open)
         return monitored
 
     def end_step(self) -> None:
@@ -133,6 +149,8 @@ class Monitor:
         finished = self._require_step("end_step")
         self.after_micro_batch()
         self._require_watch().end_step(finished)
+        if self._run is not None:
+            self._run.ends(finished)
         self._release_reference()
         self._open, self.recording = None, False
         if finished.failed or not (finished.monitored or finished.holds_values):
@@ -151,6 +169,25 @@ class Monitor:
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
         self._gaps.close()
+
+    def discard_step(self) -> None:
+        """Forget the open step, if there is one, as if it had not begun."""
+        self._open, self.recording = None, False
+        self._require_watch().drop_step()
+        self._release_reference()
+
+    @property
+    def has_content(self) -> bool:
+        """Whether anything of the open step was measured or logged."""
+        return self._open is not None and (self._open.holds_values or self._open.ran_forward)
+
+    def open_collector(self) -> StepCollector:
+        """What gathers the open step.
+
+        Raises:
+            RuntimeError: if no step is open.
+        """
+        return self._require_step("log")
 
     @contextmanager
     def step(self, step: int) -> Iterator[bool]:
@@ -307,6 +344,15 @@ class Monitor:
 
     # Parameters
 
+    @property
+    def watches_optimizers(self) -> bool:
+        """Whether the spec measures what only an optimizer's steps tell."""
+        return any(rule.subject == "parameters" for rule in self.spec.rules)
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
+        return self._require_watch().may_watch(optimizer)
+
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Measure gradients, updates and optimizer state around each step of ``optimizer``.
 
@@ -405,11 +451,6 @@ class Monitor:
         if self.recording:
             twin = self._require_twin()
             twin.show_attention_eagerly(owner, query, key, mask, is_causal, scale)
-
-    @property
-    def holds_values(self) -> bool:
-        """Whether anything of the step that is open was measured."""
-        return self._open is not None and self._open.holds_values
 
     @property
     def has_run_forward(self) -> bool:

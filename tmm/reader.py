@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
+from tmm.runs.samples import Sample, read_samples, sample_steps
+from tmm.runs.state import State
 from tmm.runtime.segment import ABSENT, is_measured, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 from tmm.runtime.writer import INFO_NAME, read_info
@@ -144,6 +146,23 @@ class Run:
                 return {key: values[key] for key in self._infos if key in values}
             row -= len(segment.steps)
         raise AssertionError("every merged row lies in a segment")
+
+    def samples(self, step: int) -> dict[str, Sample]:
+        """Return the texts and arrays that ``LiveRun.log_samples`` kept of a step, by name.
+
+        Raises KeyError, naming the steps that have some.
+        """
+        return read_samples(self.path, step)
+
+    @property
+    def sample_steps(self) -> list[int]:
+        """The steps that have samples."""
+        return sample_steps(self.path)
+
+    @property
+    def state(self) -> State | None:
+        """What became of the run; None for one that ``tmm.start_run`` did not start."""
+        return State.read(self.path)
 
     def text(self, name: str) -> str:
         """Return a text saved with the run; FileNotFoundError names those that there are."""

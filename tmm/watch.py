@@ -42,6 +42,12 @@ class Watch:
             WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
         )
 
+    def may_watch(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds parameters of the model and is not watched yet."""
+        names = self.parameters.names()
+        holds = any(p in names for group in optimizer.param_groups for p in group["params"])
+        return holds and all(watched.optimizer is not optimizer for watched in self._optimizers)
+
     @property
     def has_scaler(self) -> bool:
         """Whether gradients carry the factor of a scaler."""

@@ -270,7 +270,7 @@ class ModuleMonitor:
         """Measure by other rules from now on, or from the next step if this one has begun."""
         self._is_stale = True
         measuring = self._measuring
-        if self._is_open and measuring is not None and not measuring.core.holds_values:
+        if self._is_open and measuring is not None and not measuring.core.has_content:
             assert self.current_step is not None
             self._prepared().core.begin_step(self.current_step)
 

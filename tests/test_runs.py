@@ -1,0 +1,483 @@
+"""Runs: started, logged to, ended in every way, found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tmm
+from tmm.runs.catalog import delete_run, find_run, list_runs, runs_to_prune
+from tmm.runs.current import current_run
+from tmm.runs.live import LiveRun
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def start(root: Path, **options: Any) -> LiveRun:
+    return tmm.start_run(**{"project": "p", "root": root, "system_seconds": None, **options})
+
+
+def script(root: Path, body: str) -> subprocess.Popen[str]:
+    """A process that starts a run, says its id, and goes on with ``body``."""
+    code = f"""
+import os, sys, tmm
+run = tmm.start_run("p", root={str(root)!r}, system_seconds=None)
+run.log({{"loss": 1.0}})
+run.step()
+print(run.id, flush=True)
+{body}
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def own_keys(run: tmm.Run) -> list[str]:
+    return [key for key in run.keys(None) if not key.startswith("system/")]
+
+
+# Values
+
+
+def test_values_of_every_kind(root: Path) -> None:
+    with start(root, name="n", config={"lr": 0.1, "path": root}, tags=["a", "b", "a"]) as run:
+        run.log({"loss": 1, "train": {"accuracy": torch.tensor(0.5), "f1": np.float32(0.25)}})
+        run.log({"loss": torch.tensor([2.0], requires_grad=True), "flag": True})
+        assert run.step() == 1
+        run.log({"nan": float("nan"), "big": 2**40, "half": torch.tensor(1.5).bfloat16()})
+        run.step()
+        run.log({"late": 1.0}, step=7)
+        run.log({"loss": np.array(3.0)})
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 1, 7]
+        at = read.at(0)
+        assert {key: at[key] for key in own_keys(read) if key in at} == {
+            "loss": 2,
+            "train/accuracy": 0.5,
+            "train/f1": 0.25,
+            "flag": 1,
+        }
+        assert np.isnan(read.at(1)["nan"])
+        assert (read.at(1)["big"], read.at(1)["half"]) == (2**40, 1.5)
+        assert read.at(7)["loss"] == 3
+        assert read.info["config"] == {"lr": 0.1, "path": str(root)}
+        assert read.info["tags"] == ["a", "b"]
+        assert read.state is not None
+        assert (read.state.status, read.state.last_step) == ("finished", 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"a": "text"}, TypeError, "log: 'a' is 'text', not a number; log_samples takes texts"),
+        ({"a": None}, TypeError, "'a' is None"),
+        ({"a": torch.ones(2)}, ValueError, "'a' has shape .2,. .*not one real number"),
+        ({"a": torch.tensor(1j)}, ValueError, "'a' has shape"),
+        ({"a": {"b": np.ones(3)}}, ValueError, "'a/b' has shape"),
+        ({"": 1.0}, ValueError, "the key '' is not text"),
+        ({3: 1.0}, ValueError, "the key 3 is not text"),
+        ([1.0], TypeError, "give a dictionary"),
+    ],
+)
+def test_what_cannot_be_logged(root: Path, values: Any, error: Any, message: str) -> None:
+    with start(root) as run:
+        with pytest.raises(error, match=message):
+            run.log({"good": 1.0} | values if isinstance(values, dict) else values)
+        run.log({"loss": 1.0})
+    with tmm.open_run(run.path) as read:
+        assert own_keys(read) == ["loss"]  # nothing of the wrong call
+
+
+def test_steps_do_not_go_back(root: Path) -> None:
+    with start(root) as run:
+        run.log({"a": 1.0}, step=5)
+        with pytest.raises(ValueError, match="step=4 lies before the open step 5"):
+            run.log({"a": 1.0}, step=4)
+        with pytest.raises(TypeError, match=r"step=1\.5 is not an integer"):
+            run.log({"a": 1.0}, step=1.5)  # type: ignore[arg-type]
+    for call in (lambda: run.log({"a": 1.0}), run.step, lambda: run.log_samples(0, {"a": "b"})):
+        with pytest.raises(RuntimeError, match="is finished; start another one"):
+            call()
+    run.finish()
+
+
+def test_bad_arguments(root: Path) -> None:
+    for project in ("", "a/b", ".hidden", "ü", 3):
+        with pytest.raises(ValueError, match="project="):
+            tmm.start_run(project, root=root)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tags='a' is one text; give a list of tags: \['a'\]"):
+        start(root, tags="a")
+    with pytest.raises(TypeError, match="config=3 is not a dictionary"):
+        start(root, config=3)
+    assert not root.exists()
+
+
+def test_samples(root: Path) -> None:
+    texts = {"out/put": "naïve \0 text\n", "empty": "", "%2F": "odd"}
+    arrays = {"matrix": np.arange(6.0).reshape(2, 3), "half": torch.ones(2).bfloat16(), "one": 3}
+    with start(root) as run:
+        run.log_samples(3, texts)
+        run.log_samples(3, arrays)
+        run.log_samples(12, {"a": "b"})
+        for wrong, error in (({"a": object()}, TypeError), ({"": "a"}, ValueError)):
+            with pytest.raises(error, match="log_samples"):
+                run.log_samples(4, wrong)
+        with pytest.raises(ValueError, match="at most 16 MiB"):
+            run.log_samples(4, {"large": np.zeros(3 << 20)})
+    with tmm.open_run(run.path) as read:
+        assert read.sample_steps == [3, 12]
+        found = read.samples(3)
+        assert {name: found[name] for name in texts} == texts
+        assert np.array_equal(found["matrix"], arrays["matrix"])
+        assert found["half"].tolist() == [1.0, 1.0]  # type: ignore[union-attr]
+        assert found["one"].tolist() == 3  # type: ignore[union-attr]
+        with pytest.raises(KeyError, match=r"step 4 has no samples.*\[3, 12\]"):
+            read.samples(4)
+
+
+# Models
+
+
+def train(run: LiveRun, model: nn.Module, steps: int, *, drive: bool = True) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(steps):
+        loss = model(torch.randn(8, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log({"loss": loss})
+        if drive:
+            run.step(samples=8)
+
+
+def test_a_watched_model_is_recorded_in_the_steps_of_the_run(root: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with start(root) as run:
+        assert run.watch(model) is model
+        train(run, model, 25)
+        with pytest.raises(RuntimeError, match="watches a model already"):
+            run.watch(nn.Linear(2, 2))
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == list(range(25))
+        assert read.series("loss")[0].tolist() == list(range(25))
+        for key in (
+            *("activation/1/zero_fraction", "gradient/0.weight/norm"),
+            *("update/0.weight/relative_norm", "parameter/0.bias/rms"),
+        ):
+            assert read.series(key)[0].tolist() == [0, 10, 20], key
+        assert (read.series("system/samples_per_second")[1] > 0).all()
+        assert read.events == []
+        assert "activation" in read.text("explain.txt")
+    assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_a_monitor_drives_the_steps_of_the_run(root: Path) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with start(root) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms"), tmm.update("norm")), run=run)
+        monitor = tmm.monitor(model)
+        monitor.watch(optimizer)
+        with pytest.raises(RuntimeError, match="no step is open"):
+            run.log({"loss": 1.0})
+        for step in (0, 5, 10):
+            with monitor.step(step):
+                loss = model(torch.randn(8, 4)).square().mean()
+                loss.backward()
+                optimizer.step()
+                run.log({"loss": loss}, step=step)
+                with pytest.raises(RuntimeError, match="is not the step"):
+                    run.log({"loss": loss}, step=step + 1)
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 5, 10]
+        assert len(read.at(5)) == 4 + len([k for k in read.at(5) if k.startswith("system/")])
+        assert read.series("loss")[0].tolist() == [0, 5, 10]
+
+
+def test_a_monitor_takes_over_the_step_that_the_run_had_opened(root: Path) -> None:
+    model = nn.Linear(4, 1)
+    with start(root) as run:
+        run.log({"before": 1.0})
+        run.watch(model, tmm.Spec(tmm.activation("rms")))
+        monitor = tmm.monitor(model)
+        for step in range(3):
+            with monitor.step(step):
+                model(torch.randn(2, 4))
+                run.log({"loss": step})
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 1, 2]
+        assert read.at(0)["before"] == 1
+        assert read.at(2)["loss"] == 2
+        assert read.events == []
+
+
+def test_the_optimizer_may_be_given(root: Path) -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with start(root) as run:
+        run.watch(model, tmm.Spec(tmm.update("norm")), optimizer=optimizer)
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        run.step()
+    with tmm.open_run(run.path) as read:
+        assert read.keys("update") == ["update/weight/norm", "update/bias/norm"]
+
+
+def test_a_failing_step_keeps_what_was_logged(root: Path) -> None:
+    model = nn.Linear(4, 1)
+    with pytest.raises(ZeroDivisionError), start(root) as run:
+        run.watch(model)
+        for step in range(3):
+            run.log({"loss": step})
+            if step == 2:
+                raise ZeroDivisionError("at step 2")
+            model(torch.randn(2, 4))
+            run.step()
+    with tmm.open_run(run.path) as read:
+        assert read.series("loss")[1].tolist() == [0, 1, 2]
+        assert read.state is not None
+        assert read.state.status == "failed"
+        assert read.state.reason == "ZeroDivisionError: at step 2"
+
+
+# Ends
+
+
+def test_a_run_that_is_stopped_early(root: Path) -> None:
+    run = start(root)
+    run.log({"a": 1.0})
+    run.stop_early("the validation loss rose")
+    record = find_run(run.id, root)
+    assert (record.status, record.reason) == ("stopped", "the validation loss rose")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ("", "finished", ""),
+        ("raise KeyError('x')", "failed", "KeyError: 'x'"),
+        ("sys.exit(3)", "finished", ""),
+        ("os.kill(os.getpid(), 9)", "crashed", "its process is gone"),
+        ("os._exit(1)", "crashed", "its process is gone"),
+    ],
+)
+def test_the_end_of_a_process(root: Path, body: str, status: str, reason: str) -> None:
+    process = script(root, body)
+    name = process.communicate(timeout=120)[0].strip()
+    record = find_run(name, root)
+    assert (record.status, record.reason, record.steps) == (status, reason, 1)
+
+
+def test_a_running_run_of_another_process(root: Path) -> None:
+    process = script(root, "sys.stdin.read()")
+    assert process.stdout is not None
+    name = process.stdout.readline().strip()
+    try:
+        record = find_run(name, root)
+        assert (record.status, record.steps) == ("running", 1)
+        with pytest.raises(ValueError, match="is running; stop it first"):
+            delete_run(record)
+        with pytest.raises(ValueError, match="is running, in another process"):
+            start(root, resume=name)
+        assert runs_to_prune(root, timedelta(0)) == ()
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+        assert find_run(name, root).status == "crashed"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_fork_does_not_keep_a_run_alive(root: Path) -> None:
+    body = """
+if os.fork() == 0:
+    try:
+        run.log({"a": 1.0})
+    except RuntimeError as error:
+        print(error, flush=True)
+    os.close(1)
+    sys.stdin.read()
+    os._exit(0)
+os.kill(os.getpid(), 9)
+"""
+    process = script(root, body)
+    process.wait(timeout=60)
+    assert process.stdout is not None
+    name, refusal = process.stdout.read().splitlines()
+    assert "a child forked from it cannot record" in refusal
+    assert find_run(name, root).status == "crashed"
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def test_a_run_goes_on(root: Path) -> None:
+    with start(root, name="first", config={"lr": 1}, tags=["t"]) as run:
+        for value in range(3):
+            run.log({"loss": value})
+            run.step()
+    with start(root, resume="first", config={"lr": 2}) as again:
+        assert (again.id, again.current_step) == (run.id, 3)
+        again.log({"loss": 3})
+    record = find_run(run.id, root)
+    assert (record.steps, record.config, record.tags) == (4, {"lr": 1}, ("t",))
+    with pytest.raises(LookupError, match=r"no run 'frist'.*the nearest are first"):
+        start(root, resume="frist")
+
+
+# Many
+
+
+def test_many_runs_at_once(root: Path) -> None:
+    processes = [script(root, "") for _ in range(4)]
+    threads = [threading.Thread(target=lambda: start(root).finish()) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = {process.communicate(timeout=120)[0].strip() for process in processes}
+    records = list_runs(root)
+    assert len(records) == 8
+    assert names <= {record.id for record in records}
+    assert {record.status for record in records} == {"finished"}
+
+
+def test_two_thousand_runs(root: Path) -> None:
+    with start(root, name="original") as run:
+        run.log({"loss": 1.0})
+    for number in range(2000):
+        copy = run.path.with_name(f"copy-{number:04d}")
+        shutil.copytree(run.path, copy)
+        text = (copy / "run.json").read_text()
+        (copy / "run.json").write_text(text.replace(run.id, copy.name))
+    assert len(list_runs(root, limit=20)) == 20
+    assert find_run("copy-1234", root).steps == 1
+    with pytest.raises(LookupError, match="begins the ids of 10 runs"):
+        find_run("copy-123", root)
+
+
+def test_broken_runs_are_listed_as_such(root: Path) -> None:
+    paths = []
+    for name in ("good", "segment", "info", "state", "empty"):
+        run = start(root, name=name)
+        if name != "empty":
+            run.log({"loss": 1.0})
+        run.finish()
+        paths.append(run.path)
+    _, segment, info, state, _ = paths
+    (found,) = segment.glob("*.h5")
+    found.write_bytes(b"no HDF5" * 100)
+    (info / "run.json").write_text("{")
+    (state / "state.json").write_text("[]")
+    by_path = {record.path: record for record in list_runs(root)}
+    assert len(by_path) == 5
+    assert [by_path[path].status for path in paths] == [
+        *("finished", "broken", "broken", "broken", "finished")
+    ]
+    assert by_path[paths[4]].steps == 0
+    assert "run.json is not readable" in by_path[info].reason
+    assert list_runs(root, status="broken", limit=2)[0].status == "broken"
+    assert list_runs(root, project="other") == ()
+
+
+def test_finding_deleting_and_pruning(root: Path) -> None:
+    old, tagged, new = (start(root, name=name) for name in ("old", "tagged", "new"))
+    for run in (old, tagged, new):
+        run.finish()
+    for run in (old, tagged):
+        info = json.loads((run.path / "run.json").read_text())
+        info["starts"][0]["time"] = "2020-01-01T00:00:00+00:00"
+        info["tags"] = ["keep"] if run is tagged else []
+        (run.path / "run.json").write_text(json.dumps(info))
+    assert list_runs(root)[0].name == "new"
+    assert [record.name for record in list_runs(root, tag="keep")] == ["tagged"]
+    days = timedelta(days=30)
+    assert {record.name for record in runs_to_prune(root, days)} == {"old", "tagged"}
+    (record,) = runs_to_prune(root, days, keep_tagged=True)
+    assert record.name == "old"
+    delete_run(record)
+    assert not old.path.exists()
+    assert len(list_runs(root)) == 2
+    assert find_run(str(new.path), root).id == find_run("new", root).id == new.id
+    assert find_run(new.id[:-1], root).id == new.id
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        list_runs(root / "none")
+    with pytest.raises(LookupError, match="among the 0"):
+        find_run("x", root / "none")
+
+
+def test_runs_that_only_instrument_recorded(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=tmp_path / "plain")
+    with tmm.monitor(model).step(0):
+        model(torch.randn(1, 2))
+    tmm.remove(model)
+    (record,) = list_runs(tmp_path)
+    assert (record.id, record.status, record.steps) == ("plain", "finished", 1)
+    with tmm.open_run(record.path) as run:
+        assert run.state is None
+
+
+# One line
+
+
+@pytest.fixture
+def no_current_run() -> Iterator[None]:
+    yield
+    tmm.finish()
+
+
+@pytest.mark.usefixtures("no_current_run")
+def test_a_current_run(root: Path) -> None:
+    for call in (lambda: tmm.log({"a": 1}), tmm.step, current_run, lambda: tmm.watch(nn.ReLU())):
+        with pytest.raises(RuntimeError, match=r"call tmm.init\(project=...\) first"):
+            call()
+    run = tmm.init("p", root=root, system_seconds=None)
+    with pytest.raises(RuntimeError, match=r"is not finished; call tmm.finish\(\) first"):
+        tmm.init("p", root=root)
+    assert current_run() is run
+    model = tmm.watch(nn.Linear(4, 1), tmm.Spec(tmm.activation("rms")))
+    for _ in range(2):
+        model(torch.randn(2, 4))
+        tmm.log({"loss": 1.0})
+        tmm.step()
+    tmm.finish()
+    tmm.finish()
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 1]
+        assert "activation/[root module]/rms" in read.keys(None)
+
+
+def test_system_metrics_are_recorded(root: Path) -> None:
+    with start(root, system_seconds=0.01) as run:
+        while not (run._system and run._system.latest()):
+            pass
+        run.log({"loss": 1.0})
+        run.step(tokens=100)
+        run.log({"loss": 1.0})
+        run.step(tokens=100)
+    with tmm.open_run(run.path) as read:
+        assert read.series("system/process_memory")[1][0] > 1e6
+        assert (read.series("system/tokens_per_second")[1] > 0).all()
+        assert "tmm-system" not in {thread.name for thread in threading.enumerate()}
+    assert os.path.exists(run.path / "state.json")

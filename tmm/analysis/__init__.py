@@ -1,0 +1,23 @@
+"""What a recorded run says: what went wrong, in numbers, and beside other runs."""
+
+from tmm.analysis.anomaly import Anomaly
+from tmm.analysis.compare import Comparison, compare
+from tmm.analysis.detectors.nonfinite import first_nonfinite
+from tmm.analysis.divergence import Divergence, first_divergence
+from tmm.analysis.recorded import Recorded, RecordedSeries
+from tmm.analysis.registry import find_anomalies
+from tmm.analysis.summary import KeySummary, summarize
+
+__all__ = [
+    "Anomaly",
+    "Comparison",
+    "Divergence",
+    "KeySummary",
+    "Recorded",
+    "RecordedSeries",
+    "compare",
+    "find_anomalies",
+    "first_divergence",
+    "first_nonfinite",
+    "summarize",
+]

@@ -1,0 +1,1 @@
+"""The built-in detectors: one theme per file, plain functions of a record."""

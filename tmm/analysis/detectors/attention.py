@@ -1,0 +1,72 @@
+"""Heads of attention that look at one key only, and logits that grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.recorded import Recorded
+from tmm.analysis.robust import early_median
+from tmm.analysis.series import series_of
+
+
+def collapsed_attention(
+    recorded: Recorded,
+    *,
+    entropy: float = 0.1,
+    part: float = 0.2,
+    normalized: float = 0.02,
+    sharp: float = 0.1,
+    least: int = 5,
+) -> Iterator[Anomaly]:
+    """Heads whose entropy has collapsed, in ``least`` recorded steps in a row.
+
+    An entropy below ``entropy`` nats and below ``part`` of the median of its first ten recorded
+    values, or a normalized entropy below ``normalized`` (which is 0 to 1): medium, for heads that
+    copy one token are like that; high where all steps are below ``sharp`` of that limit, at which
+    hardly any gradient comes through. An entropy of exactly zero in all steps is that of a single
+    key. After Zhai et al. 2023, arXiv 2303.06296.
+    """
+    limits = {"attention_entropy": entropy, "attention_normalized_entropy": normalized}
+    for series in series_of(recorded, lambda info: info.kind in limits):
+        entropies = series.finite()
+        limit = limits[series.info.kind]
+        early = early_median(entropies.values)
+        if series.info.kind == "attention_entropy":
+            limit = min(limit, part * early) if early > 0 else limit
+            flagged = (entropies.values < limit) & (early > 0)
+        else:
+            flagged = (entropies.values < limit) & bool((entropies.values > 0).any())
+        for episode in episodes(entropies, flagged, badness=-entropies.values, least=least):
+            values = entropies.values[episode.places]
+            severity: Severity = "high" if (values < sharp * limit).all() else "medium"
+            unit = " nats" if series.info.kind == "attention_entropy" else " of the possible"
+            text = (
+                f"The attention of {series.site} looks at almost one key only {episode.when}: its"
+                f" entropy fell to {number(episode.value)}{unit}; in the first recorded steps it"
+                f" was {number(early)}."
+            )
+            yield episode.anomaly("attention_collapse", severity, limit, text)
+
+
+def growing_logits(
+    recorded: Recorded, *, medium: float = 50.0, high: float = 100.0, factor: float = 4.0
+) -> Iterator[Anomaly]:
+    """Heads whose largest logit is above ``medium`` (medium) or ``high`` (high), and has grown.
+
+    It has grown to at least ``factor`` times the median of its first ten recorded values (counted
+    as 1 where that is less). After Dehghani et al. 2023, arXiv 2302.05442.
+    """
+    for series in series_of(recorded, lambda info: info.kind == "attention_max_logit"):
+        logits = series.finite()
+        early = early_median(logits.values)
+        flagged = (logits.values > medium) & (logits.values >= factor * max(early, 1.0))
+        for episode in episodes(logits, flagged):
+            severity: Severity = "high" if episode.value > high else "medium"
+            limit = high if severity == "high" else medium
+            text = (
+                f"The largest attention logit of {series.site} reached {number(episode.value)}"
+                f" {episode.when}, more than {number(limit)}; in the first recorded steps it was"
+                f" {number(early)}."
+            )
+            yield episode.anomaly("attention_logit_growth", severity, limit, text)

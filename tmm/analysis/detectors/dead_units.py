@@ -1,0 +1,54 @@
+"""Units that have died: outputs that are zero, and stay so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tmm.analysis.anomaly import Anomaly, episodes, number
+from tmm.analysis.recorded import Recorded
+from tmm.analysis.robust import runs
+from tmm.analysis.series import BoolArray, Series, metrics_of
+
+
+def dead_units(
+    recorded: Recorded,
+    *,
+    medium: float = 0.9,
+    high: float = 0.99,
+    alive: float = 0.8,
+    least: int = 5,
+) -> Iterator[Anomaly]:
+    """Modules whose output is mostly exact zeros, in ``least`` recorded steps in a row.
+
+    A ``zero_fraction`` of ``high`` and more is high, of ``medium`` and more medium, if it was below
+    ``alive`` in a step before; so what is sparse by design, such as a dropout, is none. High is
+    also what has been above ``high`` in every recorded step, unless its share of zeros is always
+    the same and not all of it, as that of one-hot vectors.
+    """
+    for series in metrics_of(recorded, "activation", "zero_fraction"):
+        shares = series.finite()
+        dead = shares.values >= high
+        always = len(dead) >= least and bool(dead.all()) and not _is_constant(shares)
+        was_alive = np.logical_or.accumulate(shares.values < alive)
+        dying = was_alive & (shares.values >= medium)
+        for episode in episodes(shares, dead if always else dying, least=least):
+            of_all = any(True for _ in runs(dead[episode.places], least))
+            limit = high if of_all else medium
+            text = (
+                f"{100 * limit:.3g} % or more of the output of {series.site} is zero"
+                f" {episode.when} (up to {100 * episode.value:.4g} %); "
+            )
+            if always:
+                text += "it has been so from the first recorded step."
+            else:
+                lowest = float(shares.values[: episode.places.start].min())
+                text += f"before, it was as little as {number(100 * lowest)} %."
+            yield episode.anomaly("dead_units", "high" if of_all else "medium", limit, text)
+
+
+def _is_constant(shares: Series) -> bool:
+    """Whether the share never changes, and is not all."""
+    same: BoolArray = shares.values == shares.values[0]
+    return bool(same.all()) and float(shares.values[0]) < 1.0

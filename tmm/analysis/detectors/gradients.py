@@ -1,0 +1,179 @@
+"""Gradients that explode, vanish or are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.names import metric_of
+from tmm.analysis.recorded import Recorded
+from tmm.analysis.robust import jumps
+from tmm.analysis.series import (
+    GRAD_SCALE,
+    BoolArray,
+    Series,
+    named,
+    series_of,
+    skipped_steps,
+)
+from tmm.layout import KeyInfo
+from tmm.metrics import FloatArray
+from tmm.reader import StepArray
+
+_TOTALS = ("gradient_norm", "gradient_norm_before_clip")
+_FAMILIES = ("gradient", "gradient_before_clip")
+
+
+def exploding_gradients(
+    recorded: Recorded,
+    *,
+    high: float = 100.0,
+    critical: float = 1000.0,
+    factor: float = 10.0,
+    score: float = 8.0,
+    window: int = 50,
+    least: int = 10,
+) -> Iterator[Anomaly]:
+    """Norms of gradients, all together, of blocks and of parameters, that are or become large.
+
+    A norm above ``high`` is high, above ``critical`` critical. So is a jump: at least ``factor``
+    times the median of the ``window`` recorded values before (of ``least`` at the least) and more
+    than ``score`` spreads above it, in decades: high for all gradients or a block, medium for one
+    parameter. Steps that a ``GradScaler`` skipped are left out, and so are jumps that vanish when
+    norms are divided by ``step/grad_scale``.
+    """
+    skipped = skipped_steps(recorded)
+    scale = named(recorded, GRAD_SCALE)
+    for series in series_of(recorded, _is_norm):
+        norms = series.without(skipped).finite()
+        jumped, usual = jumps(norms.values, factor=factor, score=score, window=window, least=least)
+        if scale is not None and jumped.any():
+            scaled = norms.values / _scale_at(scale, norms)
+            jumped &= jumps(scaled, factor=factor, score=score, window=window, least=least)[0]
+        for episode in episodes(norms, jumped | (norms.values > high)):
+            value, place = episode.value, episode.worst
+            severity: Severity = "critical" if value > critical else "high"
+            if value <= high and series.info.kind in _FAMILIES:
+                severity = "medium"
+            text = f"{_named(series)} reached {number(value)} {episode.when}"
+            limit = critical if value > critical else high
+            if value > high:
+                text += f", more than {number(limit)}"
+                if episode.places.start == 0:
+                    text += "; it has been large from the first recorded step (is the loss a sum?)"
+            if jumped[place]:
+                limit = limit if value > high else factor * usual[place]
+                text += (
+                    f"; it was {number(value / usual[place])} times its median of the"
+                    f" {min(place, window)} recorded steps before ({number(usual[place])})"
+                )
+            yield episode.anomaly("gradient_explosion", severity, limit, text + ".")
+
+
+def vanishing_gradients(
+    recorded: Recorded, *, limit: float = 1e-7, least: int = 3
+) -> Iterator[Anomaly]:
+    """Norms of gradients below ``limit`` in ``least`` recorded steps in a row: medium.
+
+    Of all gradients together, of blocks, and of parameters, where those of their module are below
+    it together. Zeros before the first other value (an adapter that starts at zero) are nothing,
+    and parameters and blocks that have nothing else are left to `idle_parameters`.
+    """
+    modules = _norms_by_module(recorded)
+    for norms in (norms for siblings in modules.values() for norms in siblings):
+        if _is_frozen(norms):
+            continue
+        flagged = norms.values < limit
+        if norms.info.kind != "step":
+            flagged &= _together(modules[_module(norms)], norms.steps) < limit
+        if norms.site not in _TOTALS:
+            flagged[: int(np.argmax(norms.values > 0))] = False
+        for episode in episodes(norms, flagged, badness=-norms.values, least=least):
+            text = (
+                f"{_named(norms)} was below {number(limit)} {episode.when} (as small as"
+                f" {number(episode.value)}): hardly anything is learned there."
+            )
+            yield episode.anomaly("gradient_vanishing", "medium", limit, text)
+
+
+def idle_parameters(
+    recorded: Recorded, *, limit: float = 1e-7, least: int = 3
+) -> Iterator[Anomaly]:
+    """Parameters and blocks without a gradient to speak of, by design as it seems: low.
+
+    The norm is exactly zero in every recorded step (frozen by what follows, or not used), or it is
+    below ``limit`` in most of at least ``least`` recorded steps while other parameters of the
+    module have more (a bias before a normalization, whose gradient is rounding noise). One row
+    each.
+    """
+    modules = _norms_by_module(recorded)
+    for norms in (norms for siblings in modules.values() for norms in siblings):
+        count = len(norms.values)
+        if _is_frozen(norms):
+            text = f"{_named(norms)} is exactly zero in all {count} recorded steps."
+        else:
+            others = _together(modules[_module(norms)], norms.steps)
+            small = int(((norms.values < limit) & (others >= limit)).sum())
+            if norms.info.kind == "step" or small < least or 2 * small < count:
+                continue
+            text = (
+                f"{_named(norms)} is below {number(limit)} in {small} of {count} recorded steps;"
+                " other parameters of the module do have gradients."
+            )
+        always = np.ones(count, dtype=np.bool_)
+        (episode,) = episodes(norms, always, badness=-norms.values)
+        yield episode.anomaly("gradient_idle", "low", limit, text)
+
+
+def _is_norm(info: KeyInfo) -> bool:
+    if info.kind == "step":
+        return info.site.partition("/")[0] in _TOTALS
+    return info.kind in _FAMILIES and metric_of(info) == "norm"
+
+
+def _is_frozen(norms: Series) -> bool:
+    zeros: BoolArray = norms.values == 0
+    return bool(len(zeros) and zeros.all()) and norms.info.site not in _TOTALS
+
+
+def _named(series: Series) -> str:
+    clip = " before clipping" if "before_clip" in series.key else ""
+    if series.info.kind == "step":
+        block = series.site.partition("/")[2]
+        whose = f"of {block}" if block else "of all parameters"
+        return f"The gradient norm {whose}{clip}"
+    return f"The gradient norm of {series.site}{clip}"
+
+
+def _module(series: Series) -> tuple[str, str]:
+    return series.info.kind, series.site.rpartition(".")[0]
+
+
+def _norms_by_module(recorded: Recorded) -> dict[tuple[str, str], list[Series]]:
+    """The finite norms of gradients at steps that were not skipped."""
+    skipped = skipped_steps(recorded)
+    modules: dict[tuple[str, str], list[Series]] = {}
+    for series in series_of(recorded, _is_norm):
+        modules.setdefault(_module(series), []).append(series.without(skipped).finite())
+    return modules
+
+
+def _together(parameters: list[Series], steps: StepArray) -> FloatArray:
+    """The norm of the gradients of ``parameters`` together at ``steps``."""
+    squares = np.zeros(len(steps))
+    for norms in parameters:
+        squares += np.nan_to_num(norms.on(steps)) ** 2
+    together: FloatArray = np.sqrt(squares)
+    return together
+
+
+def _scale_at(scale: Series, norms: Series) -> FloatArray:
+    """The scale at each step of ``norms``: the last one recorded until then."""
+    known = scale.where(np.isfinite(scale.values) & (scale.values > 0))
+    if not len(known.steps):
+        return np.ones(len(norms.steps))
+    places = np.searchsorted(known.steps, norms.steps, side="right") - 1
+    scales: FloatArray = known.values[places.clip(min=0)]
+    return scales

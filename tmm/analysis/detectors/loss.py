@@ -1,0 +1,191 @@
+"""Losses that spike, drop, diverge or stand still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.names import is_loss, is_total_loss
+from tmm.analysis.recorded import Recorded
+from tmm.analysis.robust import NORMAL, before
+from tmm.analysis.series import Series, series_of
+from tmm.metrics import FloatArray
+
+_NEAR = 10  # values before that say where the loss is now
+_LEAST_NEAR = 3
+
+
+def loss_spikes(
+    recorded: Recorded,
+    *,
+    medium: float = 8.0,
+    high: float = 20.0,
+    window: int = 50,
+    least: int = 10,
+    floor: float = 0.02,
+) -> Iterator[Anomaly]:
+    """Losses far above those before.
+
+    The rise is that above the median of the 10 values before, on a logarithmic scale where a loss
+    is always positive. It is compared with the rises of the ``window`` recorded values before: more
+    than ``medium`` of their spreads (1.4826 times the median absolute deviation) above their median
+    is medium, more than ``high`` high. The spread is ``floor`` of the loss at least, so that a jump
+    after a constant loss counts; the first ``least`` values are not judged.
+    """
+    for series in series_of(recorded, is_loss):
+        losses = series.finite()
+        values, smallest = _scale(losses, window, floor)
+        near, _ = before(values, _NEAR, _LEAST_NEAR)
+        usual, spread = _usual(values - near, window, least - _LEAST_NEAR, smallest)
+        scores = (values - near - usual) / spread
+        for episode in episodes(losses, scores > medium, badness=scores):
+            place = episode.worst
+            severity: Severity = "high" if scores[place] > high else "medium"
+            asked = high if severity == "high" else medium
+            limit, level = near[place] + usual[place] + asked * spread[place], near[place]
+            if _is_positive(losses):
+                limit, level = np.exp(min(limit, 700.0)), np.exp(level)
+            text = (
+                f"{series.key} rose to {number(episode.value)} {episode.when} from about"
+                f" {number(level)}: {number(scores[place])} times as far as it usually varies."
+            )
+            yield episode.anomaly("loss_spike", severity, limit, text)
+
+
+def loss_drops(
+    recorded: Recorded,
+    *,
+    factor: float = 2.0,
+    score: float = 8.0,
+    window: int = 50,
+    least: int = 10,
+    floor: float = 0.02,
+) -> Iterator[Anomaly]:
+    """Losses that fall all at once, as by a mask that hides every target: medium.
+
+    Below the lowest of the 10 values before by more than a factor (for losses that are not always
+    positive: by more than the part of the usual size that this is), and by more than ``score``
+    spreads of such steps. What falls step by step does not count, however fast.
+    """
+    for series in series_of(recorded, is_loss):
+        losses = series.finite()
+        values, smallest = _scale(losses, window, floor)
+        falls = _lowest_before(values, _NEAR) - values
+        usual, spread = _usual(falls, window, least - _LEAST_NEAR, smallest)
+        far = np.log(factor) if _is_positive(losses) else (1 - 1 / factor) * smallest / floor
+        scores = (falls - usual) / spread
+        for episode in episodes(losses, (scores > score) & (falls > far), badness=scores):
+            level = float(losses.values[max(episode.worst - _NEAR, 0) : episode.worst].min())
+            text = (
+                f"{series.key} fell to {number(episode.value)} {episode.when}; the lowest of the"
+                f" {min(episode.worst, _NEAR)} recorded values before was {number(level)}. So"
+                " sudden a fall is rarely learning."
+            )
+            yield episode.anomaly("loss_drop", "medium", level, text)
+
+
+def loss_divergence(
+    recorded: Recorded, *, factor: float = 3.0, critical: float = 1000.0, score: float = 4.0
+) -> Iterator[Anomaly]:
+    """The loss as a whole, above where it began: high, and critical beyond ``critical`` times.
+
+    The median of five recorded values in a row is more than ``factor`` times the first value (above
+    it by that part of its size, where it is negative), and by more than ``score`` times the noise,
+    which is estimated from differences. Terms of a loss, such as ``kl_loss``, may grow.
+    """
+    for series in series_of(recorded, is_total_loss):
+        losses = series.finite()
+        if len(losses.values) < _FIVE:
+            continue
+        first = float(losses.values[0])
+        levels = np.full(len(losses.values), np.nan)
+        levels[_FIVE - 1 :] = np.median(sliding_window_view(losses.values, _FIVE), axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            limit = first + (factor - 1) * abs(first)
+            above = levels > limit
+            if first > 0:
+                noise = _noise(np.log(np.maximum(losses.values, 1e-3 * first)))
+                above &= levels > first * np.exp(min(score * noise, 500.0))
+            else:
+                above &= levels > first + score * _noise(losses.values)
+        for episode in episodes(losses, above):
+            times = (episode.value - first) / abs(first) if first else np.inf
+            severity: Severity = "critical" if times > critical else "high"
+            text = (
+                f"{series.key} stayed above {number(limit)} {episode.when}, up to"
+                f" {number(episode.value)}; training began at {number(first)}."
+            )
+            yield episode.anomaly("loss_divergence", severity, limit, text)
+
+
+def loss_plateaus(
+    recorded: Recorded, *, window: int = 200, tolerance: float = 0.01
+) -> Iterator[Anomaly]:
+    """A loss that has come to rest: low, as it may have been learned.
+
+    The medians of the four quarters of the last ``window`` recorded values differ by no more than
+    ``tolerance`` of their size. Shorter series are not judged.
+    """
+    for series in series_of(recorded, is_loss):
+        losses = series.finite()
+        if len(losses.values) < max(window, 4):
+            continue
+        recent = losses.values[-window:]
+        medians = [float(np.median(part)) for part in np.array_split(recent, 4)]
+        spread, level = max(medians) - min(medians), abs(float(np.median(recent)))
+        if spread <= tolerance * level:
+            flagged = np.arange(len(losses.values)) >= len(losses.values) - window
+            (episode,) = episodes(losses, flagged, badness=-losses.values)
+            text = (
+                f"{series.key} has stayed at {number(float(np.median(recent)))} for the last"
+                f" {window} recorded values, since step {episode.first_step}."
+            )
+            yield episode.anomaly("loss_plateau", "low", tolerance * level, text)
+
+
+_FIVE = 5
+
+
+def _is_positive(losses: Series) -> bool:
+    return bool((losses.values > 0).all())
+
+
+def _scale(losses: Series, window: int, floor: float) -> tuple[FloatArray, FloatArray]:
+    """The values on the scale that they are judged on, and the least spread for each, both (n,)."""
+    if _is_positive(losses):
+        return np.log(losses.values), np.full(len(losses.values), floor)
+    sizes, _ = before(np.abs(losses.values), window, 1)
+    return losses.values, np.maximum(floor * np.nan_to_num(sizes), 1e-12)
+
+
+def _usual(
+    moves: FloatArray, window: int, least: int, smallest: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Median and spread of the moves before each; NaN where there are too few.
+
+    The median counts where it is above zero only: a fall that ends is no rise.
+    """
+    known = np.isfinite(moves)
+    usual, spread = np.full(len(moves), np.nan), np.full(len(moves), np.nan)
+    median, deviation = before(moves[known], window, least)
+    usual[known] = np.maximum(median, 0.0)
+    spread[known] = np.maximum(deviation, smallest[known])
+    return usual, spread
+
+
+def _lowest_before(values: FloatArray, count: int) -> FloatArray:
+    """The lowest of up to ``count`` values before each; NaN for the first."""
+    if not len(values):
+        return values
+    padded = np.concatenate([np.full(count, np.inf), values])
+    lowest = sliding_window_view(padded, count)[: len(values)].min(axis=1)
+    return np.where(np.isinf(lowest), np.nan, lowest)
+
+
+def _noise(values: FloatArray) -> float:
+    """The standard deviation about a trend, from the differences of neighbours."""
+    differences = np.abs(np.diff(values))
+    return float(NORMAL * np.median(differences) / np.sqrt(2)) if len(differences) else 0.0

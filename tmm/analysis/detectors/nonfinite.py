@@ -1,0 +1,160 @@
+"""NaN and infinity: where they appeared first, and where they got to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tmm.analysis.anomaly import Anomaly, Episode, Severity, episodes, number
+from tmm.analysis.detectors.evidence import Evidence, evidence
+from tmm.analysis.names import is_inside
+from tmm.analysis.order import BACKWARD, FORWARD, GRADIENT, LOSS, PARAMETER, UPDATE, execution_ranks
+from tmm.analysis.recorded import Recorded
+
+_PLACES = {
+    FORWARD: "the output of",
+    LOSS: "the loss",
+    BACKWARD: "the gradient of the output of",
+    GRADIENT: "the gradient of",
+    UPDATE: "the update of",
+    PARAMETER: "the parameter",
+}
+
+
+def nonfinite(recorded: Recorded) -> Iterator[Anomaly]:
+    """NaN and infinity in what a model computes, in its loss, gradients, updates and parameters.
+
+    One row per tensor, for the first recorded steps in a row that have them: critical for the one
+    where it began (`first_nonfinite`), high for the others. Infinities without NaN in every
+    recorded step of a tensor, while all losses are finite, are low: masks are made of them.
+
+    What counts: ``nan_count`` and ``inf_count`` above zero; other built-in metrics that are not
+    finite, unless counts or extremes of the same tensor and step say that it is; your own functions
+    once they were finite. ``std``, ``kurtosis``, ``cosine`` and ``relative_norm`` never count: a
+    constant or a zero makes them NaN, too. Gradients of steps that a ``GradScaler`` skipped are
+    left out.
+    """
+    found = _all_found(recorded)
+    origin = _origin(found)
+    if origin is not None:
+        yield _anomaly(origin, "critical", _origin_text(origin, recorded))
+    for item in found:
+        if item is origin:
+            continue
+        text = f"{item.what} has {item.proof} {item.when}"
+        if item.harmless:
+            text += ", that is always, while the loss is finite: by design?"
+            yield _anomaly(item, "low", text)
+        else:
+            assert origin is not None, "what is not harmless has an origin"
+            text += f"; it began in {origin.what} at step {origin.step}."
+            yield _anomaly(item, "high", text)
+
+
+def first_nonfinite(recorded: Recorded) -> Anomaly | None:
+    """Where NaN or infinity appeared first: the smallest step, in it the earliest in execution.
+
+    Outputs of modules come first, in the order of the forward pass, then the loss, gradients from
+    the last layer to the first, updates and parameters. Of a module and one inside of it, it is the
+    inner one. None where there is none.
+    """
+    return next(
+        (anomaly for anomaly in nonfinite(recorded) if anomaly.severity == "critical"), None
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Evidence of one tensor, and its rank in the step."""
+
+    evidence: Evidence
+    rank: tuple[int, int]
+    harmless: bool
+
+    @property
+    def site(self) -> str:
+        return self.evidence.series.site
+
+    @property
+    def first(self) -> Episode:
+        found = self.evidence
+        return next(episodes(found.series, found.flagged, badness=found.badness))
+
+    @property
+    def step(self) -> int:
+        return self.first.first_step
+
+    @property
+    def what(self) -> str:
+        info = self.evidence.series.info
+        if info.kind.startswith("attention"):
+            return f"the attention of {self.site}"
+        if info.kind == "step":
+            return f"the gradient norm of {self.site.partition('/')[2] or 'all parameters'}"
+        place = _PLACES[self.rank[0]]
+        if self.rank[0] == FORWARD and info.kind != "activation":
+            return f"the recorded value {info.key}"
+        return f"{place} {info.key if self.rank[0] == LOSS else self.site}"
+
+    @property
+    def proof(self) -> str:
+        value = self.evidence.value
+        metric = self.evidence.series.metric
+        if metric in ("nan_count", "inf_count"):
+            return f"{number(value)} {'NaN' if metric == 'nan_count' else 'infinite'} elements"
+        return "NaN" if np.isnan(value) else "infinities"
+
+    @property
+    def when(self) -> str:
+        first = self.first
+        times = int(self.evidence.flagged.sum())
+        more = f" and in {times - first.count} later recorded steps" if times > first.count else ""
+        return first.when + more
+
+
+def _all_found(recorded: Recorded) -> list[_Found]:
+    """Everything with evidence, in the order of execution."""
+    ranks = execution_ranks(recorded)
+    everything = list(evidence(recorded, ranks))
+    losses = [item for item in everything if ranks[item.series.key][0] == LOSS]
+    failing = [item.series.steps[item.flagged] for item in losses]
+    failed = np.concatenate([np.empty(0, dtype=np.int64), *failing])
+    found = []
+    for item in everything:
+        if item.flagged.any():
+            rank = ranks[item.series.key]
+            stays = rank[0] == FORWARD and item.is_always_infinite and bool(losses)
+            harmless = stays and not np.isin(item.series.steps, failed).any()
+            found.append(_Found(item, rank, harmless))
+    return sorted(found, key=lambda item: item.rank)
+
+
+def _origin(found: list[_Found]) -> _Found | None:
+    candidates = [item for item in found if not item.harmless]
+    if not candidates:
+        return None
+    step = min(item.step for item in candidates)
+    candidates = [item for item in candidates if item.step == step]
+    origin = candidates[0]
+    while inner := [
+        item
+        for item in candidates
+        if item.rank[0] == origin.rank[0] == FORWARD and is_inside(item.site, origin.site)
+    ]:
+        origin = inner[0]
+    return origin
+
+
+def _origin_text(origin: _Found, recorded: Recorded) -> str:
+    text = f"{origin.proof} {origin.when}: first in {origin.what}"
+    earlier = recorded.steps[recorded.steps < origin.step]
+    if len(earlier):
+        text += f"; everything recorded was finite until step {int(earlier[-1])}"
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _anomaly(item: _Found, severity: Severity, text: str) -> Anomaly:
+    text = f"{text[0].upper()}{text[1:]}"
+    return item.first.anomaly("nonfinite", severity, 0.0, text)

@@ -1,0 +1,71 @@
+"""Updates of parameters that are too large, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.recorded import Recorded
+from tmm.analysis.series import Series, metrics_of
+
+
+def large_updates(
+    recorded: Recorded,
+    *,
+    medium: float = 0.1,
+    high: float = 0.3,
+    critical: float = 1.0,
+    warmup: int = 5,
+    least: int = 3,
+) -> Iterator[Anomaly]:
+    """Updates that are a large part of their weight, after the first ``warmup`` recorded steps.
+
+    A ``relative_norm`` above ``medium`` in ``least`` recorded steps in a row is medium, high where
+    the largest of them is above ``high``; a single one above ``critical`` is critical. Biases are
+    left out, as they move about zero, and so are weights that begin at zero (their first relative
+    norm is above 1) until it has fallen to ``medium``.
+    """
+    for series in metrics_of(recorded, "update", "relative_norm"):
+        if "bias" in series.site.rpartition(".")[2]:
+            continue
+        sizes = series.where(np.arange(len(series.steps)) >= _settled(series, medium, warmup))
+        sizes = sizes.finite()
+        for episode in episodes(sizes, sizes.values > medium):
+            if episode.count < least and episode.value <= critical:
+                continue
+            limits: tuple[tuple[Severity, float], ...]
+            limits = (("critical", critical), ("high", high), ("medium", medium))
+            severity, limit = next(item for item in limits if episode.value > item[1])
+            text = (
+                f"A step changed {series.site} by up to {number(100 * episode.value)} % of its norm"
+                f" {episode.when}, more than {number(100 * limit)} %: is the learning rate too"
+                " high?"
+            )
+            yield episode.anomaly("update_large", severity, limit, text)
+
+
+def small_updates(recorded: Recorded, *, limit: float = 1e-8, least: int = 10) -> Iterator[Anomaly]:
+    """Parameters that hardly change: low.
+
+    A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row; 1e-8 is less than
+    float32 can hold of one element.
+    """
+    for series in metrics_of(recorded, "update", "relative_norm"):
+        sizes = series.finite()
+        for episode in episodes(sizes, sizes.values < limit, badness=-sizes.values, least=least):
+            text = (
+                f"{series.site} hardly changed {episode.when}: by less than {number(limit)} of its"
+                f" norm in each of {episode.count} recorded steps."
+            )
+            yield episode.anomaly("update_small", "low", limit, text)
+
+
+def _settled(series: Series, medium: float, warmup: int) -> int:
+    """The place from which on a weight is judged."""
+    values = series.values
+    if len(values) and not values[0] <= 1.0:
+        below = np.flatnonzero(values <= medium)
+        return max(warmup, int(below[0])) if len(below) else len(values)
+    return warmup

@@ -1,0 +1,87 @@
+"""Robust statistics of what came before each value of a series, and runs of flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from tmm.analysis.series import BoolArray
+from tmm.metrics import FloatArray
+
+NORMAL = 1.4826
+"""Standard deviation of a normal distribution in units of its median absolute deviation."""
+
+_ROWS_AT_ONCE = 1 << 16  # windows: 25 MiB for 50 values each
+
+
+def before(values: FloatArray, window: int, least: int) -> tuple[FloatArray, FloatArray]:
+    """Median and spread of up to ``window`` values before each one, both of shape (n,).
+
+    The spread is the median absolute deviation times 1.4826. NaN where there are fewer than
+    ``least`` values. ``values`` are finite.
+    """
+    padded = np.concatenate([np.full(window, np.nan), values])
+    windows = sliding_window_view(padded, window)[: len(values)]
+    medians, spreads = np.empty(len(values)), np.empty(len(values))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(values), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            medians[part] = _median(windows[part], least)
+            deviations = np.abs(windows[part] - medians[part, None])
+            spreads[part] = NORMAL * _median(deviations, least)
+    return medians, spreads
+
+
+def jumps(
+    values: FloatArray,
+    *,
+    factor: float,
+    score: float,
+    window: int,
+    least: int,
+    floor: float = 0.05,
+) -> tuple[BoolArray, FloatArray]:
+    """Which positive values jumped above those before them, and what was usual; both (n,).
+
+    On the scale of log10: at least ``factor`` times the median of the ``window`` values before,
+    more than ``score`` spreads above it (the spread being ``floor`` decades at least, so that
+    constant series work), and above the median of everything before. Zeros and what is not finite
+    are neither judged nor remembered.
+    """
+    flagged, usual = np.zeros(len(values), dtype=np.bool_), np.full(len(values), np.nan)
+    with np.errstate(invalid="ignore"):
+        judged = np.flatnonzero(np.isfinite(values) & (values > 0))
+    logarithms = np.log10(values[judged])
+    median, spread = before(logarithms, window, least)
+    rise = logarithms - median
+    found = (rise >= np.log10(factor)) & (rise > score * np.maximum(spread, floor))
+    for place in np.flatnonzero(found):
+        found[place] = logarithms[place] > np.median(logarithms[:place])
+    flagged[judged] = found
+    usual[judged] = 10.0**median
+    return flagged, usual
+
+
+def runs(flags: BoolArray, least: int = 1) -> Iterator[slice]:
+    """The runs of at least ``least`` true flags, as slices."""
+    edges = np.diff(np.concatenate([[0], flags.astype(np.int8), [0]]))
+    for start, stop in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True):
+        if stop - start >= least:
+            yield slice(int(start), int(stop))
+
+
+def early_median(values: FloatArray, count: int = 10) -> float:
+    """The median of the first ``count`` values; NaN without any."""
+    return float(np.median(values[:count])) if len(values) else float("nan")
+
+
+def _median(windows: FloatArray, least: int) -> FloatArray:
+    """The median of what is not NaN in each row; NaN for fewer than ``least``."""
+    ordered = np.sort(windows, axis=1)  # NaN comes last
+    counts = windows.shape[1] - np.isnan(windows).sum(axis=1)
+    rows = np.arange(len(windows))
+    low, high = np.maximum(counts - 1, 0) // 2, np.minimum(counts // 2, windows.shape[1] - 1)
+    medians = 0.5 * ordered[rows, low] + 0.5 * ordered[rows, high]
+    return np.where(counts >= max(least, 1), medians, np.nan)

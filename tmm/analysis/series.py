@@ -1,0 +1,93 @@
+"""One series with what its key says, and the way from a record to those that a detector judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tmm.analysis.names import metric_of
+from tmm.analysis.recorded import Recorded
+from tmm.layout import KeyInfo
+from tmm.metrics import FloatArray
+from tmm.reader import StepArray
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+SKIPPED = "step/skipped"
+GRAD_SCALE = "step/grad_scale"
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """The steps and the values of a key, both of shape (n,)."""
+
+    info: KeyInfo
+    steps: StepArray
+    values: FloatArray
+
+    @property
+    def key(self) -> str:
+        """The key."""
+        return self.info.key
+
+    @property
+    def site(self) -> str:
+        """What was measured."""
+        return self.info.site
+
+    @property
+    def metric(self) -> str:
+        """The metric at the end of the key; empty where there is none."""
+        return metric_of(self.info)
+
+    def where(self, chosen: BoolArray) -> Series:
+        """The part that is ``chosen``, shape (n,)."""
+        return replace(self, steps=self.steps[chosen], values=self.values[chosen])
+
+    def finite(self) -> Series:
+        """The part whose values are finite."""
+        return self.where(np.isfinite(self.values))
+
+    def without(self, steps: StepArray) -> Series:
+        """The part at other steps."""
+        return self.where(~np.isin(self.steps, steps)) if len(steps) else self
+
+    def on(self, steps: StepArray) -> FloatArray:
+        """The values at ``steps``; NaN where there is none."""
+        result = np.full(len(steps), np.nan)
+        if len(self.steps):
+            places = np.searchsorted(self.steps, steps).clip(max=len(self.steps) - 1)
+            there = self.steps[places] == steps
+            result[there] = self.values[places[there]]
+        return result
+
+
+def series_of(recorded: Recorded, choose: Callable[[KeyInfo], bool]) -> Iterator[Series]:
+    """The series whose keys are chosen, in the order of execution; histograms are left out."""
+    names = recorded.keys()
+    for key in names:
+        info = recorded.key_info(key)
+        if choose(info):
+            steps, values = recorded.series(key)
+            if values.ndim == 1:
+                yield Series(info, steps, values)
+
+
+def metrics_of(recorded: Recorded, kind: str, *metrics: str) -> Iterator[Series]:
+    """The series of these metrics of a family."""
+    return series_of(recorded, lambda info: info.kind == kind and metric_of(info) in metrics)
+
+
+def named(recorded: Recorded, key: str) -> Series | None:
+    """The series of ``key``, if there is one."""
+    return next(series_of(recorded, lambda info: info.key == key), None)
+
+
+def skipped_steps(recorded: Recorded) -> StepArray:
+    """The steps that a ``GradScaler`` skipped: their gradients are infinite by design."""
+    skipped = named(recorded, SKIPPED)
+    return np.empty(0, dtype=np.int64) if skipped is None else skipped.steps[skipped.values > 0]

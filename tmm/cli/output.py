@@ -1,0 +1,79 @@
+"""How commands print: tables for people, JSON for programs, errors with exit status 1."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Query = Annotated[str, typer.Argument(help="Id of a run, the beginning of one, its name or path.")]
+
+
+def print_json(value: object) -> None:
+    """Print ``value`` as JSON; NaN and infinities, which JSON lacks, as texts."""
+    typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """``value`` in the types of JSON."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table as wide as the terminal; a note in its place if it has no rows."""
+    console = Console()
+    if not rows:
+        console.print(f"{title}: none", markup=False)
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(shown(cell) for cell in row))
+    console.print(table)
+
+
+def shown(value: object) -> str:
+    """A cell of a table."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, datetime):
+        return f"{value.astimezone():%Y-%m-%d %H:%M}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    return str(value).replace("[", r"\[")
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong and exit with status 1."""
+    typer.echo(f"tmm: {message}", err=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Turn errors that a user can mend into messages."""
+    try:
+        yield
+    except (LookupError, ValueError, OSError) as error:
+        fail(str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error))

@@ -1,0 +1,1 @@
+"""Runs: started, kept, listed and exported."""

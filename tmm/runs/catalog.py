@@ -1,0 +1,191 @@
+"""The runs under a root: listed, found, deleted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from tmm.reader import open_run
+from tmm.runs.state import State, Status
+from tmm.runtime.writer import INFO_NAME, read_info
+
+_DEPTH = 4  # folders below a root
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as a list shows it.
+
+    ``status`` is "broken" for a run whose files cannot be read; ``reason`` says why it is that, or
+    failed, or was stopped. Times are in UTC; ``ended`` is None as long as it is running, and for a
+    run that crashed.
+    """
+
+    id: str
+    project: str
+    name: str
+    path: Path
+    status: Status
+    reason: str = ""
+    config: dict[str, Any] | None = None
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+    started: datetime | None = None
+    ended: datetime | None = None
+    last_step: int | None = None
+    steps: int | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it took; None for a run whose end is not known."""
+        if self.started is None or self.ended is None:
+            return None
+        return (self.ended - self.started).total_seconds()
+
+
+def list_runs(
+    root: str | os.PathLike[str] = "runs",
+    *,
+    project: str | None = None,
+    status: Status | None = None,
+    tag: str | None = None,
+    limit: int | None = None,
+) -> tuple[RunRecord, ...]:
+    """The runs under ``root``, newest first, at most ``limit``. Broken ones are listed as such.
+
+    Raises ``FileNotFoundError`` where there is no such folder.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"root={str(root)!r} is no folder")
+    records = sorted(
+        (_described(path) for path in _folders(Path(root))),
+        key=lambda record: (record.started or datetime.min.replace(tzinfo=UTC), record.id),
+        reverse=True,
+    )
+    chosen: list[RunRecord] = []
+    for record in records:
+        if limit is not None and len(chosen) >= limit:
+            break
+        if project not in (None, record.project) or (tag is not None and tag not in record.tags):
+            continue
+        record = _counted(record)
+        if status in (None, record.status):
+            chosen.append(record)
+    return tuple(chosen)
+
+
+def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs") -> RunRecord:
+    """The run with that path, id or name, or the only one whose id begins so.
+
+    Of several runs of one name it is the newest. Raises ``LookupError``, which names the nearest.
+    """
+    text = os.fspath(query)
+    if (Path(text) / INFO_NAME).is_file():
+        return _counted(_described(Path(text)))
+    folders = list(_folders(Path(root))) if Path(root).is_dir() else []
+    exact = [folder for folder in folders if folder.name == text]
+    begins = [folder for folder in folders if text and folder.name.startswith(text)]
+    if len(exact) == 1 or (not exact and len(begins) == 1):
+        return _counted(_described((exact or begins)[0]))
+    records = [_described(folder) for folder in folders]
+    named = [record for record in records if record.name == text]
+    if named:
+        return _counted(max(named, key=lambda record: (record.started is not None, record.id)))
+    if len(begins) > 1:
+        raise LookupError(f"{text!r} begins the ids of {len(begins)} runs; give more of it")
+    names = [name for record in records for name in (record.id, record.name)]
+    near = get_close_matches(text, names, n=3)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    raise LookupError(f"no run {text!r} among the {len(records)} under {str(root)!r}{hint}")
+
+
+def delete_run(record: RunRecord) -> None:
+    """Delete the folder of a run.
+
+    Raises ``ValueError`` for one that is running.
+    """
+    if record.status == "running":
+        raise ValueError(f"the run {record.id} is running; stop it first")
+    # Renamed first, so that a reader never sees half of it.
+    doomed = record.path.with_name(f".{record.path.name}.deleted")
+    record.path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def runs_to_prune(
+    root: str | os.PathLike[str], older_than: timedelta, *, keep_tagged: bool = False
+) -> tuple[RunRecord, ...]:
+    """The runs that started longer ago than ``older_than``; never one that is running."""
+    before = datetime.now(UTC) - older_than
+    return tuple(
+        record
+        for record in list_runs(root)
+        if record.status != "running"
+        and record.started is not None
+        and record.started < before
+        and not (keep_tagged and record.tags)
+    )
+
+
+def _folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    try:
+        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    except OSError:
+        return
+    if any(entry.name == INFO_NAME for entry in entries):
+        yield root
+        return
+    for entry in entries:
+        if depth and entry.is_dir() and not entry.name.startswith("."):
+            yield from _folders(Path(entry.path), depth - 1)
+
+
+def _described(path: Path) -> RunRecord:
+    """What the small files of a run say."""
+    try:
+        info, state = read_info(path), State.read(path)
+    except (ValueError, OSError) as error:
+        return RunRecord(path.name, path.parent.name, path.name, path, "broken", str(error))
+    starts = info.get("starts") or [{}]
+    if state is None:  # recorded by tmm.instrument(run=path) alone, which keeps no state
+        state = State("finished", str(starts[0].get("time", "")))
+    return RunRecord(
+        id=str(info.get("id", path.name)),
+        project=str(info.get("project", path.parent.name)),
+        name=str(info.get("name", path.name)),
+        path=path,
+        status=state.status,
+        reason=state.reason,
+        config=dict(info.get("config") or {}),
+        tags=tuple(info.get("tags") or ()),
+        notes=str(info.get("notes", "")),
+        started=_time(str(starts[0].get("time") or state.started)),
+        ended=_time(state.ended),
+        last_step=state.last_step,
+    )
+
+
+def _counted(record: RunRecord) -> RunRecord:
+    """With the steps that its segments hold; broken if they cannot be read."""
+    if record.status == "broken":
+        return record
+    try:
+        with open_run(record.path) as run:
+            steps = run.steps
+    except (ValueError, OSError, KeyError) as error:
+        return replace(record, status="broken", reason=str(error))
+    last = int(steps[-1]) if len(steps) else record.last_step
+    return replace(record, steps=len(steps), last_step=last)
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None

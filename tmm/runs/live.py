@@ -1,0 +1,430 @@
+"""A run that this process records."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from tmm.metrics import HISTOGRAM_EDGES
+from tmm.run_info import describe_environment
+from tmm.runs.optimizers import OptimizerFinder
+from tmm.runs.samples import write_samples
+from tmm.runs.state import State, Status, hold_lock
+from tmm.runs.system import StepClock, SystemSampler
+from tmm.runtime.binding import KeyRegistry
+from tmm.runtime.collector import StepCollector
+from tmm.runtime.writer import RunWriter
+from tmm.spec import Spec
+
+if TYPE_CHECKING:
+    from tmm.monitor import Monitor
+
+Model = TypeVar("Model", bound=Callable[..., Any])
+
+_WAIT = 0.05  # seconds
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+
+
+class LiveRun:
+    """A run while it is recorded; ``tmm.start_run`` makes one.
+
+    ``log`` adds values to the step that is open, and ``step`` ends it and opens the next one. With
+    a model that ``tmm.instrument(..., run=run)`` instruments, the steps are those of its monitor.
+    As a context manager it finishes by itself, as "failed" for an exception.
+
+    Attributes:
+        id: unique among all runs; the name of its folder ``path``.
+        project, name, config, tags, notes: as given.
+        monitor: that of the model that is watched; None without one.
+        current_step: the step that is open, or that will be.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        project: str,
+        name: str | None,
+        config: Mapping[str, object],
+        tags: tuple[str, ...],
+        notes: str,
+        system_seconds: float | None,
+        first_step: int = 0,
+    ) -> None:
+        self.path, self.id = path, path.name
+        self.project, self.name = project, name or path.name
+        self.config, self.tags, self.notes = dict(config), tags, notes
+        self.monitor: Monitor | None = None
+        self.current_step = first_step
+        info = {
+            "id": self.id,
+            "project": project,
+            "name": self.name,
+            "config": self.config,
+            "tags": list(tags),
+            "notes": notes,
+            **describe_environment(),
+        }
+        self.writer = RunWriter(path, info=info, histogram_edges=HISTOGRAM_EDGES)
+        self._lock = hold_lock(path)
+        self._state = State.begin()
+        self._state.write(path)
+        self._registry = KeyRegistry()
+        self._open: StepCollector | None = None
+        self._opened: StepCollector | None = None
+        self._last_step: int | None = None
+        self._finder: OptimizerFinder | None = None
+        self._clock = StepClock()
+        self._processed: tuple[int | None, int | None] = None, None
+        self._system = None if system_seconds is None else SystemSampler(system_seconds)
+        if self._system is not None:
+            self._system.start()
+        # The registry of exit handlers must not keep a run that was given up.
+        reference = weakref.ref(self)
+        self._at_exit = lambda: _finish_at_exit(reference)
+        atexit.register(self._at_exit)
+
+    # Values
+
+    def log(self, values: Mapping[str, object], step: int | None = None) -> None:
+        """Record numbers under their keys in the open step; the last one of a key counts.
+
+        Mappings inside are flattened, ``{"train": {"loss": 1.0}}`` to ``train/loss``. Tensors on an
+        accelerator are not waited for.
+
+        Args:
+            values: numbers, tensors of one element on any device, or numpy numbers, by key.
+            step: the step they belong to; the open one ends if it is an earlier one.
+
+        Raises:
+            TypeError: for what is no number.
+            ValueError: for an array of several, an empty key, or a ``step`` that lies before.
+            RuntimeError: after ``finish``, or outside of the monitor's steps, where it has them.
+            OSError: if what was logged before could not be written.
+        """
+        self._require_open()
+        numbers = dict(_numbers(values))
+        if step is not None:
+            self._go_to(step)
+        collector = self._collector()
+        for key, number in numbers.items():
+            collector.log(key, number, _last)
+
+    def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
+        """End the open step and give the number of the next one.
+
+        ``samples`` and ``tokens`` are how many it has processed, for their rates.
+
+        Raises:
+            RuntimeError: after ``finish``, or while the monitor's own step is open.
+            OSError: if what was logged before could not be written.
+        """
+        self._require_open()
+        self._collector()
+        self._processed = samples, tokens
+        self._end_step()
+        self.current_step += 1
+        if self.monitor is not None:
+            self._begin_monitored()
+        return self.current_step
+
+    def log_samples(self, step: int, samples: Mapping[str, object]) -> None:
+        """Keep small arrays or texts of a step; ``tmm.open_run(path).samples(step)`` reads them.
+
+        Raises:
+            ValueError: for a name that is no text, or more than 16 MiB of a step.
+            TypeError: for what is neither text nor an array of numbers.
+            OSError: if they cannot be written.
+        """
+        self._require_open()
+        write_samples(self.path, int(step), samples)
+
+    # Models
+
+    def watch(
+        self,
+        model: Model,
+        spec: Spec | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        scaler: GradScaler | None = None,
+        **options: Any,
+    ) -> Model:
+        """Instrument ``model`` to be recorded in the steps of this run; gives the same object back.
+
+        Args:
+            model: as in ``tmm.instrument``.
+            spec: what to measure; ``tmm.default_spec()`` without one.
+            optimizer: what trains it. Without one, an optimizer that steps and holds parameters of
+                the model is found by itself.
+            scaler: the ``GradScaler`` that goes with it.
+            **options: further arguments of ``tmm.instrument``.
+
+        Raises:
+            RuntimeError: after ``finish``, or for a second model.
+            ValueError, TypeError, OSError: as ``tmm.instrument`` and ``Monitor.watch`` raise.
+        """
+        from tmm.instrument import instrument
+        from tmm.instrument import monitor as monitor_of
+
+        watched = instrument(model, spec or default_spec(), run=self, **options)
+        self.monitor = monitor_of(watched)
+        if optimizer is not None:
+            self.monitor.watch(optimizer, scaler)
+        elif self.monitor.watches_optimizers:
+            self._finder = OptimizerFinder(self.monitor, scaler)
+        self._begin_monitored()
+        return watched
+
+    def attach(self, monitor: Monitor) -> None:
+        """Record the steps of ``monitor``; called by ``tmm.instrument``.
+
+        Raises:
+            RuntimeError: after ``finish``, or for a second model.
+        """
+        self._require_open()
+        if self.monitor is not None:
+            raise RuntimeError(
+                f"the run {self.id} watches a model already; start another run, or put both models"
+                " into one module"
+            )
+        self.monitor = monitor
+
+    def has_opened(self, collector: StepCollector) -> bool:
+        """Whether the step of the monitor was opened by this run; called by the monitor."""
+        return collector is self._opened
+
+    def begins(self, collector: StepCollector) -> None:
+        """The monitor begins a step; called by it."""
+        step, self._opened = collector.step, None
+        if self._open is not None and self._open.step == step:
+            collector.take_logged(self._open)
+            self._open = None
+        self._flush_own()
+        self.current_step = step
+
+    def ends(self, collector: StepCollector) -> None:
+        """The monitor is about to record a step; called by it."""
+        self._add_own_values(collector)
+        self._last_step = collector.step
+
+    # End
+
+    def finish(self) -> None:
+        """Record what is open and close the run as finished; a second call does nothing."""
+        self._end("finished", "")
+
+    def stop_early(self, reason: str) -> None:
+        """Close the run as stopped early, such as by a validation loss that no longer falls."""
+        self._end("stopped", reason)
+
+    def fail(self, error: BaseException) -> None:
+        """Close the run as failed."""
+        self._end("failed", f"{type(error).__name__}: {error}")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run was closed."""
+        return self._state.status != "running"
+
+    def __enter__(self) -> LiveRun:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finish()
+        else:
+            self.fail(error)
+
+    def _end(self, status: Status, reason: str) -> None:
+        if self.is_finished or self._state.process != os.getpid():
+            return
+        atexit.unregister(self._at_exit)
+        try:
+            self._close()
+        except BaseException as error:
+            status, reason = "failed", f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._state = self._state.end(status, reason, self._last_step)
+            self._state.write(self.path)
+            if self._lock is not None:
+                self._lock.close()
+
+    def _close(self) -> None:
+        if self._finder is not None:
+            self._finder.stop()
+        if self._system is not None:
+            self._system.stop()
+        try:
+            if self.monitor is not None:
+                if self._opened is not None:
+                    self._end_step()
+                self.monitor.close()
+            self._flush_own()
+        finally:
+            self.writer.close()
+
+    # Steps
+
+    def _collector(self) -> StepCollector:
+        if self.monitor is not None:
+            return self.monitor.open_collector()
+        if self._open is None:
+            self._open = StepCollector(self.current_step, self._registry, monitored=False)
+        return self._open
+
+    def _go_to(self, step: int) -> None:
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+            raise TypeError(f"step={step!r} is not an integer")
+        if step < self.current_step:
+            raise ValueError(f"step={step} lies before the open step {self.current_step}")
+        if step > self.current_step:
+            if self.monitor is not None and self._opened is None:
+                raise RuntimeError(
+                    f"step={step} is not the step {self.current_step} that the monitor has open;"
+                    " leave out step="
+                )
+            self._end_step()
+            self.current_step = int(step)
+            if self.monitor is not None:
+                self._begin_monitored()
+
+    def _begin_monitored(self) -> None:
+        assert self.monitor is not None
+        self.monitor.begin_step(self.current_step)
+        self._opened = self.monitor.open_collector()
+
+    def _end_step(self) -> None:
+        if self.monitor is None:
+            self._flush_own()
+        elif self.monitor.has_content:
+            self.monitor.end_step()
+        else:
+            self.monitor.discard_step()
+        self._opened = None
+
+    def _flush_own(self) -> None:
+        collector, self._open = self._open, None
+        if collector is None:
+            return
+        self._add_own_values(collector)
+        self._last_step = collector.step
+        # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
+        self.writer.submit(collector.record, wait_seconds=_WAIT if collector.is_on_host else 0.0)
+
+    def _add_own_values(self, collector: StepCollector) -> None:
+        values = self._clock.mark(*self._processed)
+        self._processed = None, None
+        if self._system is not None:
+            values |= self._system.latest()
+        for key, value in values.items():
+            collector.log(key, torch.tensor(value, dtype=torch.float64), _last)
+
+    def _require_open(self) -> None:
+        if self.is_finished:
+            raise RuntimeError(f"the run {self.id} is {self._state.status}; start another one")
+        if self._state.process != os.getpid():
+            raise RuntimeError(
+                f"the run {self.id} belongs to process {self._state.process}: a child forked from"
+                " it cannot record into it"
+            )
+
+
+def default_spec(every: int = 10) -> Spec:
+    """What ``run.watch`` measures without a spec, on each step that is a multiple of ``every``.
+
+    Of all outputs the root mean square, largest magnitude, share of zeros, NaNs and infinities; of
+    gradients norm, NaNs and infinities; of parameters root mean square and NaNs, and their updates.
+    """
+    from tmm import rules
+
+    return Spec(
+        rules.activation("rms", "absmax", "zero_fraction", "nan_count", "inf_count"),
+        rules.gradient("norm", "nan_count", "inf_count"),
+        rules.parameter("rms", "nan_count"),
+        rules.update("relative_norm"),
+        every=every,
+    )
+
+
+def new_id() -> str:
+    """A name that no other run has, and that sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def checked_project(project: str) -> str:
+    """``project``, if it can be the name of a folder; raises ``ValueError``."""
+    if not isinstance(project, str) or not project or set(project) - _NAME or project[0] == ".":
+        raise ValueError(
+            f"project={project!r} cannot name a folder; use letters, digits, '-', '_' and '.'"
+        )
+    return project
+
+
+def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """The tags, each once; raises ``TypeError`` for what is no text."""
+    if isinstance(tags, str):
+        raise TypeError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
+    found = tuple(dict.fromkeys(tags))
+    for tag in found:
+        if not isinstance(tag, str):
+            raise TypeError(f"tags: {tag!r} is not text")
+    return found
+
+
+def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, torch.Tensor]]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"log({values!r}): give a dictionary, such as {{'loss': 0.5}}")
+    for key, value in values.items():
+        if not isinstance(key, str) or not key:
+            raise ValueError(f"log: the key {key!r} is not text")
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{name}/")
+            continue
+        if isinstance(value, torch.Tensor):
+            number = value.detach()
+        elif isinstance(value, (bool, int, float, np.number, np.bool_, np.ndarray)):
+            number = torch.from_numpy(np.atleast_1d(np.asarray(value, dtype=np.float64)))
+        else:
+            raise TypeError(f"log: {name!r} is {value!r}, not a number; log_samples takes texts")
+        if number.numel() != 1 or number.is_complex():
+            raise ValueError(
+                f"log: {name!r} has shape {tuple(number.shape)} and dtype {number.dtype}, and is"
+                " not one real number; log a mean, or log_samples the array"
+            )
+        yield name, number
+
+
+def _last(values: torch.Tensor) -> torch.Tensor:
+    return values[-1]
+
+
+def _finish_at_exit(reference: weakref.ref[LiveRun]) -> None:
+    run = reference()
+    if run is None:
+        return
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    if error is None:
+        run.finish()
+    else:
+        run.fail(error)

@@ -1,0 +1,79 @@
+"""Start a run, or go on with one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from tmm.reader import open_run
+from tmm.runs.catalog import find_run
+from tmm.runs.live import LiveRun, checked_project, checked_tags, new_id
+
+
+def start_run(
+    project: str = "default",
+    name: str | None = None,
+    config: Mapping[str, object] | None = None,
+    tags: Iterable[str] = (),
+    notes: str = "",
+    root: str | os.PathLike[str] = "runs",
+    *,
+    resume: str | None = None,
+    system_seconds: float | None = 1.0,
+) -> LiveRun:
+    """Start a run: a folder ``root/project/id`` that this process records into.
+
+    Many processes may start runs under one root at once.
+
+    Args:
+        project: what the run belongs to; a folder below ``root``.
+        name: what people call it; its id without one.
+        config: the hyperparameters, to be compared with those of other runs.
+        tags: labels; runs that have some can be kept from ``tmm runs prune``.
+        notes: anything to remember.
+        root: folder of all runs.
+        resume: id, name or path of a run to go on with after its last step; it keeps its project,
+            name, configuration, tags and notes.
+        system_seconds: how often processor, memory and GPUs are looked at; None for never.
+
+    Raises:
+        ValueError: for a project that cannot name a folder, or a run to resume that is running.
+        TypeError: for a configuration or tags of another kind.
+        LookupError: if there is no run to resume.
+        OSError: if the folder cannot be written.
+    """
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config={config!r} is not a dictionary")
+    if resume is not None:
+        return _resumed(Path(root), resume, system_seconds)
+    folder = Path(root) / checked_project(project) / new_id()
+    tags = checked_tags(tags)
+    folder.mkdir(parents=True)
+    return LiveRun(
+        folder,
+        project=project,
+        name=name,
+        config=dict(config or {}),
+        tags=tags,
+        notes=notes,
+        system_seconds=system_seconds,
+    )
+
+
+def _resumed(root: Path, query: str, system_seconds: float | None) -> LiveRun:
+    found = find_run(query, root)
+    if found.status == "running":
+        raise ValueError(f"resume={query!r}: the run {found.id} is running, in another process")
+    with open_run(found.path) as run:
+        steps = run.steps
+    return LiveRun(
+        found.path,
+        project=found.project,
+        name=found.name,
+        config=found.config,
+        tags=found.tags,
+        notes=found.notes,
+        system_seconds=system_seconds,
+        first_step=int(steps[-1]) + 1 if len(steps) else 0,
+    )

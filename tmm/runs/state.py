@@ -1,0 +1,122 @@
+"""What became of a run: kept in its folder, and by a lock that only a living process holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Literal, TypeAlias, get_args
+
+from tmm.runtime.writer import replace_text
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+STATE_NAME = "state.json"
+LOCK_NAME = "alive.lock"
+
+Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run's process says of it.
+
+    ``status`` is "running" until the process says otherwise; ``reason`` says why it failed or was
+    stopped early. Times are ISO 8601, in UTC.
+    """
+
+    status: Status
+    started: str
+    ended: str = ""
+    reason: str = ""
+    last_step: int | None = None
+    process: int = 0
+    host: str = ""
+
+    @staticmethod
+    def begin() -> State:
+        """The state of a run that this process starts now."""
+        return State("running", now(), process=os.getpid(), host=platform.node())
+
+    def end(self, status: Status, reason: str, last_step: int | None) -> State:
+        """The state when the process is done with it."""
+        return replace(self, status=status, reason=reason, ended=now(), last_step=last_step)
+
+    def write(self, folder: Path) -> None:
+        """Keep the state in the run's folder; raises OSError."""
+        replace_text(folder / STATE_NAME, json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> State | None:
+        """The state that a folder holds; None for a run that nobody started as one.
+
+        A run that is said to be running by a process that is gone is "crashed". Raises ValueError
+        for a damaged file.
+        """
+        path = folder / STATE_NAME
+        try:
+            found = json.loads(path.read_bytes())
+            state = State(**found)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if state.status == "running" and not _is_alive(folder, state):
+            return replace(state, status="crashed", reason="its process is gone")
+        return state
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def hold_lock(folder: Path) -> IO[bytes] | None:
+    """Lock the run's folder until the file is closed, or the process ends in whatever way.
+
+    A child that is forked does not hold it. None where there are no locks.
+    """
+    if fcntl is None:
+        return None
+    file = (folder / LOCK_NAME).open("wb")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:  # some network file systems have none
+        file.close()
+        return None
+    return file
+
+
+def _is_alive(folder: Path, state: State) -> bool:
+    is_here = state.host == platform.node()
+    if is_here and state.process == os.getpid():
+        return True  # to try the lock would give it up
+    path = folder / LOCK_NAME
+    if fcntl is not None and path.exists():
+        try:
+            with path.open("r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # it cannot be tried here
+        else:
+            return False
+    return not is_here or _is_running(state.process)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

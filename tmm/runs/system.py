@@ -1,0 +1,357 @@
+"""What the machine does beside the training: its processors, memory and GPUs, and time per step.
+
+psutil and nvidia-ml-py are optional. Without them, or where the machine does not tell, keys are
+missing: nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import math
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self, TypeAlias
+
+import torch
+
+from tmm.gaps import MonitoringWarning
+
+Values: TypeAlias = Mapping[str, float]
+
+_JOIN_SECONDS = 2.0  # a driver that hangs must not keep the training from its end
+_STALE_INTERVALS, _STALE_SECONDS = 10, 10.0  # the larger counts
+_FIRST_SECONDS = 0.1  # what the first percentages are of
+_NO_GPU = ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded")
+_STATUS, _MEMORY = Path("/proc/self/status"), Path("/proc/meminfo")
+
+
+class SystemSampler:
+    """A daemon thread that samples the machine, each ``interval_seconds``; `latest` never waits.
+
+    Keys, of the whole machine and in bytes unless another unit is named:
+
+    ===================================  ========================================================
+    ``system/cpu_percent``               of all processors, since the sample before; needs psutil
+    ``system/load_average``              processes of the last minute; only without psutil
+    ``system/process_cpu_percent``       of one processor: 200 where two are busy
+    ``system/process_memory``            resident memory of this process, without its children
+    ``system/host_memory``               what is not available to new programs
+    ``system/host_memory_percent``       the same, of all memory
+    ``system/gpu_I/memory``              of all programs, with what the driver reserves
+    ``system/gpu_I/memory_percent``      the same, of all memory
+    ``system/gpu_I/utilisation_percent`` time in which a kernel ran
+    ``system/gpu_I/temperature``         degrees Celsius
+    ``system/gpu_I/power``               watts
+    ``system/gpu_I/torch_memory``        of this process's tensors, once it has initialised CUDA
+    ===================================  ========================================================
+
+    ``I`` numbers GPUs as nvidia-smi does, whatever ``CUDA_VISIBLE_DEVICES`` says; as torch does
+    where NVML is missing. What cannot be read is warned of once and left out from then on.
+    Raises ValueError for an interval that is no positive number.
+    """
+
+    def __init__(self, interval_seconds: float = 1.0) -> None:
+        if not 0 < interval_seconds < math.inf:
+            raise ValueError(f"interval_seconds must be a positive number, not {interval_seconds}")
+        self.interval_seconds = interval_seconds
+        self._psutil, self._nvml = _optional("psutil"), _optional("pynvml")
+        self._sampling: _Sampling | None = None
+
+    def latest(self) -> dict[str, float]:
+        """The newest values by key, at once.
+
+        Empty before the first sample, after `stop`, in a forked child that has not called `start`,
+        and once the newest sample is old: ten intervals, and at least ten seconds.
+        """
+        sampling = self._sampling
+        return {} if sampling is None else sampling.latest()
+
+    def start(self) -> None:
+        """Start the thread, if it does not run."""
+        if self._sampling is None or not self._sampling.is_of_this_process:
+            sampling = _Sampling(self.interval_seconds, self._psutil, self._nvml)
+            # Only a signal: the garbage collector may run in the middle of anything.
+            weakref.finalize(self, sampling.end).atexit = False
+            sampling.start()
+            self._sampling = sampling
+
+    def stop(self) -> None:
+        """End the thread, and wait for it for two seconds at most."""
+        if self._sampling is not None:
+            self._sampling.stop()
+            self._sampling = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class StepClock:
+    """Measures the time of steps, of the host: a GPU's kernels may still be running."""
+
+    def __init__(self) -> None:
+        self._marked: float | None = None
+
+    def mark(self, samples: int | None = None, tokens: int | None = None) -> dict[str, float]:
+        """End a step that took ``samples`` and ``tokens``; return its seconds and rates by key.
+
+        The first call only starts the clock. Raises ValueError for a negative number.
+        """
+        for name, count in (("samples", samples), ("tokens", tokens)):
+            if count is not None and count < 0:
+                raise ValueError(f"{name} must be the number of a step's {name}, not {count}")
+        now, before = time.perf_counter(), self._marked
+        self._marked = now
+        if before is None:
+            return {}
+        values = {"system/step_seconds": now - before}
+        for name, count in (("samples", samples), ("tokens", tokens)):
+            if count is not None and now > before:
+                values[f"system/{name}_per_second"] = count / (now - before)
+        return values
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A query that gives values by key; ``name`` is for the user."""
+
+    name: str
+    read: Callable[[], Values]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    values: Values
+    seconds: float  # of the monotonic clock
+
+
+class _Sampling:
+    """One thread and its newest sample. It knows no sampler, which can so be collected."""
+
+    def __init__(self, interval: float, psutil: Any, nvml: Any) -> None:
+        self._interval = interval
+        self._psutil, self._nvml = psutil, nvml
+        self._stale_seconds = max(_STALE_INTERVALS * interval, _STALE_SECONDS)
+        self._sample = _Sample({}, -math.inf)
+        self._process = os.getpid()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tmm system metrics", daemon=True)
+
+    @property
+    def is_of_this_process(self) -> bool:
+        return self._process == os.getpid()
+
+    def latest(self) -> dict[str, float]:
+        sample = self._sample
+        if time.monotonic() - sample.seconds > self._stale_seconds or not self.is_of_this_process:
+            return {}
+        return dict(sample.values)
+
+    def start(self) -> None:
+        self._thread.start()
+        atexit.register(self.stop)  # a daemon must not sample while the interpreter goes
+
+    def end(self) -> None:
+        if self.is_of_this_process:  # the event's lock may have been held when the parent forked
+            self._end.set()
+
+    def stop(self) -> None:
+        atexit.unregister(self.stop)
+        self.end()
+        if self.is_of_this_process:
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        with ExitStack() as stack:
+            failures: list[str] = []
+            probes = _probes(self._psutil, self._nvml, stack, failures)
+            pause = min(_FIRST_SECONDS, self._interval)
+            while not self._end.wait(pause):
+                probes = self._take(probes, failures)
+                if failures:
+                    _say(failures)
+                    failures = []
+                pause = self._interval
+
+    def _take(self, probes: list[_Probe], failures: list[str]) -> list[_Probe]:
+        """Take a sample; return the probes that worked."""
+        values: dict[str, float] = {}
+        working = []
+        for probe in probes:
+            try:
+                values.update(probe.read())
+            except Exception as error:  # a driver's own classes; the training is not to notice
+                failures.append(f"{probe.name} ({error!r})")
+            else:
+                working.append(probe)
+        self._sample = _Sample(values, time.monotonic())
+        return working
+
+
+def _optional(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+    except Exception as error:  # such as a psutil that does not know the system
+        _say([f"what {name} measures ({error!r})"])
+        return None
+
+
+def _say(failures: list[str]) -> None:
+    text = f"system metrics are left out from now on: {', '.join(failures)}"
+    with suppress(MonitoringWarning):  # an error, if the user filters so, for which nobody waits
+        warnings.warn(text, MonitoringWarning, stacklevel=2)
+
+
+def _probes(psutil: Any, nvml: Any, stack: ExitStack, failures: list[str]) -> list[_Probe]:
+    """All that there are; of those that cannot be had, why is appended to ``failures``."""
+    probes: list[_Probe] = []
+    gpus: dict[str, int] = {}
+    try:
+        probes.extend(_host_probes() if psutil is None else _psutil_probes(psutil))
+    except Exception as error:
+        failures.append(f"system/... ({error!r})")
+    probes.append(_Probe("system/process_cpu_percent", _ProcessTime().percent))
+    try:
+        if nvml is not None:
+            probes.extend(_gpu_probes(nvml, gpus, stack, failures))
+    except Exception as error:
+        if type(error).__name__ not in _NO_GPU:
+            failures.append(f"system/gpu_... ({error!r})")
+    probes.append(_Probe("system/gpu_.../torch_memory", partial(_torch_memory, gpus)))
+    return probes
+
+
+# The host
+
+
+def _psutil_probes(psutil: Any) -> Iterator[_Probe]:
+    process = psutil.Process()
+    psutil.cpu_percent(interval=None)  # from here on it counts
+
+    def host_memory() -> Values:
+        memory = psutil.virtual_memory()
+        return _memory("system/host_memory", memory.total - memory.available, memory.total)
+
+    yield _Probe("system/host_memory", host_memory)
+    yield _number("system/cpu_percent", lambda: psutil.cpu_percent(interval=None))
+    yield _number("system/process_memory", lambda: process.memory_info().rss)
+
+
+def _host_probes() -> Iterator[_Probe]:
+    """What can be known without psutil."""
+
+    def host_memory() -> Values:
+        total, available = (_from_table(_MEMORY, name) for name in ("MemTotal", "MemAvailable"))
+        return _memory("system/host_memory", total - available, total)
+
+    if _MEMORY.exists():
+        yield _Probe("system/host_memory", host_memory)
+    if _STATUS.exists():
+        yield _number("system/process_memory", lambda: _from_table(_STATUS, "VmRSS"))
+    if hasattr(os, "getloadavg"):
+        yield _number("system/load_average", lambda: os.getloadavg()[0])
+
+
+def _number(key: str, read: Callable[[], float]) -> _Probe:
+    return _Probe(key, lambda: {key: float(read())})
+
+
+def _memory(key: str, used: int, total: int) -> Values:
+    return {key: float(used), f"{key}_percent": 100 * used / total}
+
+
+def _from_table(path: Path, name: str) -> int:
+    """A number of bytes from a table of Linux, which has lines such as ``VmRSS:  123 kB``."""
+    for line in path.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(f"{path} has no {name}")
+
+
+class _ProcessTime:
+    """Processor time of this process, against the clock."""
+
+    def __init__(self) -> None:
+        self._busy, self._clock = time.process_time(), time.monotonic()
+
+    def percent(self) -> Values:
+        busy, clock = self._busy, self._clock
+        self._busy, self._clock = time.process_time(), time.monotonic()
+        if self._clock <= clock:
+            return {}
+        return {"system/process_cpu_percent": 100 * (self._busy - busy) / (self._clock - clock)}
+
+
+# GPUs
+
+
+def _gpu_probes(
+    nvml: Any, gpus: dict[str, int], stack: ExitStack, failures: list[str]
+) -> Iterator[_Probe]:
+    """Of each GPU that NVML has; fills ``gpus``: identifiers as torch writes them, to numbers."""
+    nvml.nvmlInit()
+    stack.callback(_shut_down, nvml)
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+            gpus[nvml.nvmlDeviceGetUUID(gpu).removeprefix("GPU-")] = index
+        except Exception as error:  # one that has failed
+            failures.append(f"system/gpu_{index} ({error!r})")
+        else:
+            yield from _probes_of_gpu(nvml, gpu, f"system/gpu_{index}")
+
+
+def _probes_of_gpu(nvml: Any, gpu: Any, name: str) -> Iterator[_Probe]:
+    def memory() -> Values:
+        found = nvml.nvmlDeviceGetMemoryInfo(gpu)
+        return _memory(f"{name}/memory", found.used, found.total)
+
+    def temperature() -> float:
+        celsius: float = nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)
+        return celsius
+
+    rates, power = nvml.nvmlDeviceGetUtilizationRates, nvml.nvmlDeviceGetPowerUsage
+    yield _Probe(f"{name}/memory", memory)
+    yield _number(f"{name}/utilisation_percent", lambda: rates(gpu).gpu)
+    yield _number(f"{name}/temperature", temperature)
+    yield _number(f"{name}/power", lambda: power(gpu) / 1000)
+
+
+def _torch_memory(gpus: Mapping[str, int]) -> Values:
+    """What torch has allocated, by the numbers ``gpus`` of identifiers; by torch's without any."""
+    if not torch.cuda.is_initialized():
+        return {}
+    values = {}
+    for device in range(torch.cuda.device_count()):
+        index: int | None = device
+        if gpus:
+            index = gpus.get(str(torch.cuda.get_device_properties(device).uuid))
+        if index is None:
+            raise LookupError(f"cuda:{device} is none of the GPUs that NVML has")
+        values[f"system/gpu_{index}/torch_memory"] = float(torch.cuda.memory_allocated(device))
+    return values
+
+
+def _shut_down(nvml: Any) -> None:
+    with suppress(nvml.NVMLError):  # nothing is lost by it
+        nvml.nvmlShutdown()
