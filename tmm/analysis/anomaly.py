@@ -110,5 +110,5 @@ def episodes(
 
 
 def number(value: float) -> str:
-    """A number for people, of three digits."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    """A number for people, of four digits."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"

@@ -72,6 +72,19 @@ def runs(flags: BoolArray, least: int = 1) -> Iterator[slice]:
             yield slice(int(start), int(stop))
 
 
+def bridged(flags: BoolArray, lasting: BoolArray) -> BoolArray:
+    """The flags, and what lies between two of them where ``lasting`` holds throughout.
+
+    So a value that trembles about its limit is one episode.
+    """
+    result = flags.copy()
+    for places in runs(flags | lasting):
+        flagged = np.flatnonzero(flags[places])
+        if len(flagged):
+            result[places.start + flagged[0] : places.start + flagged[-1]] = True
+    return result
+
+
 def early_median(values: FloatArray, count: int = 10) -> float:
     """The median of the first ``count`` values; NaN without any."""
     return float(np.median(values[:count])) if len(values) else float("nan")

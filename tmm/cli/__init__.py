@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from tmm.cli import runs
+from tmm.cli.anomalies import anomalies
 from tmm.cli.coord_check import coord_check
 from tmm.cli.demo import demo
+from tmm.cli.info import explain, info
+from tmm.cli.plot import plot
 
 app = typer.Typer(
     name="tmm",
@@ -17,8 +21,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-app.command()(demo)
-app.command()(coord_check)
+for command in (demo, coord_check, anomalies, plot, explain, info):
+    app.command()(command)
+app.add_typer(runs.app, name="runs")
+for alias, command in (
+    *(("list", runs.list_), ("show", runs.show)),
+    *(("compare", runs.compare), ("delete", runs.delete)),
+):
+    app.command(alias, help=f"The same as: tmm runs {alias}.")(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,18 +38,27 @@ def plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table as wide as the terminal; a note in its place if it has no rows."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, whole: int = 1
+) -> None:
+    """Print a table as wide as the terminal; a note in its place if it has no rows.
+
+    Empty columns are left out, and the first ``whole`` ones are not broken into lines.
+    """
     console = Console()
     if not rows:
         console.print(f"{title}: none", markup=False)
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(shown(cell) for cell in row))
+    cells = [[shown(cell) for cell in row] for row in rows]
+    used = [index for index in range(len(columns)) if any(row[index] for row in cells)]
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for index in used:
+        table.add_column(columns[index], overflow="fold", no_wrap=index < whole)
+    for row in cells:
+        table.add_row(*(row[index] for index in used))
+    console.print(title, style="bold", markup=False, highlight=False)
     console.print(table)
+    console.print()
 
 
 def shown(value: object) -> str:

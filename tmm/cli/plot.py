@@ -57,6 +57,8 @@ def sparkline(values: FloatArray, width: int, *, log: bool = False) -> str:
     if log:
         with np.errstate(invalid="ignore", divide="ignore"):
             values = np.log10(values)
+    if not len(values):
+        return ""
     parts = np.array_split(values, min(width, len(values)))
     finite = values[np.isfinite(values)]
     if not len(finite):

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tmm.analysis import Comparison, first_divergence, summarize
 from tmm.analysis import compare as compare_runs
-from tmm.analysis import first_divergence, summarize
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
 from tmm.reader import open_run
 from tmm.runs.catalog import RunRecord, delete_run, find_run, list_runs, runs_to_prune
@@ -45,12 +45,16 @@ def list_(
     if as_json:
         print_json([described(record) for record in records])
         return
+    several = len({record.project for record in records}) > 1
     rows = [
-        (r.id, r.project, r.name, r.status, r.steps, r.last_step, r.started, r.tags, r.reason)
+        (
+            *(r.id, r.status, r.steps, r.started, r.project if several else None),
+            *(r.name if r.name != r.id else None, r.tags, r.reason),
+        )
         for r in records
     ]
-    columns = ("id", "project", "name", "status", "steps", "last", "started", "tags", "reason")
-    print_table(f"runs under {root}", columns, rows)
+    columns = ("id", "status", "steps", "started", "project", "name", "tags", "reason")
+    print_table(f"runs under {root}", columns, rows, whole=4)
 
 
 @app.command()
@@ -107,8 +111,8 @@ def compare(
         names = _names(records)
         runs = {name: open_run(record.path) for name, record in zip(names, records, strict=True)}
         try:
-            known = {found for run in runs.values() for found in run.keys()}
-            keys = _matching(sorted(known), key)
+            known = sorted({found for run in runs.values() for found in run.keys(None)})
+            keys = _matching(known, key) if key else None
             configs = {n: r.config or {} for n, r in zip(names, records, strict=True)}
             result = compare_runs(runs, keys=keys, configs=configs)
             first, second, *_ = runs.values()
@@ -118,7 +122,7 @@ def compare(
                 run.close()
     if as_json:
         parted = None if divergence is None else asdict(divergence)
-        print_json({**asdict(result), "first_divergence": parted})
+        print_json({**_as_mapping(result), "first_divergence": parted})
         return
     print_comparison(result, names)
     if divergence is not None:
@@ -128,10 +132,28 @@ def compare(
         )
 
 
-def print_comparison(result: Any, names: list[str]) -> None:
+def _as_mapping(result: Comparison) -> dict[str, Any]:
+    return {
+        "runs": result.runs,
+        "config": result.configuration,
+        "metrics": [
+            {
+                "key": m.key,
+                "direction": m.direction,
+                "final": m.final,
+                "best": m.best,
+                "steps": m.steps.tolist(),
+                "values": {run: values.tolist() for run, values in m.values.items()},
+            }
+            for m in result.metrics
+        ],
+    }
+
+
+def print_comparison(result: Comparison, names: list[str]) -> None:
     """Print a comparison as two tables."""
     differing = [
-        (name, *(values.get(run) for run in names)) for name, values in result.config.items()
+        (name, *(values.get(run) for run in names)) for name, values in result.configuration.items()
     ]
     print_table("configurations that differ", ("", *names), differing)
     rows = [(m.key, *(m.final.get(run) for run in names), m.best or "") for m in result.metrics]
@@ -192,11 +214,20 @@ def export(
 def described(record: RunRecord) -> dict[str, Any]:
     """A run in the words of the command line."""
     return {
-        **{"id": record.id, "project": record.project, "name": record.name},
-        **{"status": record.status, "reason": record.reason, "path": str(record.path)},
-        **{"started": record.started, "ended": record.ended, "seconds": record.seconds},
-        **{"steps": record.steps, "last_step": record.last_step, "tags": list(record.tags)},
-        **{"notes": record.notes, "config": record.config or {}},
+        "id": record.id,
+        "project": record.project,
+        "name": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "path": str(record.path),
+        "started": record.started,
+        "ended": record.ended,
+        "seconds": record.seconds,
+        "steps": record.steps,
+        "last_step": record.last_step,
+        "tags": list(record.tags),
+        "notes": record.notes,
+        "config": record.config or {},
     }
 
 

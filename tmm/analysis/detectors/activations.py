@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import early_median, jumps
+from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
 
 _WORDS = {"absmax": "largest value", "rms": "root mean square"}
@@ -24,13 +24,15 @@ def activation_outliers(
 
     An ``absmax`` or ``rms`` above ``medium`` is medium, above ``high`` high; one severity less
     where it has been above from the first recorded step on without growing to ``growth`` times
-    the median of its first ten values, as the scale of a tensor. A ``kurtosis`` above ``kurtosis``
+    the median of its first ten values, as the scale of a tensor. What falls to no less than half of
+    ``medium`` in between is one episode. A ``kurtosis`` above ``kurtosis``
     is medium: few elements carry everything (a normal distribution has 3).
     """
     for series in metrics_of(recorded, "activation", "absmax", "rms"):
         sizes = series.finite()
         early = early_median(sizes.values)
-        for episode in episodes(sizes, sizes.values > medium):
+        flagged = bridged(sizes.values > medium, sizes.values > medium / 2)
+        for episode in episodes(sizes, flagged):
             severity: Severity = "high" if episode.value > high else "medium"
             limit = high if severity == "high" else medium
             text = (
@@ -43,7 +45,8 @@ def activation_outliers(
             yield episode.anomaly("activation_outlier", severity, limit, text + ".")
     for series in metrics_of(recorded, "activation", "kurtosis"):
         tails = series.finite()
-        for episode in episodes(tails, tails.values > kurtosis):
+        flagged = bridged(tails.values > kurtosis, tails.values > kurtosis / 2)
+        for episode in episodes(tails, flagged):
             text = (
                 f"The output of {series.site} has a kurtosis of {number(episode.value)}"
                 f" {episode.when}: a few elements are far larger than the others."

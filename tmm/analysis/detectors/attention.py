@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import early_median
+from tmm.analysis.robust import bridged, early_median
 from tmm.analysis.series import series_of
 
 
@@ -55,12 +55,14 @@ def growing_logits(
     """Heads whose largest logit is above ``medium`` (medium) or ``high`` (high), and has grown.
 
     It has grown to at least ``factor`` times the median of its first ten recorded values (counted
-    as 1 where that is less). After Dehghani et al. 2023, arXiv 2302.05442.
+    as 1 where that is less). Above half of ``medium`` it is still one episode. After Dehghani et
+    al. 2023, arXiv 2302.05442.
     """
     for series in series_of(recorded, lambda info: info.kind == "attention_max_logit"):
         logits = series.finite()
         early = early_median(logits.values)
         flagged = (logits.values > medium) & (logits.values >= factor * max(early, 1.0))
+        flagged = bridged(flagged, logits.values > medium / 2)
         for episode in episodes(logits, flagged):
             severity: Severity = "high" if episode.value > high else "medium"
             limit = high if severity == "high" else medium

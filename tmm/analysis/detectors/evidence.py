@@ -82,12 +82,12 @@ def _flags(series: Series, steps: StepArray, finite: BoolArray) -> BoolArray:
     values = series.on(steps)
     there = np.isin(steps, series.steps)
     metric = series.metric
+    bad: BoolArray = there & ~np.isfinite(values) & ~finite
     if metric in COUNTS:
-        return there & (values > 0)
-    bad = there & ~np.isfinite(values) & ~finite
-    if metric in ("min", "max"):  # those of nothing at all
-        return bad & (values != (np.inf if metric == "min" else -np.inf))
-    if metric not in _KNOWN:
+        bad = there & (values > 0)
+    elif metric in ("min", "max"):
+        bad &= values != (np.inf if metric == "min" else -np.inf)  # that of nothing at all
+    elif metric not in _KNOWN:
         known = there & np.isfinite(values)
         bad &= np.logical_or.accumulate(known)
     return bad

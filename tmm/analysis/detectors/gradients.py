@@ -9,7 +9,7 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import jumps
+from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import (
     GRAD_SCALE,
     BoolArray,
@@ -35,14 +35,16 @@ def exploding_gradients(
     score: float = 8.0,
     window: int = 50,
     least: int = 10,
+    smallest: float = 1e-6,
 ) -> Iterator[Anomaly]:
     """Norms of gradients, all together, of blocks and of parameters, that are or become large.
 
     A norm above ``high`` is high, above ``critical`` critical. So is a jump: at least ``factor``
     times the median of the ``window`` recorded values before (of ``least`` at the least) and more
     than ``score`` spreads above it, in decades: high for all gradients or a block, medium for one
-    parameter. Steps that a ``GradScaler`` skipped are left out, and so are jumps that vanish when
-    norms are divided by ``step/grad_scale``.
+    parameter; what stays below ``smallest`` is no jump. A norm that falls to no less than half of
+    ``high`` in between is one episode. Steps that a ``GradScaler`` skipped are left out, and so are
+    jumps that vanish when norms are divided by ``step/grad_scale``.
     """
     skipped = skipped_steps(recorded)
     scale = named(recorded, GRAD_SCALE)
@@ -52,7 +54,9 @@ def exploding_gradients(
         if scale is not None and jumped.any():
             scaled = norms.values / _scale_at(scale, norms)
             jumped &= jumps(scaled, factor=factor, score=score, window=window, least=least)[0]
-        for episode in episodes(norms, jumped | (norms.values > high)):
+        jumped &= norms.values > smallest
+        flagged = bridged(jumped | (norms.values > high), norms.values > high / 2)
+        for episode in episodes(norms, flagged):
             value, place = episode.value, episode.worst
             severity: Severity = "critical" if value > critical else "high"
             if value <= high and series.info.kind in _FAMILIES:
@@ -142,7 +146,7 @@ def _named(series: Series) -> str:
     clip = " before clipping" if "before_clip" in series.key else ""
     if series.info.kind == "step":
         block = series.site.partition("/")[2]
-        whose = f"of {block}" if block else "of all parameters"
+        whose = f"of block {block}" if block else "of all parameters"
         return f"The gradient norm {whose}{clip}"
     return f"The gradient norm of {series.site}{clip}"
 

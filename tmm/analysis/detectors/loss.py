@@ -10,7 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.names import is_loss, is_total_loss
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import NORMAL, before
+from tmm.analysis.robust import NORMAL, before, bridged
 from tmm.analysis.series import Series, series_of
 from tmm.metrics import FloatArray
 
@@ -21,8 +21,8 @@ _LEAST_NEAR = 3
 def loss_spikes(
     recorded: Recorded,
     *,
-    medium: float = 8.0,
-    high: float = 20.0,
+    medium: float = 6.0,
+    high: float = 15.0,
     window: int = 50,
     least: int = 10,
     floor: float = 0.02,
@@ -111,7 +111,9 @@ def loss_divergence(
                 above &= levels > first * np.exp(min(score * noise, 500.0))
             else:
                 above &= levels > first + score * _noise(losses.values)
-        for episode in episodes(losses, above):
+        for ahead in range(1, _FIVE):  # the five values begin before the place of their median
+            above[:-ahead] |= above[ahead:] & (losses.values[:-ahead] > limit)
+        for episode in episodes(losses, bridged(above, levels > (first + limit) / 2)):
             times = (episode.value - first) / abs(first) if first else np.inf
             severity: Severity = "critical" if times > critical else "high"
             text = (
@@ -147,6 +149,7 @@ def loss_plateaus(
 
 
 _FIVE = 5
+_FEW = 5.0
 
 
 def _is_positive(losses: Series) -> bool:
@@ -166,13 +169,15 @@ def _usual(
 ) -> tuple[FloatArray, FloatArray]:
     """Median and spread of the moves before each; NaN where there are too few.
 
-    The median counts where it is above zero only: a fall that ends is no rise.
+    The median counts where it is above zero only: a fall that ends is no rise. A spread of few
+    values is itself uncertain, and is taken to be larger: 1 + 5/n times, of n values.
     """
     known = np.isfinite(moves)
     usual, spread = np.full(len(moves), np.nan), np.full(len(moves), np.nan)
     median, deviation = before(moves[known], window, least)
+    counts = np.arange(len(median)).clip(1, window)
     usual[known] = np.maximum(median, 0.0)
-    spread[known] = np.maximum(deviation, smallest[known])
+    spread[known] = np.maximum(deviation * (1 + _FEW / counts), smallest[known])
     return usual, spread
 
 

@@ -15,7 +15,6 @@ from tmm.analysis.recorded import Recorded
 
 _PLACES = {
     FORWARD: "the output of",
-    LOSS: "the loss",
     BACKWARD: "the gradient of the output of",
     GRADIENT: "the gradient of",
     UPDATE: "the update of",
@@ -92,11 +91,13 @@ class _Found:
         if info.kind.startswith("attention"):
             return f"the attention of {self.site}"
         if info.kind == "step":
-            return f"the gradient norm of {self.site.partition('/')[2] or 'all parameters'}"
-        place = _PLACES[self.rank[0]]
+            block = self.site.partition("/")[2]
+            return f"the gradient norm of {f'block {block}' if block else 'all parameters'}"
+        if self.rank[0] == LOSS:
+            return info.key
         if self.rank[0] == FORWARD and info.kind != "activation":
             return f"the recorded value {info.key}"
-        return f"{place} {info.key if self.rank[0] == LOSS else self.site}"
+        return f"{_PLACES[self.rank[0]]} {self.site}"
 
     @property
     def proof(self) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.recorded import Recorded
+from tmm.analysis.robust import bridged
 from tmm.analysis.series import Series, metrics_of
 
 
@@ -22,17 +23,18 @@ def large_updates(
 ) -> Iterator[Anomaly]:
     """Updates that are a large part of their weight, after the first ``warmup`` recorded steps.
 
-    A ``relative_norm`` above ``medium`` in ``least`` recorded steps in a row is medium, high where
-    the largest of them is above ``high``; a single one above ``critical`` is critical. Biases are
-    left out, as they move about zero, and so are weights that begin at zero (their first relative
-    norm is above 1) until it has fallen to ``medium``.
+    A ``relative_norm`` above ``medium`` in ``least`` recorded steps in a row (above half of it in
+    between) is medium, high where the largest of them is above ``high``; a single one above
+    ``critical`` is critical. Biases are left out, as they move about zero, and so are weights that
+    begin at zero (their first relative norm is above 1) until it has fallen to ``medium``.
     """
     for series in metrics_of(recorded, "update", "relative_norm"):
         if "bias" in series.site.rpartition(".")[2]:
             continue
         sizes = series.where(np.arange(len(series.steps)) >= _settled(series, medium, warmup))
         sizes = sizes.finite()
-        for episode in episodes(sizes, sizes.values > medium):
+        flagged = bridged(sizes.values > medium, sizes.values > medium / 2)
+        for episode in episodes(sizes, flagged):
             if episode.count < least and episode.value <= critical:
                 continue
             limits: tuple[tuple[Severity, float], ...]
