@@ -481,3 +481,58 @@ def test_system_metrics_are_recorded(root: Path) -> None:
         assert (read.series("system/tokens_per_second")[1] > 0).all()
         assert "tmm-system" not in {thread.name for thread in threading.enumerate()}
     assert os.path.exists(run.path / "state.json")
+
+
+# Sinks
+
+
+def test_sinks_get_what_is_recorded(root: Path) -> None:
+    taken: list[tuple[int, dict[str, float]]] = []
+
+    def failing(step: int, values: Any) -> None:
+        if step == 1:
+            raise OSError("no network")
+
+    model = nn.Linear(4, 1)
+    sinks = [lambda step, values: taken.append((step, values)), failing]
+    with (
+        pytest.warns(tmm.MonitoringWarning, match="failing failed at step 1.*no network"),
+        start(root, sinks=sinks) as run,
+    ):
+        run.log({"first": 1.0})
+        run.step()
+        run.watch(model, tmm.Spec(tmm.activation("rms")))
+        for _ in range(3):
+            model(torch.randn(2, 4))
+            run.step()
+    assert [step for step, _ in taken] == [0, 1, 2, 3]
+    assert taken[0][1] == {"first": 1.0}
+    assert "activation/[root module]/rms" in taken[2][1]
+    with tmm.open_run(run.path) as read:
+        for step, values in taken:
+            assert read.at(step) == pytest.approx(values)
+
+
+def test_sinks_of_other_packages(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def __init__(self, name: str, make: Any) -> None:
+            self.name, self.value, self._make = name, "package:make", make
+
+        def load(self) -> Any:
+            return self._make
+
+    taken: list[int] = []
+    points = [
+        Point("good", lambda: lambda step, values: taken.append(step)),
+        Point("bad", lambda: 1 / 0),
+    ]
+    monkeypatch.setattr("tmm.runs.sinks.entry_points", lambda group: points)
+    with pytest.warns(tmm.MonitoringWarning, match="sink bad of package:make cannot be made"):
+        run = start(root, sinks=["good", "bad"])
+    run.log({"a": 1.0})
+    run.finish()
+    assert taken == [0]
+    with pytest.raises(ValueError, match="'none' is offered by no package .known: bad, good."):
+        start(root, sinks=["none"])
+    with pytest.raises(TypeError, match="sinks: 3 is neither"):
+        start(root, sinks=[3])

@@ -4,6 +4,7 @@
 statistics of every module are computed inside of it, on the steps that ``spec`` monitors.
 """
 
+from tmm import analysis
 from tmm.coordinate_check import CoordinateCheck, coord_check
 from tmm.explain import Explanation
 from tmm.gaps import MonitoringWarning
@@ -61,6 +62,7 @@ __all__ = [
     "activation",
     "activation_difference",
     "activation_gradient",
+    "analysis",
     "attention",
     "coord_check",
     "default_format_module_name_fn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -165,7 +166,10 @@ class Monitor:
             self._history[finished.step] = finished
         if self._writer is not None:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
-            self._writer.submit(finished.record, wait_seconds=wait)
+            record = finished.record
+            if self._run is not None:
+                record = partial(self._run.evaluate, finished)
+            self._writer.submit(record, wait_seconds=wait)
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
         self._gaps.close()

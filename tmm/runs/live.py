@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,10 +19,12 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from tmm.layout import StepRecord
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.optimizers import OptimizerFinder
 from tmm.runs.samples import write_samples
+from tmm.runs.sinks import Sink, Sinks
 from tmm.runs.state import State, Status, hold_lock
 from tmm.runs.system import StepClock, SystemSampler
 from tmm.runtime.binding import KeyRegistry
@@ -62,6 +65,7 @@ class LiveRun:
         tags: tuple[str, ...],
         notes: str,
         system_seconds: float | None,
+        sinks: Mapping[str, Sink],
         first_step: int = 0,
     ) -> None:
         self.path, self.id = path, path.name
@@ -82,6 +86,7 @@ class LiveRun:
         self._lock = hold_lock(path)
         self._state = State.begin()
         self._state.write(path)
+        self._sinks = Sinks(sinks)
         self._registry = KeyRegistry()
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None
@@ -216,6 +221,12 @@ class LiveRun:
         self._flush_own()
         self.current_step = step
 
+    def evaluate(self, collector: StepCollector) -> StepRecord:
+        """Evaluate a step and hand it to the sinks; called by the writer's thread."""
+        record = collector.record()
+        self._sinks.take(record)
+        return record
+
     def ends(self, collector: StepCollector) -> None:
         """The monitor is about to record a step; called by it."""
         self._add_own_values(collector)
@@ -329,7 +340,8 @@ class LiveRun:
         self._add_own_values(collector)
         self._last_step = collector.step
         # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
-        self.writer.submit(collector.record, wait_seconds=_WAIT if collector.is_on_host else 0.0)
+        wait = _WAIT if collector.is_on_host else 0.0
+        self.writer.submit(partial(self.evaluate, collector), wait_seconds=wait)
 
     def _add_own_values(self, collector: StepCollector) -> None:
         values = self._clock.mark(*self._processed)

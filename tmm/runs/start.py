@@ -9,6 +9,7 @@ from pathlib import Path
 from tmm.reader import open_run
 from tmm.runs.catalog import find_run
 from tmm.runs.live import LiveRun, checked_project, checked_tags, new_id
+from tmm.runs.sinks import Sink, find_sinks
 
 
 def start_run(
@@ -21,6 +22,7 @@ def start_run(
     *,
     resume: str | None = None,
     system_seconds: float | None = 1.0,
+    sinks: Iterable[Sink | str] = (),
 ) -> LiveRun:
     """Start a run: a folder ``root/project/id`` that this process records into.
 
@@ -36,17 +38,22 @@ def start_run(
         resume: id, name or path of a run to go on with after its last step; it keeps its project,
             name, configuration, tags and notes.
         system_seconds: how often processor, memory and GPUs are looked at; None for never.
+        sinks: functions that get each step and its numbers as well, or names under which packages
+            offer one (entry points of the group ``tmm.sinks``). One that fails is warned of, and
+            the training goes on.
 
     Raises:
-        ValueError: for a project that cannot name a folder, or a run to resume that is running.
-        TypeError: for a configuration or tags of another kind.
+        ValueError: for a project that cannot name a folder, a run to resume that is running, or a
+            sink that nobody offers.
+        TypeError: for a configuration, tags or sinks of another kind.
         LookupError: if there is no run to resume.
         OSError: if the folder cannot be written.
     """
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(f"config={config!r} is not a dictionary")
+    found = find_sinks(sinks)
     if resume is not None:
-        return _resumed(Path(root), resume, system_seconds)
+        return _resumed(Path(root), resume, system_seconds, found)
     folder = Path(root) / checked_project(project) / new_id()
     tags = checked_tags(tags)
     folder.mkdir(parents=True)
@@ -58,10 +65,13 @@ def start_run(
         tags=tags,
         notes=notes,
         system_seconds=system_seconds,
+        sinks=found,
     )
 
 
-def _resumed(root: Path, query: str, system_seconds: float | None) -> LiveRun:
+def _resumed(
+    root: Path, query: str, system_seconds: float | None, sinks: Mapping[str, Sink]
+) -> LiveRun:
     found = find_run(query, root)
     if found.status == "running":
         raise ValueError(f"resume={query!r}: the run {found.id} is running, in another process")
@@ -75,5 +85,6 @@ def _resumed(root: Path, query: str, system_seconds: float | None) -> LiveRun:
         tags=found.tags,
         notes=found.notes,
         system_seconds=system_seconds,
+        sinks=sinks,
         first_step=int(steps[-1]) + 1 if len(steps) else 0,
     )
