@@ -36,21 +36,32 @@ def execution_ranks(recorded: Recorded, keys: Iterable[str] | None = None) -> di
     names = recorded.keys()
     infos = [recorded.key_info(key) for key in names]
     forward = {info.site: info.position for info in infos if info.kind == "activation"}
-    end = max(forward.values(), default=-1)
+    backward = {info.site: info.position for info in infos if info.kind == "activation_gradient"}
+    if not backward.keys() <= forward.keys():
+        forward = backward  # they are in the order of the forward pass, too
     asked = infos if keys is None else [recorded.key_info(key) for key in keys]
+    end = max((info.position for info in infos if info.kind == "activation"), default=-1)
     return {info.key: _rank(info, forward, end) for info in asked}
 
 
 def _rank(info: KeyInfo, forward: dict[str, int], end: int) -> Rank:
     part = _part(info, end)
     if part == BACKWARD:
-        return part, -forward.get(info.site, info.position)
+        return part, -forward[info.site]
     if part == GRADIENT:
         if info.kind == "step":
             return part, _LAST
-        owner = info.site.rpartition(".")[0]
-        return part, -forward.get(owner, info.position)
+        return part, -_position_of_module(info.site, forward, info.position)
     return part, info.position
+
+
+def _position_of_module(parameter: str, forward: dict[str, int], position: int) -> int:
+    """That of the parameter's module, or of the nearest around it; its own if none has one."""
+    if not forward:
+        return position
+    parts = parameter.split(".")[:-1]
+    around = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
+    return next((forward[name] for name in around if name in forward), -1)
 
 
 def _part(info: KeyInfo, end: int) -> int:

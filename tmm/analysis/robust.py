@@ -54,13 +54,13 @@ def jumps(
     with np.errstate(invalid="ignore"):
         judged = np.flatnonzero(np.isfinite(values) & (values > 0))
     logarithms = np.log10(values[judged])
-    median, spread = before(logarithms, window, least)
-    rise = logarithms - median
+    level, spread = before(logarithms, window, least)
+    rise = logarithms - level
     found = (rise >= np.log10(factor)) & (rise > score * np.maximum(spread, floor))
     for place in np.flatnonzero(found):
         found[place] = logarithms[place] > np.median(logarithms[:place])
     flagged[judged] = found
-    usual[judged] = 10.0**median
+    usual[judged] = 10.0 ** np.minimum(level, 308.0)
     return flagged, usual
 
 
@@ -87,7 +87,12 @@ def bridged(flags: BoolArray, lasting: BoolArray) -> BoolArray:
 
 def early_median(values: FloatArray, count: int = 10) -> float:
     """The median of the first ``count`` values; NaN without any."""
-    return float(np.median(values[:count])) if len(values) else float("nan")
+    return median(values[:count]) if len(values) else float("nan")
+
+
+def median(values: FloatArray) -> float:
+    """The median, also of numbers whose sum would overflow."""
+    return 2.0 * float(np.median(values / 2.0))
 
 
 def _median(windows: FloatArray, least: int) -> FloatArray:

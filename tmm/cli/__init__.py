@@ -24,11 +24,11 @@ app = typer.Typer(
 for command in (demo, coord_check, anomalies, plot, explain, info):
     app.command()(command)
 app.add_typer(runs.app, name="runs")
-for alias, command in (
+for name, same in (
     *(("list", runs.list_), ("show", runs.show)),
     *(("compare", runs.compare), ("delete", runs.delete)),
 ):
-    app.command(alias, help=f"The same as: tmm runs {alias}.")(command)
+    app.command(name, help=f"The same as: tmm runs {name}.")(same)
 
 
 def _print_version(wanted: bool) -> None:

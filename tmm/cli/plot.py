@@ -75,7 +75,7 @@ def sparkline(values: FloatArray, width: int, *, log: bool = False) -> str:
     return line
 
 
-def _picture(series: dict[str, tuple[np.ndarray, FloatArray]], path: Path, *, log: bool) -> None:  # type: ignore[type-arg]
+def _picture(series: dict[str, tuple[np.ndarray, FloatArray]], path: Path, *, log: bool) -> None:
     try:
         import plotly.graph_objects as graph
     except ImportError:

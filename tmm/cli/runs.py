@@ -41,7 +41,7 @@ def list_(
     if status is not None and status not in STATUSES:
         fail(f"--status {status!r} is none of {', '.join(STATUSES)}")
     with told():
-        records = list_runs(root, project=project, status=status, tag=tag, limit=limit)  # type: ignore[arg-type]
+        records = list_runs(root, project=project, status=status, tag=tag, limit=limit)
     if as_json:
         print_json([described(record) for record in records])
         return

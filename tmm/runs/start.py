@@ -81,7 +81,7 @@ def _resumed(
         found.path,
         project=found.project,
         name=found.name,
-        config=found.config,
+        config=found.config or {},
         tags=found.tags,
         notes=found.notes,
         system_seconds=system_seconds,

@@ -25,8 +25,8 @@ def activation_outliers(
     An ``absmax`` or ``rms`` above ``medium`` is medium, above ``high`` high; one severity less
     where it has been above from the first recorded step on without growing to ``growth`` times
     the median of its first ten values, as the scale of a tensor. What falls to no less than half of
-    ``medium`` in between is one episode. A ``kurtosis`` above ``kurtosis``
-    is medium: few elements carry everything (a normal distribution has 3).
+    ``medium`` in between is one episode. A ``kurtosis`` above ``kurtosis`` is medium: few elements
+    carry everything (a normal distribution has 3).
     """
     for series in metrics_of(recorded, "activation", "absmax", "rms"):
         sizes = series.finite()

@@ -19,7 +19,7 @@ def collapsed_attention(
     sharp: float = 0.1,
     least: int = 5,
 ) -> Iterator[Anomaly]:
-    """Heads whose entropy has collapsed, in ``least`` recorded steps in a row.
+    """Heads whose entropy has collapsed, in ``least`` recorded steps in a row (or nearly so).
 
     An entropy below ``entropy`` nats and below ``part`` of the median of its first ten recorded
     values, or a normalized entropy below ``normalized`` (which is 0 to 1): medium, for heads that
@@ -37,6 +37,7 @@ def collapsed_attention(
             flagged = (entropies.values < limit) & (early > 0)
         else:
             flagged = (entropies.values < limit) & bool((entropies.values > 0).any())
+        flagged = bridged(flagged, entropies.values < 2 * limit)
         for episode in episodes(entropies, flagged, badness=-entropies.values, least=least):
             values = entropies.values[episode.places]
             severity: Severity = "high" if (values < sharp * limit).all() else "medium"

@@ -8,7 +8,7 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, episodes, number
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import runs
+from tmm.analysis.robust import bridged, runs
 from tmm.analysis.series import BoolArray, Series, metrics_of
 
 
@@ -23,16 +23,17 @@ def dead_units(
     """Modules whose output is mostly exact zeros, in ``least`` recorded steps in a row.
 
     A ``zero_fraction`` of ``high`` and more is high, of ``medium`` and more medium, if it was below
-    ``alive`` in a step before; so what is sparse by design, such as a dropout, is none. High is
-    also what has been above ``high`` in every recorded step, unless its share of zeros is always
-    the same and not all of it, as that of one-hot vectors.
+    ``alive`` in a step before; so what is sparse by design, such as a dropout, is none. Until it is
+    below ``alive`` again it is one episode. High is also what has been above ``high`` in every
+    recorded step, unless its share of zeros is always the same and not all of it, as that of
+    one-hot vectors.
     """
     for series in metrics_of(recorded, "activation", "zero_fraction"):
         shares = series.finite()
         dead = shares.values >= high
         always = len(dead) >= least and bool(dead.all()) and not _is_constant(shares)
         was_alive = np.logical_or.accumulate(shares.values < alive)
-        dying = was_alive & (shares.values >= medium)
+        dying = bridged(was_alive & (shares.values >= medium), shares.values >= alive)
         for episode in episodes(shares, dead if always else dying, least=least):
             of_all = any(True for _ in runs(dead[episode.places], least))
             limit = high if of_all else medium

@@ -52,7 +52,8 @@ def exploding_gradients(
         norms = series.without(skipped).finite()
         jumped, usual = jumps(norms.values, factor=factor, score=score, window=window, least=least)
         if scale is not None and jumped.any():
-            scaled = norms.values / _scale_at(scale, norms)
+            with np.errstate(over="ignore"):
+                scaled = norms.values / _scale_at(scale, norms)
             jumped &= jumps(scaled, factor=factor, score=score, window=window, least=least)[0]
         jumped &= norms.values > smallest
         flagged = bridged(jumped | (norms.values > high), norms.values > high / 2)
@@ -81,9 +82,10 @@ def vanishing_gradients(
 ) -> Iterator[Anomaly]:
     """Norms of gradients below ``limit`` in ``least`` recorded steps in a row: medium.
 
-    Of all gradients together, of blocks, and of parameters, where those of their module are below
-    it together. Zeros before the first other value (an adapter that starts at zero) are nothing,
-    and parameters and blocks that have nothing else are left to `idle_parameters`.
+    Below ten times that in between, it is one episode. Of all gradients together, of blocks, and of
+    parameters, where those of their module are below it together. Zeros before the first other
+    value (an adapter that starts at zero) are nothing, and parameters and blocks that have nothing
+    else are left to `idle_parameters`.
     """
     modules = _norms_by_module(recorded)
     for norms in (norms for siblings in modules.values() for norms in siblings):
@@ -92,8 +94,9 @@ def vanishing_gradients(
         flagged = norms.values < limit
         if norms.info.kind != "step":
             flagged &= _together(modules[_module(norms)], norms.steps) < limit
+        flagged = bridged(flagged, norms.values < 10 * limit)
         if norms.site not in _TOTALS:
-            flagged[: int(np.argmax(norms.values > 0))] = False
+            flagged &= np.logical_or.accumulate(norms.values > 0)
         for episode in episodes(norms, flagged, badness=-norms.values, least=least):
             text = (
                 f"{_named(norms)} was below {number(limit)} {episode.when} (as small as"
@@ -166,10 +169,10 @@ def _norms_by_module(recorded: Recorded) -> dict[tuple[str, str], list[Series]]:
 
 def _together(parameters: list[Series], steps: StepArray) -> FloatArray:
     """The norm of the gradients of ``parameters`` together at ``steps``."""
-    squares = np.zeros(len(steps))
-    for norms in parameters:
-        squares += np.nan_to_num(norms.on(steps)) ** 2
-    together: FloatArray = np.sqrt(squares)
+    together = np.zeros(len(steps))
+    with np.errstate(over="ignore"):
+        for norms in parameters:
+            together = np.hypot(together, np.nan_to_num(norms.on(steps)))
     return together
 
 

@@ -10,12 +10,15 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.names import is_loss, is_total_loss
 from tmm.analysis.recorded import Recorded
-from tmm.analysis.robust import NORMAL, before, bridged
+from tmm.analysis.robust import NORMAL, before, bridged, median
 from tmm.analysis.series import Series, series_of
 from tmm.metrics import FloatArray
 
 _NEAR = 10  # values before that say where the loss is now
 _LEAST_NEAR = 3
+_FIVE = 5  # values whose median says where a diverging loss is
+_FEW = 5.0  # see `_usual`
+_ENDLESS = 1e100  # differences of larger numbers overflow, and say no more
 
 
 def loss_spikes(
@@ -93,29 +96,31 @@ def loss_divergence(
     """The loss as a whole, above where it began: high, and critical beyond ``critical`` times.
 
     The median of five recorded values in a row is more than ``factor`` times the first value (above
-    it by that part of its size, where it is negative), and by more than ``score`` times the noise,
-    which is estimated from differences. Terms of a loss, such as ``kl_loss``, may grow.
+    it by that part of its size, where it is negative; not judged where it is 0), and above it by
+    more than ``score`` times the noise, which is estimated from differences. Terms of a loss, such
+    as ``kl_loss``, may grow.
     """
     for series in series_of(recorded, is_total_loss):
         losses = series.finite()
-        if len(losses.values) < _FIVE:
+        values = losses.values.clip(-_ENDLESS, _ENDLESS)
+        if len(values) < _FIVE or abs(values[0]) < 1 / _ENDLESS:
             continue
-        first = float(losses.values[0])
-        levels = np.full(len(losses.values), np.nan)
-        levels[_FIVE - 1 :] = np.median(sliding_window_view(losses.values, _FIVE), axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            limit = first + (factor - 1) * abs(first)
-            above = levels > limit
-            if first > 0:
-                noise = _noise(np.log(np.maximum(losses.values, 1e-3 * first)))
-                above &= levels > first * np.exp(min(score * noise, 500.0))
-            else:
-                above &= levels > first + score * _noise(losses.values)
+        first = float(values[0])
+        levels = np.full(len(values), np.nan)
+        levels[_FIVE - 1 :] = np.median(sliding_window_view(values, _FIVE), axis=1)
+        limit = first + (factor - 1) * abs(first)
+        if first > 0:
+            noise = _noise(np.log(np.maximum(values, 1e-3 * first)))
+            usual = first * np.exp(min(score * noise, 400.0))
+        else:
+            usual = first + score * _noise(values)
+        found = levels > max(limit, usual)
+        above = found.copy()
         for ahead in range(1, _FIVE):  # the five values begin before the place of their median
-            above[:-ahead] |= above[ahead:] & (losses.values[:-ahead] > limit)
+            above[:-ahead] |= found[ahead:] & (values[:-ahead] > limit)
         for episode in episodes(losses, bridged(above, levels > (first + limit) / 2)):
-            times = (episode.value - first) / abs(first) if first else np.inf
-            severity: Severity = "critical" if times > critical else "high"
+            is_far = episode.value - first > critical * abs(first)
+            severity: Severity = "critical" if is_far else "high"
             text = (
                 f"{series.key} stayed above {number(limit)} {episode.when}, up to"
                 f" {number(episode.value)}; training began at {number(first)}."
@@ -136,20 +141,16 @@ def loss_plateaus(
         if len(losses.values) < max(window, 4):
             continue
         recent = losses.values[-window:]
-        medians = [float(np.median(part)) for part in np.array_split(recent, 4)]
-        spread, level = max(medians) - min(medians), abs(float(np.median(recent)))
-        if spread <= tolerance * level:
+        medians = [median(part) for part in np.array_split(recent, 4)]
+        level = abs(median(recent))
+        if max(medians) - min(medians) <= tolerance * level:
             flagged = np.arange(len(losses.values)) >= len(losses.values) - window
             (episode,) = episodes(losses, flagged, badness=-losses.values)
             text = (
-                f"{series.key} has stayed at {number(float(np.median(recent)))} for the last"
+                f"{series.key} has stayed at {number(median(recent))} for the last"
                 f" {window} recorded values, since step {episode.first_step}."
             )
             yield episode.anomaly("loss_plateau", "low", tolerance * level, text)
-
-
-_FIVE = 5
-_FEW = 5.0
 
 
 def _is_positive(losses: Series) -> bool:
@@ -160,8 +161,9 @@ def _scale(losses: Series, window: int, floor: float) -> tuple[FloatArray, Float
     """The values on the scale that they are judged on, and the least spread for each, both (n,)."""
     if _is_positive(losses):
         return np.log(losses.values), np.full(len(losses.values), floor)
-    sizes, _ = before(np.abs(losses.values), window, 1)
-    return losses.values, np.maximum(floor * np.nan_to_num(sizes), 1e-12)
+    values = losses.values.clip(-_ENDLESS, _ENDLESS)
+    sizes, _ = before(np.abs(values), window, 1)
+    return values, np.maximum(floor * np.nan_to_num(sizes), 1e-12)
 
 
 def _usual(
@@ -174,9 +176,9 @@ def _usual(
     """
     known = np.isfinite(moves)
     usual, spread = np.full(len(moves), np.nan), np.full(len(moves), np.nan)
-    median, deviation = before(moves[known], window, least)
-    counts = np.arange(len(median)).clip(1, window)
-    usual[known] = np.maximum(median, 0.0)
+    center, deviation = before(moves[known], window, least)
+    counts = np.arange(len(center)).clip(1, window)
+    usual[known] = np.maximum(center, 0.0)
     spread[known] = np.maximum(deviation * (1 + _FEW / counts), smallest[known])
     return usual, spread
 

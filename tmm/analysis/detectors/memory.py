@@ -12,6 +12,7 @@ from tmm.analysis.series import series_of
 from tmm.metrics import FloatArray
 
 _PARTS = 5
+_ENDLESS = 2.0**80  # bytes; no machine has them
 _POINTS = 200  # enough for a slope: 20,000 pairs
 
 
@@ -29,12 +30,12 @@ def growing_memory(
         recorded,
         lambda info: info.key.startswith(("system/process_memory", "system/gpu_memory")),
     ):
-        memory = series.finite()
+        memory = series.where((series.values > 0) & (series.values < _ENDLESS))
         if len(memory.values) < max(least, 2 * _PARTS):
             continue
         medians = np.array([np.median(part) for part in np.array_split(memory.values, _PARTS)])
         rise, level = medians[-1] - medians[0], float(np.median(memory.values))
-        if not (medians[0] > 0 and rise > total * medians[0]):
+        if rise <= total * medians[0]:
             continue
         slope = _slope(memory.values)
         if (np.diff(medians) < rise / 20).any() or 100 * slope <= rate * level:

@@ -44,7 +44,7 @@ def nonfinite(recorded: Recorded) -> Iterator[Anomaly]:
             continue
         text = f"{item.what} has {item.proof} {item.when}"
         if item.harmless:
-            text += ", that is always, while the loss is finite: by design?"
+            text += ", that is always, while the loss is finite; masks are made so."
             yield _anomaly(item, "low", text)
         else:
             assert origin is not None, "what is not harmless has an origin"
@@ -104,7 +104,8 @@ class _Found:
         value = self.evidence.value
         metric = self.evidence.series.metric
         if metric in ("nan_count", "inf_count"):
-            return f"{number(value)} {'NaN' if metric == 'nan_count' else 'infinite'} elements"
+            elements = "element" if value == 1 else "elements"
+            return f"{number(value)} {'NaN' if metric == 'nan_count' else 'infinite'} {elements}"
         return "NaN" if np.isnan(value) else "infinities"
 
     @property
@@ -152,10 +153,10 @@ def _origin_text(origin: _Found, recorded: Recorded) -> str:
     text = f"{origin.proof} {origin.when}: first in {origin.what}"
     earlier = recorded.steps[recorded.steps < origin.step]
     if len(earlier):
-        text += f"; everything recorded was finite until step {int(earlier[-1])}"
+        text += f"; at step {int(earlier[-1])}, the last one recorded before, there was none"
     return f"{text[0].upper()}{text[1:]}."
 
 
 def _anomaly(item: _Found, severity: Severity, text: str) -> Anomaly:
-    text = f"{text[0].upper()}{text[1:]}"
+    text = text.replace("the", "The", 1) if text.startswith("the ") else text
     return item.first.anomaly("nonfinite", severity, 0.0, text)

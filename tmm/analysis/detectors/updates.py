@@ -19,7 +19,7 @@ def large_updates(
     high: float = 0.3,
     critical: float = 1.0,
     warmup: int = 5,
-    least: int = 3,
+    least: int = 5,
 ) -> Iterator[Anomaly]:
     """Updates that are a large part of their weight, after the first ``warmup`` recorded steps.
 
@@ -51,15 +51,16 @@ def large_updates(
 def small_updates(recorded: Recorded, *, limit: float = 1e-8, least: int = 10) -> Iterator[Anomaly]:
     """Parameters that hardly change: low.
 
-    A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row; 1e-8 is less than
-    float32 can hold of one element.
+    A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row (below ten times that
+    in between); 1e-8 is less than float32 can hold of one element.
     """
     for series in metrics_of(recorded, "update", "relative_norm"):
         sizes = series.finite()
-        for episode in episodes(sizes, sizes.values < limit, badness=-sizes.values, least=least):
+        flagged = bridged(sizes.values < limit, sizes.values < 10 * limit)
+        for episode in episodes(sizes, flagged, badness=-sizes.values, least=least):
             text = (
-                f"{series.site} hardly changed {episode.when}: by less than {number(limit)} of its"
-                f" norm in each of {episode.count} recorded steps."
+                f"{series.site} hardly changed {episode.when}: by about {number(limit)} of its norm"
+                f" or less in each of {episode.count} recorded steps."
             )
             yield episode.anomaly("update_small", "low", limit, text)
 
