@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
@@ -154,3 +155,13 @@ def test_tmm_runs_as_a_module(
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("tmm", run_name="__main__")
     assert "demo" in capsys.readouterr().out
+
+
+def test_demo_as_json(tmp_path: Path) -> None:
+    options = ["--steps", "2", "--every", "1", "--backend", "eager", "--json"]
+    result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run"), *options])
+    found = json.loads(result.stdout)
+    assert found["step"] == 1
+    assert found["loss"]["first"] > 1
+    assert found["values"]["activation/h.0.mlp/rms"] > 0
+    assert "Outputs of the layers" in result.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -413,3 +414,13 @@ def test_under_mup_no_exponent_differs_from_zero_and_otherwise_hidden_updates_gr
     zeros = {growth.layer for growth in mup.growths if growth.note == "zero at every width"}
     assert zeros == {layer for layer in mup.layers if re.search("readout|query|input", layer)}
     assert all(growth.note in ("", "zero at every width") for growth in mup.growths)
+
+
+@pytest.mark.usefixtures("only_mlp")
+def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tmm.coordinate_check.check.coord_check", lambda *_, **__: FOUND)
+    result = CliRunner().invoke(app, ["coord-check", "--quick", "--json"])
+    found = json.loads(result.stdout)
+    assert found["widths"] == [128, 256, 512]
+    ((growth, *_),) = found["examples"].values()
+    assert (growth["layer"], growth["exponent"]) == ("first", pytest.approx(1))

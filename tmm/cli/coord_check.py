@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tmm.cli.output import AsJson, print_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,6 +31,7 @@ def coord_check(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out the largest width and a seed: half a minute.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a small MLP and a small GPT in the standard parametrization and in muP.
 
@@ -42,7 +46,8 @@ def coord_check(
     if output is not None:
         _prepare(output)
     widths, seeds = ((128, 256, 512), 2) if quick else ((128, 256, 512, 1024), 3)
-    console = Console()
+    console = Console(stderr=as_json)
+    results = {}
     console.print(
         "Exponents with which the size of a coordinate grows with the width,"
         f" {', '.join(map(str, widths))}; red beyond ±{FLAT}.\n",
@@ -53,11 +58,14 @@ def coord_check(
             found = check_coordinates(
                 example.make_model, widths, example.batches, example.loss, seeds=seeds
             )
+        results[example.name] = [asdict(growth) for growth in found.growths]
         console.print(exponent_table(found, example.name))
         console.print(_verdict(found), highlight=False)
         if output is not None:
-            _save(found, output, example.name)
+            _save(found, output, example.name, as_json=as_json)
         console.print()
+    if as_json:
+        print_json({"widths": widths, "examples": results})
 
 
 def exponent_table(found: CoordinateCheck, title: str) -> Table:
@@ -108,10 +116,10 @@ def _prepare(output: Path) -> None:
         raise typer.BadParameter(str(error), param_hint="--output") from error
 
 
-def _save(found: CoordinateCheck, folder: Path, name: str) -> None:
+def _save(found: CoordinateCheck, folder: Path, name: str, *, as_json: bool) -> None:
     try:
         for path in found.save(folder / name.lower().replace(",", "").replace(" ", "-"), name):
-            typer.echo(f"Plot: {path}")
+            typer.echo(f"Plot: {path}", err=as_json)
     except RuntimeError as error:  # kaleido without a browser; the page is written by then
         typer.secho(str(error).strip(), err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None

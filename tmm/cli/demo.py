@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tmm.cli.output import AsJson, print_json
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,6 +36,7 @@ def demo(
     ] = "inductor",
     seed: Annotated[int, typer.Option(help="Seed of the weights, batches and dropout.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train, such as cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Train a small GPT on Python's own documentation, compiled and monitored.
 
@@ -51,7 +54,7 @@ def demo(
             f"torch.compile knows no {backend!r}; try inductor, aot_eager or eager",
             param_hint="--backend",
         )
-    console = Console()
+    console = Console(stderr=as_json)
     settings = TrainingSettings(_unused(run), steps, every, backend, seed, device)
     try:
         with TrainingProgress(console, settings) as progress:
@@ -63,6 +66,21 @@ def demo(
         typer.secho(problem, err=True, fg=typer.colors.RED)
         raise typer.Exit(1) from None
     _show(console, settings, progress, validation_loss)
+    if as_json:
+        print_json(_last_step(settings, progress, validation_loss))
+
+
+def _last_step(
+    settings: TrainingSettings, progress: TrainingProgress, validation_loss: float
+) -> dict[str, object]:
+    from tmm.reader import open_run
+
+    with open_run(settings.run) as run:
+        last = int(run.steps[-1])
+        values = {key: value for key, value in run.at(last).items() if isinstance(value, float)}
+    losses = {"first": progress.first_loss, "last": progress.last_loss}
+    losses["validation"] = validation_loss
+    return {"run": settings.run, "step": last, "loss": losses, "values": values}
 
 
 def _show(
