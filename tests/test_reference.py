@@ -668,7 +668,8 @@ def test_inputs_of_the_reference() -> None:
         expected = (model(x) - reference(x if other is None else other)).norm().item()
         (value,) = monitor.get_step_metrics().values()
         assert value == pytest.approx(expected, rel=1e-5)
-    assert len(monitor.reference_inputs) == 1
+    assert monitor.twin.comparing is not None
+    assert len(list(monitor.twin.comparing.inputs.remarks())) == 1
     monitor.remove_reference()
     with pytest.raises(RuntimeError, match="there is no reference"):
         monitor.give_reference_inputs(x)

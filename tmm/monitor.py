@@ -323,23 +323,6 @@ class Monitor:
             raise RuntimeError("give_reference_inputs(): there is no reference; set_reference(...)")
         comparing.inputs.give(args, kwargs)
 
-    @property
-    def unmeasured(self) -> dict[str, str]:
-        """What was asked for and has no rows so far, with the reason."""
-        return dict(self._require_twin().attribution.unmeasured)
-
-    @property
-    def reference_inputs(self) -> tuple[str, ...]:
-        """What there is to say of the inputs that the reference was given so far."""
-        comparing = self._require_twin().comparing
-        return () if comparing is None else tuple(comparing.inputs.remarks())
-
-    @property
-    def has_unused_reference_inputs(self) -> bool:
-        """Whether the model has not run since ``give_reference_inputs``."""
-        comparing = self._require_twin().comparing
-        return comparing is not None and comparing.inputs.are_waiting
-
     def _replace_reference(self, reference: Reference | None) -> None:
         if self._open is not None:
             raise RuntimeError("the reference can be replaced before begin_step or after end_step")
@@ -407,54 +390,15 @@ class Monitor:
             collector = self._require_step("monitor_gradients")
             self._require_watch().measure_gradients(collector, before_clip=before_clip)
 
-    def measure(
-        self,
-        family: str,
-        tensors: Mapping[str, torch.Tensor],
-        *,
-        rules: str | None = None,
-        reference: Mapping[str, torch.Tensor] | None = None,
-    ) -> None:
-        """Measure named tensors now, by the rules of ``family`` (or of the family ``rules``).
+    @property
+    def twin(self) -> Twin:
+        """The program that runs in monitored steps."""
+        return self._require_twin()
 
-        With ``reference`` they are compared with the tensors of the same names there. Several calls
-        in a step are joined. Nothing happens outside of a monitored step.
-        """
-        if self.recording:
-            self._require_watch().parameters.add(
-                self._require_step("measure"),
-                *(family, {name: tensor.detach() for name, tensor in tensors.items()}),
-                rules=rules,
-                reference=None if reference is None else dict(reference),
-            )
-
-    def show_value(self, name: str, tensor: torch.Tensor, aggregate: Aggregate | None) -> None:
-        """``tmm.record`` outside of any forward pass; joined with what is recorded inside."""
-        if self.recording:
-            twin = self._require_twin()
-            twin.declare_value(name, type(tensor), aggregate, any_family=True)
-            twin.record_eagerly(name, tensor)
-
-    def show_activation(
-        self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor
-    ) -> None:
-        """``tmm.show.show_activation`` outside of any forward pass."""
-        if self.recording:
-            self._require_twin().show_eagerly(owner, path, tensor)
-
-    def show_attention(
-        self,
-        owner: torch.nn.Module | str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> None:
-        """``tmm.show.show_attention`` outside of any forward pass."""
-        if self.recording:
-            twin = self._require_twin()
-            twin.show_attention_eagerly(owner, query, key, mask, is_causal, scale)
+    @property
+    def parameters(self) -> ParameterMonitor:
+        """What measures parameters, gradients and updates."""
+        return self._require_watch().parameters
 
     @property
     def has_run_forward(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.instrument import instrument
 from tmm.instrument import monitor as monitor_of
+from tmm.metrics import Aggregate
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
 from tmm.module_monitor.rules import ModuleMonitorSpec
@@ -101,19 +102,54 @@ class Measuring:
                 self._logger.warning("the gradient of the parameter %s is None", name)
             else:
                 gradients[name] = parameter.grad
-        self.core.measure(family, gradients, rules="gradient")
+        self._measure(family, gradients, rules="gradient")
 
     def add_parameters(self) -> None:
         """Measure the parameters, and their differences from the reference's, as they are now."""
         own = {name: p for p, name in self._names_of_parameters(self.module).items()}
-        self.core.measure("parameter", own)
+        self._measure("parameter", own)
         if self.reference is None:
             return
         others = {name: p for p, name in self._names_of_parameters(self.reference).items()}
         for name in own.keys() - others.keys():
             self._logger.warning("the parameter %s is not in the reference module", name)
         common = {name: parameter for name, parameter in own.items() if name in others}
-        self.core.measure("parameter_difference", common, reference=_beside(others, common))
+        self._measure("parameter_difference", common, reference=_beside(others, common))
+
+    def _measure(
+        self,
+        family: str,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        rules: str | None = None,
+        reference: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        detached = {name: tensor.detach() for name, tensor in tensors.items()}
+        collector = self.core.open_collector()
+        self.core.parameters.add(collector, family, detached, rules=rules, reference=reference)
+
+    def show_value(self, key: str, tensor: torch.Tensor, aggregate: Aggregate | None) -> None:
+        """Record a tensor outside of the model's forward pass, joined with what is inside."""
+        twin = self.core.twin
+        twin.declare_value(key, type(tensor), aggregate, any_family=True)
+        twin.record_eagerly(key, tensor)
+
+    def remarks(self) -> Iterator[str]:
+        """What a user should know of the reference's inputs."""
+        comparing = self.core.twin.comparing
+        if comparing is not None:
+            yield from comparing.inputs.remarks()
+            if comparing.inputs.are_waiting:
+                yield (
+                    "the reference module ran after the monitored module, which was compared with"
+                    " it on its own inputs; whether they were the same is not known: run the"
+                    " reference module first, or not at all"
+                )
+
+    @property
+    def unmeasured(self) -> Mapping[str, str]:
+        """What was asked for and has no rows so far, with the reason."""
+        return self.core.twin.attribution.unmeasured
 
     @staticmethod
     def _names_of_parameters(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:

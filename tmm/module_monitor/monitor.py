@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,18 +11,12 @@ from typing import Any
 import torch
 
 from tmm.gaps import MonitoringWarning
-from tmm.metrics import MetricFunction
 from tmm.module_monitor.likeness import differences, modes
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.names import FormatName, Names, default_format_module_name_fn
-from tmm.module_monitor.rules import (
-    Aggregation,
-    Metric,
-    rule_of_coordinate_check,
-    rules_of_modules,
-    rules_of_parameters,
-)
+from tmm.module_monitor.registered_metrics import RegisteredMetrics, compiled
+from tmm.module_monitor.rules import Aggregation, rule_of_coordinate_check
 from tmm.module_monitor.storage import StorageManager
 from tmm.monitor import Monitor
 from tmm.naming import unwrapped
@@ -36,7 +29,7 @@ def _every_twentieth(step: int) -> bool:
     return step % 20 == 0
 
 
-class ModuleMonitor:
+class ModuleMonitor(RegisteredMetrics):
     """Measures activations, parameters and gradients of a module, metric by metric.
 
     The interface is that of torch-module-monitor; ``tmm.instrument`` does the work, so that the
@@ -72,6 +65,7 @@ class ModuleMonitor:
         logger: logging.Logger | None = None,
         cpu_offload: bool = False,
     ) -> None:
+        super().__init__()
         for name, function in (
             ("monitor_step_fn", monitor_step_fn),
             ("format_module_name_fn", format_module_name_fn),
@@ -80,7 +74,7 @@ class ModuleMonitor:
                 raise TypeError(f"{name}={function!r} is not a function")
         self.monitor_step_fn = monitor_step_fn
         self.format_module_name_fn = format_module_name_fn
-        self.excluded_modules_compiled_re = _compiled(
+        self.excluded_modules_compiled_re = compiled(
             "excluded_modules_regex", excluded_modules_regex
         )
         if logger is None:
@@ -94,11 +88,6 @@ class ModuleMonitor:
         self.reference_module: torch.nn.Module | None = None
         self.reference_module_names: dict[torch.nn.Module, str] = {}
         self.current_step: int | None = None
-        self.activation_metrics: dict[str, Metric] = {}
-        self.activation_difference_metrics: dict[str, Metric] = {}
-        self.parameter_metrics: dict[str, Metric] = {}
-        self.parameter_difference_metrics: dict[str, Metric] = {}
-        self.gradient_metrics: dict[str, Metric] = {}
         self._storage = StorageManager(self.logger)
         self._measuring: Measuring | None = None
         self._is_stale = False
@@ -114,81 +103,6 @@ class ModuleMonitor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-    # Metrics
-
-    def add_activation_metric(
-        self,
-        metric_name: str,
-        metric_fn: MetricFunction,
-        metric_regex: str = ".*",
-        metric_aggregation_fn: Aggregation | None = None,
-    ) -> None:
-        """Measure the outputs of modules whose formatted name ``metric_regex`` matches.
-
-        ``metric_fn`` gets a detached tensor and returns a number or a tensor. All elements of what
-        it returns in a step, of all micro-batches, are joined by ``metric_aggregation_fn``, the
-        mean by default; it returns a number, or numbers by suffix of the key.
-
-        Raises:
-            ValueError: if there is a metric of that name, or for an invalid pattern.
-            TypeError: if a function cannot be called.
-        """
-        known = self.activation_metrics
-        self._add(known, metric_name, metric_fn, metric_regex, metric_aggregation_fn)
-
-    def add_activation_difference_metric(
-        self,
-        metric_name: str,
-        metric_fn: MetricFunction,
-        metric_regex: str = ".*",
-        metric_aggregation_fn: Aggregation | None = None,
-    ) -> None:
-        """Compare the outputs of modules with the reference's: ``metric_fn`` gets both.
-
-        Otherwise as ``add_activation_metric``.
-        """
-        known = self.activation_difference_metrics
-        self._add(known, metric_name, metric_fn, metric_regex, metric_aggregation_fn)
-
-    def add_parameter_metric(
-        self, metric_name: str, metric_fn: MetricFunction, metric_regex: str = ".*"
-    ) -> None:
-        """Measure parameters whose name ``metric_regex`` matches, in ``monitor_parameters``.
-
-        ``metric_fn`` gets a detached tensor and returns a number. Errors as of
-        ``add_activation_metric``.
-        """
-        self._add(self.parameter_metrics, metric_name, metric_fn, metric_regex)
-
-    def add_parameter_difference_metric(
-        self, metric_name: str, metric_fn: MetricFunction, metric_regex: str = ".*"
-    ) -> None:
-        """Compare parameters with the reference's, in ``monitor_parameters``."""
-        self._add(self.parameter_difference_metrics, metric_name, metric_fn, metric_regex)
-
-    def add_gradient_metric(
-        self, metric_name: str, metric_fn: MetricFunction, metric_regex: str = ".*"
-    ) -> None:
-        """Measure gradients of parameters, in ``monitor_gradients``."""
-        self._add(self.gradient_metrics, metric_name, metric_fn, metric_regex)
-
-    def _add(
-        self,
-        known: dict[str, Metric],
-        name: str,
-        function: MetricFunction,
-        regex: str,
-        aggregation: Aggregation | None = None,
-    ) -> None:
-        if name in known:
-            raise ValueError(f"metric_name={name!r}: a metric of that name already exists")
-        if not callable(function):
-            raise TypeError(f"metric_fn={function!r} of {name!r} is not a function")
-        if aggregation is not None and not callable(aggregation):
-            raise TypeError(f"metric_aggregation_fn={aggregation!r} of {name!r} is not a function")
-        known[name] = _compiled("metric_regex", regex), function, aggregation
-        self._change()
 
     # Modules
 
@@ -238,7 +152,7 @@ class ModuleMonitor:
             )
         self.reference_module, self.reference_module_names = module, names
         self._introduce(names, is_reference=True)
-        self._change()
+        self._metrics_changed()
 
     def has_reference_module(self) -> bool:
         """Whether there is a reference."""
@@ -252,13 +166,13 @@ class ModuleMonitor:
             if isinstance(module, MonitorMixin):
                 module.set_module_monitor(None, False)
         self.reference_module, self.reference_module_names = None, {}
-        self._change()
+        self._metrics_changed()
 
     def check_coordinates(self) -> None:
         """Measure the refined coordinate check from now on; for ``RefinedCoordinateCheck``."""
         if not self._checks_coordinates:
             self._checks_coordinates = True
-            self._change()
+            self._metrics_changed()
 
     def _introduce(self, names: Mapping[torch.nn.Module, str], *, is_reference: bool) -> None:
         for module, name in names.items():
@@ -266,7 +180,7 @@ class ModuleMonitor:
             if isinstance(module, MonitorMixin) and not is_excluded:
                 module.set_module_monitor(self, is_reference)
 
-    def _change(self) -> None:
+    def _metrics_changed(self) -> None:
         """Measure by other rules from now on, or from the next step if this one has begun."""
         self._is_stale = True
         measuring = self._measuring
@@ -293,17 +207,10 @@ class ModuleMonitor:
         return self._measuring
 
     def _rules(self, names: Names) -> list[Rule]:
-        excluded = self.excluded_modules_compiled_re
-        rules = rules_of_modules("activation", self.activation_metrics, names, excluded)
-        rules += rules_of_parameters("parameter", self.parameter_metrics, names)
-        rules += rules_of_parameters("gradient", self.gradient_metrics, names)
-        if self.reference_module is not None:
-            differences = self.activation_difference_metrics
-            rules += rules_of_modules("activation_difference", differences, names, excluded)
-            moved = self.parameter_difference_metrics
-            rules += rules_of_parameters("parameter_difference", moved, names)
-            if self._checks_coordinates:
-                rules.append(rule_of_coordinate_check(names, excluded))
+        compares, excluded = self.has_reference_module(), self.excluded_modules_compiled_re
+        rules = self._rules_of_metrics(names, excluded, compares=compares)
+        if compares and self._checks_coordinates:
+            rules.append(rule_of_coordinate_check(names, excluded))
         return rules
 
     # Steps
@@ -354,7 +261,7 @@ class ModuleMonitor:
     def after_micro_batch(self) -> None:
         """Mark the end of a micro-batch; all of a step are joined."""
         if self._is_open:
-            self._warn_of_late_reference()
+            self._say_remarks()
             self._core.after_micro_batch()
 
     def end_step(self) -> None:
@@ -368,14 +275,12 @@ class ModuleMonitor:
         assert self._measuring is not None
         core = self._measuring.core
         self._measuring.has_run_forward = core.has_run_forward
-        self._warn_of_late_reference()
+        self._say_remarks()
         self._is_open, self._is_paused = False, False
         core.end_step()
         self._ended = self.current_step
-        for name, reason in core.unmeasured.items():
+        for name, reason in self._measuring.unmeasured.items():
             self._log_once(f"{name} is not measured: {reason}")
-        for remark in core.reference_inputs:
-            self._warn_once(remark)
 
     def get_step_metrics(self) -> dict[str, Any]:
         """Key to value of the current step; complete once it has ended."""
@@ -454,7 +359,8 @@ class ModuleMonitor:
         if torch.compiler.is_compiling() or running_twin() is not None:
             show_value(key, tensor, aggregation_fn, any_family=True)
         elif self.is_monitoring():
-            self._core.show_value(key, tensor, aggregation_fn)
+            assert self._measuring is not None
+            self._measuring.show_value(key, tensor, aggregation_fn)
 
     # Measurements
 
@@ -480,7 +386,7 @@ class ModuleMonitor:
         if torch.compiler.is_compiling() or running_twin() is not None:
             show_activation(module, path, tensor)
         elif self._shows(module):
-            self._core.show_activation(module, path, tensor)
+            self._core.twin.show_eagerly(module, path, tensor)
 
     def show_attention(
         self,
@@ -496,7 +402,7 @@ class ModuleMonitor:
         if torch.compiler.is_compiling() or running_twin() is not None:
             show_attention(module, query, key, mask, is_causal=is_causal, scale=scale)
         elif self._shows(module):
-            self._core.show_attention(module, query, key, mask, is_causal, scale)
+            self._core.twin.show_attention_eagerly(module, query, key, mask, is_causal, scale)
 
     def _shows(self, module: str | torch.nn.Module) -> bool:
         """Whether what is shown outside of the model's forward passes is measured."""
@@ -544,18 +450,15 @@ class ModuleMonitor:
                 f" masks of dropouts; its own mode is another one: {', '.join(found[:5])}"
             )
 
-    def _warn_of_late_reference(self) -> None:
-        if self._core.has_unused_reference_inputs:
-            self._warn_once(
-                "the reference module ran after the monitored module, which was compared with it on"
-                " its own inputs; whether they were the same is not known: run the reference"
-                " module first, or not at all"
-            )
-
     @property
     def _core(self) -> Monitor:
         assert self._measuring is not None
         return self._measuring.core
+
+    def _say_remarks(self) -> None:
+        assert self._measuring is not None
+        for remark in self._measuring.remarks():
+            self._warn_once(remark)
 
     def _warn_once(self, text: str) -> None:
         if self._log_once(text):
@@ -567,10 +470,3 @@ class ModuleMonitor:
             self._said.add(text)
             self.logger.warning("%s", text)
         return is_new
-
-
-def _compiled(argument: str, regex: str) -> re.Pattern[str]:
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise ValueError(f"{argument}={regex!r} is not a regular expression: {error}") from error
