@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from tmm.layout import DIFFERENCE, VALUE_FAMILY, KeyInfo, Measurement, PackedLayout, Row, Site
+from tmm.layout import (
+    DIFFERENCE,
+    LOGGED,
+    VALUE_FAMILY,
+    KeyInfo,
+    Measurement,
+    PackedLayout,
+    Row,
+    Site,
+)
 from tmm.metrics import FloatArray, KnownMetric, Reduction
 
 Resolve = Callable[[Measurement], Site | None]
@@ -137,7 +146,7 @@ class KeyRegistry:
     def logged(self, key: str, aggregate: str) -> KeyInfo:
         """The key of a value that the user logs."""
         self._positions.setdefault(key, len(self._positions))
-        return self._info(key, key, aggregate)
+        return replace(self._info(key, key, aggregate), notes=LOGGED)
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, _, name = site.partition("/")

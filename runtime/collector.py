@@ -93,8 +93,8 @@ class StepCollector:
 
     def log(self, key: str, values: torch.Tensor, aggregate: Aggregate) -> None:
         """Take values that the user logs; all values of a key in a step are joined."""
-        _, logged = self._logged.setdefault(key, (aggregate, []))
-        logged.append(copy_to_host(values.detach().reshape(-1).clone()))
+        copied = copy_to_host(values.detach().reshape(-1).clone())
+        self._logged.setdefault(key, (aggregate, []))[1].append(copied)
 
     def take_logged(self, other: StepCollector) -> None:
         """Take what was logged in ``other``, of the same step, which is given up."""
@@ -104,6 +104,11 @@ class StepCollector:
     def was_skipped(self) -> bool:
         """Whether an optimizer skipped its step; known once the step is over."""
         return any(map(_is_nonzero, self.skipped))
+
+    @property
+    def holds_logged(self) -> bool:
+        """Whether anything was logged by hand."""
+        return bool(self._logged)
 
     @property
     def holds_values(self) -> bool:

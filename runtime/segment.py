@@ -218,10 +218,14 @@ class _Matrix:
         columns = self._columns_of(tables)
         if not len(columns):
             return
-        block = np.full((len(self.columns), *values.shape[1:]), ABSENT)
-        block[columns] = values
-        self.values.resize((row + 1, *block.shape))
-        self.values[row] = block
+        # Chunks of which nothing was measured are not written: they cost nothing.
+        width = self.values.chunks[1]
+        start = int(columns.min()) // width * width
+        stop = min(len(self.columns), -(-(int(columns.max()) + 1) // width) * width)
+        block = np.full((stop - start, *values.shape[1:]), ABSENT)
+        block[columns - start] = values
+        self.values.resize((row + 1, len(self.columns), *block.shape[1:]))
+        self.values[row, start:stop] = block
 
     def _columns_of(self, tables: tuple[Table, ...]) -> npt.NDArray[np.intp]:
         infos = tuple(table.infos for table in tables)

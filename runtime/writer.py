@@ -37,7 +37,8 @@ class RunWriter:
 
     ``info`` becomes ``run.json``, where ``"starts"`` lists the processes that opened the run; of a
     run that exists, ``run.json`` is kept and gains a start, with what differs in ``info``. The
-    first record starts the thread and a new segment. ``histogram_edges`` has shape (bins + 1,).
+    first record starts the thread and a new segment, and calls ``started``, which may register an
+    exit handler that runs before the writer's own. ``histogram_edges`` has shape (bins + 1,).
 
     At most ``capacity`` records wait; where nothing gets written for ``stall_seconds``, a caller
     who needs room or closes gets a TimeoutError. A record that cannot be built, makes no sense or
@@ -57,6 +58,7 @@ class RunWriter:
         histogram_edges: FloatArray | None = None,
         capacity: int = 64,
         stall_seconds: float = 60.0,
+        started: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
@@ -64,6 +66,7 @@ class RunWriter:
         self.path.mkdir(parents=True, exist_ok=True)
         _add_start(self.path, info)
         self._edges = histogram_edges
+        self._started = started
         self._channel = _Channel(self.path, capacity, stall_seconds)
         self._thread: threading.Thread | None = None
         # Only a signal, no join: the garbage collector may run in the middle of anything.
@@ -90,6 +93,8 @@ class RunWriter:
                 # changes HDF5's tables without a lock.
                 atexit.register(channel.finish)
                 self._thread.start()
+                if self._started is not None:
+                    self._started()
         return wait_seconds > 0 and channel.wait_written(ticket, wait_seconds)
 
     def flush(self) -> None:
@@ -101,6 +106,11 @@ class RunWriter:
         """Raise what went wrong in the thread, as `submit` does."""
         self._refuse_child()
         self._channel.raise_failure()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended the recording, if something did."""
+        return self._channel._failure
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file into the run, whole or not at all; raises OSError at once."""
@@ -289,7 +299,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 def _add_start(folder: Path, info: Mapping[str, object]) -> None:
     if "starts" in info:
         raise ValueError("info must not hold 'starts', which the writer keeps")
-    given: dict[str, Any] = json.loads(json.dumps(dict(info), default=str))
+    given: dict[str, Any] = json.loads(json.dumps(dict(info)))
     start: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": platform.node(),
@@ -303,7 +313,7 @@ def _add_start(folder: Path, info: Mapping[str, object]) -> None:
         else:
             known = given
         known.setdefault("starts", []).append(start)
-        replace_text(folder / INFO_NAME, json.dumps(known, indent=2, default=str) + "\n")
+        replace_text(folder / INFO_NAME, json.dumps(known, indent=2) + "\n")
 
 
 @contextmanager

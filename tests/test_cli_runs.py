@@ -182,3 +182,16 @@ def test_explain_and_info(tmm_command: Command, root: Path) -> None:
     assert json.loads(tmm_command("explain", "watched", "--json").stdout)["id"] == run.id
     assert json.loads(tmm_command("info", "--json").stdout)["runs"] == 2
     assert "torch" in tmm_command("info").stdout
+
+
+def test_odd_texts_are_shown_as_they_are(tmm_command: Command, root: Path) -> None:
+    odd = "[/t] [red]x\\[/red] \n \u00fc"
+    for name in (odd, "other"):
+        record(root, name, FALLING, tags=[odd], notes=odd, config={"a": {"b": [odd]}, "n": name})
+    for command in (("list",), ("show", odd), ("compare", odd, "other"), ("anomalies", odd)):
+        tmm_command(*command)
+        json.loads(tmm_command(*command, "--json").stdout)
+    assert "the same run" in tmm_command("compare", odd, odd, status=1).output
+    tmm_command("plot", odd, "--width", "0", status=2)
+    tmm_command("list", "--limit", "0", status=2)
+    tmm_command("runs", "prune", "--older-than", "99999999999d", status=1)

@@ -379,7 +379,7 @@ def test_small_updates() -> None:
 
 def test_memory_that_grows_without_a_pause() -> None:
     steady = 1e9 * (1 + np.linspace(0, 0.5, 100) + 0.01 * NOISE[:100])
-    for key in ("system/process_memory", "system/gpu_memory_allocated"):
+    for key in ("system/process_memory", "system/gpu_0/torch_memory"):
         (anomaly,) = found(growing_memory, key, steady)
         assert (anomaly.severity, anomaly.last_step) == ("medium", 99)
         assert "MiB" in anomaly.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -276,7 +278,11 @@ def test_a_run_that_is_stopped_early(root: Path) -> None:
     ("body", "status", "reason"),
     [
         ("", "finished", ""),
-        ("raise KeyError('x')", "failed", "KeyError: 'x'"),
+        ("run.log({'open': 1.0})", "finished", ""),
+        ("run.log({'open': 1.0}); raise KeyError('x')", "failed", "KeyError: 'x'"),
+        ("run.__enter__(); run.__exit__(SystemExit, SystemExit(0), None)", "finished", ""),
+        ("run.__exit__(SystemExit, SystemExit(2), None)", "failed", "SystemExit: 2"),
+        ("sys.last_value = sys.last_exc = None; del run", "finished", ""),
         ("sys.exit(3)", "finished", ""),
         ("os.kill(os.getpid(), 9)", "crashed", "its process is gone"),
         ("os._exit(1)", "crashed", "its process is gone"),
@@ -286,7 +292,8 @@ def test_the_end_of_a_process(root: Path, body: str, status: str, reason: str) -
     process = script(root, body)
     name = process.communicate(timeout=120)[0].strip()
     record = find_run(name, root)
-    assert (record.status, record.reason, record.steps) == (status, reason, 1)
+    steps = 2 if "open" in body else 1  # what is open is recorded, too
+    assert (record.status, record.reason, record.steps) == (status, reason, steps)
 
 
 def test_a_running_run_of_another_process(root: Path) -> None:
@@ -297,8 +304,8 @@ def test_a_running_run_of_another_process(root: Path) -> None:
         record = find_run(name, root)
         assert (record.status, record.steps) == ("running", 1)
         with pytest.raises(ValueError, match="is running; stop it first"):
-            delete_run(record)
-        with pytest.raises(ValueError, match="is running, in another process"):
+            delete_run(record, root)
+        with pytest.raises(ValueError, match="is running already"):
             start(root, resume=name)
         assert runs_to_prune(root, timedelta(0)) == ()
         process.send_signal(signal.SIGKILL)
@@ -415,7 +422,7 @@ def test_finding_deleting_and_pruning(root: Path) -> None:
     assert {record.name for record in runs_to_prune(root, days)} == {"old", "tagged"}
     (record,) = runs_to_prune(root, days, keep_tagged=True)
     assert record.name == "old"
-    delete_run(record)
+    delete_run(record, root)
     assert not old.path.exists()
     assert len(list_runs(root)) == 2
     assert find_run(str(new.path), root).id == find_run("new", root).id == new.id
@@ -536,3 +543,220 @@ def test_sinks_of_other_packages(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         start(root, sinks=["none"])
     with pytest.raises(TypeError, match="sinks: 3 is neither"):
         start(root, sinks=[3])
+
+
+# What a review found
+
+
+def test_an_earlier_error_of_the_session_is_not_the_runs(root: Path) -> None:
+    code = f"""
+import sys, tmm
+sys.last_value = sys.last_exc = ZeroDivisionError("of a line before")
+run = tmm.start_run("p", root={str(root)!r}, system_seconds=None)
+run.log({{"a": 1.0}})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    (record,) = list_runs(root)
+    assert (record.status, record.steps) == ("finished", 1)
+
+
+@pytest.mark.parametrize("wrong", ["a", 1.5, -1, True, torch.tensor([1, 2])])
+def test_wrong_counts_lose_nothing(root: Path, wrong: Any) -> None:
+    with start(root) as run:
+        run.log({"loss": 1.0})
+        with pytest.raises((TypeError, ValueError), match="step: tokens="):
+            run.step(tokens=wrong)
+        run.step(tokens=3)
+    with tmm.open_run(run.path) as read:
+        assert read.at(0)["loss"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        *((np.complex64(1 + 2j), TypeError), (np.array([1 + 2j]), ValueError)),
+        *((np.ma.masked_array([1.0], mask=[True]), TypeError), (np.array([None]), ValueError)),
+        *((np.array(["a"]), ValueError), (np.datetime64("2020-01-01"), TypeError)),
+        *((10**400, ValueError), (torch.ones(1).to_sparse(), ValueError)),
+        (torch.ones(1, device="meta"), ValueError),
+    ],
+)
+def test_odd_numbers_are_refused_by_name(root: Path, value: Any, error: Any) -> None:
+    with start(root) as run:
+        with pytest.raises(error, match="log: 'x'"):
+            run.log({"x": value})
+        run.log({"loss": 1.0})
+        run.step()
+    assert find_run(run.id, root).steps == 1
+
+
+def test_names_of_measured_keys_are_refused(root: Path) -> None:
+    with start(root) as run:
+        for key in ("activation/0/rms", "RCC x_t/a/l2norm", "attention_entropy/a", "system/x"):
+            with pytest.raises(ValueError, match="are tmm's own; choose another name"):
+                run.log({key: 1.0})
+        run.log({"step": 1.0, "gradient": 2.0, "system_load": 3.0})
+
+
+def test_times_are_of_one_step_each(root: Path) -> None:
+    model = nn.Linear(2, 2)
+    with start(root) as run:
+        run.watch(model, tmm.Spec(tmm.activation("rms"), every=5))
+        for _ in range(11):
+            model(torch.randn(1, 2))
+            time.sleep(0.02)
+            run.step(tokens=100)
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 5, 10]
+        seconds = read.series("system/step_seconds")[1]
+        assert (seconds < 0.08).all()  # five steps take longer
+        assert read.series("system/tokens_per_second")[1] == pytest.approx(100 / seconds)
+
+
+def test_steps_of_which_nothing_is_known_are_not_recorded(root: Path) -> None:
+    model = nn.Linear(2, 2)
+    with start(root) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms"), every=5), run=run)
+        for step in range(11):
+            with tmm.monitor(model).step(step):
+                model(torch.randn(1, 2))
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 5, 10]
+
+
+def test_what_was_logged_in_a_step_that_fails_is_kept(root: Path) -> None:
+    model = nn.Linear(2, 2)
+    with start(root) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms"), every=2), run=run)
+        for step in range(4):
+            try:
+                with tmm.monitor(model).step(step):
+                    model(torch.randn(1, 2))
+                    run.log({"loss": step})
+                    if step in (1, 2):
+                        raise MemoryError("too large")
+            except MemoryError:
+                pass
+    with tmm.open_run(run.path) as read:
+        assert read.series("loss")[1].tolist() == [0, 1, 2, 3]
+        assert read.series("activation/[root module]/rms")[0].tolist() == [0]
+
+
+def test_a_watch_that_fails_can_be_repeated(root: Path) -> None:
+    model = nn.Linear(4, 1)
+    with start(root) as run:
+        with pytest.raises(TypeError, match="optimizer='bad'"):
+            run.watch(model, optimizer="bad")  # type: ignore[arg-type]
+        run.log({"before": 1.0})
+        run.step()
+        run.watch(model, tmm.Spec(tmm.activation("rms")))
+        model(torch.randn(2, 4))
+        run.step()
+        tmm.remove(model)
+        run.log({"after": 1.0})
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 1, 2]
+        assert "after" in read.at(2)
+
+
+def test_a_recording_that_failed_is_no_finished_run(root: Path) -> None:
+    run = start(root)
+    run.log({"x": 1.0}, step=2**63)
+    with pytest.raises(RuntimeError, match="does not fit in 64 bits"):
+        for _ in range(100):
+            run.step()
+    with contextlib.suppress(RuntimeError):
+        run.finish()
+    record = find_run(run.id, root)
+    assert record.status == "failed"
+    assert "does not fit" in record.reason
+
+
+def test_a_lock_outlives_who_looks_at_it(root: Path) -> None:
+    process = script(
+        root, "import shutil; shutil.copytree(run.path, run.path.parent / 'copy')\nsys.stdin.read()"
+    )
+    assert process.stdout is not None
+    name = process.stdout.readline().strip()
+    try:
+        while not (root / "p" / "copy" / "state.json").exists():
+            time.sleep(0.01)
+        assert find_run(name, root).status == "running"
+        assert find_run("copy", root).status == "crashed"  # nobody holds that lock
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_that_is_resumed_is_not_resumed_again(root: Path) -> None:
+    start(root, name="a").finish()
+    with start(root, resume="a") as run:
+        with pytest.raises(ValueError, match="is running already"):
+            start(root, resume="a")
+        assert find_run("a", root).status == "running"
+        run.log({"a": 1.0})
+
+
+def test_a_process_of_the_same_number_does_not_revive_a_run(root: Path) -> None:
+    run = start(root)
+    run.finish()
+    state = json.loads((run.path / "state.json").read_text())
+    state |= {"status": "running", "process": os.getpid(), "later": "field"}
+    (run.path / "state.json").write_text(json.dumps(state))
+    assert find_run(run.id, root).status == "crashed"
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        *({"starts": "x"}, {"starts": [5]}, {"starts": [{}], "config": [1]}),
+        *({"starts": [{}], "tags": 5}, {"starts": [{"time": "2020-01-01T00:00:00"}]}),
+    ],
+)
+def test_odd_files_break_one_run_only(root: Path, info: Any) -> None:
+    start(root, name="good").finish()
+    odd = start(root, name="odd")
+    odd.finish()
+    (odd.path / "run.json").write_text(json.dumps(info))
+    assert {record.id for record in list_runs(root)} >= {odd.id}
+    assert {record.name for record in list_runs(root)} >= {"good"}
+    (odd.path / "state.json").write_text('{"status": "weird", "started": ""}')
+    assert find_run(odd.id, root).status == "broken"
+
+
+def test_other_folders_and_links_are_left_alone(root: Path, tmp_path: Path) -> None:
+    run = start(root, name="mine")
+    run.finish()
+    other = tmp_path / "project"
+    other.mkdir()
+    (other / "run.json").write_text('{"scripts": {}}')
+    with pytest.raises(LookupError, match="is not the folder of a run"):
+        find_run(other, root)
+    (root / "loop").symlink_to(root, target_is_directory=True)
+    (root / "link").symlink_to(run.path, target_is_directory=True)
+    assert [record.name for record in list_runs(root)] == ["mine"]
+    outside = start(tmp_path / "elsewhere")
+    outside.finish()
+    with pytest.raises(ValueError, match="lies outside of"):
+        delete_run(find_run(outside.path, root), root)
+    assert outside.path.exists()
+
+
+def test_the_first_nan_of_a_run_that_goes_on(root: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    spec = tmm.Spec(tmm.activation("nan_count"), every=5)
+    for number, options in enumerate(({"name": "n"}, {"resume": "n"})):
+        with start(root, **options) as run:
+            run.log({"ppl": 1.0})
+            run.watch(model, spec)
+            for step in range(11):
+                if (number, step) == (1, 9):
+                    model[0].weight.data.fill_(float("nan"))
+                output = model(torch.randn(2, 4))
+                run.log({"ppl": output.exp().mean(), "loss": output.mean()})
+                run.step()
+        tmm.remove(model)
+    with tmm.open_run(run.path) as read:
+        first = tmm.analysis.first_nonfinite(read)
+        assert first is not None
+        assert (first.site, first.step) == ("0", 20)

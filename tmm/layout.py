@@ -18,6 +18,9 @@ VALUE_FAMILY = ""
 DIFFERENCE = "activation_difference"
 """The family of differences of outputs from those of a reference."""
 
+LOGGED = "logged"
+"""The note on keys that somebody logged by hand, and no forward pass measured."""
+
 ATTENTION = "attention"
 """What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
 

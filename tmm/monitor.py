@@ -495,7 +495,9 @@ class Monitor:
                 if events := self._gaps.take_events():
                     self._writer.submit(StepRecord(events[-1].step, events=events))
         finally:
-            if self._writer is not None:
+            if self._run is not None:
+                self._run.detach()
+            elif self._writer is not None:
                 self._writer.close()
             twin = self._require_twin()
             twin.compare_with(None)
@@ -521,6 +523,8 @@ class Monitor:
 
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:
+            if self._run is not None:
+                self._run.drops(self._open)
             if self._open.monitored:
                 self._gaps.add(self._open.step, reason)
             self._open, self.recording = None, False

@@ -50,7 +50,7 @@ def _check(name: str, value_type: type, aggregate: Aggregate, *, any_family: boo
             " monitor.log_scalar, or make it a tensor"
         )
     family = re.split(r"[/ ]", name)[0]
-    if not any_family and (family in FAMILIES or family.startswith("attention_")):
+    if not any_family and is_family(family):
         raise RecordError(
             f"tmm.record({name!r}): keys that start with {family!r} are tmm's own; choose"
             f" another name, such as {'my_' + name!r}"
@@ -60,6 +60,17 @@ def _check(name: str, value_type: type, aggregate: Aggregate, *, any_family: boo
             f"tmm.record({name!r}): aggregate={aggregate!r} is neither callable nor one of"
             f" {', '.join(AGGREGATE_NAMES)}"
         )
+
+
+def is_family(word: str) -> bool:
+    """Whether tmm itself makes keys that begin with that word."""
+    return word in FAMILIES or word.startswith("attention_")
+
+
+def family_of(key: str) -> str | None:
+    """What a key begins with, up to its first slash, if only tmm makes such keys."""
+    start, slash, _ = key.partition("/")
+    return f"{start}/" if slash and is_family(start.split(" ")[0]) else None
 
 
 def _same(left: Aggregate, right: Aggregate) -> bool:

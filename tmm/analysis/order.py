@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from tmm.analysis.names import is_family, is_loss
 from tmm.analysis.recorded import Recorded
-from tmm.layout import ATTENTION, KeyInfo
+from tmm.layout import ATTENTION, LOGGED, KeyInfo
 
 Rank: TypeAlias = tuple[int, int]
 
@@ -72,5 +72,7 @@ def _part(info: KeyInfo, end: int) -> int:
     if info.kind == "step" and info.site.startswith("gradient_norm"):
         return GRADIENT
     if not is_family(info.kind):
-        return FORWARD if info.position < end else REST  # recorded by the model, or logged
+        # Recorded by the model, or logged; runs of others do not say.
+        is_logged = info.notes == LOGGED or info.position >= end
+        return REST if is_logged else FORWARD
     return _PARTS.get(info.kind, REST)

@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -53,9 +54,9 @@ def print_table(
     used = [index for index in range(len(columns)) if any(row[index] for row in cells)]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for index in used:
-        table.add_column(columns[index], overflow="fold", no_wrap=index < whole)
+        table.add_column(Text(columns[index]), overflow="fold", no_wrap=index < whole)
     for row in cells:
-        table.add_row(*(row[index] for index in used))
+        table.add_row(*(Text(row[index]) for index in used))
     console.print(title, style="bold", markup=False, highlight=False)
     console.print(table)
     console.print()
@@ -71,7 +72,7 @@ def shown(value: object) -> str:
         return f"{value.astimezone():%Y-%m-%d %H:%M}"
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))
-    return str(value).replace("[", r"\[")
+    return str(value)
 
 
 def fail(message: str) -> NoReturn:

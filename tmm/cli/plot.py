@@ -26,7 +26,7 @@ def plot(
         Path | None, typer.Option("--output", "-o", help="A .html, .png, .svg or .pdf file.")
     ] = None,
     log: Annotated[bool, typer.Option(help="Logarithmic values.")] = False,
-    width: Annotated[int, typer.Option(help="Characters of a line.")] = 48,
+    width: Annotated[int, typer.Option(min=1, help="Characters of a line.")] = 48,
     as_json: AsJson = False,
 ) -> None:
     """Plot series of a run; needs the extra ``plot`` for pictures."""

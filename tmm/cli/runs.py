@@ -34,7 +34,7 @@ def list_(
     project: Annotated[str | None, typer.Option(help="Those of one project.")] = None,
     status: Annotated[str | None, typer.Option(help=f"One of {', '.join(STATUSES)}.")] = None,
     tag: Annotated[str | None, typer.Option(help="Those with this tag.")] = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the newest.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List runs, newest first."""
@@ -108,6 +108,8 @@ def compare(
         fail("compare needs two runs or more")
     with told():
         records = [find_run(query, root) for query in queries]
+        if len({record.id for record in records}) < len(records):
+            fail("compare: the same run is given twice")
         names = _names(records)
         runs = {name: open_run(record.path) for name, record in zip(names, records, strict=True)}
         try:
@@ -167,7 +169,7 @@ def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
         record = find_run(query, root)
         if not yes:
             typer.confirm(f"Delete {record.id} ({record.name}, {record.status})?", abort=True)
-        delete_run(record)
+        delete_run(record, root)
     typer.echo(f"deleted {record.id}")
 
 
@@ -188,7 +190,7 @@ def prune(
                 typer.echo(f"{record.id}  {record.name}  {record.status}", err=True)
             typer.confirm(f"Delete these {len(records)} runs?", abort=True, err=True)
         for record in records:
-            delete_run(record)
+            delete_run(record, root)
     if as_json:
         print_json([record.id for record in records])
     else:
@@ -255,4 +257,7 @@ def _duration(text: str) -> timedelta:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", text)
     if match is None:
         fail(f"--older-than {text!r}: write a number and m, h, d or w, such as 30d")
-    return timedelta(**{_UNITS[match[2]]: float(match[1])})
+    try:
+        return timedelta(**{_UNITS[match[2]]: float(match[1])})
+    except OverflowError:
+        fail(f"--older-than {text!r} is longer than any run is old")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
-from tmm.runs.state import State, Status
+from tmm.runs.state import STATE_NAME, State, Status
+from tmm.runtime.segment import segment_paths
 from tmm.runtime.writer import INFO_NAME, read_info
 
 _DEPTH = 4  # folders below a root
@@ -86,8 +87,11 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     Of several runs of one name it is the newest. Raises ``LookupError``, which names the nearest.
     """
     text = os.fspath(query)
-    if (Path(text) / INFO_NAME).is_file():
-        return _counted(_described(Path(text)))
+    is_path = os.sep in text or text.startswith((".", "~"))
+    if is_path and (path := Path(text).expanduser().resolve()).is_dir():
+        if not _is_run(path):
+            raise LookupError(f"{text!r} is not the folder of a run")
+        return _counted(_described(path))
     folders = list(_folders(Path(root))) if Path(root).is_dir() else []
     exact = [folder for folder in folders if folder.name == text]
     begins = [folder for folder in folders if text and folder.name.startswith(text)]
@@ -105,13 +109,18 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     raise LookupError(f"no run {text!r} among the {len(records)} under {str(root)!r}{hint}")
 
 
-def delete_run(record: RunRecord) -> None:
-    """Delete the folder of a run.
+def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> None:
+    """Delete the folder of a run under ``root``.
 
-    Raises ``ValueError`` for one that is running.
+    Raises ``ValueError`` for one that is running, and for a folder outside of ``root``.
     """
     if record.status == "running":
         raise ValueError(f"the run {record.id} is running; stop it first")
+    if not record.path.resolve().is_relative_to(Path(root).resolve()):
+        raise ValueError(f"{record.path} lies outside of {root}; give --root, or delete it by hand")
+    if record.path.is_symlink():
+        record.path.unlink()
+        return
     # Renamed first, so that a reader never sees half of it.
     doomed = record.path.with_name(f".{record.path.name}.deleted")
     record.path.rename(doomed)
@@ -134,24 +143,42 @@ def runs_to_prune(
 
 
 def _folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """The folders of runs; what links lead to is not looked at, for it may be there twice."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError:
         return
     if any(entry.name == INFO_NAME for entry in entries):
-        yield root
+        if _is_run(root):
+            yield root
         return
     for entry in entries:
-        if depth and entry.is_dir() and not entry.name.startswith("."):
+        if depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
             yield from _folders(Path(entry.path), depth - 1)
 
 
-def _described(path: Path) -> RunRecord:
-    """What the small files of a run say."""
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's, maybe a broken one's; others may have a ``run.json``, too."""
+    names = os.listdir(path)
+    if STATE_NAME in names or segment_paths(path):
+        return True
     try:
-        info, state = read_info(path), State.read(path)
-    except (ValueError, OSError) as error:
-        return RunRecord(path.name, path.parent.name, path.name, path, "broken", str(error))
+        return INFO_NAME in names and "starts" in read_info(path)
+    except (ValueError, OSError):
+        return False
+
+
+def _described(path: Path) -> RunRecord:
+    """What the small files of a run say; it is broken if they say what cannot be."""
+    try:
+        return _read(path)
+    except (ValueError, OSError, TypeError, AttributeError, LookupError) as error:
+        reason = str(error) or type(error).__name__
+        return RunRecord(path.name, path.parent.name, path.name, path, "broken", reason)
+
+
+def _read(path: Path) -> RunRecord:
+    info, state = read_info(path), State.read(path)
     starts = info.get("starts") or [{}]
     if state is None:  # recorded by tmm.instrument(run=path) alone, which keeps no state
         state = State("finished", str(starts[0].get("time", "")))
@@ -186,6 +213,7 @@ def _counted(record: RunRecord) -> RunRecord:
 
 def _time(text: str) -> datetime | None:
     try:
-        return datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except ValueError:
         return None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

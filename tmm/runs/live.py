@@ -6,7 +6,6 @@ import atexit
 import os
 import secrets
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -25,12 +24,13 @@ from tmm.run_info import describe_environment
 from tmm.runs.optimizers import OptimizerFinder
 from tmm.runs.samples import write_samples
 from tmm.runs.sinks import Sink, Sinks
-from tmm.runs.state import State, Status, hold_lock
+from tmm.runs.state import Lock, State, Status
 from tmm.runs.system import StepClock, SystemSampler
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
+from tmm.values import family_of
 
 if TYPE_CHECKING:
     from tmm.monitor import Monitor
@@ -66,6 +66,7 @@ class LiveRun:
         notes: str,
         system_seconds: float | None,
         sinks: Mapping[str, Sink],
+        lock: Lock,
         first_step: int = 0,
     ) -> None:
         self.path, self.id = path, path.name
@@ -82,8 +83,12 @@ class LiveRun:
             "notes": notes,
             **describe_environment(),
         }
-        self.writer = RunWriter(path, info=info, histogram_edges=HISTOGRAM_EDGES)
-        self._lock = hold_lock(path)
+        # What is open at exit is recorded first, then the writer ends: handlers run last in, first
+        # out, and the writer registers its own when it starts.
+        self.writer = RunWriter(
+            path, info=info, histogram_edges=HISTOGRAM_EDGES, started=self._register_exit
+        )
+        self._lock = lock
         self._state = State.begin()
         self._state.write(path)
         self._sinks = Sinks(sinks)
@@ -93,14 +98,12 @@ class LiveRun:
         self._last_step: int | None = None
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
-        self._processed: tuple[int | None, int | None] = None, None
+        self._timing: dict[str, float] | None = None
         self._system = None if system_seconds is None else SystemSampler(system_seconds)
         if self._system is not None:
             self._system.start()
-        # The registry of exit handlers must not keep a run that was given up.
-        reference = weakref.ref(self)
-        self._at_exit = lambda: _finish_at_exit(reference)
-        atexit.register(self._at_exit)
+        self._earlier_error = _uncaught()
+        self._register_exit()
 
     # Values
 
@@ -134,12 +137,14 @@ class LiveRun:
         ``samples`` and ``tokens`` are how many it has processed, for their rates.
 
         Raises:
-            RuntimeError: after ``finish``, or while the monitor's own step is open.
+            TypeError, ValueError: if they are no numbers, or negative.
+            RuntimeError: after ``finish``, or outside of the monitor's steps, where it has them.
             OSError: if what was logged before could not be written.
         """
         self._require_open()
+        counts = _count("samples", samples), _count("tokens", tokens)
         self._collector()
-        self._processed = samples, tokens
+        self._timing = self._clock.mark(*counts)
         self._end_step()
         self.current_step += 1
         if self.monitor is not None:
@@ -182,15 +187,20 @@ class LiveRun:
             RuntimeError: after ``finish``, or for a second model.
             ValueError, TypeError, OSError: as ``tmm.instrument`` and ``Monitor.watch`` raise.
         """
-        from tmm.instrument import instrument
+        from tmm.instrument import instrument, remove
         from tmm.instrument import monitor as monitor_of
 
+        self._require_open()
         watched = instrument(model, spec or default_spec(), run=self, **options)
-        self.monitor = monitor_of(watched)
-        if optimizer is not None:
-            self.monitor.watch(optimizer, scaler)
-        elif self.monitor.watches_optimizers:
-            self._finder = OptimizerFinder(self.monitor, scaler)
+        monitor = monitor_of(watched)
+        try:
+            if optimizer is not None:
+                monitor.watch(optimizer, scaler)
+        except BaseException:
+            remove(watched)
+            raise
+        if optimizer is None and monitor.watches_optimizers:
+            self._finder = OptimizerFinder(monitor, scaler)
         self._begin_monitored()
         return watched
 
@@ -228,9 +238,23 @@ class LiveRun:
         return record
 
     def ends(self, collector: StepCollector) -> None:
-        """The monitor is about to record a step; called by it."""
-        self._add_own_values(collector)
-        self._last_step = collector.step
+        """The monitor is about to end a step; called by it."""
+        if collector.monitored or collector.holds_values:
+            self._add_own_values(collector)
+            self._last_step = collector.step
+        elif self._timing is None:
+            self._clock.mark()  # so that the next step is not taken for both
+
+    def drops(self, collector: StepCollector) -> None:
+        """The monitor drops a step, whose logged values are kept; called by it."""
+        if collector.holds_logged:
+            kept = StepCollector(collector.step, self._registry, monitored=False)
+            kept.take_logged(collector)
+            self._submit(kept)
+
+    def detach(self) -> None:
+        """The monitor is taken off its model; called by it."""
+        self.monitor = self._opened = None
 
     # End
 
@@ -260,7 +284,7 @@ class LiveRun:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.finish()
         else:
             self.fail(error)
@@ -268,17 +292,31 @@ class LiveRun:
     def _end(self, status: Status, reason: str) -> None:
         if self.is_finished or self._state.process != os.getpid():
             return
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self._finish_at_exit)
+        failure: BaseException | None = None
         try:
             self._close()
         except BaseException as error:
-            status, reason = "failed", f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._state = self._state.end(status, reason, self._last_step)
-            self._state.write(self.path)
-            if self._lock is not None:
-                self._lock.close()
+            failure = error
+        lost = failure or self.writer.failure
+        if lost is not None and status != "failed":
+            status, reason = "failed", f"{type(lost).__name__}: {lost}"
+        self._state = self._state.end(status, reason, self._last_step)
+        self._state.write(self.path)
+        self._lock.release()
+        if failure is not None:
+            raise failure
+
+    def _register_exit(self) -> None:
+        atexit.unregister(self._finish_at_exit)
+        atexit.register(self._finish_at_exit)
+
+    def _finish_at_exit(self) -> None:
+        error = _uncaught()
+        if error is None or error is self._earlier_error:
+            self.finish()
+        else:
+            self.fail(error)
 
     def _close(self) -> None:
         if self._finder is not None:
@@ -338,14 +376,17 @@ class LiveRun:
         if collector is None:
             return
         self._add_own_values(collector)
+        self._submit(collector)
+
+    def _submit(self, collector: StepCollector) -> None:
         self._last_step = collector.step
         # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
         wait = _WAIT if collector.is_on_host else 0.0
         self.writer.submit(partial(self.evaluate, collector), wait_seconds=wait)
 
     def _add_own_values(self, collector: StepCollector) -> None:
-        values = self._clock.mark(*self._processed)
-        self._processed = None, None
+        values = self._clock.mark() if self._timing is None else self._timing
+        self._timing = None
         if self._system is not None:
             values |= self._system.latest()
         for key, value in values.items():
@@ -415,28 +456,55 @@ def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[s
             continue
         if isinstance(value, torch.Tensor):
             number = value.detach()
-        elif isinstance(value, (bool, int, float, np.number, np.bool_, np.ndarray)):
-            number = torch.from_numpy(np.atleast_1d(np.asarray(value, dtype=np.float64)))
         else:
-            raise TypeError(f"log: {name!r} is {value!r}, not a number; log_samples takes texts")
+            number = torch.tensor(_number(name, value), dtype=torch.float64)
         if number.numel() != 1 or number.is_complex():
             raise ValueError(
                 f"log: {name!r} has shape {tuple(number.shape)} and dtype {number.dtype}, and is"
                 " not one real number; log a mean, or log_samples the array"
             )
+        if number.layout is not torch.strided or number.device.type == "meta":
+            raise ValueError(f"log: {name!r} is a {number.layout} tensor; log a dense one")
+        if (start := family_of(name)) is not None:
+            raise ValueError(
+                f"log: keys that start with {start!r} are tmm's own; choose another name, such as"
+                f" {'my_' + name!r}"
+            )
         yield name, number
+
+
+def _number(name: str, value: object) -> float:
+    """A number of Python or numpy."""
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+        if value.dtype.kind not in "biuf" or value.size != 1:
+            raise ValueError(
+                f"log: {name!r} has shape {value.shape} and dtype {value.dtype}, and is not one"
+                " real number; log a mean, or log_samples the array"
+            )
+        return float(value.reshape(-1)[0])
+    if not isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)):
+        raise TypeError(f"log: {name!r} is {value!r}, not a number; log_samples takes texts")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"log: {name!r} is too large for a float64") from error
+
+
+def _count(name: str, value: object) -> int | None:
+    """How many, as ``step`` is told."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"step: {name}={value!r} is not an integer")
+    if value < 0:
+        raise ValueError(f"step: {name}={value} is negative")
+    return int(value)
+
+
+def _uncaught() -> BaseException | None:
+    """The exception that nobody caught and that ends the process, or ended an interactive line."""
+    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
 
 
 def _last(values: torch.Tensor) -> torch.Tensor:
     return values[-1]
-
-
-def _finish_at_exit(reference: weakref.ref[LiveRun]) -> None:
-    run = reference()
-    if run is None:
-        return
-    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    if error is None:
-        run.finish()
-    else:
-        run.fail(error)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tmm.reader import open_run
 from tmm.runs.catalog import find_run
 from tmm.runs.live import LiveRun, checked_project, checked_tags, new_id
 from tmm.runs.sinks import Sink, find_sinks
+from tmm.runs.state import Lock
 
 
 def start_run(
@@ -56,27 +59,46 @@ def start_run(
         return _resumed(Path(root), resume, system_seconds, found)
     folder = Path(root) / checked_project(project) / new_id()
     tags = checked_tags(tags)
+    if system_seconds is not None and not system_seconds > 0:
+        raise ValueError(f"system_seconds={system_seconds} must be positive, or None for never")
+    settings = _plain(config)
     folder.mkdir(parents=True)
     return LiveRun(
         folder,
         project=project,
         name=name,
-        config=dict(config or {}),
+        config=settings,
         tags=tags,
         notes=notes,
         system_seconds=system_seconds,
         sinks=found,
+        lock=Lock(folder),
     )
+
+
+def _plain(config: Mapping[str, object] | None) -> dict[str, Any]:
+    """The configuration as JSON keeps it; raises ``ValueError`` where it cannot."""
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config= cannot be kept as JSON: {error}") from error
+    return plain
 
 
 def _resumed(
     root: Path, query: str, system_seconds: float | None, sinks: Mapping[str, Sink]
 ) -> LiveRun:
     found = find_run(query, root)
-    if found.status == "running":
-        raise ValueError(f"resume={query!r}: the run {found.id} is running, in another process")
-    with open_run(found.path) as run:
-        steps = run.steps
+    try:
+        lock = Lock(found.path)  # before anything is read that its process may change
+    except BlockingIOError as error:
+        raise ValueError(f"resume={query!r}: the run {found.id} is running already") from error
+    try:
+        with open_run(found.path) as run:
+            steps = run.steps
+    except BaseException:
+        lock.release()
+        raise
     return LiveRun(
         found.path,
         project=found.project,
@@ -86,5 +108,6 @@ def _resumed(
         notes=found.notes,
         system_seconds=system_seconds,
         sinks=sinks,
+        lock=lock,
         first_step=int(steps[-1]) + 1 if len(steps) else 0,
     )

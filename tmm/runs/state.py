@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, replace
+import weakref
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, get_args
@@ -63,11 +64,15 @@ class State:
         path = folder / STATE_NAME
         try:
             found = json.loads(path.read_bytes())
-            state = State(**found)
+            # Later versions may say more.
+            known = {field.name for field in fields(State)} & found.keys()
+            state = State(**{name: found[name] for name in known})
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+        if state.status not in STATUSES:
+            raise ValueError(f"{path} is damaged: the status {state.status!r} is unknown")
         if state.status == "running" and not _is_alive(folder, state):
             return replace(state, status="crashed", reason="its process is gone")
         return state
@@ -78,38 +83,55 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def hold_lock(folder: Path) -> IO[bytes] | None:
-    """Lock the run's folder until the file is closed, or the process ends in whatever way.
+class Lock:
+    """Held on a run's folder until ``release``, or until the process ends in whatever way.
 
-    A child that is forked does not hold it. None where there are no locks.
+    A child that is forked does not hold it. Raises ``BlockingIOError`` where another process, or
+    another run of this one, holds it.
     """
-    if fcntl is None:
-        return None
-    file = (folder / LOCK_NAME).open("wb")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-    except OSError:  # some network file systems have none
-        file.close()
-        return None
-    return file
+
+    def __init__(self, folder: Path) -> None:
+        self._file: IO[bytes] | None = None
+        if fcntl is None:
+            return
+        file = (folder / LOCK_NAME).open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # some network file systems have none
+            file.close()
+            return
+        self._file = file
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _close_copy(reference))
+
+    def release(self) -> None:
+        """Hold it no longer."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _close_copy(reference: weakref.ref[Lock]) -> None:
+    if (lock := reference()) is not None:
+        lock.release()  # of the child's own descriptor: the parent's keeps the lock
 
 
 def _is_alive(folder: Path, state: State) -> bool:
-    is_here = state.host == platform.node()
-    if is_here and state.process == os.getpid():
-        return True  # to try the lock would give it up
     path = folder / LOCK_NAME
     if fcntl is not None and path.exists():
         try:
-            with path.open("r+b") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
             pass  # it cannot be tried here
         else:
             return False
-    return not is_here or _is_running(state.process)
+    return state.host != platform.node() or _is_running(state.process)
 
 
 def _is_running(process: int) -> bool:

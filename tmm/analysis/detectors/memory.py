@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import series_of
 from tmm.metrics import FloatArray
 
+_MEMORY = re.compile(r"system/(process_memory|gpu_\d+/(torch_)?memory)")
 _PARTS = 5
 _ENDLESS = 2.0**80  # bytes; no machine has them
 _POINTS = 200  # enough for a slope: 20,000 pairs
@@ -21,14 +23,15 @@ def growing_memory(
 ) -> Iterator[Anomaly]:
     """Memory of the process or a GPU that grows all the time: medium, high where it has doubled.
 
-    Of ``system/process_memory`` and ``system/gpu_memory…``, in bytes, with ``least`` recorded
-    values: the Theil-Sen slope is more than ``rate`` of the median per 100 recorded values, the
-    medians of five equal parts rise each time (by a twentieth of the whole rise at least, so that
-    no single step does it), and the last is more than ``total`` above the first.
+    Of ``system/process_memory``, ``system/gpu_{i}/memory`` and ``torch_memory``, in bytes, with
+    ``least`` recorded values: the Theil-Sen slope is more than ``rate`` of the median per 100
+    recorded values, the medians of five equal parts rise each time (by a twentieth of the whole
+    rise at least, so that no single step does it), and the last is more than ``total`` above the
+    first.
     """
     for series in series_of(
         recorded,
-        lambda info: info.key.startswith(("system/process_memory", "system/gpu_memory")),
+        lambda info: _MEMORY.fullmatch(info.key) is not None,
     ):
         memory = series.where((series.values > 0) & (series.values < _ENDLESS))
         if len(memory.values) < max(least, 2 * _PARTS):
