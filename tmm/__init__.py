@@ -38,7 +38,8 @@ from tmm.rules import (
 )
 from tmm.runs.catalog import RunRecord, list_runs
 from tmm.runs.current import finish, init, log, step, watch
-from tmm.runs.live import LiveRun, default_spec
+from tmm.runs.default_spec import default_spec
+from tmm.runs.live import LiveRun
 from tmm.runs.start import start_run
 from tmm.spec import Spec
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +19,8 @@ from torch.optim import Optimizer
 from tmm.layout import StepRecord
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
+from tmm.runs.default_spec import default_spec
+from tmm.runs.logged_values import checked_count, numbers_in
 from tmm.runs.optimizers import OptimizerFinder
 from tmm.runs.samples import write_samples
 from tmm.runs.sinks import Sink, Sinks
@@ -30,7 +30,6 @@ from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
-from tmm.values import family_of
 
 if TYPE_CHECKING:
     from tmm.monitor import Monitor
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=Callable[..., Any])
 
 _WAIT = 0.05  # seconds
-_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
 class LiveRun:
@@ -124,7 +122,7 @@ class LiveRun:
             OSError: if what was logged before could not be written.
         """
         self._require_open()
-        numbers = dict(_numbers(values))
+        numbers = dict(numbers_in(values))
         if step is not None:
             self._go_to(step)
         collector = self._collector()
@@ -142,7 +140,7 @@ class LiveRun:
             OSError: if what was logged before could not be written.
         """
         self._require_open()
-        counts = _count("samples", samples), _count("tokens", tokens)
+        counts = checked_count("samples", samples), checked_count("tokens", tokens)
         self._collector()
         self._timing = self._clock.mark(*counts)
         self._end_step()
@@ -402,109 +400,10 @@ class LiveRun:
             )
 
 
-def default_spec(every: int = 10) -> Spec:
-    """What ``run.watch`` measures without a spec, on each step that is a multiple of ``every``.
-
-    Of all outputs the root mean square, largest magnitude, share of zeros, NaNs and infinities; of
-    gradients norm, NaNs and infinities; of parameters root mean square and NaNs, and their updates.
-    """
-    from tmm import rules
-
-    return Spec(
-        rules.activation("rms", "absmax", "zero_fraction", "nan_count", "inf_count"),
-        rules.gradient("norm", "nan_count", "inf_count"),
-        rules.parameter("rms", "nan_count"),
-        rules.update("relative_norm"),
-        every=every,
-    )
-
-
-def new_id() -> str:
-    """A name that no other run has, and that sorts by time."""
-    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-
-
-def checked_project(project: str) -> str:
-    """``project``, if it can be the name of a folder; raises ``ValueError``."""
-    if not isinstance(project, str) or not project or set(project) - _NAME or project[0] == ".":
-        raise ValueError(
-            f"project={project!r} cannot name a folder; use letters, digits, '-', '_' and '.'"
-        )
-    return project
-
-
-def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """The tags, each once; raises ``TypeError`` for what is no text."""
-    if isinstance(tags, str):
-        raise TypeError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
-    found = tuple(dict.fromkeys(tags))
-    for tag in found:
-        if not isinstance(tag, str):
-            raise TypeError(f"tags: {tag!r} is not text")
-    return found
-
-
-def _numbers(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, torch.Tensor]]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"log({values!r}): give a dictionary, such as {{'loss': 0.5}}")
-    for key, value in values.items():
-        if not isinstance(key, str) or not key:
-            raise ValueError(f"log: the key {key!r} is not text")
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{name}/")
-            continue
-        if isinstance(value, torch.Tensor):
-            number = value.detach()
-        else:
-            number = torch.tensor(_number(name, value), dtype=torch.float64)
-        if number.numel() != 1 or number.is_complex():
-            raise ValueError(
-                f"log: {name!r} has shape {tuple(number.shape)} and dtype {number.dtype}, and is"
-                " not one real number; log a mean, or log_samples the array"
-            )
-        if number.layout is not torch.strided or number.device.type == "meta":
-            raise ValueError(f"log: {name!r} is a {number.layout} tensor; log a dense one")
-        if (start := family_of(name)) is not None:
-            raise ValueError(
-                f"log: keys that start with {start!r} are tmm's own; choose another name, such as"
-                f" {'my_' + name!r}"
-            )
-        yield name, number
-
-
-def _number(name: str, value: object) -> float:
-    """A number of Python or numpy."""
-    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
-        if value.dtype.kind not in "biuf" or value.size != 1:
-            raise ValueError(
-                f"log: {name!r} has shape {value.shape} and dtype {value.dtype}, and is not one"
-                " real number; log a mean, or log_samples the array"
-            )
-        return float(value.reshape(-1)[0])
-    if not isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating)):
-        raise TypeError(f"log: {name!r} is {value!r}, not a number; log_samples takes texts")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"log: {name!r} is too large for a float64") from error
-
-
-def _count(name: str, value: object) -> int | None:
-    """How many, as ``step`` is told."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"step: {name}={value!r} is not an integer")
-    if value < 0:
-        raise ValueError(f"step: {name}={value} is negative")
-    return int(value)
+def _last(values: torch.Tensor) -> torch.Tensor:
+    return values[-1]
 
 
 def _uncaught() -> BaseException | None:
     """The exception that nobody caught and that ends the process, or ended an interactive line."""
     return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-
-
-def _last(values: torch.Tensor) -> torch.Tensor:
-    return values[-1]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
 from tmm.runs.catalog import find_run
-from tmm.runs.live import LiveRun, checked_project, checked_tags, new_id
+from tmm.runs.live import LiveRun
 from tmm.runs.sinks import Sink, find_sinks
 from tmm.runs.state import Lock
+
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
 def start_run(
@@ -57,8 +61,8 @@ def start_run(
     found = find_sinks(sinks)
     if resume is not None:
         return _resumed(Path(root), resume, system_seconds, found)
-    folder = Path(root) / checked_project(project) / new_id()
-    tags = checked_tags(tags)
+    folder = Path(root) / _checked_project(project) / _new_id()
+    tags = _checked_tags(tags)
     if system_seconds is not None and not system_seconds > 0:
         raise ValueError(f"system_seconds={system_seconds} must be positive, or None for never")
     settings = _plain(config)
@@ -111,3 +115,28 @@ def _resumed(
         lock=lock,
         first_step=int(steps[-1]) + 1 if len(steps) else 0,
     )
+
+
+def _new_id() -> str:
+    """A name that no other run has, and that sorts by time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def _checked_project(project: str) -> str:
+    """``project``, if it can be the name of a folder; raises ``ValueError``."""
+    if not isinstance(project, str) or not project or set(project) - _NAME or project[0] == ".":
+        raise ValueError(
+            f"project={project!r} cannot name a folder; use letters, digits, '-', '_' and '.'"
+        )
+    return project
+
+
+def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """The tags, each once; raises ``TypeError`` for what is no text."""
+    if isinstance(tags, str):
+        raise TypeError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
+    found = tuple(dict.fromkeys(tags))
+    for tag in found:
+        if not isinstance(tag, str):
+            raise TypeError(f"tags: {tag!r} is not text")
+    return found
