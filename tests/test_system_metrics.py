@@ -350,7 +350,7 @@ def test_without_psutil_values_are_those_of_the_system(monkeypatch):
 def test_without_psutil_and_linux_keys_are_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "psutil", None)
     for name in ("_STATUS", "_MEMORY"):
-        monkeypatch.setattr(f"tmm.runs.system.{name}", tmp_path / "missing")
+        monkeypatch.setattr(f"tmm.runs.probes.{name}", tmp_path / "missing")
     monkeypatch.delattr(os, "getloadavg")
     with SystemSampler() as sampler:
         assert set(first_sample(sampler)) == keys("process_cpu_percent")
