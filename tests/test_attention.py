@@ -188,7 +188,13 @@ def padded(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"attention_mask": mask}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("Whisper") else name
+        for name in NAMES
+    ],
+)
 def test_models_with_torch_s_attention_and_with_their_own(name: str) -> None:
     module = sharpened(CASES[name].build()).eval()
     batch = padded(dict(CASES[name].batch()))

@@ -112,7 +112,9 @@ def without_dropout(module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_no_difference_from_itself_with_dropout(backend: str, checkpointed: bool) -> None:
     torch.manual_seed(0)
