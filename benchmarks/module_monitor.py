@@ -74,22 +74,23 @@ def monitored(
     if compares:
         monitor.set_reference_module(reference)
         monitor.add_activation_difference_metric("l2", lambda a, b: (a - b).norm(dim=-1))
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
 
-    def step() -> None:
-        monitor.begin_step((monitor.current_step or 0) + 1)
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
         if compares and runs_reference:
             with torch.no_grad():
                 reference(tokens)
-        logits = model(tokens)
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
-        )
-        loss.backward()
+        output: torch.Tensor = model(tokens)
+        return output
+
+    def after_backward() -> None:
         monitor.monitor_parameters()
         monitor.monitor_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    train = training_step(module, forward, tokens, after_backward)
+
+    def step() -> None:
+        monitor.begin_step((monitor.current_step or 0) + 1)
+        train()
         monitor.end_step()
         assert len(monitor.get_step_metrics()) > 100
 

@@ -63,7 +63,10 @@ def monitored_step(model: nn.Module, step: Callable[[], None]) -> Callable[[], N
 
 
 def training_step(
-    module: nn.Module, forward: Callable[..., torch.Tensor], tokens: torch.Tensor
+    module: nn.Module,
+    forward: Callable[..., torch.Tensor],
+    tokens: torch.Tensor,
+    after_backward: Callable[[], None] | None = None,
 ) -> Callable[[], None]:
     """One step of SGD on the next token, by ``forward``, which runs ``module``."""
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
@@ -74,6 +77,8 @@ def training_step(
             logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
         )
         loss.backward()
+        if after_backward is not None:
+            after_backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from tmm.layout import StepRecord
 from tmm.metrics import FloatArray
+from tmm.runtime.replacing import replace_text
 from tmm.runtime.segment import SegmentWriter
 
 try:
@@ -329,17 +330,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
-from uuid import uuid4
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from tmm.runtime.replacing import replacing
 
 FileName: TypeAlias = str | os.PathLike[str]
 Table: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[np.float64]]
@@ -180,27 +180,13 @@ def _name(path: str, form: str) -> str:
 
 def _save(filename: FileName, form: str, tables: Mapping[str, Table]) -> None:
     target = Path(os.path.realpath(filename))  # a link stays one
-    with _replacing(target) as temporary, h5py.File(temporary, "w") as file:
+    with replacing(target) as temporary, h5py.File(temporary, "w") as file:
         file.attrs[_FORM] = form
         for position, (path, (keys, values)) in enumerate(tables.items()):
             group = file.require_group(path)
             group.attrs[_POSITION] = position
             group.create_dataset("keys", data=keys)
             group.create_dataset("values", data=values)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to write to, that takes its place if nothing is raised."""
-    temporary = target.with_name(f".{uuid4().hex}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _form(file: Any) -> str:

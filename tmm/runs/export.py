@@ -8,19 +8,18 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
-from uuid import uuid4
 
 import numpy as np
 
 from tmm.metrics import FloatArray
 from tmm.module_monitor.files import save_by_key
 from tmm.reader import Run, StepArray
+from tmm.runtime.replacing import replacing
 from tmm.runtime.writer import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
@@ -61,7 +60,7 @@ def export_run(
     target = Path(os.path.realpath(path))  # a link stays one
     _check_target(run, target)
     numbers = _Numbers(run, tuple(_keys(run, pattern)), run.steps)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         rows = write(numbers, temporary)
         if not rows and pattern is not None:
             raise ValueError(f"pattern {pattern!r} matches no numbers; histograms are left out")
@@ -136,20 +135,6 @@ def _check_target(run: Run, target: Path) -> None:
     is_of_run = target.name == INFO_NAME or _SEGMENT.fullmatch(target.name)
     if is_of_run and target.parent == Path(os.path.realpath(run.path)):
         raise ValueError(f"{target} is a file of the run itself; export to another one")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to write to, that takes its place if nothing is raised."""
-    temporary = target.with_name(f".{uuid4().hex}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 # Formats

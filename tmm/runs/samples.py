@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+
+from tmm.runtime.replacing import replacing
 
 FOLDER = "samples"
 MOST_BYTES = 16 << 20  # of one step; more is no sample
@@ -35,13 +36,8 @@ def write_samples(run: Path, step: int, samples: Mapping[str, object]) -> None:
     path = _path(run, step)
     path.parent.mkdir(exist_ok=True)
     known = dict(np.load(path)) if path.exists() else {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **(known | arrays))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **(known | arrays))
 
 
 def read_samples(run: Path, step: int) -> dict[str, Sample]:

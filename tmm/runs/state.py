@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal, TypeAlias, get_args
 
-from tmm.runtime.writer import replace_text
+from tmm.runtime.replacing import replace_text
 
 try:
     import fcntl
