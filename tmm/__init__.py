@@ -5,6 +5,7 @@ statistics of every module are computed inside of it, on the steps that ``spec``
 """
 
 from tmm import analysis
+from tmm.alerts import AlertError, AlertWarning
 from tmm.coordinate_check import CoordinateCheck, coord_check
 from tmm.explain import Explanation
 from tmm.gaps import MonitoringWarning
@@ -46,6 +47,8 @@ from tmm.spec import Spec
 __all__ = [
     "HISTOGRAM_EDGES",
     "METRIC_NAMES",
+    "AlertError",
+    "AlertWarning",
     "CoordinateCheck",
     "Explanation",
     "HooksManager",

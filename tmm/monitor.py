@@ -12,6 +12,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from tmm.alerts import Alerts, alert_events
 from tmm.gaps import CALL_THE_MODEL, Gaps, OnError
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
@@ -21,6 +22,7 @@ from tmm.reader import open_run
 from tmm.reference import Reference, load_reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
+from tmm.runtime.segment import segment_paths
 from tmm.runtime.writer import RunWriter
 from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.regions import Region
@@ -72,6 +74,10 @@ class Monitor:
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
+        self._alerts = None if spec.alerts is None else Alerts(spec.alerts)
+        if self._alerts is not None and writer is not None and segment_paths(writer.path):
+            with open_run(writer.path) as run:
+                self._alerts.recall(run)
 
     def attach(
         self, twin: Twin, explain: Callable[[], str], reference: Reference | None = None
@@ -146,6 +152,7 @@ class Monitor:
             RuntimeError: if no step is open.
             ValueError: for a user's aggregate that fails.
             OSError: if what was measured before could not be written.
+            tmm.AlertError: for what goes wrong in the step, where the spec says so.
         """
         finished = self._require_step("end_step")
         self.after_micro_batch()
@@ -173,6 +180,7 @@ class Monitor:
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
         self._gaps.close()
+        self._look_at(finished)
 
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
@@ -516,6 +524,17 @@ class Monitor:
     def _require_watch(self) -> Watch:
         assert self._watch is not None
         return self._watch
+
+    def _look_at(self, finished: StepCollector) -> None:
+        """Give alerts of what has begun in a step, which is handed over to the run by now."""
+        if self._alerts is None:
+            return
+        found = self._alerts.look_at(finished.record())
+        if found:
+            if self._writer is not None:
+                events = alert_events(finished.step, found)
+                self._writer.submit(StepRecord(finished.step, events=events))
+            self._alerts.act(finished.step, found)
 
     def _save_explanation(self) -> None:
         if self._writer is not None and self._explain is not None:

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from tmm.alerts import Alarms, AlertSettings, OnAlert
 from tmm.layout import ATTENTION, AttentionRequest, Site
 from tmm.metrics import (
     ATTENTION_METRICS,
@@ -57,11 +58,18 @@ class Spec:
             no more, so that the reference costs that share of a forward pass. Means over tokens
             stay unbiased; metrics that are none are refused, as are models whose batch cannot be
             followed (graph breaks) or that mix its items (batch norm in training mode).
+        alerts: let the detectors of ``tmm anomalies`` look at each recorded step when it ends,
+            which waits for its numbers: True for what is of medium severity at least, another
+            severity ("low", "high", "critical"), or a list of detectors, by name or as functions.
+        on_alert: what is done about what they find, each episode once: "warn", "raise" (a
+            ``tmm.AlertError``, once the step is recorded), or a function that is called with a
+            tuple of ``tmm.analysis.Anomaly``, the worst first.
 
     Raises:
-        ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern or a rule
-            that lacks its reference.
-        TypeError: for something that is not a rule, a number, a predicate or a reference.
+        ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern, a rule
+            that lacks its reference, or a detector that does not exist.
+        TypeError: for something that is not a rule, a number, a predicate, a reference or an
+            action.
 
     Attributes:
         is_strict: whether there must be rules, and each must match something.
@@ -78,6 +86,8 @@ class Spec:
         reference_device: torch.device | str | None = None,
         reference_dtype: torch.dtype | None = None,
         reference_samples: int | None = None,
+        alerts: Alarms = False,
+        on_alert: OnAlert = "warn",
     ) -> None:
         if not rules and self.is_strict:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -107,6 +117,7 @@ class Spec:
         self.reference_samples = reference_samples
         self.every: int | StepPredicate = every
         self.exclude: str | None = exclude
+        self.alerts = AlertSettings.build(alerts, on_alert)
 
     def __str__(self) -> str:
         every = self.every if isinstance(self.every, int) else "<predicate>"
@@ -122,6 +133,8 @@ class Spec:
             parts.append(f"reference_dtype={self.reference_dtype}")
         if self.reference_samples is not None:
             parts.append(f"reference_samples={self.reference_samples}")
+        if self.alerts is not None:
+            parts.append(str(self.alerts))
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:

@@ -53,6 +53,8 @@ def jumps(
     flagged, usual = np.zeros(len(values), dtype=np.bool_), np.full(len(values), np.nan)
     with np.errstate(invalid="ignore"):
         judged = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if not len(judged) or values[judged].max() / factor < values[judged].min():
+        return flagged, usual  # no value is that far above any median
     logarithms = np.log10(values[judged])
     level, spread = before(logarithms, window, least)
     rise = logarithms - level
@@ -66,6 +68,8 @@ def jumps(
 
 def runs(flags: BoolArray, least: int = 1) -> Iterator[slice]:
     """The runs of at least ``least`` true flags, as slices."""
+    if not flags.any():
+        return
     edges = np.diff(np.concatenate([[0], flags.astype(np.int8), [0]]))
     for start, stop in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0), strict=True):
         if stop - start >= least:
@@ -78,6 +82,8 @@ def bridged(flags: BoolArray, lasting: BoolArray) -> BoolArray:
     So a value that trembles about its limit is one episode.
     """
     result = flags.copy()
+    if not flags.any():
+        return result
     for places in runs(flags | lasting):
         flagged = np.flatnonzero(flags[places])
         if len(flagged):

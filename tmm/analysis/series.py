@@ -46,6 +46,8 @@ class Series:
 
     def where(self, chosen: BoolArray) -> Series:
         """The part that is ``chosen``, shape (n,)."""
+        if chosen.all():
+            return self
         return replace(self, steps=self.steps[chosen], values=self.values[chosen])
 
     def finite(self) -> Series:

@@ -45,7 +45,7 @@ class Evidence:
 
 
 def evidence(recorded: Recorded, ranks: Mapping[str, Rank]) -> Iterator[Evidence]:
-    """For each tensor, loss and recorded value: whether and where it was not finite."""
+    """For each tensor, loss and recorded value that may not have been finite: where it was not."""
     tensors: dict[tuple[str, str], list[Series]] = {}
 
     def counts(info: KeyInfo) -> bool:
@@ -59,7 +59,15 @@ def evidence(recorded: Recorded, ranks: Mapping[str, Rank]) -> Iterator[Evidence
         if len(series.steps):
             tensors.setdefault(tensor, []).append(series)
     for metrics in tensors.values():
-        yield _judge(metrics)
+        if not all(map(_is_quiet, metrics)):
+            yield _judge(metrics)
+
+
+def _is_quiet(series: Series) -> bool:
+    """Whether it has nothing to say; most have not, and are many."""
+    if series.metric in COUNTS:
+        return not (series.values > 0).any()
+    return bool(np.isfinite(series.values).all())
 
 
 def _judge(metrics: list[Series]) -> Evidence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ _PLACES = {
 }
 
 
-def nonfinite(recorded: Recorded) -> Iterator[Anomaly]:
+def nonfinite(recorded: Recorded, *, since: int | None = None) -> Iterator[Anomaly]:
     """NaN and infinity in what a model computes, in its loss, gradients, updates and parameters.
 
     One row per tensor, for the first recorded steps in a row that have them: critical for the one
@@ -33,9 +33,9 @@ def nonfinite(recorded: Recorded) -> Iterator[Anomaly]:
     finite, unless counts or extremes of the same tensor and step say that it is; your own functions
     once they were finite. ``std``, ``kurtosis``, ``cosine`` and ``relative_norm`` never count: a
     constant or a zero makes them NaN, too. Gradients of steps that a ``GradScaler`` skipped are
-    left out.
+    left out. With ``since``, what was before that step is not told of.
     """
-    found = _all_found(recorded)
+    found = _all_found(recorded, since)
     origin = _origin(found)
     if origin is not None:
         yield _anomaly(origin, "critical", _origin_text(origin, recorded))
@@ -116,18 +116,20 @@ class _Found:
         return first.when + more
 
 
-def _all_found(recorded: Recorded) -> list[_Found]:
+def _all_found(recorded: Recorded, since: int | None) -> list[_Found]:
     """Everything with evidence, in the order of execution."""
     ranks = execution_ranks(recorded)
     everything = list(evidence(recorded, ranks))
-    losses = [item for item in everything if ranks[item.series.key][0] == LOSS]
-    failing = [item.series.steps[item.flagged] for item in losses]
+    losses = any(part == LOSS for part, _ in ranks.values())
+    failing = [e.series.steps[e.flagged] for e in everything if ranks[e.series.key][0] == LOSS]
     failed = np.concatenate([np.empty(0, dtype=np.int64), *failing])
     found = []
     for item in everything:
+        if since is not None:
+            item = replace(item, flagged=item.flagged & (item.series.steps >= since))
         if item.flagged.any():
             rank = ranks[item.series.key]
-            stays = rank[0] == FORWARD and item.is_always_infinite and bool(losses)
+            stays = rank[0] == FORWARD and item.is_always_infinite and losses
             harmless = stays and not np.isin(item.series.steps, failed).any()
             found.append(_Found(item, rank, harmless))
     return sorted(found, key=lambda item: item.rank)

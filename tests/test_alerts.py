@@ -1,0 +1,324 @@
+"""Alerts: what `tmm anomalies` would find, said at the step where it happens, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tmm
+from tmm.alerts import Alerts, AlertSettings
+from tmm.analysis import Anomaly, Recorded, RecordedSeries, find_anomalies
+from tmm.analysis.names import info_of
+from tmm.analysis.recent import RecentSeries
+from tmm.layout import StepRecord, Table
+
+
+def records(series: dict[str, Sequence[float]]) -> list[StepRecord]:
+    infos = tuple(info_of(key, place) for place, key in enumerate(series))
+    rows = np.array(list(series.values()), dtype=np.float64).T
+    return [StepRecord(step, (Table(infos, row),)) for step, row in enumerate(rows)]
+
+
+def alerts_of(series: dict[str, Sequence[float]], alerts: object = True) -> list[Anomaly]:
+    built = AlertSettings.build(alerts, "warn")  # type: ignore[arg-type]
+    assert built is not None
+    looking = Alerts(built)
+    found = []
+    for record in records(series):
+        new = looking.look_at(record)
+        assert all(anomaly.last_step == record.step for anomaly in new)
+        found.extend(new)
+    return found
+
+
+def whole(series: dict[str, Sequence[float]]) -> set[tuple[str, str]]:
+    recorded = RecordedSeries({key: (range(len(v)), v) for key, v in series.items()})
+    return {
+        (anomaly.kind, anomaly.key)
+        for anomaly in find_anomalies(recorded)
+        if anomaly.severity != "low"
+    }
+
+
+def noise(count: int, level: float = 1.0, seed: int = 0) -> np.ndarray:
+    return level * np.exp(0.05 * np.random.default_rng(seed).standard_normal(count))
+
+
+def test_alerts_come_at_the_step_and_are_those_of_the_whole_record() -> None:
+    count = 120
+    series: dict[str, Sequence[float]] = {
+        "activation/0/rms": noise(count, seed=1),
+        "activation/0/zero_fraction": np.where(np.arange(count) < 40, 0.4, 0.995),
+        "activation/1/rms": np.where(np.arange(count) < 70, noise(count, seed=2), 40.0),
+        "activation/1/nan_count": (np.arange(count) >= 100).astype(float),
+        "loss": np.where(np.arange(count) == 60, 30.0, noise(count, seed=3)),
+        "gradient/0.weight/norm": np.where(np.arange(count) == 50, 500.0, noise(count, seed=4)),
+        "update/0.weight/relative_norm": np.where(np.arange(count) < 80, 1e-3, 0.5),
+    }
+    found = alerts_of(series)
+    assert {(anomaly.kind, anomaly.key) for anomaly in found} == whole(series)
+    when = {anomaly.kind: anomaly.last_step for anomaly in found}
+    assert when == {
+        "dead_units": 44,  # five in a row
+        "gradient_explosion": 50,
+        "loss_spike": 60,
+        "activation_explosion": 70,
+        "update_large": 84,  # five in a row
+        "nonfinite": 100,
+    }
+    assert len(found) == len(when)  # each episode once
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_series_gives_the_alerts_of_its_whole_record(data: st.DataObject) -> None:
+    # Detectors that judge the past by what follows (a noise estimate, a bridge) are left out.
+    count = data.draw(st.integers(1, 120))
+    jumps = st.dictionaries(
+        st.integers(0, count - 1), st.sampled_from([0.0, 1e-9, 30.0, 2e3, np.nan, np.inf])
+    )
+    keys = (
+        "activation/a/rms",
+        "activation/a/absmax",
+        "gradient/a.weight/norm",
+        "attention_max_logit/a.head_0",
+    )
+    series: dict[str, Sequence[float]] = {}
+    for place, key in enumerate(keys):
+        values = noise(count, seed=place)
+        for where, value in data.draw(jumps).items():
+            values[where] = value
+        series[key] = values
+    causal = ["nonfinite", "exploding_gradients", "exploding_activations", "growing_logits"]
+    found = {(anomaly.kind, anomaly.key) for anomaly in alerts_of(series, causal)}
+    kinds = {"gradient_explosion", "activation_explosion", "attention_logit_growth"}
+    assert {known for known in found if known[0] in kinds} == {
+        known for known in whole(series) if known[0] in kinds
+    }
+    # From one tensor to the next it is one episode, that began where the whole record says.
+    assert found <= whole(series)
+    assert ("nonfinite" in dict(found)) == ("nonfinite" in dict(whole(series)))
+
+
+def test_what_ends_and_begins_again_is_said_again() -> None:
+    values = np.ones(30)
+    values[[5, 6, 7, 20, 21]] = np.nan
+    found = alerts_of({"loss": values})
+    assert [anomaly.step for anomaly in found] == [5, 20]
+
+
+def test_an_episode_that_pauses_is_said_once() -> None:
+    values = np.ones(40)
+    values[10:] = np.where(np.arange(30) % 2, 150.0, 80.0)  # about the limit of 100
+    found = alerts_of({"gradient/a.weight/norm": values}, ["exploding_gradients"])
+    assert len(found) == 1
+
+
+def test_a_long_training_says_nothing_twice() -> None:
+    values = np.where(np.arange(1500) < 100, noise(1500), 5e3)
+    assert len(alerts_of({"activation/a/rms": values}, ["activation_outliers"])) == 1
+
+
+def test_the_severity_can_be_chosen() -> None:
+    values = np.where(np.arange(40) < 20, noise(40), 500.0)
+    assert alerts_of({"gradient/a.weight/norm": values}, "high")
+    assert not alerts_of({"gradient/a.weight/norm": values}, "critical")
+    values[30:] = 5e3
+    (critical,) = alerts_of({"gradient/a.weight/norm": values}, "critical")
+    assert critical.last_step == 30
+
+
+def test_own_detectors_are_asked() -> None:
+    def odd(recorded: Recorded) -> list[Anomaly]:
+        step = int(recorded.steps[-1])
+        if step != 7:
+            return []
+        return [Anomaly("odd", "high", step, step, "loss", "loss", 1.0, 0.0, "It is odd.")]
+
+    (found,) = alerts_of({"loss": np.ones(10)}, [odd])
+    assert (found.kind, found.step) == ("odd", 7)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=600))
+@settings(max_examples=50, deadline=None)
+def test_recent_values_are_the_first_and_the_newest(steps: list[int]) -> None:
+    recent = RecentSeries()
+    kept: dict[int, float] = {}
+    info = info_of("loss")
+    for place, step in enumerate(steps):
+        recent.add(StepRecord(step, (Table((info,), np.array([float(place)])),)))
+        kept = {known: value for known, value in kept.items() if known < step} | {step: place}
+        got_steps, got = recent.series("loss")
+        expected = sorted(kept.items())
+        pairs = list(zip(got_steps.tolist(), got.tolist(), strict=True))
+        assert pairs[:16] == expected[:16] or len(expected) > 280
+        assert pairs[-200:] == expected[-200:] or len(expected) > 280
+
+
+def test_recent_values_are_bounded() -> None:
+    recent, infos = RecentSeries(), (info_of("loss"),)
+    for step in range(5000):
+        recent.add(StepRecord(step, (Table(infos, np.array([float(step)])),)))
+        steps, values = recent.series("loss")
+        assert steps.tolist() == values.tolist()
+        assert len(steps) <= 280
+        assert steps[:16].tolist() == list(range(min(16, step + 1)))
+        assert steps[-200:].tolist() == list(range(max(0, step - 199), step + 1))
+
+
+# In a training
+
+
+class Trained:
+    """A small model whose second layer can be made to fail."""
+
+    def __init__(self, path: Path, *, first: int = 0, **options: object) -> None:
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        )
+        spec = tmm.Spec(
+            tmm.activation("rms", "nan_count"), tmm.gradient("norm"), every=1, **options
+        )
+        self.model = tmm.instrument(self.net, spec, run=path)
+        self.monitor = tmm.monitor(self.model)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3)
+        self.monitor.watch(self.optimizer)
+        self.step = first
+
+    def train(self, steps: int, before: Callable[[int], None] = lambda step: None) -> None:
+        for _ in range(steps):
+            step, self.step = self.step, self.step + 1
+            with self.monitor.step(step):
+                before(step)
+                self.model(torch.randn(16, 4)).square().mean().backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def poison(self, step: int) -> None:
+        if step == 6:
+            with torch.no_grad():
+                self.net[2].bias.fill_(float("nan"))
+
+
+def test_raising_ends_the_training_at_its_step_and_loses_nothing(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, alerts=True, on_alert="raise")
+    with pytest.raises(tmm.AlertError, match=r"^step 6: .*first in the output of 2") as caught:
+        trained.train(10, trained.poison)
+    assert caught.value.step == 6
+    assert caught.value.anomalies[0].key == "activation/2/nan_count"
+    tmm.remove(trained.model)
+    with tmm.open_run(tmp_path) as run:
+        assert run.steps.tolist() == list(range(7))
+        assert run.at(6)["activation/2/nan_count"] == 16
+        event = next(event for event in run.events if event.kind == "alert")
+        assert event.step == 6
+        assert event.text.startswith("critical: ")
+
+
+def test_the_training_can_go_on_after_it(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, alerts=["nonfinite"], on_alert="raise")
+    with pytest.raises(tmm.AlertError):
+        trained.train(10, trained.poison)
+    trained.train(3)  # the same episode
+    tmm.remove(trained.model)
+    with tmm.open_run(tmp_path) as run:
+        assert run.steps.tolist() == list(range(10))
+
+
+def test_warning_names_the_layer_once(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, alerts=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained.train(10, trained.poison)
+    texts = [str(item.message) for item in caught if item.category is tmm.AlertWarning]
+    assert len(texts) == 1
+    assert "first in the output of 2" in texts[0]
+
+
+def test_a_function_gets_them_and_its_errors_are_raised(tmp_path: Path) -> None:
+    heard: list[tuple[Anomaly, ...]] = []
+    trained = Trained(tmp_path, alerts=True, on_alert=heard.append)
+    trained.train(10, trained.poison)
+    assert len(heard) == 1
+    assert heard[0][0].severity == "critical"
+    assert {anomaly.step for anomaly in heard[0]} == {6}
+
+
+def test_logged_losses_are_judged_between_monitored_steps(tmp_path: Path) -> None:
+    heard: list[tuple[Anomaly, ...]] = []
+    spec = tmm.Spec(tmm.activation("rms"), every=1000, alerts=True, on_alert=heard.append)
+    with tmm.start_run("alerts", root=tmp_path, system_seconds=None) as run:
+        run.watch(torch.nn.Linear(2, 2), spec)
+        for step in range(40):
+            run.log({"loss": 50.0 if step == 30 else 1.0})
+            run.step()
+    ((spike,),) = heard
+    assert (spike.kind, spike.step) == ("loss_spike", 30)
+
+
+def test_a_resumed_training_is_judged_as_one(tmp_path: Path) -> None:
+    unusual = {19: np.nan, 20: np.nan, 22: 50.0, 35: 50.0}
+
+    def train(path: Path, parts: list[range], heard: list[tuple[Anomaly, ...]]) -> None:
+        query: str | None = None
+        for part in parts:
+            spec = tmm.Spec(tmm.activation("rms"), every=1000, alerts=True, on_alert=heard.append)
+            with tmm.start_run("a", root=path, resume=query, system_seconds=None) as run:
+                query = run.id
+                run.watch(torch.nn.Linear(2, 2), spec)
+                for step in part:
+                    run.log({"loss": unusual.get(step, 1.0)})
+                    run.step()
+
+    once: list[tuple[Anomaly, ...]] = []
+    train(tmp_path / "once", [range(40)], once)
+    twice: list[tuple[Anomaly, ...]] = []
+    train(tmp_path / "twice", [range(20), range(20, 40)], twice)
+    assert [found[0].step for found in once] == [19, 22, 35]
+    assert twice == once
+
+
+def test_healthy_trainings_and_skipped_steps_are_silent(tmp_path: Path) -> None:
+    trained = Trained(tmp_path, alerts=True, on_alert="raise")
+    trained.train(40)
+    scaled = alerts_of(
+        {
+            "gradient/a.weight/norm": [1.0, np.inf, 1.0],
+            "step/skipped": [0.0, 1.0, 0.0],
+            "step/grad_scale": [2.0, 2.0, 1.0],
+        }
+    )
+    assert not scaled
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_training_is_not_disturbed(tmp_path: Path, watched: bool) -> None:
+    plain, judged = Trained(tmp_path / "a"), Trained(tmp_path / "b", alerts=watched)
+    for trained in (plain, judged):
+        torch.manual_seed(1)
+        trained.train(5)
+    for one, other in zip(plain.net.parameters(), judged.net.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("alerts", "on_alert", "message"),
+    [
+        ("loud", "warn", "no severity.*low, medium, high, critical"),
+        (["nonfinit"], "warn", "no detector 'nonfinit'; there are nonfinite"),
+        ([], "warn", "no detectors"),
+        (3, "warn", "neither True, a severity nor a list"),
+        (True, "mail", "on_alert='mail' is neither"),
+    ],
+)
+def test_wrong_settings_are_refused(alerts: object, on_alert: object, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        tmm.Spec(tmm.activation("rms"), alerts=alerts, on_alert=on_alert)  # type: ignore[arg-type]
