@@ -150,7 +150,9 @@ class KeyRegistry:
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, _, name = site.partition("/")
-        position, notes = self._positions[site], self._notes(kind)
+        # Rows that only other ranks have are new here.
+        position = self._positions.setdefault(site, len(self._positions))
+        notes = self._notes(kind)
         return KeyInfo(key, kind, name or site, position, aggregate, notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,9 @@ import torch
 from tmm.layout import Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
+from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
 from tmm.runtime.eager import apply_function
+from tmm.runtime.joined_step import Gathered, contribution_of, of_all_ranks
 from tmm.runtime.joining import join
 
 
@@ -64,6 +66,9 @@ class StepCollector:
         self.skipped: list[HostCopy] = []
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
+        self._own: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
+        self._turn: Turn[StepCollector] | None = None
+        self._sent: Gathered | None = None
         self._record: StepRecord | None = None
         self._lock = threading.Lock()
 
@@ -91,15 +96,22 @@ class StepCollector:
             unless = partial(_is_nonzero, copy_to_host(unless.detach().clone()))
         self._arrivals.append((binding, arrived, unless))
 
-    def log(self, key: str, values: torch.Tensor, aggregate: Aggregate) -> None:
-        """Take values that the user logs; all values of a key in a step are joined."""
+    def log(
+        self, key: str, values: torch.Tensor, aggregate: Aggregate, *, of_all_ranks: bool = True
+    ) -> None:
+        """Take values that the user logs; all values of a key in a step are joined.
+
+        Those of other ranks are not, without ``of_all_ranks``.
+        """
         copied = copy_to_host(values.detach().reshape(-1).clone())
-        self._logged.setdefault(key, (aggregate, []))[1].append(copied)
+        logged = self._logged if of_all_ranks else self._own
+        logged.setdefault(key, (aggregate, []))[1].append(copied)
 
     def take_logged(self, other: StepCollector) -> None:
         """Take what was logged in ``other``, of the same step, which is given up."""
-        for key, (aggregate, copies) in other._logged.items():
-            self._logged.setdefault(key, (aggregate, []))[1].extend(copies)
+        for mine, theirs in ((self._logged, other._logged), (self._own, other._own)):
+            for key, (aggregate, copies) in theirs.items():
+                mine.setdefault(key, (aggregate, []))[1].extend(copies)
 
     def was_skipped(self) -> bool:
         """Whether an optimizer skipped its step; known once the step is over."""
@@ -108,19 +120,31 @@ class StepCollector:
     @property
     def holds_logged(self) -> bool:
         """Whether anything was logged by hand."""
-        return bool(self._logged)
+        return bool(self._logged or self._own)
 
     @property
     def holds_values(self) -> bool:
         """Whether anything arrived."""
-        return bool(self._arrivals or self._logged)
+        return bool(self._arrivals or self._logged or self._own)
 
     @property
     def is_on_host(self) -> bool:
-        """Whether everything can be read without waiting for an accelerator."""
+        """Whether everything can be read without waiting for an accelerator or other ranks."""
         copies = [c for _, arrived, _ in self._arrivals for c in arrived]
-        copies += [c for _, logged in self._logged.values() for c in logged]
-        return all(copy.ready is None for copy in copies)
+        for logged in (self._logged, self._own):
+            copies += [c for _, values in logged.values() for c in values]
+        return self._turn is None and all(copy.ready is None for copy in copies)
+
+    def join_ranks(self, ranks: CrossRank) -> None:
+        """Join the step, which has ended, with those of other ranks; waits for nothing."""
+        self._turn = ranks.submit(self)
+
+    def contribution(self) -> Contribution | None:
+        """What other ranks are to know of the step; None for one that failed."""
+        if self.failed:
+            return None
+        self._sent = self._gathered()
+        return contribution_of(self._sent)
 
     def record(self) -> StepRecord:
         """Evaluate the step; waits for copies that are still under way.
@@ -132,9 +156,10 @@ class StepCollector:
                 self._record = self._evaluate()
                 self._arrivals.clear()
                 self._logged.clear()
+                self._own.clear()
             return self._record
 
-    def _evaluate(self) -> StepRecord:
+    def _gathered(self) -> Gathered:
         accumulators: dict[Reduction, Accumulator] = {}
         collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
         for binding, arrived, unless in self._arrivals:
@@ -155,19 +180,36 @@ class StepCollector:
                         (whole.site,), row
                     )
 
+        rows = {
+            reduction: (accumulator.sites, accumulator.rows)
+            for reduction, accumulator in accumulators.items()
+        }
+        return Gathered(rows, collected, _read(self._logged))
+
+    def _evaluate(self) -> StepRecord:
+        if self._turn is None:
+            gathered = self._gathered()
+        else:
+            try:
+                joined = self._turn.wait()
+            except RanksDisagreeError as error:
+                gathered = Gathered({}, {}, {})
+                self.events = (*self.events, Event(self.step, "gap", str(error)))
+            else:
+                assert self._sent is not None
+                gathered = of_all_ranks(joined, self._sent)
         scalars: list[Table] = []
         histograms: list[Table] = []
-        for accumulator in accumulators.values():
-            table = accumulator.table(self.registry)
-            (histograms if accumulator.reduction.is_histogram else scalars).append(table)
+        for reduction, (sites, values) in gathered.rows.items():
+            table = _table_of(reduction, sites, values, self.registry)
+            (histograms if reduction.is_histogram else scalars).append(table)
         extra: dict[str, tuple[KeyInfo, float]] = {}
-        for (reduction, site), parts in collected.items():
+        for (reduction, site), parts in gathered.collected.items():
             info = self.registry.infos(reduction, (site,))[0]
             extra.update(_joined(info, reduction.aggregate, parts))
         logged: dict[str, tuple[KeyInfo, float]] = {}
-        for key, (aggregate, copies) in self._logged.items():
+        for key, (aggregate, parts) in (gathered.logged | _read(self._own)).items():
             name = aggregate if isinstance(aggregate, str) else "function"
-            parts = [copy.read() for copy in copies]
             logged.update(_joined(self.registry.logged(key, name), aggregate, parts))
         recorded = {info.key for table in scalars for info in table.infos} | extra.keys()
         if clash := recorded & logged.keys():
@@ -189,39 +231,50 @@ class Accumulator:
 
     def __init__(self, reduction: Reduction) -> None:
         self.reduction = reduction
-        self._sites: tuple[str, ...] = ()
-        self._rows: FloatArray = np.empty((0, reduction.width))
+        self.sites: tuple[str, ...] = ()
+        self.rows: FloatArray = np.empty((0, reduction.width))
 
     def add(self, sites: tuple[str, ...], rows: FloatArray) -> None:
         """Merge ``rows``, shape ``(sites, width)``, into those of the same sites."""
-        if not self._sites:
-            self._sites, self._rows = sites, rows
-        elif sites == self._sites:
-            self._rows = merge(self.reduction, self._rows, rows)
+        if not self.sites:
+            self.sites, self.rows = sites, rows
+        elif sites == self.sites:
+            self.rows = merge(self.reduction, self.rows, rows)
         else:
-            index = {site: i for i, site in enumerate(self._sites)}
+            index = {site: i for i, site in enumerate(self.sites)}
             known = [i for i, site in enumerate(sites) if site in index]
             targets = [index[sites[i]] for i in known]
             new = [i for i, site in enumerate(sites) if site not in index]
-            self._rows[targets] = merge(self.reduction, self._rows[targets], rows[known])
-            self._rows = np.concatenate([self._rows, rows[new]])
-            self._sites += tuple(sites[i] for i in new)
+            self.rows[targets] = merge(self.reduction, self.rows[targets], rows[known])
+            self.rows = np.concatenate([self.rows, rows[new]])
+            self.sites += tuple(sites[i] for i in new)
 
-    def table(self, registry: KeyRegistry) -> Table:
-        """Values of the metrics of each site that had any elements."""
-        measured = self._rows[:, 0] > 0
-        sites, rows = self._sites, self._rows
-        if not measured.all():
-            sites = tuple(site for site, there in zip(sites, measured, strict=True) if there)
-            rows = rows[measured]
-        values = finalize(self.reduction, rows)
-        if not self.reduction.is_histogram:
-            values = values.reshape(-1)
-        return Table(registry.infos(self.reduction, sites), values)
+
+def _table_of(
+    reduction: Reduction, sites: tuple[str, ...], rows: FloatArray, registry: KeyRegistry
+) -> Table:
+    """Values of the metrics of each site that had any elements."""
+    measured = rows[:, 0] > 0
+    if not measured.all():
+        sites = tuple(site for site, there in zip(sites, measured, strict=True) if there)
+        rows = rows[measured]
+    values = finalize(reduction, rows)
+    if not reduction.is_histogram:
+        values = values.reshape(-1)
+    return Table(registry.infos(reduction, sites), values)
 
 
 def _is_nonzero(copy: HostCopy) -> bool:
     return bool(copy.read().item() != 0)
+
+
+def _read(
+    logged: Mapping[str, tuple[Aggregate, list[HostCopy]]],
+) -> dict[str, tuple[Aggregate, list[torch.Tensor]]]:
+    return {
+        key: (aggregate, [copy.read() for copy in copies])
+        for key, (aggregate, copies) in logged.items()
+    }
 
 
 def _joined(

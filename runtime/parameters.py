@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
@@ -132,4 +133,6 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()  # the rows of all parts are joined
     return tensor if tensor.layout is torch.strided else tensor.to_dense()

@@ -13,6 +13,9 @@ A file holds these datasets and nothing else, because SWMR mode allows no new on
 ``events``           bytes               UTF-8 JSON, one line per event
 ===================  ==================  ==========================================================
 
+Its attributes are ``format`` and, where a run went back to an earlier step, ``replaces_from``: the
+steps from that one on in earlier segments no longer count.
+
 Text is kept as bytes because SWMR mode cannot grow variable-length strings. ``values`` and
 ``histograms`` may end before the last row; the rows that they lack hold nothing.
 """
@@ -75,7 +78,8 @@ class SegmentWriter:
     """Creates the next segment of ``folder`` and appends steps to it.
 
     ``keys`` and ``bins`` are the numbers to expect: they choose the chunks and limit nothing. The
-    file gets its final name, ``path``, once it is ready for readers. Raises OSError.
+    file gets its final name, ``path``, once it is ready for readers. With ``replaces_from``, steps
+    from that one on in earlier segments no longer count from then on. Raises OSError.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class SegmentWriter:
         keys: int,
         bins: int = 64,
         histogram_edges: FloatArray | None = None,
+        replaces_from: int | None = None,
     ) -> None:
         try:
             temporary, self.path = _claim(folder)
@@ -101,6 +106,8 @@ class SegmentWriter:
             if hasattr(os, "register_at_fork"):
                 os.register_at_fork(after_in_child=partial(_abandon, weakref.ref(self)))
             _create_datasets(self._file, keys, bins, histogram_edges)
+            if replaces_from is not None:
+                self._file.attrs["replaces_from"] = replaces_from
             self._file.swmr_mode = True
             self._file.flush()
             temporary.rename(self.path)

@@ -10,9 +10,10 @@ view consistent; a read in the very moment of a write may fail, and is done agai
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,8 @@ class SegmentReader:
     """What is committed in a segment, as of the last `refresh`.
 
     ``steps`` and ``measured`` have one element per row; ``infos`` and ``histogram_infos`` map keys
-    in the order of their columns. Raises ValueError, naming the file, where it is damaged.
+    in the order of their columns; steps of earlier segments count below ``replaces_from`` only.
+    Raises ValueError, naming the file, where it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,6 +53,7 @@ class SegmentReader:
         self._file: Any = None
         self._datasets: dict[str, Any] = {}
         self._seen: tuple[int, int] | None = None
+        self.replaces_from = math.inf
         self.histogram_edges: FloatArray | None = self._attempt(self._read_edges)
         self.refresh()
 
@@ -111,6 +114,26 @@ class SegmentReader:
 
         return self._attempt(read)
 
+    def table(self, keys: Sequence[str]) -> FloatArray:
+        """Return the numbers of ``keys``, shape (keys, rows); `ABSENT` where not measured.
+
+        Each chunk of the file is read once. Keys that the segment lacks are not measured.
+        """
+        places = np.array([n for n, key in enumerate(keys) if key in self.infos], dtype=np.intp)
+        columns = np.array([self._columns[keys[place]] for place in places], dtype=np.intp)
+
+        def read() -> FloatArray:
+            dataset = self._dataset("values")
+            rows, width = min(len(self.steps), len(dataset)), dataset.chunks[1]
+            result = np.full((len(keys), len(self.steps)), ABSENT)
+            for start in np.unique(columns // width) * width:
+                here = (columns >= start) & (columns < start + width)
+                block = dataset[:rows, start : start + width]
+                result[places[here], :rows] = block[:, columns[here] - start].T
+            return result
+
+        return self._attempt(read)
+
     def row(self, index: int) -> dict[str, float | FloatArray]:
         """Return what was measured in a row: a number or an array of shape (bins,) by key."""
 
@@ -131,6 +154,7 @@ class SegmentReader:
         file = self._opened()
         if file.attrs["format"] != FORMAT:
             raise ValueError(f"its format is {file.attrs['format']}, not {FORMAT}")
+        self.replaces_from = float(file.attrs.get("replaces_from", math.inf))
         return file["histogram_edges"][()] if "histogram_edges" in file else None
 
     def _attempt(self, read: Callable[[], _Result]) -> _Result:

@@ -39,7 +39,9 @@ class RunWriter:
     ``info`` becomes ``run.json``, where ``"starts"`` lists the processes that opened the run; of a
     run that exists, ``run.json`` is kept and gains a start, with what differs in ``info``. The
     first record starts the thread and a new segment, and calls ``started``, which may register an
-    exit handler that runs before the writer's own. ``histogram_edges`` has shape (bins + 1,).
+    exit handler that runs before the writer's own. ``histogram_edges`` has shape (bins + 1,). With
+    ``replaces_from``, what the run had recorded from that step on no longer counts once there is a
+    first record.
 
     At most ``capacity`` records wait; where nothing gets written for ``stall_seconds``, a caller
     who needs room or closes gets a TimeoutError. A record that cannot be built, makes no sense or
@@ -59,6 +61,7 @@ class RunWriter:
         histogram_edges: FloatArray | None = None,
         capacity: int = 64,
         stall_seconds: float = 60.0,
+        replaces_from: int | None = None,
         started: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
@@ -66,7 +69,7 @@ class RunWriter:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         _add_start(self.path, info)
-        self._edges = histogram_edges
+        self._edges, self._replaces_from = histogram_edges, replaces_from
         self._started = started
         self._channel = _Channel(self.path, capacity, stall_seconds)
         self._thread: threading.Thread | None = None
@@ -88,7 +91,10 @@ class RunWriter:
         with channel.changed:
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=_write_all, args=(channel, self._edges), name="tmm-writer", daemon=True
+                    target=_write_all,
+                    args=(channel, self._edges, self._replaces_from),
+                    name="tmm-writer",
+                    daemon=True,
                 )
                 # Not weakref.finalize, which may come after h5py's own exit handler: that one
                 # changes HDF5's tables without a lock.
@@ -242,10 +248,10 @@ class _Channel:
                 raise TimeoutError(errno.ETIMEDOUT, reason)
 
 
-def _write_all(channel: _Channel, edges: FloatArray | None) -> None:
+def _write_all(channel: _Channel, edges: FloatArray | None, replaces_from: int | None) -> None:
     failure: Exception | None = RuntimeError("something ended the writer's thread")
     try:
-        _write_until_end(channel, edges)
+        _write_until_end(channel, edges, replaces_from)
         failure = None
         atexit.unregister(channel.finish)
     except Exception as error:  # whatever it is, the training thread raises it
@@ -257,13 +263,16 @@ def _write_all(channel: _Channel, edges: FloatArray | None) -> None:
         channel.stop(failure)
 
 
-def _write_until_end(channel: _Channel, edges: FloatArray | None) -> None:
+def _write_until_end(
+    channel: _Channel, edges: FloatArray | None, replaces_from: int | None
+) -> None:
     segment: SegmentWriter | None = None
     with ExitStack() as stack:
         while (submission := channel.take()) is not None:
             record = _built(submission)
             if segment is None:
-                segment = stack.enter_context(closing(_segment_for(channel, record, edges)))
+                created = _segment_for(channel, record, edges, replaces_from)
+                segment = stack.enter_context(closing(created))
             segment.write(record)
             channel.mark_written()
             del submission, record  # so that their memory need not wait for the next ones
@@ -278,11 +287,19 @@ def _built(submission: Submission) -> StepRecord:
         raise RuntimeError(f"a record could not be built: {error!r}") from error
 
 
-def _segment_for(channel: _Channel, record: StepRecord, edges: FloatArray | None) -> SegmentWriter:
+def _segment_for(
+    channel: _Channel, record: StepRecord, edges: FloatArray | None, replaces_from: int | None
+) -> SegmentWriter:
     keys = sum(len(table.infos) for table in record.scalars)
     widths = [table.values.shape[-1] for table in record.histograms]
     bins = widths[0] if widths else 64 if edges is None else len(edges) - 1
-    return SegmentWriter(channel.path, keys=keys, bins=max(1, bins), histogram_edges=edges)
+    return SegmentWriter(
+        channel.path,
+        keys=keys,
+        bins=max(1, bins),
+        histogram_edges=edges,
+        replaces_from=replaces_from,
+    )
 
 
 def read_info(folder: Path) -> dict[str, Any]:

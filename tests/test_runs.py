@@ -202,7 +202,7 @@ def test_a_monitor_drives_the_steps_of_the_run(root: Path) -> None:
         monitor = tmm.monitor(model)
         monitor.watch(optimizer)
         with pytest.raises(RuntimeError, match="no step is open"):
-            run.log({"loss": 1.0})
+            run.step()
         for step in (0, 5, 10):
             with monitor.step(step):
                 loss = model(torch.randn(8, 4)).square().mean()
@@ -350,6 +350,50 @@ def test_a_run_goes_on(root: Path) -> None:
     assert (record.steps, record.config, record.tags) == (4, {"lr": 1}, ("t",))
     with pytest.raises(LookupError, match=r"no run 'frist'.*the nearest are first"):
         start(root, resume="frist")
+
+
+def test_a_run_goes_back_to_the_step_of_a_checkpoint(root: Path) -> None:
+    with start(root) as run:
+        for value in range(8):
+            run.log({"loss": value, "first": value})
+            run.step()
+    with start(root, resume=run.id, step=3) as again:
+        with tmm.open_run(run.path) as read:
+            assert read.steps.tolist() == list(range(8))  # nothing was recorded yet
+        assert again.current_step == 3
+        for value in range(3, 6):
+            again.log({"loss": 10 * value})
+            again.step()
+        with tmm.open_run(run.path) as read:
+            assert read.steps.tolist() == [0, 1, 2, 3, 4, 5]
+    with start(root, resume=run.id, step=5) as third:
+        third.log({"loss": -1.0})
+    with start(root, resume=run.id) as fourth:
+        fourth.log({"loss": -2.0})
+    with tmm.open_run(run.path) as read:
+        assert read.series("loss")[0].tolist() == list(range(7))
+        assert read.series("loss")[1].tolist() == [0, 1, 2, 30, 40, -1, -2]
+        assert read.series("first")[0].tolist() == [0, 1, 2]
+        with pytest.raises(KeyError, match="step 7 was not recorded"):
+            read.at(7)
+    assert find_run(run.id, root).last_step == 6
+    with start(root, step=100) as new:
+        new.log({"loss": 1.0})
+    assert find_run(new.id, root).last_step == 100
+    for step, error in ((-1, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"step={step}"):
+            start(root, resume=run.id, step=step)
+
+
+def test_a_run_that_went_back_is_followed_by_who_reads_it_already(root: Path) -> None:
+    with start(root) as run:
+        for value in range(5):
+            run.log({"loss": value}, step=value)
+    with tmm.open_run(run.path) as read:
+        assert read.steps.tolist() == [0, 1, 2, 3, 4]
+        with start(root, resume=run.id, step=2) as again:
+            again.log({"loss": 20.0})
+        assert read.series("loss")[1].tolist() == [0, 1, 20]
 
 
 # Many
@@ -764,3 +808,62 @@ def test_the_first_nan_of_a_run_that_goes_on(root: Path) -> None:
         first = tmm.analysis.first_nonfinite(read)
         assert first is not None
         assert (first.site, first.step) == ("0", 20)
+
+
+def test_what_is_logged_between_steps_belongs_to_the_one_that_ended(root: Path) -> None:
+    taken: list[tuple[int, dict[str, Any]]] = []
+
+    def sink(step: int, values: Any) -> None:
+        taken.append((step, dict(values)))
+
+    with tmm.start_run("a", root=root, system_seconds=None, sinks=[sink]) as run:
+        model = tmm.instrument(nn.Linear(2, 2), tmm.Spec(tmm.activation("rms"), every=2), run=run)
+        monitor = tmm.monitor(model)
+        run.log({"before": 1.0})  # of the step to come
+        for step in range(4):
+            with monitor.step(step):
+                model(torch.ones(1, 2))
+                run.log({"loss": 10.0 + step})
+            run.log({"val/loss": 20.0 + step})
+            run.log({"val/loss": 30.0 + step, "loss": 40.0 + step} if step > 1 else {})
+    with tmm.open_run(run.path) as recorded:
+        assert recorded.steps.tolist() == [0, 1, 2, 3]
+        assert recorded.series("before")[0].tolist() == [0]
+        assert recorded.series("activation/[root module]/rms")[0].tolist() == [0, 2]
+        assert recorded.series("loss")[1].tolist() == [10, 11, 42, 43]
+        assert recorded.series("val/loss")[1].tolist() == [20, 21, 32, 33]
+        assert "system/step_seconds" in recorded.at(2)
+    whole: dict[int, dict[str, Any]] = {}
+    for step, values in taken:
+        whole.setdefault(step, {}).update(values)
+    assert {step: values["val/loss"] for step, values in whole.items()} == {
+        0: 20,
+        1: 21,
+        2: 32,
+        3: 33,
+    }
+    assert "activation/[root module]/rms" in whole[2]
+
+
+def test_what_is_logged_after_a_step_that_failed_is_kept(root: Path) -> None:
+    with tmm.start_run("a", root=root, system_seconds=None) as run:
+        model = tmm.instrument(nn.Linear(2, 2), tmm.Spec(tmm.activation("rms")), run=run)
+        with pytest.raises(ZeroDivisionError), tmm.monitor(model).step(3):
+            model(torch.ones(1, 2))
+            run.log({"loss": 1.0})
+            raise ZeroDivisionError
+        run.log({"val/loss": 2.0})
+    with tmm.open_run(run.path) as recorded:
+        assert recorded.at(3)["loss"] == 1.0
+        assert recorded.at(3)["val/loss"] == 2.0
+        assert "activation/[root module]/rms" not in recorded.at(3)
+
+
+def test_a_measured_key_cannot_be_logged_after_its_step(root: Path) -> None:
+    run = tmm.start_run("a", root=root, system_seconds=None)
+    model = tmm.instrument(nn.Linear(2, 2), tmm.Spec(tmm.activation("rms")), run=run)
+    with tmm.monitor(model).step(0):
+        model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="tmm's own"):
+        run.log({"activation/[root module]/rms": 1.0})
+    run.finish()

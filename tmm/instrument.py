@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
 from tmm.explain import Explanation
@@ -15,10 +16,14 @@ from tmm.gaps import OnError
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor
 from tmm.naming import display_name, parameter_names, relative_names
+from tmm.ranks import Ranks, is_joined
 from tmm.reference import load_reference
 from tmm.run_info import describe_environment
 from tmm.runs.live import LiveRun
 from tmm.runtime.binding import KeyRegistry
+from tmm.runtime.cross_rank import CrossRank
+from tmm.runtime.process_group import ProcessGroup
+from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
 from tmm.twin.compile_settings import CompilerFunction, settings_for, settings_of
@@ -38,9 +43,12 @@ def instrument(
     run: str | os.PathLike[str] | LiveRun | None = None,
     *,
     module: torch.nn.Module | None = None,
+    parts: Iterable[torch.nn.Module] | None = None,
     backend: str | CompilerFunction | None = None,
     on_error: OnError = "raise",
     trace: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
+    per_rank: bool = False,
 ) -> Model:
     """Measure what ``spec`` asks for in the monitored steps of a model.
 
@@ -52,6 +60,8 @@ def instrument(
         run: folder to record into; one that exists is continued. Or a run of ``tmm.start_run``,
             which then has the steps of this model. In memory only without it.
         module: the module whose parts are measured, when ``model`` is a function.
+        parts: with a function that is not to be traced itself, where nothing is compiled: the
+            modules that are, each on its own, when it calls them.
         backend: the compiler of the monitored steps of a model that is not compiled at all.
             Without it they are traced and run by the same eager kernels as the others.
         on_error: what a fault of the monitoring does before the first step has been recorded:
@@ -59,6 +69,11 @@ def instrument(
             it warns in either case.
         trace: folder for the text of each graph before and after each pass, to look for faults.
             The environment variable TMM_TRACE sets it, too.
+        distributed: where torch.distributed runs several processes, join their rows, so that they
+            are those of the whole model and the whole batch; every process is to call this, with
+            the same spec, and rank 0 records. Without it each process is by itself.
+        per_rank: do not join them, and record those of rank k into the folder ``rank-k`` of
+            ``run``.
 
     Returns:
         The same object, monitored; for a function, a new one to call in its place.
@@ -68,14 +83,16 @@ def instrument(
         TypeError: if ``model`` is neither a module nor a function, or ``spec`` not a ``tmm.Spec``.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
             matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
-            with ``model``, or ``run`` holds something that is not a run.
+            with ``model``, ``run`` holds something that is not a run, or the model is distributed
+            in a way that is not supported.
+        RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written.
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
     if on_error not in ("raise", "warn"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'warn'")
-    measured = _measured_module(model, module)
+    measured = _measured_module(model, module, parts)
     if root_dispatch(model) is not None or root_dispatch(measured) is not None:
         raise ValueError(
             "the model is instrumented already; tmm.remove(model) first, or put all rules into"
@@ -84,25 +101,38 @@ def instrument(
     regions = regions_in(measured if module is None else module)
     if isinstance(model, OptimizedModule):
         regions = regions_in(model)
-    root = _root(model, regions, backend)
-    if not isinstance(model, torch.nn.Module) and region_of(measured) is None:
+    if parts is not None and not regions and settings_of(model) is None:
+        settings = settings_for(eager if backend is None else backend)
+        regions = [Region(part, settings, part) for part in parts]
+        root = Region(innermost_fn(model), None)
+    else:
+        root = _root(model, regions, backend)
+    if all(region.callee is not measured for region in (root, *regions)):
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
     reference = load_reference(measured, plan, spec.reference)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
-    writer = None
+    place, ranks = Ranks(), None
+    if distributed and not per_rank and is_joined():
+        place = Ranks.of(measured, reference)
+        ranks = CrossRank(ProcessGroup())
+    writer: RunWriter | SilentWriter | None = None
     live = run if isinstance(run, LiveRun) else None
+    if per_rank:
+        run = _folder_of_rank(run)
     if live is not None:
         writer = live.writer
+    elif run is not None and place.rank > 0:
+        writer = SilentWriter(Path(run))  # type: ignore[arg-type]
     elif run is not None:
         info = describe_environment(spec)
         writer = RunWriter(run, info=info, histogram_edges=HISTOGRAM_EDGES)  # type: ignore[arg-type]
     registry = KeyRegistry(spec.notes, spec.site_name)
-    monitor = Monitor(spec, measured, registry, writer, on_error, live)
+    monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks)
     twin = Twin(root, regions, measured, plan, monitor, trace_folder)
-    monitor.attach(twin, lambda: str(Explanation.of(twin)), reference)
+    monitor.attach(twin, lambda: str(Explanation.of(twin)), reference, place)
     siblings: list[Dispatch] = []
     for region in regions:
         if region.holder is not root.holder:
@@ -152,7 +182,9 @@ def explain(model: Callable[..., Any]) -> Explanation:
     return Explanation.of(_require(model).twin)
 
 
-def _measured_module(model: object, module: torch.nn.Module | None) -> torch.nn.Module:
+def _measured_module(
+    model: object, module: torch.nn.Module | None, parts: object
+) -> torch.nn.Module:
     """The module whose parts are measured, without the wrapper of ``torch.compile``."""
     if isinstance(model, torch.nn.Module):
         if module is not None:
@@ -160,6 +192,8 @@ def _measured_module(model: object, module: torch.nn.Module | None) -> torch.nn.
                 "module= goes with a step function; a module is measured itself: write"
                 " tmm.instrument(model, spec)"
             )
+        if parts is not None:
+            raise ValueError("parts= goes with a step function; a module is traced as a whole")
     elif not callable(model):
         raise TypeError(f"model={model!r} is neither a module nor a function")
     elif module is None:
@@ -173,6 +207,15 @@ def _measured_module(model: object, module: torch.nn.Module | None) -> torch.nn.
     assert isinstance(found, torch.nn.Module)
     inner: torch.nn.Module = found._orig_mod if isinstance(found, OptimizedModule) else found
     return inner
+
+
+def _folder_of_rank(run: str | os.PathLike[str] | LiveRun | None) -> Path | None:
+    """Where this process records by itself."""
+    if run is None:
+        return None
+    if isinstance(run, LiveRun):
+        raise ValueError("per_rank=True: give the path of a folder as run=, not a run")
+    return Path(run) / f"rank-{dist.get_rank() if is_joined() else 0}"
 
 
 def _root(

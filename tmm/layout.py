@@ -5,7 +5,7 @@ Plain frozen data, so that passes and runtime need not know each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from tmm.metrics import FloatArray, KnownMetric, Reduction
@@ -61,6 +61,13 @@ class Table:
     infos: tuple[KeyInfo, ...]
     values: FloatArray
 
+    def without(self, keys: Set[str]) -> Table:
+        """The table without ``keys``; itself if it has none of them."""
+        kept = [place for place, info in enumerate(self.infos) if info.key not in keys]
+        if len(kept) == len(self.infos):
+            return self
+        return Table(tuple(self.infos[place] for place in kept), self.values[kept])
+
 
 @dataclass(frozen=True)
 class Event:
@@ -79,6 +86,12 @@ class StepRecord:
     scalars: tuple[Table, ...] = ()
     histograms: tuple[Table, ...] = ()
     events: tuple[Event, ...] = ()
+
+    def extended(self, later: StepRecord) -> StepRecord:
+        """This record with the numbers of ``later``, which replace those of the same keys."""
+        replaced = {info.key for table in later.scalars for info in table.infos}
+        kept = tuple(table.without(replaced) for table in self.scalars)
+        return StepRecord(self.step, (*kept, *later.scalars), self.histograms, later.events)
 
 
 OUTSIDE = "//"

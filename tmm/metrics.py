@@ -23,7 +23,7 @@ Columns: TypeAlias = dict[str, FloatArray]
 MetricFunction: TypeAlias = Callable[..., object]
 """A user's metric: a detached tensor in, a scalar or a tensor out."""
 
-AggregateName: TypeAlias = Literal["mean", "sum", "min", "max"]
+AggregateName: TypeAlias = Literal["mean", "sum", "min", "max", "norm"]
 Aggregate: TypeAlias = AggregateName | Callable[..., object]
 
 TENSOR_COLUMNS = (
@@ -166,13 +166,17 @@ _OF_OTHER_TENSORS = (
     *(*ROW_NORMS, *ATTENTION_METRICS),
 )
 
-_AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
+AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),
     "sum": ("count", "sum"),
     "min": ("count", "minimum"),
     "max": ("count", "maximum"),
+    "norm": ("count", "sum_squares"),
 }
-AGGREGATE_NAMES = tuple(_AGGREGATE_COLUMNS)
+"""The columns of rows of values that are joined so."""
+
+AGGREGATE_NAMES = ("mean", "sum", "min", "max")
+"""Those that users may ask for; ``norm``, the root of the sum of squares, joins parts of norms."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +275,7 @@ def function_reduction(
     falls_back: bool = False,
 ) -> Reduction:
     """Reduction of a user function's values to the row that ``aggregate`` needs."""
-    columns = _AGGREGATE_COLUMNS[aggregate] if isinstance(aggregate, str) else ()
+    columns = AGGREGATE_COLUMNS[aggregate] if isinstance(aggregate, str) else ()
     return Reduction((name,), columns, function, aggregate, trace, falls_back)
 
 

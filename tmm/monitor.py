@@ -18,11 +18,14 @@ from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
+from tmm.ranks import Ranks
 from tmm.reader import open_run
 from tmm.reference import Reference, load_reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
+from tmm.runtime.cross_rank import CrossRank
 from tmm.runtime.segment import segment_paths
+from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.regions import Region
@@ -54,9 +57,10 @@ class Monitor:
         spec: Spec,
         module: torch.nn.Module,
         registry: KeyRegistry,
-        writer: RunWriter | None = None,
+        writer: RunWriter | SilentWriter | None = None,
         on_error: OnError = "raise",
         run: LiveRun | None = None,
+        ranks: CrossRank | None = None,
     ) -> None:
         self.spec = spec
         self.module = module
@@ -67,6 +71,8 @@ class Monitor:
         self.hint = CALL_THE_MODEL
         self._writer = writer
         self._run = run
+        self._ranks = ranks
+        self._averaged = 1.0
         self._gaps = Gaps(on_error)
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
@@ -75,21 +81,33 @@ class Monitor:
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
         self._alerts = None if spec.alerts is None else Alerts(spec.alerts)
-        if self._alerts is not None and writer is not None and segment_paths(writer.path):
+        if (
+            self._alerts is not None
+            and writer is not None
+            and writer.path.is_dir()
+            and segment_paths(writer.path)
+        ):
             with open_run(writer.path) as run:
                 self._alerts.recall(run)
 
     def attach(
-        self, twin: Twin, explain: Callable[[], str], reference: Reference | None = None
+        self,
+        twin: Twin,
+        explain: Callable[[], str],
+        reference: Reference | None = None,
+        place: Ranks | None = None,
     ) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them.
 
-        ``reference`` is what they are compared with.
+        ``reference`` is what they are compared with, ``place`` that of this process among others.
         """
+        place = place or Ranks()
+        self._averaged = place.averaged
         self._twin, self._explain = twin, explain
         twin.compare_with(reference)
         parameters = ParameterMonitor(
-            self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference
+            *(self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference),
+            place,
         )
         self._watch = Watch(parameters, self._open_collector)
         self._save_explanation()
@@ -161,6 +179,8 @@ class Monitor:
             self._run.ends(finished)
         self._release_reference()
         self._open, self.recording = None, False
+        if self._ranks is not None and finished.monitored:
+            finished.join_ranks(self._ranks)
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
         if finished.expects_forward and not finished.ran_forward:
@@ -187,6 +207,11 @@ class Monitor:
         self._open, self.recording = None, False
         self._require_watch().drop_step()
         self._release_reference()
+
+    @property
+    def is_step_open(self) -> bool:
+        """Whether a step is open, monitored or not."""
+        return self._open is not None
 
     @property
     def has_content(self) -> bool:
@@ -286,8 +311,11 @@ class Monitor:
         return {} if self._finished is None else _values(self._finished)
 
     def get_all_metrics(self) -> dict[int, dict[str, Value]]:
-        """Step to the metrics of that step, of all steps recorded so far (of the whole run)."""
-        if self._writer is None:
+        """Step to the metrics of that step, of all steps recorded so far (of the whole run).
+
+        Empty in a process whose rows another one records.
+        """
+        if self._writer is None or isinstance(self._writer, SilentWriter):
             return {step: _values(collector) for step, collector in self._history.items()}
         self._writer.flush()
         with open_run(self._writer.path) as run:
@@ -434,12 +462,17 @@ class Monitor:
 
     @property
     def scales_gradients(self) -> bool:
-        """Whether a scaler is watched."""
-        return self._require_watch().has_scaler
+        """Whether a scaler is watched, or ranks average their gradients."""
+        return self._require_watch().has_scaler or self._averaged != 1.0
 
     def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
-        """The inverse of the scale of the watched scaler; None without one."""
-        return self._require_watch().gradient_factor(device)
+        """What makes gradients those of the loss of the whole batch; None for 1."""
+        factor = self._require_watch().gradient_factor(device)
+        if self._averaged == 1.0:
+            return factor
+        if factor is None:
+            factor = torch.ones((), dtype=torch.float64, device=device)
+        return factor / self._averaged
 
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
@@ -497,6 +530,8 @@ class Monitor:
         if self._open is not None:
             self._drop_step("was not ended")
         self._require_watch().close()
+        if self._ranks is not None:
+            self._ranks.close()
         try:
             if self._writer is not None:
                 self._save_explanation()
@@ -546,6 +581,9 @@ class Monitor:
                 self._run.drops(self._open)
             if self._open.monitored:
                 self._gaps.add(self._open.step, reason)
+                if self._ranks is not None:
+                    self._open.failed = True
+                    self._open.join_ranks(self._ranks)
             self._open, self.recording = None, False
             self._require_watch().drop_step()
             self._release_reference()

@@ -9,6 +9,7 @@ import torch
 from tmm.known_functions import KnownFunctions
 from tmm.metrics import Reduction
 from tmm.naming import parameter_names, unwrapped
+from tmm.ranks import Ranks, is_sharded
 from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
@@ -17,6 +18,7 @@ from tmm.spec import Plan
 
 Tensors = dict[str, torch.Tensor]
 
+_SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
 _DIFFERENCES_AT_ONCE = 1 << 24  # elements: few enough launches, and 64 MiB in float32
 
 
@@ -35,8 +37,10 @@ class ParameterMonitor:
         registry: KeyRegistry,
         unmeasured: dict[str, str],
         reference: Reference | None,
+        ranks: Ranks,
     ) -> None:
         self.module = module
+        self.ranks = ranks
         self.plan = plan
         self.unmeasured = unmeasured
         self.reference = reference
@@ -85,8 +89,8 @@ class ParameterMonitor:
             return
         suffix = "_before_clip" if before_clip else ""
         self.add(collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless)
-        squares = self._squares_of(gradients)
-        for name, square in squares.items():
+        owned = {name: tensor for name, tensor in gradients.items() if self.ranks.owns(tensor)}
+        for name, square in self._squares_of(owned).items():
             if unless is not None:
                 square = torch.where(unless > 0, torch.zeros_like(square), square)
             total = f"step/gradient_norm{suffix}"
@@ -97,6 +101,7 @@ class ParameterMonitor:
         self, collector: StepCollector, before: Tensors, unless: torch.Tensor | None
     ) -> None:
         """Measure what was added to parameters since ``before``, which becomes the difference."""
+        before = {name: tensor for name, tensor in before.items() if self.ranks.owns(tensor)}
         relative = [n for n in before if "relative_norm" in self.plan.metrics(n, "update")]
         squares = self._squares_of({name: before[name] for name in relative})
         for parameter, name in self.names().items():
@@ -118,11 +123,18 @@ class ParameterMonitor:
     ) -> None:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
-        With ``reference`` they are compared with the tensors there.
+        With ``reference`` they are compared with the tensors there. Tensors that another rank
+        measures are left out, and of sharded ones what is no statistic of all elements.
         """
+        tensors = {name: tensor for name, tensor in tensors.items() if self.ranks.owns(tensor)}
 
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
             selected = self.plan.select(name, dtype, rules or family)
+            if is_sharded(tensors[name]):
+                for reduction in selected:
+                    if reduction.function is not None:
+                        self.unmeasured[f"{family}/{name}/{reduction.metrics[0]}"] = _SHARDED
+                selected = tuple(r for r in selected if r.function is None)
             return tuple(r for r in selected if choose is None or choose(r))
 
         for rows in self._statistics.measure(
@@ -135,7 +147,7 @@ class ParameterMonitor:
         squares, self._squares = self._squares, {}
         if collector is not None:
             for key, parts in squares.items():
-                collector.log(key, _total(parts).sqrt(), "max")
+                collector.log(key, _total(parts).sqrt(), "norm")
 
     @staticmethod
     def _squares_of(tensors: Tensors) -> Tensors:

@@ -23,11 +23,12 @@ from tmm.runs.default_spec import default_spec
 from tmm.runs.logged_values import checked_count, numbers_in
 from tmm.runs.optimizers import OptimizerFinder
 from tmm.runs.samples import write_samples
-from tmm.runs.sinks import Sink, Sinks
+from tmm.runs.sinks import NamedSink, RunInfo, Sinks
 from tmm.runs.state import Lock, State, Status
 from tmm.runs.system import StepClock, SystemSampler
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
+from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Spec
 
@@ -43,8 +44,12 @@ class LiveRun:
     """A run while it is recorded; ``tmm.start_run`` makes one.
 
     ``log`` adds values to the step that is open, and ``step`` ends it and opens the next one. With
-    a model that ``tmm.instrument(..., run=run)`` instruments, the steps are those of its monitor.
-    As a context manager it finishes by itself, as "failed" for an exception.
+    a model that ``tmm.instrument(..., run=run)`` instruments, the steps are those of its monitor,
+    and what is logged between two of them belongs to the one that has ended. As a context manager
+    it finishes by itself, as "failed" for an exception.
+
+    Where several processes train together, that of rank 0 records; in the others a run takes
+    everything and keeps nothing.
 
     Attributes:
         id: unique among all runs; the name of its folder ``path``.
@@ -63,9 +68,11 @@ class LiveRun:
         tags: tuple[str, ...],
         notes: str,
         system_seconds: float | None,
-        sinks: Mapping[str, Sink],
-        lock: Lock,
+        sinks: tuple[NamedSink, ...],
+        lock: Lock | None,
         first_step: int = 0,
+        resumed: bool = False,
+        last_step: int | None = None,
     ) -> None:
         self.path, self.id = path, path.name
         self.project, self.name = project, name or path.name
@@ -83,16 +90,39 @@ class LiveRun:
         }
         # What is open at exit is recorded first, then the writer ends: handlers run last in, first
         # out, and the writer registers its own when it starts.
-        self.writer = RunWriter(
-            path, info=info, histogram_edges=HISTOGRAM_EDGES, started=self._register_exit
-        )
+        self.writer: RunWriter | SilentWriter = SilentWriter(path)
+        if lock is not None:
+            is_repeated = last_step is not None and first_step <= last_step
+            self.writer = RunWriter(
+                path,
+                info=info,
+                histogram_edges=HISTOGRAM_EDGES,
+                replaces_from=first_step if is_repeated else None,
+                started=self._register_exit,
+            )
         self._lock = lock
         self._state = State.begin()
-        self._state.write(path)
-        self._sinks = Sinks(sinks)
+        self._write_state()
+        # Before the handler below, which runs first then: what backends do at exit ends them.
+        self._sinks = Sinks(
+            sinks,
+            RunInfo(
+                path,
+                self.id,
+                project,
+                self.name,
+                self.config,
+                tags,
+                notes,
+                first_step=first_step,
+                resumed=resumed,
+                last_step=last_step,
+            ),
+        )
         self._registry = KeyRegistry()
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None
+        self._ended: StepCollector | None = None  # the last step of the monitor
         self._last_step: int | None = None
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
@@ -118,7 +148,7 @@ class LiveRun:
         Raises:
             TypeError: for what is no number.
             ValueError: for an array of several, an empty key, or a ``step`` that lies before.
-            RuntimeError: after ``finish``, or outside of the monitor's steps, where it has them.
+            RuntimeError: after ``finish``.
             OSError: if what was logged before could not be written.
         """
         self._require_open()
@@ -127,7 +157,7 @@ class LiveRun:
             self._go_to(step)
         collector = self._collector()
         for key, number in numbers.items():
-            collector.log(key, number, _last)
+            collector.log(key, number, _last, of_all_ranks=False)
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
         """End the open step and give the number of the next one.
@@ -141,7 +171,8 @@ class LiveRun:
         """
         self._require_open()
         counts = checked_count("samples", samples), checked_count("tokens", tokens)
-        self._collector()
+        if self.monitor is not None:
+            self.monitor.open_collector()
         self._timing = self._clock.mark(*counts)
         self._end_step()
         self.current_step += 1
@@ -158,6 +189,8 @@ class LiveRun:
             OSError: if they cannot be written.
         """
         self._require_open()
+        if self._lock is None:
+            return
         write_samples(self.path, int(step), samples)
 
     # Models
@@ -223,10 +256,11 @@ class LiveRun:
     def begins(self, collector: StepCollector) -> None:
         """The monitor begins a step; called by it."""
         step, self._opened = collector.step, None
-        if self._open is not None and self._open.step == step:
+        if self._open is not None and self._open.step == step and self._ended is None:
             collector.take_logged(self._open)
             self._open = None
         self._flush_own()
+        self._ended = None
         self.current_step = step
 
     def evaluate(self, collector: StepCollector) -> StepRecord:
@@ -237,6 +271,12 @@ class LiveRun:
 
     def ends(self, collector: StepCollector) -> None:
         """The monitor is about to end a step; called by it."""
+        if collector.failed:
+            self._timing = None
+            self._clock.mark()
+            self.drops(collector)
+            return
+        self._ended = collector
         if collector.monitored or collector.holds_values:
             self._add_own_values(collector)
             self._last_step = collector.step
@@ -245,10 +285,10 @@ class LiveRun:
 
     def drops(self, collector: StepCollector) -> None:
         """The monitor drops a step, whose logged values are kept; called by it."""
+        self._ended = StepCollector(collector.step, self._registry, monitored=False)
         if collector.holds_logged:
-            kept = StepCollector(collector.step, self._registry, monitored=False)
-            kept.take_logged(collector)
-            self._submit(kept)
+            self._ended.take_logged(collector)
+            self._submit(self._ended)
 
     def detach(self) -> None:
         """The monitor is taken off its model; called by it."""
@@ -267,6 +307,11 @@ class LiveRun:
     def fail(self, error: BaseException) -> None:
         """Close the run as failed."""
         self._end("failed", f"{type(error).__name__}: {error}")
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether this process keeps what it takes, rather than another rank."""
+        return self._lock is not None
 
     @property
     def is_finished(self) -> bool:
@@ -299,11 +344,17 @@ class LiveRun:
         lost = failure or self.writer.failure
         if lost is not None and status != "failed":
             status, reason = "failed", f"{type(lost).__name__}: {lost}"
+        self._sinks.close(status)
         self._state = self._state.end(status, reason, self._last_step)
-        self._state.write(self.path)
-        self._lock.release()
+        self._write_state()
+        if self._lock is not None:
+            self._lock.release()
         if failure is not None:
             raise failure
+
+    def _write_state(self) -> None:
+        if self._lock is not None:
+            self._state.write(self.path)
 
     def _register_exit(self) -> None:
         atexit.unregister(self._finish_at_exit)
@@ -333,10 +384,11 @@ class LiveRun:
     # Steps
 
     def _collector(self) -> StepCollector:
-        if self.monitor is not None:
+        if self.monitor is not None and self.monitor.is_step_open:
             return self.monitor.open_collector()
         if self._open is None:
-            self._open = StepCollector(self.current_step, self._registry, monitored=False)
+            step = self.current_step if self._ended is None else self._ended.step
+            self._open = StepCollector(step, self._registry, monitored=False)
         return self._open
 
     def _go_to(self, step: int) -> None:
@@ -373,14 +425,20 @@ class LiveRun:
         collector, self._open = self._open, None
         if collector is None:
             return
-        self._add_own_values(collector)
-        self._submit(collector)
+        if self._ended is None:
+            self._add_own_values(collector)
+        self._submit(collector, earlier=self._ended)
 
-    def _submit(self, collector: StepCollector) -> None:
+    def _submit(self, collector: StepCollector, earlier: StepCollector | None = None) -> None:
         self._last_step = collector.step
         # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
         wait = _WAIT if collector.is_on_host else 0.0
-        self.writer.submit(partial(self.evaluate, collector), wait_seconds=wait)
+        self.writer.submit(partial(self._extend, collector, earlier), wait_seconds=wait)
+
+    def _extend(self, collector: StepCollector, earlier: StepCollector | None) -> StepRecord:
+        """What was logged after the end of a step, with what ``earlier`` has recorded of it."""
+        late = self.evaluate(collector)
+        return late if earlier is None else earlier.record().extended(late)
 
     def _add_own_values(self, collector: StepCollector) -> None:
         values = self._clock.mark() if self._timing is None else self._timing
@@ -388,7 +446,8 @@ class LiveRun:
         if self._system is not None:
             values |= self._system.latest()
         for key, value in values.items():
-            collector.log(key, torch.tensor(value, dtype=torch.float64), _last)
+            number = torch.tensor(value, dtype=torch.float64)
+            collector.log(key, number, _last, of_all_ranks=False)
 
     def _require_open(self) -> None:
         if self.is_finished:

@@ -10,10 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tmm.ranks import other_rank
 from tmm.reader import open_run
 from tmm.runs.catalog import find_run
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import Sink, find_sinks
+from tmm.runs.sinks import NamedSink, RunSink, Sink, find_sinks
 from tmm.runs.state import Lock
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -27,13 +30,15 @@ def start_run(
     notes: str = "",
     root: str | os.PathLike[str] = "runs",
     *,
-    resume: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    step: int | None = None,
     system_seconds: float | None = 1.0,
-    sinks: Iterable[Sink | str] = (),
+    sinks: Iterable[Sink | RunSink | str] = (),
 ) -> LiveRun:
     """Start a run: a folder ``root/project/id`` that this process records into.
 
-    Many processes may start runs under one root at once.
+    Many processes may start runs under one root at once. Of those that train one model together
+    (torch.distributed) each is to call this, and that of rank 0 records.
 
     Args:
         project: what the run belongs to; a folder below ``root``.
@@ -44,23 +49,30 @@ def start_run(
         root: folder of all runs.
         resume: id, name or path of a run to go on with after its last step; it keeps its project,
             name, configuration, tags and notes.
+        step: the first step, as of the checkpoint that the training goes on from: 0 without it, or
+            the one after the last of the run to resume. What that run had recorded from there on
+            no longer counts, once something is recorded.
         system_seconds: how often processor, memory and GPUs are looked at; None for never.
-        sinks: functions that get each step and its numbers as well, or names under which packages
-            offer one (entry points of the group ``tmm.sinks``). One that fails is warned of, and
-            the training goes on.
+        sinks: what gets the values of each step as well: those of ``tmm.sinks``, functions
+            ``(step, values) -> None``, or names under which packages offer one (entry points of
+            the group ``tmm.sinks``; tmm itself offers wandb, tensorboard, mlflow, csv and jsonl).
+            One that fails or is slow is warned of, and the training goes on.
 
     Raises:
-        ValueError: for a project that cannot name a folder, a run to resume that is running, or a
-            sink that nobody offers.
-        TypeError: for a configuration, tags or sinks of another kind.
+        ValueError: for a project that cannot name a folder, a run to resume that is running, a
+            negative step, or a sink that nobody offers.
+        TypeError: for a configuration, tags, step or sinks of another kind.
         LookupError: if there is no run to resume.
         OSError: if the folder cannot be written.
     """
     if config is not None and not isinstance(config, Mapping):
         raise TypeError(f"config={config!r} is not a dictionary")
+    step = _checked_step(step)
+    if (rank := other_rank()) is not None:
+        return _silent(Path(root) / project / f"rank-{rank}", project, step or 0)
     found = find_sinks(sinks)
     if resume is not None:
-        return _resumed(Path(root), resume, system_seconds, found)
+        return _resumed(Path(root), resume, step, system_seconds, found)
     folder = Path(root) / _checked_project(project) / _new_id()
     tags = _checked_tags(tags)
     if system_seconds is not None and not system_seconds > 0:
@@ -77,6 +89,23 @@ def start_run(
         system_seconds=system_seconds,
         sinks=found,
         lock=Lock(folder),
+        first_step=step or 0,
+    )
+
+
+def _silent(path: Path, project: str, step: int) -> LiveRun:
+    """A run that keeps nothing."""
+    return LiveRun(
+        path,
+        project=project,
+        name=None,
+        config={},
+        tags=(),
+        notes="",
+        system_seconds=None,
+        sinks=(),
+        lock=None,
+        first_step=step,
     )
 
 
@@ -90,16 +119,20 @@ def _plain(config: Mapping[str, object] | None) -> dict[str, Any]:
 
 
 def _resumed(
-    root: Path, query: str, system_seconds: float | None, sinks: Mapping[str, Sink]
+    root: Path,
+    query: str | os.PathLike[str],
+    step: int | None,
+    system_seconds: float | None,
+    sinks: tuple[NamedSink, ...],
 ) -> LiveRun:
     found = find_run(query, root)
     try:
         lock = Lock(found.path)  # before anything is read that its process may change
     except BlockingIOError as error:
-        raise ValueError(f"resume={query!r}: the run {found.id} is running already") from error
+        raise ValueError(f"resume={str(query)!r}: the run {found.id} is running already") from error
     try:
         with open_run(found.path) as run:
-            steps = run.steps
+            last = int(run.steps[-1]) if len(run.steps) else None
     except BaseException:
         lock.release()
         raise
@@ -113,7 +146,9 @@ def _resumed(
         system_seconds=system_seconds,
         sinks=sinks,
         lock=lock,
-        first_step=int(steps[-1]) + 1 if len(steps) else 0,
+        first_step=step if step is not None else 0 if last is None else last + 1,
+        resumed=True,
+        last_step=last,
     )
 
 
@@ -129,6 +164,17 @@ def _checked_project(project: str) -> str:
             f"project={project!r} cannot name a folder; use letters, digits, '-', '_' and '.'"
         )
     return project
+
+
+def _checked_step(step: object) -> int | None:
+    """The step; raises ``TypeError`` and ``ValueError``."""
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+        raise TypeError(f"step={step!r} is not an integer")
+    if step < 0:
+        raise ValueError(f"step={step} is negative")
+    return int(step)
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 import weakref
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -61,21 +62,28 @@ class State:
         A run that is said to be running by a process that is gone is "crashed". Raises ValueError
         for a damaged file.
         """
-        path = folder / STATE_NAME
-        try:
-            found = json.loads(path.read_bytes())
-            # Later versions may say more.
-            known = {field.name for field in fields(State)} & found.keys()
-            state = State(**{name: found[name] for name in known})
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        if state.status not in STATUSES:
-            raise ValueError(f"{path} is damaged: the status {state.status!r} is unknown")
-        if state.status == "running" and not _is_alive(folder, state):
-            return replace(state, status="crashed", reason="its process is gone")
-        return state
+        state = _read(folder / STATE_NAME)
+        if state is None or state.status != "running" or _is_alive(folder, state):
+            return state
+        state = _read(folder / STATE_NAME)  # it may have ended since
+        if state is None or state.status != "running":
+            return state
+        return replace(state, status="crashed", reason="its process is gone")
+
+
+def _read(path: Path) -> State | None:
+    try:
+        found = json.loads(path.read_bytes())
+        # Later versions may say more.
+        known = {field.name for field in fields(State)} & found.keys()
+        state = State(**{name: found[name] for name in known})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if state.status not in STATUSES:
+        raise ValueError(f"{path} is damaged: the status {state.status!r} is unknown")
+    return state
 
 
 def now() -> str:
@@ -96,7 +104,7 @@ class Lock:
             return
         file = (folder / LOCK_NAME).open("wb")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             file.close()
             raise
@@ -112,6 +120,19 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _take(file: IO[bytes]) -> None:
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Readers who ask whether it is held share it for a moment: so could we, then.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+            time.sleep(0.001)
+        else:
+            return
 
 
 def _close_copy(reference: weakref.ref[Lock]) -> None:

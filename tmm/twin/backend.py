@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tmm.layout import OUTSIDE, AttentionRequest, Measurement, Site
@@ -154,10 +155,12 @@ class MeasuredGraph:
         witness: Witness | None,
         host: Host,
         *,
+        examples: Sequence[object],
         has_own_randomness: bool,
         loses_reference: bool,
     ) -> None:
         self.run = run
+        self.examples = examples
         self.layout = rewritten.layout
         self.row_inputs = rewritten.row_inputs
         self.reference = rewritten.reference
@@ -170,6 +173,11 @@ class MeasuredGraph:
 
     def __call__(self, *inputs: object) -> Sequence[Any]:
         """Run the graph."""
+        if any(isinstance(value, FakeTensor) for value in inputs):
+            # DistributedDataParallel's buckets: how the outputs will lie in memory is found out.
+            outputs = self.run(*inputs, *self.examples)
+            return outputs[: len(outputs) - self.layout.outputs - len(self.reference.outputs)]
+        self.examples = ()
         comparing = self.host.comparing
         counterparts: Sequence[torch.Tensor] = ()
         if comparing is not None:
@@ -310,6 +318,7 @@ class MeasuringBackend:
         own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)
         graph = MeasuredGraph(
             *(run, rewritten, report, scope.owner, witness, self.host),
+            examples=examples,
             has_own_randomness=own,
             loses_reference=samples is not None and not whole,
         )

@@ -1,0 +1,213 @@
+"""The rows of one step of all ranks together: a thread, and few collectives per monitored step."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from tmm.metrics import FloatArray
+from tmm.runtime.joined_rows import JoinedLayout, RowKind, Rows, joined, maxima, moments, sums
+
+_NO_STEP = -np.inf
+
+
+class Collectives(Protocol):
+    """What ranks do together; every call is one collective, and all ranks make the same calls."""
+
+    rank: int
+
+    def maximum(self, values: FloatArray) -> FloatArray:
+        """The largest of each element over all ranks."""
+
+    def total(self, values: FloatArray) -> FloatArray:
+        """The sum of each element over all ranks."""
+
+    def everything(self, value: object) -> list[object]:
+        """The values of all ranks, in order."""
+
+    def payloads(self, value: bytes, size: int) -> list[bytes]:
+        """On rank 0 the bytes of all ranks, in order, each padded to ``size``; else nothing."""
+
+    def close(self) -> None:
+        """Nothing will be called any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """What one rank has measured in a step; ``payload`` is what rank 0 gets as it is."""
+
+    rows: Rows
+    payload: bytes = b""
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedStep:
+    """A step of all ranks: its rows, and on rank 0 what each rank had for it."""
+
+    rows: Rows
+    payloads: tuple[bytes, ...] = ()
+
+
+class Measured(Protocol):
+    """A step that one rank has measured."""
+
+    step: int
+
+    def contribution(self) -> Contribution | None:
+        """What the rank has; None if its measurement failed. Called in another thread, once."""
+
+
+Step = TypeVar("Step", bound=Measured)
+
+
+class RanksDisagreeError(RuntimeError):
+    """The steps of this and the other ranks cannot be joined."""
+
+
+class Turn(Generic[Step]):
+    """A step that waits to be joined, and what became of it."""
+
+    def __init__(self, measured: Step) -> None:
+        self.measured = measured
+        self._done = threading.Event()
+        self._result: JoinedStep | None = None
+        self._reason = ""
+
+    def end(self, result: JoinedStep | None, reason: str = "") -> None:
+        """It is joined, or will never be, for a reason."""
+        self._result, self._reason = result, reason
+        self._done.set()
+
+    def wait(self) -> JoinedStep:
+        """The joined step; raises ``RanksDisagreeError`` with the reason if there is none."""
+        self._done.wait()
+        if self._result is None:
+            raise RanksDisagreeError(self._reason)
+        return self._result
+
+
+class CrossRank:
+    """Joins the monitored steps of all ranks, in a thread of its own.
+
+    A monitored step takes one maximum and one sum over ranks, a second sum if there are central
+    moments, and a gather if functions need all values. The first steps, and those that have rows
+    for the first time, take one gather and one maximum more. Ranks may leave out steps, or end
+    earlier than others: until all have called `close`, they take part without rows.
+
+    A rank that fails in a step takes the step from all. If the ranks cannot talk any more, or
+    measure different things, the training goes on: it is warned of, and no step is joined again.
+    """
+
+    def __init__(self, collectives: Collectives, *, end_seconds: float = 600.0) -> None:
+        self._collectives = collectives
+        self._end_seconds = end_seconds
+        self._layout = JoinedLayout()
+        self._turns: deque[Turn[Any]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._broken = ""
+        self._thread = threading.Thread(target=self._run, name="tmm ranks", daemon=True)
+        self._thread.start()
+
+    def submit(self, measured: Step) -> Turn[Step]:
+        """Join a step with those of the other ranks; steps increase. Waits for nothing."""
+        turn = Turn(measured)
+        with self._changed:
+            if self._broken:
+                turn.end(None, self._broken)
+            else:
+                self._turns.append(turn)
+                self._changed.notify_all()
+        return turn
+
+    def close(self) -> None:
+        """Join what waits, and take part until all ranks have closed; gives up after a while."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(self._end_seconds)
+        if self._thread.is_alive():
+            self._fail(f"the other ranks had not ended {self._end_seconds:.0f} s after this one")
+
+    def _run(self) -> None:
+        try:
+            while self._round():
+                pass
+        except Exception as error:  # of the network, or what ranks disagree about
+            self._fail(f"{type(error).__name__}: {error}")
+        finally:
+            self._collectives.close()
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            if self._broken:
+                return
+            self._broken = f"the rows of all ranks cannot be joined any more: {reason}"
+            waiting, self._turns = list(self._turns), deque()
+        for turn in waiting:
+            turn.end(None, self._broken)
+        if self._closing and not waiting:
+            return  # nothing is lost
+        warnings.warn(
+            f"{self._broken}. The training goes on; its monitored steps are gaps.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _next(self) -> Turn[Any] | None:
+        """The next step; None once there is none to come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turns or self._closing)
+            return self._turns[0] if self._turns else None
+
+    def _round(self) -> bool:
+        """Join one step; False if all ranks have ended."""
+        turn = self._next()
+        contribution = None if turn is None else turn.measured.contribution()
+        failed = turn is not None and contribution is None
+        mine = contribution or Contribution({})
+        step = _NO_STEP if turn is None else float(turn.measured.step)
+        while True:
+            missing = self._layout.missing(mine.rows)
+            header = [-step if step != _NO_STEP else _NO_STEP, step, bool(missing), failed]
+            own = self._layout.own({} if missing else mine.rows)
+            sent = np.concatenate([[*header, len(mine.payload)], maxima(own)]).astype(np.float64)
+            found = self._collectives.maximum(sent)
+            first, last, lacking, any_failed, size = found[:5]
+            if last == _NO_STEP:
+                return False
+            if -first != last:  # a rank is further on, and has nothing of the earliest step
+                if step != -first:
+                    mine, step, failed, turn = Contribution({}), _NO_STEP, False, None
+                continue
+            if lacking:
+                self._agree(missing)
+                continue
+            break
+        result = None
+        reason = "a rank failed to measure it"
+        if not any_failed:
+            total = self._collectives.total(sums(own))
+            central = np.empty(0)
+            if any("mean" in kind.columns for kind in own):
+                central = self._collectives.total(moments(own, total))
+            payloads = self._collectives.payloads(mine.payload, int(size)) if size else []
+            rows = joined(self._layout, found[5:], total, central)
+            result = JoinedStep(rows, tuple(payloads))
+        if turn is not None:
+            with self._changed:
+                if self._turns and self._turns[0] is turn:
+                    self._turns.popleft()
+            turn.end(result, reason)
+        return True
+
+    def _agree(self, missing: Sequence[tuple[RowKind, str]]) -> None:
+        difference = self._layout.extend(self._collectives.everything(missing))  # type: ignore[arg-type]
+        if difference is not None:
+            raise RanksDisagreeError(f"{difference}; give every rank the same spec and model")

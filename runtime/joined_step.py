@@ -1,0 +1,117 @@
+"""Between what one rank gathered in a step and what all ranks join."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tmm.metrics import AGGREGATE_COLUMNS, Aggregate, FloatArray, Reduction
+from tmm.runtime.cross_rank import Contribution, JoinedStep
+from tmm.runtime.joined_rows import RowKind
+
+_LOGGED = "logged"
+"""The metric of rows that stand for what was logged by name."""
+
+Logged = dict[str, tuple[Aggregate, list[torch.Tensor]]]
+"""Key to how its values are joined, and the values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What arrived in a step: rows by reduction, values of callable aggregates, and logged ones."""
+
+    rows: Mapping[Reduction, tuple[tuple[str, ...], FloatArray]]
+    collected: Mapping[tuple[Reduction, str], list[torch.Tensor]]
+    logged: Logged
+
+
+def contribution_of(gathered: Gathered) -> Contribution:
+    """What a rank sends of it."""
+    parts: dict[RowKind, list[tuple[tuple[str, ...], FloatArray]]] = {}
+    for reduction, (sites, rows) in gathered.rows.items():
+        parts.setdefault(RowKind.of(reduction), []).append((sites, rows))
+    values: dict[str, list[torch.Tensor]] = {}
+    for key, (aggregate, tensors) in gathered.logged.items():
+        if callable(aggregate):
+            values[key] = tensors
+        else:
+            kind = RowKind((_LOGGED,), AGGREGATE_COLUMNS[aggregate], aggregate, is_function=True)
+            parts.setdefault(kind, []).append(((key,), _row(kind, tensors)))
+    collected = {
+        (RowKind.of(reduction), site): tensors
+        for (reduction, site), tensors in gathered.collected.items()
+    }
+    payload = b""
+    if collected or values:
+        written = io.BytesIO()
+        torch.save((collected, values), written)
+        payload = written.getvalue()
+    joined = {
+        kind: (
+            tuple(site for sites, _ in some for site in sites),
+            np.concatenate([rows for _, rows in some]),
+        )
+        for kind, some in parts.items()
+    }
+    return Contribution(joined, payload)
+
+
+def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
+    """What all ranks gathered together. On other ranks than 0, without callable aggregates."""
+    known = {RowKind.of(reduction): reduction for reduction in own.rows}
+    functions = {RowKind.of(reduction): reduction for reduction, _ in own.collected}
+    rows: dict[Reduction, tuple[tuple[str, ...], FloatArray]] = {}
+    logged: Logged = {}
+    for kind, (sites, values) in step.rows.items():
+        if kind.metrics == (_LOGGED,):
+            logged |= dict(_numbers(kind, sites, values))
+        else:
+            rows[known.get(kind) or _stand_in(kind)] = tuple(sites), values
+    collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
+    for payload in step.payloads:
+        if not payload.strip(b"\0"):
+            continue
+        theirs, named = torch.load(io.BytesIO(payload), weights_only=False)
+        for (kind, site), tensors in theirs.items():
+            if kind in functions:
+                collected.setdefault((functions[kind], site), []).extend(tensors)
+        for key, tensors in named.items():
+            if key in own.logged:
+                aggregate = own.logged[key][0]
+                logged.setdefault(key, (aggregate, []))[1].extend(tensors)
+    return Gathered(rows, collected, logged)
+
+
+def _row(kind: RowKind, tensors: Iterable[torch.Tensor]) -> FloatArray:
+    values = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(torch.float64).numpy()
+    columns: dict[str, Any] = {"count": values.size}
+    if values.size:
+        columns |= {"sum": values.sum(), "sum_squares": (values**2).sum()}
+        columns |= {"minimum": values.min(), "maximum": values.max()}
+    return np.array([[float(columns.get(name, 0.0)) for name in kind.columns]])
+
+
+def _numbers(
+    kind: RowKind, sites: Iterable[str], rows: FloatArray
+) -> Iterable[tuple[str, tuple[Aggregate, list[torch.Tensor]]]]:
+    for site, (count, value) in zip(sites, rows, strict=True):
+        if count > 0:
+            number = value / count if kind.aggregate == "mean" else value
+            number = np.sqrt(number) if kind.aggregate == "norm" else number
+            yield site, (kind.aggregate, [torch.tensor(number, dtype=torch.float64)])  # type: ignore[misc]
+
+
+def _stand_in(kind: RowKind) -> Reduction:
+    """The reduction of rows that only other ranks have."""
+    if not kind.is_function:
+        return Reduction(kind.metrics, kind.columns)
+    return Reduction(kind.metrics, kind.columns, _elsewhere, kind.aggregate)  # type: ignore[arg-type]
+
+
+def _elsewhere(*tensors: torch.Tensor) -> object:
+    raise AssertionError("runs on other ranks")

@@ -1,0 +1,74 @@
+"""The collectives of torch.distributed, on a group of our own."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tmm.metrics import FloatArray
+
+
+class ProcessGroup:
+    """Collectives between all processes of the training, over gloo.
+
+    The rows lie in host memory when they are joined, and a group of its own can be used by a thread
+    of its own while the training uses another one. To be made by all ranks together.
+
+    Raises:
+        RuntimeError: if not all ranks make theirs within ``start_seconds``.
+    """
+
+    def __init__(self, *, start_seconds: float = 120.0, seconds: float = 1800.0) -> None:
+        self.rank = dist.get_rank()
+        self._size = dist.get_world_size()
+        try:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_seconds))
+            dist.barrier(group)
+        except Exception as error:
+            raise RuntimeError(
+                f"not all {self._size} ranks called tmm.instrument within {start_seconds:.0f} s;"
+                " call it on every rank, or give distributed=False to measure each rank by itself"
+            ) from error
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def maximum(self, values: FloatArray) -> FloatArray:
+        """The largest of each element over all ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def total(self, values: FloatArray) -> FloatArray:
+        """The sum of each element over all ranks."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def everything(self, value: object) -> list[object]:
+        """The values of all ranks, in order."""
+        values: list[object] = [None] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def payloads(self, value: bytes, size: int) -> list[bytes]:
+        """On rank 0 the bytes of all ranks, in order, each padded to ``size``; else nothing."""
+        own = torch.zeros(size, dtype=torch.uint8)
+        own[: len(value)] = (
+            torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else own[:0]
+        )
+        if self.rank != 0:
+            dist.gather(own, group=self._group, dst=0)
+            return []
+        gathered = [torch.empty_like(own) for _ in range(self._size)]
+        dist.gather(own, gathered, group=self._group, dst=0)
+        return [part.numpy().tobytes() for part in gathered]
+
+    def close(self) -> None:
+        """Give up the group, if the training has not given up all of them."""
+        if dist.is_initialized():
+            dist.destroy_process_group(self._group)
+
+    def _reduced(self, values: FloatArray, operation: dist.ReduceOp.RedOpType) -> FloatArray:
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64))
+        dist.all_reduce(tensor, operation, group=self._group)
+        return tensor.numpy()

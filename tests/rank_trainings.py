@@ -1,0 +1,311 @@
+"""Small trainings on several processes, and the same ones on one; started by torchrun.
+
+    torchrun --nproc-per-node 2 -m tests.rank_trainings FOLDER TRAINING...
+
+Each training writes what rank 0 has measured to ``FOLDER/TRAINING.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import tmm
+
+Metrics = dict[int, dict[str, Any]]
+Training = Callable[[], Metrics]
+STEPS, BATCH, EVERY = 5, 12, 2
+BACKEND = "aot_eager"
+
+
+class Model(nn.Module):
+    """Wide enough for several buckets of ``DistributedDataParallel``."""
+
+    def __init__(self, width: int = 520) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, width)
+        self.block = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.other = nn.Linear(width, width)
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.block(self.first(x))
+        tmm.record("hidden", hidden, aggregate="mean")
+        result: Tensor = self.last(torch.tanh(self.other(hidden)))
+        return result
+
+
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(BATCH, 8, generator=generator) for _ in range(STEPS)]
+
+
+def spec(*further: tmm.Rule) -> tmm.Spec:
+    return tmm.Spec(
+        *(
+            tmm.activation("mean", "std", "rms", "norm", "kurtosis", "absmax", "min", "histogram"),
+            tmm.activation(largest=lambda x: x.abs().amax(-1), aggregate="max"),
+            tmm.activation_gradient("rms", "absmax"),
+            tmm.gradient("norm", "std", "absmax"),
+            tmm.parameter("rms", "norm", "max"),
+            tmm.update("relative_norm"),
+            tmm.optimizer_state("exp_avg_norm"),
+        ),
+        *further,
+        every=EVERY,
+    )
+
+
+def quantiles() -> tmm.Rule:
+    return tmm.activation(
+        median=lambda x: x.abs().mean(-1), aggregate=torch.median, modules="block$|last"
+    )
+
+
+def train(
+    called: nn.Module,
+    trained: nn.Module,
+    share: Callable[[Tensor], list[Tensor]],
+    measured: tmm.Spec | None = None,
+    **options: Any,
+) -> Metrics:
+    """The metrics of each monitored step; the loss is the mean of those of the shares."""
+    called = tmm.instrument(called, measured or spec(quantiles()), **options)
+    monitor = tmm.monitor(called)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    monitor.watch(optimizer)
+    metrics: Metrics = {}
+    for step, batch in enumerate(batches()):
+        with monitor.step(step):
+            parts = share(batch)
+            outputs = called(torch.cat(parts)).split([len(part) for part in parts])
+            losses = [output.square().mean() for output in outputs]
+            monitor.log_scalar("loss", torch.stack(losses).mean())
+            monitor.log_tensor(
+                "losses", torch.stack([o.square().mean(1).max() for o in outputs]), "max"
+            )
+            torch.stack(losses).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % EVERY == 0:
+            metrics[step] = monitor.get_step_metrics()
+    tmm.remove(called)
+    return metrics
+
+
+def evenly(count: int, batch: Tensor) -> list[Tensor]:
+    return list(batch.chunk(count))
+
+
+def unevenly(count: int, batch: Tensor) -> list[Tensor]:
+    """Shares of 1, 2, ... items, and the rest."""
+    sizes = [*range(1, count), BATCH - sum(range(1, count))]
+    return list(batch.split(sizes))
+
+
+def own(shares: Callable[[int, Tensor], list[Tensor]], batch: Tensor) -> list[Tensor]:
+    """That of this rank."""
+    return [shares(dist.get_world_size(), batch)[dist.get_rank()]]
+
+
+# The trainings
+
+
+def alone(shares: Callable[[int, Tensor], list[Tensor]], count: int, **options: Any) -> Metrics:
+    """On one process, which has all shares."""
+    net = model()
+    compiled = torch.compile(net, backend=BACKEND)
+    return train(compiled, net, partial(shares, count), **options)
+
+
+def ddp_inside(shares: Any = evenly) -> Metrics:
+    net = model()
+    wrapped = DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    return train(wrapped, net, partial(own, shares))
+
+
+def ddp_outside(shares: Any = evenly) -> Metrics:
+    net = model()
+    wrapped = DistributedDataParallel(net, bucket_cap_mb=1)
+    return train(torch.compile(wrapped, backend=BACKEND), net, partial(own, shares))
+
+
+def ddp_uncompiled(shares: Any = evenly) -> Metrics:
+    net = model()
+    return train(DistributedDataParallel(net), net, partial(own, shares))
+
+
+def fsdp(mesh_shape: tuple[int, ...] | None = None, shares: Any = evenly) -> Metrics:
+    """Blocks compiled and sharded one by one; with a mesh of two dimensions, replicated as well."""
+    net = model()
+    shape = mesh_shape or (dist.get_world_size(),)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    for part in (net.first, net.block, net.other, net.last):
+        part.compile(backend=BACKEND)
+        fully_shard(part, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return train(net, net, partial(own, shares), spec())
+
+
+def hybrid() -> Metrics:
+    return fsdp((2, dist.get_world_size() // 2))
+
+
+def skipping() -> Metrics:
+    """Rank 1 has no forward pass in step 2, and ends after step 3."""
+    net = model()
+    called = tmm.instrument(torch.compile(net, backend=BACKEND), tmm.Spec(tmm.activation("rms")))
+    monitor = tmm.monitor(called)
+    late = dist.get_rank() == 1
+    metrics: Metrics = {}
+    for step, batch in enumerate(batches()[: 4 if late else 5]):
+        with monitor.step(step):
+            if not (late and step == 2):
+                called(own(evenly, batch)[0])
+            else:
+                monitor.open_collector().expects_forward = False
+    tmm.remove(called)
+    for step in range(4 if late else 5):
+        metrics[step] = monitor.get_all_metrics()[step]
+    return metrics
+
+
+def counted() -> Metrics:
+    """How many collectives tmm makes in each step."""
+    calls: Counter[tuple[int, str]] = Counter()
+    for name in ("all_reduce", "all_gather_object", "gather", "barrier"):
+        original = getattr(dist, name)
+
+        def counting(
+            *args: Any, _name: str = name, _original: Any = original, **keywords: Any
+        ) -> Any:
+            calls[current, _name] += 1
+            return _original(*args, **keywords)
+
+        setattr(dist, name, counting)
+    net = model()
+    current = -1
+    called = tmm.instrument(torch.compile(net, backend=BACKEND), spec(quantiles()))
+    monitor = tmm.monitor(called)
+    optimizer = torch.optim.AdamW(net.parameters())
+    monitor.watch(optimizer)
+    found: Metrics = {}
+    for step, batch in enumerate(batches()):
+        current = step
+        with monitor.step(step):
+            called(own(evenly, batch)[0]).sum().backward()
+            optimizer.step()
+        monitor.get_step_metrics()  # waits for it
+        found[step] = {name: count for (of, name), count in calls.items() if of == step}
+    tmm.remove(called)
+    return found
+
+
+def disagreeing() -> Metrics:
+    """Rank 1 measures something else."""
+    metric = "rms" if dist.get_rank() == 0 else "mean"
+    called = tmm.instrument(model(), tmm.Spec(tmm.activation(metric, modules="last")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tmm.monitor(called).step(0):
+            called(batches()[0])
+        measured = tmm.monitor(called).get_step_metrics()
+        tmm.remove(called)
+    texts = [str(item.message) for item in caught]
+    return {0: {"measured": measured, "warnings": texts}}
+
+
+def killed(folder: Path) -> Metrics:
+    """Rank 1 dies in step 3."""
+    run = tmm.start_run("ranks", root=folder, system_seconds=None)
+    net = model()
+    called = run.watch(DistributedDataParallel(net), spec())
+    for step, batch in enumerate(batches()):
+        if step == 3 and dist.get_rank() == 1:
+            os.kill(os.getpid(), 9)
+        called(own(evenly, batch)[0]).sum().backward()
+        run.log({"loss": float(step)})
+        run.step()
+    return {}
+
+
+def recorded(folder: Path) -> Metrics:
+    """Every rank starts a run; that of rank 0 records."""
+    run = tmm.start_run("ranks", root=folder, system_seconds=None)
+    with run:
+        net = model()
+        called = run.watch(DistributedDataParallel(torch.compile(net, backend=BACKEND)), spec())
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        for batch in batches():
+            loss = called(own(evenly, batch)[0]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log({"loss": loss, "rank": dist.get_rank()})
+            run.log_samples(run.current_step, {"text": "of rank 0"})
+            run.step()
+    return {}
+
+
+def each_by_itself(folder: Path) -> Metrics:
+    """With ``per_rank`` every rank records its own rows."""
+    net = model()
+    called = tmm.instrument(
+        DistributedDataParallel(net), spec(), run=folder / "each", per_rank=True
+    )
+    monitor = tmm.monitor(called)
+    for step, batch in enumerate(batches()):
+        with monitor.step(step):
+            called(own(evenly, batch)[0]).sum().backward()
+    tmm.remove(called)
+    return {}
+
+
+TRAININGS: dict[str, Callable[[Path], Metrics]] = {
+    "ddp_inside": lambda _: ddp_inside(),
+    "ddp_outside": lambda _: ddp_outside(),
+    "ddp_uncompiled": lambda _: ddp_uncompiled(),
+    "ddp_uneven": lambda _: ddp_inside(unevenly),
+    "fsdp": lambda _: fsdp(),
+    "fsdp_uneven": lambda _: fsdp(shares=unevenly),
+    "hybrid": lambda _: hybrid(),
+    "skipping": lambda _: skipping(),
+    "counted": lambda _: counted(),
+    "disagreeing": lambda _: disagreeing(),
+    "killed": killed,
+    "recorded": recorded,
+    "each_by_itself": each_by_itself,
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    dist.init_process_group("gloo")
+    for name in names:
+        torch._dynamo.reset()
+        result = TRAININGS[name](folder)
+        if dist.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,161 @@
+"""Trainings on several processes against the same training on one, with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tmm
+from tests import rank_trainings
+from tests.rank_trainings import Metrics, alone, evenly, spec, unevenly
+
+ROOT = Path(__file__).parent.parent
+EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled")
+OTHERS = ("ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
+RECORDING = ("recorded", "each_by_itself")
+
+
+def launch(ranks: int, folder: Path, names: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    return subprocess.run(
+        [*command, f"--nproc-per-node={ranks}", "-m", "tests.rank_trainings", folder, *names],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have measured in each training."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(2, folder, (*EVEN, *OTHERS, *RECORDING))
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+def result(folder: Path, name: str) -> Metrics:
+    loaded: Metrics = torch.load(folder / f"{name}.pt", weights_only=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def whole() -> Metrics:
+    return alone(evenly, 2)
+
+
+def check(found: Metrics, expected: Metrics, keys: Iterable[str] | None = None) -> None:
+    """All keys and values are equal; updates and states to what their gradients' noise allows."""
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        wanted = set(values if keys is None else keys)
+        assert set(found[step]) == wanted
+        assert len(wanted) > 100
+        for key in wanted:
+            np.testing.assert_allclose(
+                found[step][key], values[key], rtol=1e-5, atol=_noise(key, values), err_msg=key
+            )
+
+
+def _noise(key: str, values: dict[str, Any]) -> float:
+    """Means about zero are known to a part of the size of what they are means of."""
+    prefix, _, metric = key.rpartition("/")
+    if metric == "histogram":
+        return 2.0  # elements that lie on the edge of a bin
+    if metric in ("mean", "kurtosis", "min", "max") or key == "hidden":
+        return 1e-6 * float(values.get(f"{prefix}/rms", 1.0))
+    return 1e-9
+
+
+@pytest.mark.parametrize("name", EVEN)
+def test_data_parallel(two: Path, whole: Metrics, name: str) -> None:
+    check(result(two, name), whole)
+
+
+def test_data_parallel_with_other_batch_sizes(two: Path) -> None:
+    check(result(two, "ddp_uneven"), alone(unevenly, 2))
+
+
+def test_sharded(two: Path) -> None:
+    check(result(two, "fsdp"), alone(evenly, 2, measured=spec()))
+    check(result(two, "fsdp_uneven"), alone(unevenly, 2, measured=spec()))
+
+
+def test_ranks_that_skip_and_end_earlier(two: Path) -> None:
+    found = result(two, "skipping")
+    net = rank_trainings.model()
+    for step, batch in enumerate(rank_trainings.batches()):
+        part = batch[:6] if step in (2, 4) else batch
+        expected = net.first(part).square().mean().sqrt().item()
+        assert found[step]["activation/first/rms"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_collectives_of_a_step(two: Path) -> None:
+    found = result(two, "counted")
+    assert found[1] == found[3] == {}
+    assert found[2] == found[4] == {"all_reduce": 3, "gather": 1}  # a maximum and two sums
+    assert found[0] == {"all_reduce": 4, "gather": 1, "all_gather_object": 1}
+
+
+def test_ranks_that_measure_different_things_are_told_so(two: Path) -> None:
+    (found,) = result(two, "disagreeing").values()
+    assert found["measured"] == {}
+    (text,) = (text for text in found["warnings"] if "rank 1 measures" in text)
+    assert "rank 1 measures 'activation/last' as mean (joined), and other ranks as rms" in text
+
+
+def test_only_rank_0_records(two: Path) -> None:
+    (record,) = (record for record in tmm.list_runs(two) if record.project == "ranks")
+    assert record.status == "finished"
+    with tmm.open_run(record.path) as run:
+        assert run.steps.tolist() == [0, 1, 2, 3, 4]
+        assert set(run.series("rank")[1]) == {0.0}
+        assert run.samples(0)["text"] == "of rank 0"
+        expected = alone(evenly, 2, measured=spec())
+        steps, norms = run.series("activation/block.2/norm")
+        assert steps.tolist() == [0, 2, 4]
+        wanted = [expected[step]["activation/block.2/norm"] for step in (0, 2, 4)]
+        np.testing.assert_allclose(norms, wanted, rtol=1e-5)
+
+
+def test_every_rank_may_record_by_itself(two: Path) -> None:
+    first, second = (tmm.open_run(two / "each" / f"rank-{rank}") for rank in (0, 1))
+    key = "activation/first/norm"
+    net, batch = rank_trainings.model(), rank_trainings.batches()[0]
+    for run, part in ((first, batch[:6]), (second, batch[6:])):
+        with run:
+            assert run.at(0)[key] == pytest.approx(net.first(part).norm().item(), rel=1e-5)
+
+
+def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = launch(2, tmp_path, ["killed"])
+    assert done.returncode != 0
+    assert time.monotonic() - begun < 180
+    (record,) = tmm.list_runs(tmp_path)
+    assert record.status in ("crashed", "failed")
+    with tmm.open_run(record.path) as run:
+        assert run.series("loss")[1].tolist()[:2] == [0.0, 1.0]
+        assert "activation/first/rms" in run.at(0)
+
+
+@pytest.mark.slow
+def test_four_ranks(tmp_path: Path) -> None:
+    done = launch(4, tmp_path, ["ddp_inside", "ddp_uneven", "fsdp", "hybrid"])
+    assert done.returncode == 0, done.stderr[-5000:]
+    check(result(tmp_path, "ddp_inside"), alone(evenly, 4))
+    check(result(tmp_path, "ddp_uneven"), alone(unevenly, 4))
+    for name in ("fsdp", "hybrid"):
+        check(result(tmp_path, name), alone(evenly, 4, measured=spec()))

@@ -1,0 +1,104 @@
+"""Rows of several ranks against the rows of all their data together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tmm.metrics import (
+    METRIC_NAMES,
+    FloatArray,
+    Reduction,
+    builtin_reductions,
+    finalize,
+    function_reduction,
+    merge,
+)
+from tmm.runtime.eager import reduce_eagerly
+from tmm.runtime.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
+
+REDUCTIONS = (
+    *builtin_reductions(METRIC_NAMES, is_complex=False),
+    *builtin_reductions(("mean", "kurtosis"), is_complex=False),
+    *(function_reduction(f"f_{a}", abs, a) for a in ("mean", "sum", "min", "max")),
+)
+
+
+def row(values: list[float], reduction: Reduction) -> FloatArray:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if reduction.function is not None:
+        columns = {"count": tensor.numel(), "sum": tensor.sum()}
+        columns |= {"minimum": tensor.min(), "maximum": tensor.max()} if values else {}
+        return np.array([[float(columns.get(name, 0.0)) for name in reduction.columns]])
+    return reduce_eagerly(tensor, reduction).numpy().astype(np.float64)[None]
+
+
+def over_ranks(ranks: list[dict[str, list[float]]], reduction: Reduction) -> dict[str, FloatArray]:
+    kind = RowKind.of(reduction)
+    rows = [
+        {kind: (tuple(own), np.concatenate([row(v, reduction) for v in own.values()]))}
+        if own
+        else {}
+        for own in ranks
+    ]
+    layout = JoinedLayout()
+    assert layout.extend([layout.missing(own) for own in rows]) is None
+    owned = [layout.own(own) for own in rows]
+    largest = np.max([maxima(own) for own in owned], axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.sum([sums(own) for own in owned], axis=0)
+        central = np.sum([moments(own, total) for own in owned], axis=0)
+    sites, joint = joined(layout, largest, total, central)[kind]
+    return {site: finalize(reduction, joint[[place]])[0] for place, site in enumerate(sites)}
+
+
+NUMBERS = st.one_of(
+    st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-30, np.inf, -np.inf, np.nan, 7.0])
+)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda r: "-".join(r.metrics)[:40])
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_as_one_row_of_everything(reduction: Reduction, data: st.DataObject) -> None:
+    parts = data.draw(st.lists(st.lists(NUMBERS, min_size=1, max_size=6), min_size=1, max_size=4))
+    found = over_ranks([{"a": part} for part in parts], reduction)["a"]
+    rows = [row(part, reduction) for part in parts]
+    merged = rows[0]
+    for other in rows[1:]:
+        merged = merge(reduction, merged, other)
+    expected = finalize(reduction, merged)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS[:3], ids=lambda r: "-".join(r.metrics)[:40])
+def test_what_only_some_ranks_have(reduction: Reduction) -> None:
+    found = over_ranks([{}, {"b": [1.0, 2.0]}, {"b": [5.0], "a": [-3.0, 4.0]}], reduction)
+    np.testing.assert_allclose(found["b"], finalize(reduction, row([1.0, 2.0, 5.0], reduction))[0])
+    np.testing.assert_allclose(found["a"], finalize(reduction, row([-3.0, 4.0], reduction))[0])
+
+
+def test_large_means_do_not_cancel() -> None:
+    (reduction,) = builtin_reductions(("std", "kurtosis"), is_complex=False)
+    generator = np.random.default_rng(0)
+    parts = [1e6 + generator.standard_normal(50) for _ in range(3)]
+    found = over_ranks([{"a": list(part)} for part in parts], reduction)["a"]
+    whole = np.concatenate(parts)
+    deviation = whole - whole.mean()
+    kurtosis = (deviation**4).mean() / (deviation**2).mean() ** 2
+    np.testing.assert_allclose(found, [whole.std(ddof=1), kurtosis], rtol=1e-9)
+
+
+def test_ranks_that_measure_something_else_are_named() -> None:
+    rms, mean = (builtin_reductions((name,), is_complex=False)[0] for name in ("rms", "mean"))
+    layout = JoinedLayout()
+    asked = [
+        [(RowKind.of(rms), "activation/a"), (RowKind.of(rms), "activation/b")],
+        [(RowKind.of(rms), "activation/a"), (RowKind.of(mean), "activation/b")],
+    ]
+    difference = layout.extend(asked)
+    assert difference is not None
+    assert "rank 1 measures 'activation/b' as mean (joined), and other ranks as rms" in difference

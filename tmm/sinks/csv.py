@@ -1,0 +1,62 @@
+"""Values as comma-separated text."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.state import Status
+from tmm.sinks.common import check_keys, numbers
+from tmm.sinks.lines import StepLines
+
+_HEADER = b"step,key,value\n"
+
+
+@dataclass(frozen=True)
+class CSVSink:
+    """Writes ``step,key,value``, one row for each number, as ``tmm runs export`` does.
+
+    A row needs no column of its own key, so that keys may come later. Numbers read back exactly;
+    others are ``nan``, ``inf`` and ``-inf``. Histograms are left out.
+
+    Attributes:
+        path: the file; ``values.csv`` in the folder of the run without it. A run that is resumed
+            goes on with it; another one writes it anew.
+        keys: regular expression (``re.match``) of the keys to write; all of them without it.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    keys: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keys(self.keys)
+
+    def open(self, run: RunInfo) -> OpenCSV:
+        """Start to write; raises OSError."""
+        return OpenCSV(Path(self.path or run.path / "values.csv"), self.keys, run)
+
+
+class OpenCSV:
+    """The file of one run."""
+
+    def __init__(self, path: Path, keys: str | None, run: RunInfo) -> None:
+        if not run.resumed:
+            path.unlink(missing_ok=True)
+        self._keys = keys
+        self._lines = StepLines(path, run.first_step, _HEADER)
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write the numbers of a step."""
+        text = StringIO()
+        rows = numbers(values, self._keys).items()
+        csv.writer(text, lineterminator="\n").writerows((step, key, value) for key, value in rows)
+        self._lines.write(step, text.getvalue().encode("utf-8", "surrogatepass"))
+
+    def close(self, status: Status) -> None:
+        """Close the file."""
+        self._lines.close()

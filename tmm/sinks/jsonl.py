@@ -1,0 +1,69 @@
+"""Values as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.state import Status
+from tmm.sinks.common import check_keys, chosen
+from tmm.sinks.lines import StepLines
+
+
+@dataclass(frozen=True)
+class JSONLinesSink:
+    """Writes an object for each step, ``{"step": n, "values": {key: value, ...}}``.
+
+    Histograms are lists of counts. JSON has no other numbers than finite ones: they are the strings
+    ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which Python's ``float`` reads.
+
+    Attributes:
+        path: the file; ``values.jsonl`` in the folder of the run without it. A run that is resumed
+            goes on with it; another one writes it anew.
+        keys: regular expression (``re.match``) of the keys to write; all of them without it.
+    """
+
+    path: str | os.PathLike[str] | None = None
+    keys: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keys(self.keys)
+
+    def open(self, run: RunInfo) -> OpenJSONLines:
+        """Start to write; raises OSError."""
+        return OpenJSONLines(Path(self.path or run.path / "values.jsonl"), self.keys, run)
+
+
+class OpenJSONLines:
+    """The file of one run."""
+
+    def __init__(self, path: Path, keys: str | None, run: RunInfo) -> None:
+        if not run.resumed:
+            path.unlink(missing_ok=True)
+        self._keys = keys
+        self._lines = StepLines(path, run.first_step)
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write what a step recorded."""
+        plain = {key: _json_value(value) for key, value in chosen(values, self._keys).items()}
+        line = json.dumps({"step": step, "values": plain}, allow_nan=False)
+        self._lines.write(step, line.encode() + b"\n")
+
+    def close(self, status: Status) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+def _json_value(value: Value) -> object:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

@@ -1,0 +1,55 @@
+"""A text file of steps that a later start goes on with."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_STEP = re.compile(rb'(?:\{"step": )?(-?\d+),')
+
+
+class StepLines:
+    """Appends lines to a file, in the order of steps, and flushes each step.
+
+    A line begins with its step and a comma, after ``{"step": `` in JSON; one that does not goes on
+    with the line before. A file that exists is gone on with: ``first_step`` and later steps are cut
+    off, and so is a line that a killed process has not ended. A step that is written again takes
+    the place of what was written for it.
+
+    Raises ``ValueError`` for a file that begins with something else than ``header``, and OSError.
+    """
+
+    def __init__(self, path: Path, first_step: int, header: bytes = b"") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        self._file.seek(0)
+        begin = self._file.read(len(header))
+        if not header.startswith(begin):
+            self._file.close()
+            raise ValueError(f"{path} does not begin with {header!r}; give another path")
+        end = len(header)
+        for line in self._file:
+            step = _STEP.match(line)
+            if not line.endswith(b"\n") or (step is not None and int(step[1]) >= first_step):
+                break
+            end += len(line)
+        if begin == header:
+            self._file.truncate(end)
+        else:
+            self._file.truncate(0)
+            self._file.write(header)
+        self._step: int | None = None
+        self._start = 0
+
+    def write(self, step: int, lines: bytes) -> None:
+        """Write all lines of a step."""
+        if self._step is not None and step <= self._step:
+            self._file.truncate(self._start)
+        self._start = self._file.seek(0, 2)
+        self._file.write(lines)
+        self._file.flush()
+        self._step = step
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
