@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from tmm.metrics import HISTOGRAM_EDGES, FloatArray, Reduction
 
@@ -55,12 +56,14 @@ class JoinedLayout:
     def __init__(self) -> None:
         self._sites: dict[RowKind, dict[str, int]] = {}
         self._kinds: dict[str, list[RowKind]] = {}
+        self._places: dict[RowKind, tuple[Sequence[str], npt.NDArray[np.intp]]] = {}
 
     def missing(self, rows: Rows) -> list[tuple[RowKind, str]]:
         """What is not in the layout yet."""
         return [
             (kind, site)
             for kind, (sites, _) in rows.items()
+            if kind not in self._places or self._places[kind][0] is not sites
             for site in sites
             if site not in self._sites.get(kind, ())
         ]
@@ -98,7 +101,12 @@ class JoinedLayout:
             placed[kind] = _nothing(kind, len(places))
             if kind in rows:
                 sites, values = rows[kind]
-                placed[kind][[places[site] for site in sites]] = values
+                known = self._places.get(kind)
+                if known is None or known[0] is not sites:
+                    # The same object in each step, as a rule.
+                    known = sites, np.array([places[site] for site in sites], dtype=np.intp)
+                    self._places[kind] = known
+                placed[kind][known[1]] = values
         return placed
 
     def sites(self, kind: RowKind) -> tuple[str, ...]:

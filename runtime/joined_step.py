@@ -51,14 +51,7 @@ def contribution_of(gathered: Gathered) -> Contribution:
         written = io.BytesIO()
         torch.save((collected, values), written)
         payload = written.getvalue()
-    joined = {
-        kind: (
-            tuple(site for sites, _ in some for site in sites),
-            np.concatenate([rows for _, rows in some]),
-        )
-        for kind, some in parts.items()
-    }
-    return Contribution(joined, payload)
+    return Contribution({kind: _together(some) for kind, some in parts.items()}, payload)
 
 
 def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
@@ -85,6 +78,15 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
                 aggregate = own.logged[key][0]
                 logged.setdefault(key, (aggregate, []))[1].extend(tensors)
     return Gathered(rows, collected, logged)
+
+
+def _together(
+    parts: list[tuple[tuple[str, ...], FloatArray]],
+) -> tuple[tuple[str, ...], FloatArray]:
+    if len(parts) == 1:
+        return parts[0]
+    sites = tuple(site for sites, _ in parts for site in sites)
+    return sites, np.concatenate([rows for _, rows in parts])
 
 
 def _row(kind: RowKind, tensors: Iterable[torch.Tensor]) -> FloatArray:

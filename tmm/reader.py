@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import weakref
 from bisect import bisect_left
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
+from tmm.runs.remote import fetched, is_remote
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
 from tmm.runtime.segment import ABSENT, is_measured, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 from tmm.runtime.writer import INFO_NAME, read_info
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 StepArray: TypeAlias = npt.NDArray[np.int64]
 
@@ -29,17 +36,26 @@ _NO_STEPS: StepArray = np.empty(0, dtype=np.int64)
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Open the folder of a run for reading, also while another process records into it.
 
+    Of an address such as ``s3://bucket/runs/gpt`` (of any store that fsspec knows) a copy is read,
+    as the run is now; it goes with the object.
+
     Raises FileNotFoundError where there is no such folder, and ValueError where it is no run or
     one of its files is damaged.
     """
-    return Run(path)
+    if not is_remote(path):
+        return Run(path)
+    copy = fetched(str(path))
+    run = Run(copy.name)
+    weakref.finalize(run, copy.cleanup)
+    return run
 
 
 class Run:
     """What a run has recorded, of all its segments together.
 
     Every access sees what was recorded until then. A step that was recorded again, in the same
-    segment or a later one, is what it was the last time, as a whole; its events stay. Keys that
+    segment or a later one, is what it was the last time, as a whole; its events stay. Where a run
+    went back to an earlier step, what it had recorded from there on does not count. Keys that
     several segments hold are one series. Damaged files raise ValueError.
     """
 
@@ -105,6 +121,12 @@ class Run:
         self.refresh()
         return self._known(key)
 
+    def is_histogram(self, key: str) -> bool:
+        """Whether the values of ``key`` are histograms; KeyError names the nearest keys."""
+        self.refresh()
+        self._known(key)
+        return self._is_histogram(key)
+
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
         """Return the steps at which ``key`` was measured, shape (n,), and its values.
 
@@ -128,6 +150,26 @@ class Run:
         values = np.concatenate(parts)[self._rows]
         measured = is_measured(values)
         return self._steps[measured], values[measured]
+
+    def table(self, keys: Sequence[str]) -> tuple[StepArray, FloatArray, npt.NDArray[np.bool_]]:
+        """Return many series at once, which is faster than one by one.
+
+        The first are all recorded steps, shape (n,), then the values, shape (keys, n), NaN where
+        a key was not measured, and whether it was, shape (keys, n). Raises KeyError, naming the
+        nearest keys, and ValueError for a histogram.
+        """
+        self.refresh()
+        for key in keys:
+            self._known(key)
+            if self._is_histogram(key):
+                raise ValueError(f"{key!r} is a histogram; read it with series(key)")
+        parts = [segment.table(keys) for segment in self._segments]
+        values = parts[0] if len(parts) == 1 else np.hstack([np.empty((len(keys), 0)), *parts])
+        if not np.array_equal(self._rows, np.arange(values.shape[1])):
+            values = values[:, self._rows]
+        measured = is_measured(values.ravel()).reshape(values.shape)
+        values[~measured] = np.nan
+        return self._steps.copy(), values, measured
 
     def at(self, step: int) -> dict[str, float | FloatArray]:
         """Return what was measured at ``step``: a number, or an array of shape (bins,), by key.
@@ -194,8 +236,12 @@ class Run:
 
     def _merge(self) -> None:
         steps = np.concatenate([_NO_STEPS, *(segment.steps for segment in self._segments)])
-        measured = [np.empty(0, dtype=np.bool_), *(segment.measured for segment in self._segments)]
-        rows = np.flatnonzero(np.concatenate(measured))
+        border = math.inf
+        counting = [np.empty(0, dtype=np.bool_)]
+        for segment in reversed(self._segments):
+            counting.append(segment.measured & (segment.steps < border))
+            border = min(border, segment.replaces_from)
+        rows = np.flatnonzero(np.concatenate(counting[::-1]))
         # `unique` finds the first of equal steps; reversed, it is the newest.
         self._steps, newest = np.unique(steps[rows][::-1], return_index=True)
         self._rows = rows[::-1][newest]
@@ -209,6 +255,38 @@ class Run:
             near = get_close_matches(key, self._infos)
             raise KeyError(f"no key {key!r}" + (f"; nearest: {near}" if near else ""))
         return self._infos[key]
+
+    def _is_histogram(self, key: str) -> bool:
+        return any(key in segment.histogram_infos for segment in self._segments)
+
+    def plot(
+        self,
+        pattern: str | None = None,
+        kind: Literal["lines", "heatmap", "depth"] = "lines",
+        *,
+        log: bool | None = None,
+    ) -> Figure:
+        """Draw the keys that ``pattern`` matches (`re.match`) as a plotly figure.
+
+        ``"lines"`` are series over steps (without a pattern the losses), ``"heatmap"`` shows layers
+        over steps, one panel per metric, and ``"depth"`` values over the layers at the first, the
+        middle and the last recorded step; layers are in the order of execution. Long runs are drawn
+        by fewer points, which the figure says; extremes and what is not finite are kept. ``log``
+        says whether lines and depths have a logarithmic axis; None looks at the values.
+
+        Raises:
+            ValueError: for an unknown kind, a pattern that is no regular expression or matches no
+                number, metrics that belong to no layer, or too many of them.
+            ImportError: without plotly.
+        """
+        from tmm.plots import figure
+
+        return figure(self, pattern, kind, log=log)
+
+    def _repr_html_(self) -> str:
+        from tmm.report.card import run_card
+
+        return run_card(self)
 
     def close(self) -> None:
         """Close the files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
+from tmm.runs.remote import fetched, is_remote
 from tmm.runs.state import STATE_NAME, State, Status
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.writer import INFO_NAME, read_info
@@ -84,9 +86,14 @@ def list_runs(
 def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs") -> RunRecord:
     """The run with that path, id or name, or the only one whose id begins so.
 
-    Of several runs of one name it is the newest. Raises ``LookupError``, which names the nearest.
+    Of several runs of one name it is the newest; at an address such as ``s3://bucket/runs/gpt`` a
+    copy that lasts until the process ends. Raises ``LookupError``, which names the nearest.
     """
     text = os.fspath(query)
+    if is_remote(text):
+        copy = fetched(text)
+        atexit.register(copy.cleanup)  # whoever asks reads it later
+        query = text = str(Path(copy.name).resolve())
     is_path = os.sep in text or text.startswith((".", "~"))
     if is_path and (path := Path(text).expanduser().resolve()).is_dir():
         if not _is_run(path):
