@@ -124,7 +124,8 @@ class KeyRegistry:
         return Binding(groups, tuple(whole))
 
     def _name(self, family: str, site: Site) -> str | None:
-        return site.module if family == VALUE_FAMILY else self._site_name(family, site)
+        name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
+        return None if name is None else site.named(name)
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import warnings
 from collections import deque
@@ -98,15 +99,22 @@ class CrossRank:
     A monitored step takes one maximum and one sum over ranks, a second sum if there are central
     moments, and a gather if functions need all values. The first steps, and those that have rows
     for the first time, take one gather and one maximum more. Ranks may leave out steps, or end
-    earlier than others: until all have called `close`, they take part without rows.
+    earlier than others: until all have called `close`, their threads take part without rows.
 
     A rank that fails in a step takes the step from all. If the ranks cannot talk any more, or
     measure different things, the training goes on: it is warned of, and no step is joined again.
     """
 
-    def __init__(self, collectives: Collectives, *, end_seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        collectives: Collectives,
+        *,
+        end_seconds: float = 600.0,
+        linger_seconds: float = 10.0,
+    ) -> None:
         self._collectives = collectives
         self._end_seconds = end_seconds
+        self._linger_seconds = linger_seconds
         self._layout = JoinedLayout()
         self._turns: deque[Turn[Any]] = deque()
         self._changed = threading.Condition()
@@ -127,13 +135,20 @@ class CrossRank:
         return turn
 
     def close(self) -> None:
-        """Join what waits, and take part until all ranks have closed; gives up after a while."""
+        """Join what waits; gives up after ``end_seconds``.
+
+        Waits ``linger_seconds`` for the other ranks to close. After that the thread goes on taking
+        part, as long as the process lives.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(self._end_seconds)
+            done = self._changed.wait_for(lambda: not self._turns, self._end_seconds)
+        if not done:
+            self._fail(f"the other ranks were {self._end_seconds:.0f} s late")
+        self._thread.join(self._linger_seconds)
         if self._thread.is_alive():
-            self._fail(f"the other ranks had not ended {self._end_seconds:.0f} s after this one")
+            atexit.register(self._thread.join, self._end_seconds)
 
     def _run(self) -> None:
         try:
@@ -150,6 +165,7 @@ class CrossRank:
                 return
             self._broken = f"the rows of all ranks cannot be joined any more: {reason}"
             waiting, self._turns = list(self._turns), deque()
+            self._changed.notify_all()
         for turn in waiting:
             turn.end(None, self._broken)
         if self._closing and not waiting:
@@ -202,9 +218,10 @@ class CrossRank:
             result = JoinedStep(rows, tuple(payloads))
         if turn is not None:
             with self._changed:
+                turn.end(result, reason)
                 if self._turns and self._turns[0] is turn:
                     self._turns.popleft()
-            turn.end(result, reason)
+                self._changed.notify_all()
         return True
 
     def _agree(self, missing: Sequence[tuple[RowKind, str]]) -> None:

@@ -89,8 +89,11 @@ class Step:
 def _row(values: FloatArray, reduction: Any) -> FloatArray:
     deviation = values - values.mean()
     columns = {
-        **{"count": len(values), "sum_squares": (values**2).sum(), "maximum": values.max()},
-        **{"mean": values.mean(), "moment2": (deviation**2).sum()},
+        "count": len(values),
+        "sum_squares": (values**2).sum(),
+        "maximum": values.max(),
+        "mean": values.mean(),
+        "moment2": (deviation**2).sum(),
     }
     return np.array([columns[name] for name in reduction.columns])
 
@@ -162,6 +165,18 @@ def test_ranks_that_skip_steps_or_end_earlier_keep_nobody_waiting() -> None:
     _, results = run([first, second, []])
     assert [value(result, "a")[1] for result in results[0]] == [5.0, 2.0, 5.0, 2.0, 2.0]
     assert [value(result, "a")[1] for result in results[1]] == [5.0, 5.0, 5.0]
+
+
+def test_a_rank_that_never_closes_does_not_keep_the_others() -> None:
+    world = World(2)
+    first = CrossRank(Member(world, 0), linger_seconds=0.2)
+    second = CrossRank(Member(world, 1), linger_seconds=0.2)
+    turn, other = first.submit(Step(0, {"a": A})), second.submit(Step(0, {"a": B}))
+    first.close()
+    assert value(turn.wait(), "a") == value(other.wait(), "a")
+    late = second.submit(Step(1, {"a": B}))  # the thread of the first takes part
+    assert value(late.wait(), "a")[1] == 5.0
+    second.close()
 
 
 def test_rows_that_come_later_or_on_one_rank_only() -> None:

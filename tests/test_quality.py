@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tmm.report.page import SCRIPTS
+
 ROOT = Path(__file__).parent.parent
 CONSTRAINTS = (ROOT / "constraints.txt").read_text().split()
 PACKAGES = {"tmm": "tmm", "passes": "tmm/passes", "runtime": "tmm/runtime"}
@@ -85,6 +87,7 @@ def test_the_wheel_holds_every_module_and_its_types(wheel: Path) -> None:
     page = ("page.html", "page.css", "page.js", "graphs.js")
     expected = {"tmm/py.typed", "tmm/kernels/host.cpp", "tmm/kernels/attention_host.cpp"}
     expected |= {f"tmm/explain_page/{name}" for name in page}
+    expected |= {f"tmm/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
     for path in source_files():
         folder, *rest = path.relative_to(ROOT).parts
         expected.add("/".join([PACKAGES[folder], *rest]))

@@ -54,6 +54,22 @@ def test_a_training_is_recorded(tmp_path: Path) -> None:
         assert run.series("update/weight/norm")[0].tolist() == [0, 2]
 
 
+def test_gradients_are_those_before_the_first_of_several_clips(tmp_path: Path) -> None:
+    driven = session(tmp_path)
+    driven.open()
+    model = driven.instrument(nn.Linear(2, 2))
+    driven.begin_step(0)
+    model(torch.ones(2, 2)).sum().backward()
+    expected = model.weight.grad.norm().item()
+    for _ in range(2):
+        driven.measure_before_clip()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    driven.end_step()
+    driven.finish()
+    with tmm.open_run(tmm.list_runs(tmp_path)[0].path) as run:
+        assert run.at(0)["gradient_before_clip/weight/norm"] == pytest.approx(expected)
+
+
 def test_a_training_goes_on_with_its_run(tmp_path: Path) -> None:
     first = session(tmp_path)
     first.open()

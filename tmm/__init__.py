@@ -4,7 +4,7 @@
 statistics of every module are computed inside of it, on the steps that ``spec`` monitors.
 """
 
-from tmm import analysis
+from tmm import analysis, sinks
 from tmm.alerts import AlertError, AlertWarning
 from tmm.coordinate_check import CoordinateCheck, coord_check
 from tmm.explain import Explanation
@@ -22,6 +22,7 @@ from tmm.module_monitor import (
     monitor_scaled_dot_product_attention,
 )
 from tmm.monitor import Monitor
+from tmm.nonfinite import Nonfinite, find_nonfinite
 from tmm.reader import Run, open_run
 from tmm.record import record
 from tmm.rules import (
@@ -57,6 +58,7 @@ __all__ = [
     "Monitor",
     "MonitorMixin",
     "MonitoringWarning",
+    "Nonfinite",
     "RefinedCoordinateCheck",
     "Rule",
     "Run",
@@ -72,6 +74,7 @@ __all__ = [
     "default_format_module_name_fn",
     "default_spec",
     "explain",
+    "find_nonfinite",
     "finish",
     "gradient",
     "init",
@@ -88,6 +91,7 @@ __all__ = [
     "rcc",
     "record",
     "remove",
+    "sinks",
     "start_run",
     "step",
     "update",

@@ -131,6 +131,11 @@ class Explanation:
         target.write_text(page(self), encoding="utf-8")
         return target
 
+    def _repr_html_(self) -> str:
+        from tmm.report.card import explanation_card
+
+        return explanation_card(self)
+
     def _rules(self) -> list[str]:
         lines = []
         for rule in self.rules:

@@ -13,6 +13,8 @@ from tmm.cli.coord_check import coord_check
 from tmm.cli.demo import demo
 from tmm.cli.info import explain, info
 from tmm.cli.plot import plot
+from tmm.cli.report import report
+from tmm.cli.watch import watch
 
 app = typer.Typer(
     name="tmm",
@@ -21,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for command in (demo, coord_check, anomalies, plot, explain, info):
+for command in (demo, coord_check, anomalies, plot, report, watch, explain, info):
     app.command()(command)
 app.add_typer(runs.app, name="runs")
 for name, same in (

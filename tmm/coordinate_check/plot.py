@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmm.coordinate_check.result import TERMS, CoordinateCheck
+from tmm.plots.files import OFFLINE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -97,7 +98,7 @@ def figure(check: CoordinateCheck, title: str | None) -> Figure:
 def write(plot: Figure, path: Path) -> None:
     """Write ``plot`` as HTML that holds all it needs, or as PNG, by the ending of ``path``."""
     if path.suffix == ".html":
-        plot.write_html(path, include_plotlyjs=True)
+        plot.write_html(path, include_plotlyjs=True, config=OFFLINE)
     else:
         require("kaleido")
         plot.write_image(path, scale=2)

@@ -144,7 +144,7 @@ class Session:
             self.monitor.after_micro_batch()
 
     def measure_before_clip(self) -> None:
-        """Measure gradients that are complete and not clipped yet; the first call in a step counts."""
+        """Measure gradients that are complete and not clipped yet; one call in a step counts."""
         if self.is_step_open and not self.monitor.open_collector().has_gradients_before_clip:
             self.monitor.monitor_gradients(before_clip=True)
 
