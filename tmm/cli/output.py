@@ -18,7 +18,9 @@ from rich.text import Text
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Query = Annotated[str, typer.Argument(help="Id of a run, the beginning of one, its name, path or URL.")]
+Query = Annotated[
+    str, typer.Argument(help="Id of a run, the beginning of one, its name, path or URL.")
+]
 
 
 def print_json(value: object) -> None:
