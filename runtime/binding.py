@@ -86,6 +86,7 @@ class KeyRegistry:
         self._site_name = site_name
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
+        self._keys: dict[int, tuple[tuple[KeyInfo, ...], frozenset[str]]] = {}
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
         """Name the sites of ``layout``."""
@@ -143,6 +144,13 @@ class KeyRegistry:
             )
             self._infos[reduction, sites] = known
         return known
+
+    def keys(self, infos: tuple[KeyInfo, ...]) -> frozenset[str]:
+        """The keys of what `infos` gave."""
+        known = self._keys.get(id(infos))
+        if known is None or known[0] is not infos:
+            known = self._keys[id(infos)] = infos, frozenset(info.key for info in infos)
+        return known[1]
 
     def logged(self, key: str, aggregate: str) -> KeyInfo:
         """The key of a value that the user logs."""

@@ -211,8 +211,10 @@ class StepCollector:
         for key, (aggregate, parts) in (gathered.logged | _read(self._own)).items():
             name = aggregate if isinstance(aggregate, str) else "function"
             logged.update(_joined(self.registry.logged(key, name), aggregate, parts))
-        recorded = {info.key for table in scalars for info in table.infos} | extra.keys()
-        if clash := recorded & logged.keys():
+        clash = logged.keys() & extra.keys() if logged else set()
+        for table in scalars if logged else ():
+            clash |= logged.keys() & self.registry.keys(table.infos)
+        if clash:
             raise ValueError(
                 f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
                 " log it under another name"

@@ -169,6 +169,16 @@ def hybrid() -> Metrics:
     return fsdp((2, dist.get_world_size() // 2))
 
 
+def explained(wrap: Callable[[nn.Module], nn.Module]) -> Metrics:
+    """What `tmm.explain` says of a model that ``wrap`` compiles and distributes."""
+    called = tmm.instrument(wrap(model()), spec())
+    with tmm.monitor(called).step(0):
+        called(batches()[0]).sum().backward()
+    text = str(tmm.explain(called))
+    tmm.remove(called)
+    return {0: {"text": text}}
+
+
 def skipping() -> Metrics:
     """Rank 1 has no forward pass in step 2, and ends after step 3."""
     net = model()
@@ -287,6 +297,9 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "fsdp": lambda _: fsdp(),
     "fsdp_uneven": lambda _: fsdp(shares=unevenly),
     "hybrid": lambda _: hybrid(),
+    "explained": lambda _: explained(
+        lambda net: DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    ),
     "skipping": lambda _: skipping(),
     "counted": lambda _: counted(),
     "disagreeing": lambda _: disagreeing(),

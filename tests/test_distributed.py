@@ -20,7 +20,7 @@ from tests.rank_trainings import Metrics, alone, evenly, spec, unevenly
 
 ROOT = Path(__file__).parent.parent
 EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled")
-OTHERS = ("ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
+OTHERS = ("explained", "ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
 RECORDING = ("recorded", "each_by_itself")
 
 
@@ -91,6 +91,17 @@ def test_data_parallel_with_other_batch_sizes(two: Path) -> None:
 def test_sharded(two: Path) -> None:
     check(result(two, "fsdp"), alone(evenly, 2, measured=spec()))
     check(result(two, "fsdp_uneven"), alone(unevenly, 2, measured=spec()))
+
+
+def test_coverage_is_explained_as_on_one_process(two: Path) -> None:
+    def covered(text: str) -> list[str]:
+        rules, _, rest = text.partition("compiled:")
+        sites = rest.partition("sites, in the order of execution:")[2].partition("---")[0]
+        assert "activation/block.2: " in sites
+        return (rules + sites).splitlines()
+
+    alone = rank_trainings.explained(lambda net: torch.compile(net, backend="aot_eager"))
+    assert covered(result(two, "explained")[0]["text"]) == covered(alone[0]["text"])
 
 
 def test_ranks_that_skip_and_end_earlier(two: Path) -> None:
