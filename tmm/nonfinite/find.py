@@ -15,7 +15,7 @@ from tmm.nonfinite.places import ModuleNames
 from tmm.nonfinite.programs import Program, program_of, replaced
 from tmm.nonfinite.result import Kind, Nonfinite, Origin
 from tmm.nonfinite.statistics import is_checked, nonfinite_elements
-from tmm.nonfinite.step import Batch, StepError, Ran, autocast_without_cache, run_step
+from tmm.nonfinite.step import Batch, Ran, StepError, autocast_without_cache, run_step
 from tmm.nonfinite.watcher import Found, Watcher
 from tmm.nonfinite.written import Written, undisturbed
 from tmm.twin.outputs import tensors_in
@@ -77,8 +77,8 @@ def find_nonfinite(
             own = _own_program(model, program, given, loss, search)
     notes += [note for note in (search.ran.note, search.stopped) if note]
     origins = search.origins()
-    if not origins and own:
-        origins = [_COMPILED_ONLY]
+    if own and not any(found.reaches for found in search.found):
+        origins.insert(0, _COMPILED_ONLY)
     if not origins:
         return None
     return Nonfinite(

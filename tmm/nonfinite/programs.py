@@ -25,9 +25,9 @@ class Program:
 
     ``callee`` is what runs, without the wrappers of ``torch.compile`` and of data-parallel
     training; with ``settings`` it is compiled as a whole. ``roots`` are the modules that are
-    known to run, by name, ``regions`` their parts that are compiled on their own, and
-    ``dispatches`` those of their monitors, and ``parallel`` the parts that exchange gradients with
-    other processes.
+    known to run, by name, ``regions`` their parts that are compiled on their own, ``dispatches``
+    those of their monitors, and ``parallel`` the parts that exchange gradients with other
+    processes.
     """
 
     callee: Callable[..., Any]

@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tmm.nonfinite.operation import Operation
 from tmm.nonfinite.statistics import is_checked
 
+# For finite numbers these give an infinity by an overflow only (a power of 0 is told before).
+_GROWING = ("exp", "exp2", "expm1", "sinh", "cosh", "pow", "prod", "cumprod")
+_ADDING = ("add", "sub", "mul", "sum", "cumsum", "mm", "bmm", "addmm", "baddbmm")
 _ATTENTION_MASKS = ("attn_mask", "attn_bias")
 
 
@@ -30,6 +33,11 @@ class Call:
     def args(self) -> tuple[Any, ...]:
         """The arguments of the operation, as they were before."""
         return self.operation.args
+
+    @property
+    def fresh_values(self) -> torch.Tensor:
+        """The elements to be explained."""
+        return self.output.detach()[self.fresh]
 
     @property
     def name(self) -> str:
@@ -227,6 +235,8 @@ def _overflow(call: Call) -> str:
     if not bool(torch.isfinite(exact).all()):
         if any(not bool(torch.isfinite(tensor).all()) for tensor in inputs):
             return ""  # what is infinite may come from there
+        if call.name not in _GROWING or bool(exact.isnan().any()):
+            return ""
         return f"overflow, even of float64 ({name} ends at {torch.finfo(dtype).max:.5g})"
     largest, end = float(exact.max()), torch.finfo(dtype).max
     if largest > end:
@@ -238,7 +248,8 @@ def _overflow(call: Call) -> str:
 
 
 def _too_large_for_float64(call: Call) -> str:
-    return "overflow of float64" if bool(call.output[call.fresh].isinf().any()) else ""
+    can_overflow = call.name in (*_GROWING, *_ADDING)
+    return "overflow of float64" if can_overflow and bool(call.fresh_values.isinf().all()) else ""
 
 
 def _widened(value: Any) -> Any:
