@@ -86,6 +86,29 @@ def test_a_training_goes_on_with_its_run(tmp_path: Path) -> None:
         assert run.steps.tolist() == list(range(6))
 
 
+def test_a_step_that_is_discarded_has_not_begun(tmp_path: Path) -> None:
+    driven = session(tmp_path)
+    driven.open()
+    model = nn.Linear(2, 2)
+    driven.instrument(model)
+    for step in (0, 1):
+        driven.begin_step(step)
+        model(torch.ones(2, 2))
+        if step == 0:
+            driven.end_step()
+    driven.discard_step()
+    driven.discard_step()
+    driven.log({"late": 1.0})
+    driven.begin_step(1)
+    driven.log({"loss": 1.0})
+    driven.end_step()
+    driven.finish()
+    with tmm.open_run(tmm.list_runs(tmp_path)[0].path) as run:
+        assert run.steps.tolist() == [0, 1]
+        assert run.series("late")[0].tolist() == [0]
+        assert run.series("loss")[0].tolist() == [1]
+
+
 def test_a_run_that_is_gone_is_started_anew(tmp_path: Path) -> None:
     driven = session(tmp_path)
     with pytest.warns(tmm.MonitoringWarning, match="is gone; a new one"):

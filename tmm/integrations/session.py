@@ -153,6 +153,13 @@ class Session:
         if self.is_step_open:
             self.monitor.end_step()
 
+    def discard_step(self) -> None:
+        """Forget the step that is open, if there is one, as if it had not begun."""
+        if self.is_step_open:
+            assert self.run is not None
+            self.monitor.discard_step()
+            self.run.discards()
+
     def pause(self) -> None:
         """Measure no forward pass until ``go_on``: they are those of an evaluation."""
         if self._monitor is not None:

@@ -123,6 +123,7 @@ class LiveRun:
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None
         self._ended: StepCollector | None = None  # the last step of the monitor
+        self._ended_before: StepCollector | None = None  # the same when it began the open one
         self._last_step: int | None = None
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
@@ -260,7 +261,7 @@ class LiveRun:
             collector.take_logged(self._open)
             self._open = None
         self._flush_own()
-        self._ended = None
+        self._ended_before, self._ended = self._ended, None
         self.current_step = step
 
     def evaluate(self, collector: StepCollector) -> StepRecord:
@@ -282,6 +283,10 @@ class LiveRun:
             self._last_step = collector.step
         elif self._timing is None:
             self._clock.mark()  # so that the next step is not taken for both
+
+    def discards(self) -> None:
+        """The monitor has forgotten its open step: what is logged now belongs to the one before."""
+        self._ended = self._ended_before
 
     def drops(self, collector: StepCollector) -> None:
         """The monitor drops a step, whose logged values are kept; called by it."""
