@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -60,65 +59,43 @@ class LiveRun:
 
     def __init__(
         self,
-        path: Path,
+        run: RunInfo,
         *,
-        project: str,
-        name: str | None,
-        config: Mapping[str, object],
-        tags: tuple[str, ...],
-        notes: str,
         system_seconds: float | None,
         sinks: tuple[NamedSink, ...],
         lock: Lock | None,
-        first_step: int = 0,
-        resumed: bool = False,
-        last_step: int | None = None,
     ) -> None:
-        self.path, self.id = path, path.name
-        self.project, self.name = project, name or path.name
-        self.config, self.tags, self.notes = dict(config), tags, notes
+        """``lock`` is held on the run's folder; None for a process that keeps nothing."""
+        self.path, self.id = run.path, run.id
+        self.project, self.name = run.project, run.name
+        self.config, self.tags, self.notes = dict(run.config), run.tags, run.notes
         self.monitor: Monitor | None = None
-        self.current_step = first_step
+        self.current_step = run.first_step
         info = {
             "id": self.id,
-            "project": project,
+            "project": self.project,
             "name": self.name,
             "config": self.config,
-            "tags": list(tags),
-            "notes": notes,
+            "tags": list(self.tags),
+            "notes": self.notes,
             **describe_environment(),
         }
         # What is open at exit is recorded first, then the writer ends: handlers run last in, first
         # out, and the writer registers its own when it starts.
-        self.writer: RunWriter | SilentWriter = SilentWriter(path)
+        self.writer: RunWriter | SilentWriter = SilentWriter(run.path)
         if lock is not None:
-            is_repeated = last_step is not None and first_step <= last_step
             self.writer = RunWriter(
-                path,
+                run.path,
                 info=info,
                 histogram_edges=HISTOGRAM_EDGES,
-                replaces_from=first_step if is_repeated else None,
+                replaces_from=run.first_step if run.repeats_steps else None,
                 started=self._register_exit,
             )
         self._lock = lock
         self._state = State.begin()
         self._write_state()
         # Before the handler below, which runs first then: what backends do at exit ends them.
-        self._sinks = Sinks(
-            sinks,
-            RunInfo(
-                path,
-                self.id,
-                project,
-                self.name,
-                self.config,
-                tags,
-                notes,
-                first_step=first_step,
-                resumed=resumed,
-                last_step=last_step,
-            ),
-        )
+        self._sinks = Sinks(sinks, run)
         self._registry = KeyRegistry()
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None

@@ -51,6 +51,11 @@ class RunInfo:
     resumed: bool = False
     last_step: int | None = None
 
+    @property
+    def repeats_steps(self) -> bool:
+        """Whether steps come again that were recorded before."""
+        return self.last_step is not None and self.first_step <= self.last_step
+
 
 class OpenSink(Protocol):
     """A sink that wants to know when its run ends, and how."""

@@ -16,7 +16,7 @@ from tmm.ranks import other_rank
 from tmm.reader import open_run
 from tmm.runs.catalog import find_run
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import NamedSink, RunSink, Sink, find_sinks
+from tmm.runs.sinks import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.state import Lock
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
@@ -79,34 +79,23 @@ def start_run(
         raise ValueError(f"system_seconds={system_seconds} must be positive, or None for never")
     settings = _plain(config)
     folder.mkdir(parents=True)
-    return LiveRun(
-        folder,
+    run = RunInfo(
+        path=folder,
+        id=folder.name,
         project=project,
-        name=name,
+        name=name or folder.name,
         config=settings,
         tags=tags,
         notes=notes,
-        system_seconds=system_seconds,
-        sinks=found,
-        lock=Lock(folder),
         first_step=step or 0,
     )
+    return LiveRun(run, system_seconds=system_seconds, sinks=found, lock=Lock(folder))
 
 
 def _silent(path: Path, project: str, step: int) -> LiveRun:
     """A run that keeps nothing."""
-    return LiveRun(
-        path,
-        project=project,
-        name=None,
-        config={},
-        tags=(),
-        notes="",
-        system_seconds=None,
-        sinks=(),
-        lock=None,
-        first_step=step,
-    )
+    run = RunInfo(path, path.name, project, path.name, config={}, first_step=step)
+    return LiveRun(run, system_seconds=None, sinks=(), lock=None)
 
 
 def _plain(config: Mapping[str, object] | None) -> dict[str, Any]:
@@ -136,20 +125,19 @@ def _resumed(
     except BaseException:
         lock.release()
         raise
-    return LiveRun(
-        found.path,
+    run = RunInfo(
+        path=found.path,
+        id=found.path.name,
         project=found.project,
         name=found.name,
         config=found.config or {},
         tags=found.tags,
         notes=found.notes,
-        system_seconds=system_seconds,
-        sinks=sinks,
-        lock=lock,
         first_step=step if step is not None else 0 if last is None else last + 1,
         resumed=True,
         last_step=last,
     )
+    return LiveRun(run, system_seconds=system_seconds, sinks=sinks, lock=lock)
 
 
 def _new_id() -> str:
