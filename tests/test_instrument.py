@@ -62,6 +62,7 @@ MODULE = nn.Linear(2, 2)
         (torch.compile(step), {}, ValueError, "say whose modules to measure.*module=model"),
         (step, {"module": step}, TypeError, "module=.* is not a torch.nn.Module"),
         (MODULE, {"module": MODULE}, ValueError, "module= goes with a step function"),
+        (MODULE, {"parts": [MODULE]}, ValueError, "parts= goes with a step function"),
         (MODULE, {"backend": "fast"}, ValueError, "backend='fast' is not known; there are .*eager"),
         (torch.compile(MODULE), {"backend": "eager"}, ValueError, "this one is, or a part of it"),
         (
@@ -180,3 +181,22 @@ def test_fullgraph_stays_fullgraph() -> None:
     model = tmm.instrument(compiled(Breaks(), fullgraph=True), RMS)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         measured(model, torch.randn(1))
+
+
+def test_a_step_whose_parts_are_traced_runs_as_it_stands() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
+    traced = []
+
+    def train(x: torch.Tensor) -> torch.Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return module[1](module[0](x))
+
+    step = tmm.instrument(train, RMS, module=module, parts=[module[0]])
+    x = torch.randn(4, 2)
+    with tmm.monitor(step).step(0):
+        output = step(x)
+    assert traced == [False]
+    metrics = tmm.monitor(step).get_step_metrics()
+    assert metrics["activation/1/rms"] == pytest.approx(output.detach().square().mean().sqrt())
+    assert [graph.owner for graph in tmm.explain(step).graphs] == ["0"]
+    assert tmm.remove(step) is train

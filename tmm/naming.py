@@ -16,9 +16,10 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
         inner: torch.nn.Module = module.module
         return inner
     for name in _WRAPPED:
-        inner_or_none = module._modules.get(name)
-        if inner_or_none is not None:
-            return inner_or_none
+        if name in module._modules:  # which of a script module has no get
+            inner_or_none = module._modules[name]
+            if inner_or_none is not None:
+                return inner_or_none
     return None
 
 
@@ -33,12 +34,15 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """Dotted names of ``module`` (empty) and its descendants, in the order of ``named_modules``.
 
     A wrapper and the module that it wraps have one name; it is given to the wrapped one. A module
-    that occurs several times has the first of its names.
+    that occurs several times has the first of its names. Modules with a hash of their own, which
+    may change, are left out, with what is inside: such are the metrics of torchmetrics.
     """
     names: dict[torch.nn.Module, str] = {}
     seen: set[torch.nn.Module] = set()
 
     def visit(current: torch.nn.Module, name: str) -> None:
+        if current is not module and type(current).__hash__ is not torch.nn.Module.__hash__:
+            return
         if current in seen:
             return
         seen.add(current)
