@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.layout import ATTENTION, AttentionRequest, Measurement, Site
+from tmm.layout import ATTENTION, AttentionRequest, Measurement, Share, Site
 from tmm.metrics import Reduction, builtin_reductions
 from tmm.operators import (
     COLUMN_SEPARATOR,
@@ -32,10 +33,13 @@ from tmm.passes.marks import call_of, site_of
 from tmm.passes.multi_head import insert_parts
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
+from tmm.passes.placed import is_distributed
+from tmm.passes.placements import Placements
 from tmm.passes.trace_function import insert_traced, trace
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"
+_HEAD = re.compile(r"\.head_(\d+)")
 _LOOKED_AT = "tmm_attention"
 
 SHOWN = AttentionRequest(builtin_reductions(("entropy",), is_complex=False), ())
@@ -48,12 +52,13 @@ class AttentionOptions:
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` what is asked of
     the attentions that a module calls; ``begins_forward`` tells that the graph is the beginning of
-    a module's forward.
+    a module's forward. ``placements`` are those of the graph, where ranks share tensors.
     """
 
     modules: Mapping[int, str]
     select: Callable[[str], tuple[AttentionRequest, ...]]
     begins_forward: bool = False
+    placements: Placements | None = None
 
 
 def insert_attention(
@@ -102,7 +107,7 @@ def _insert(
                 yield Site(name, f"{site.path} (attention)"), attention.reason
             else:
                 for request in requests:
-                    _Heads(module, attention, site, request).insert()
+                    _Heads(module, attention, site, request, options.placements).insert()
 
 
 def _shown(
@@ -120,7 +125,7 @@ def _shown(
     if reason := _why_unreadable(attention):
         yield site, reason
     else:
-        _Heads(module, attention, site, SHOWN).insert()
+        _Heads(module, attention, site, SHOWN, options.placements).insert()
 
 
 def _caller(attention: FoundAttention | Unmatched | Node) -> Node:
@@ -131,12 +136,18 @@ class _Heads:
     """Inserts the rows of one attention."""
 
     def __init__(
-        self, module: GraphModule, found: FoundAttention, site: Site, request: AttentionRequest
+        self,
+        module: GraphModule,
+        found: FoundAttention,
+        site: Site,
+        request: AttentionRequest,
+        placements: Placements | None,
     ) -> None:
         self.graph = module.graph
         self.found = found
         self.site = site
         self.request = request
+        self.placements = placements
         self.last = found.position
 
     def insert(self) -> None:
@@ -219,6 +230,8 @@ class _Heads:
         reduction: Reduction,
         measured: tuple[Measurement, ...],
     ) -> None:
+        if self.placements is not None:
+            measured = tuple(_placed(self.placements, values, measured))
         following = self.last.next
         traced = trace(function, [_example(value).detach() for value in values], reduction)
         detached = []
@@ -238,10 +251,36 @@ class _Heads:
             self.last, node = node, node.next
 
 
+def _placed(
+    placements: Placements, values: Sequence[Node], measured: Iterable[Measurement]
+) -> Iterator[Measurement]:
+    """The measurements of heads, which this rank may be the only one to have, with their numbers.
+
+    Of several values the first two are query and key; masks are as every rank has them.
+    """
+    share = placements.share(*values)
+    first = placements.first_head(*values[:2])
+    if first is not None:
+        share = Share("part")
+    elif share.kind not in ("whole", "copy"):
+        own = "each rank numbers the heads that it has from 0"
+        share = Share("unknown", f"{own}; {share.reason}" if share.reason else own)
+    for measurement in measured:
+        head = _HEAD.search(measurement.site.path)
+        if first is None or head is None:
+            yield replace(measurement, share=share)
+            continue
+        path = f"{measurement.site.path[: head.start(1)]}{first + int(head[1])}"
+        site = replace(measurement.site, path=path + measurement.site.path[head.end(1) :])
+        yield replace(measurement, site=site, share=Share("whole"))
+
+
 def _why_unreadable(found: FoundAttention) -> str | None:
     """Why the tensors of an attention cannot be measured; None if they can."""
     for node in (found.query, found.key, found.value):
         example = _example(node)
+        if is_distributed(example):
+            return "its tensors are DTensors; make them local ones (use_local_output=True)"
         reason = "nested tensors" if example.is_nested else why_unmeasurable(example)
         if reason:
             return reason

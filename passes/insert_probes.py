@@ -12,13 +12,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import Measurement, PackedLayout, Row, Site
+from tmm.layout import Measurement, PackedLayout, Row, Share, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, why_unmeasurable
 from tmm.passes.edits import add_placeholder, storages
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, sites_of
+from tmm.passes.placed import is_distributed
 from tmm.passes.probe import FunctionProbe, columns_of, probe
 from tmm.passes.trace_function import trace_function
 
@@ -33,12 +34,14 @@ class ProbeOptions:
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
     the gradient of a module's output of a given dtype;
-    ``scaled`` has gradients multiplied with the value of the extra inputs first.
+    ``scaled`` has gradients multiplied with the value of the extra inputs first. ``share`` gives
+    what this rank has of the gradient of a marked tensor, where ranks share tensors.
     """
 
     modules: Mapping[int, str]
     select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     scaled: bool = False
+    share: Callable[[Node], Share] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class _Place:
     sites: list[Site] = field(default_factory=list)
     copies: bool = False
     refusal: str = ""
+    share: Share | None = None
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +147,13 @@ def _place(
         return None
     mark.meta[_PROBED] = True
     place = _Place(module, calls, mark, tensor, reductions, [site])
+    place.share = None if options.share is None else options.share(mark)
+    if is_distributed(example):
+        place.refusal = "the gradient of a DTensor may be placed in another way than the tensor"
+        return place
+    if place.share is not None and place.share.kind == "unsummed":
+        place.refusal = place.share.reason
+        return place
     if not isinstance(example, FakeTensor):
         place.refusal = "inside a function transform"
         return place
@@ -187,7 +198,8 @@ def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
         for reduction in place.reductions:
             stop = start + reduction.width
             rows += [
-                Row(Measurement(FAMILY, s, reduction), 0, range(start, stop)) for s in place.sites
+                Row(Measurement(FAMILY, s, reduction, place.share), 0, range(start, stop))
+                for s in place.sites
             ]
             start = stop
     return RowInput(device, start, PackedLayout(tuple(rows), 1))

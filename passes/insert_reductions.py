@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tmm.layout import VALUE_FAMILY, Measurement, Site
+from tmm.layout import VALUE_FAMILY, Measurement, Share, Site
 from tmm.metrics import COLUMN_ORDER, KnownMetric, Reduction
 from tmm.operators import (
     COLUMN_SEPARATOR,
@@ -24,6 +24,7 @@ from tmm.operators import (
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
+from tmm.passes.placed import is_distributed, why_unsummed
 from tmm.passes.recognize import recognize
 from tmm.passes.trace_function import (
     MetricFunctionError,
@@ -75,12 +76,14 @@ class ReductionOptions:
     """What ``insert_reductions`` measures.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a site of a given dtype; ``values`` that of each value recorded by name.
+    a site of a given dtype; ``values`` that of each value recorded by name; ``share`` what this
+    rank has of the tensor of a mark, where ranks share tensors.
     """
 
     modules: Mapping[int, str]
     select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
     values: Mapping[str, Reduction] = field(default_factory=dict)
+    share: Callable[[Node], Share] | None = None
 
 
 def insert_reductions(
@@ -131,14 +134,24 @@ def _measure(
     if not reductions:
         return
     reason = (why_unreadable if node.target is tap_value else why_unmeasurable)(example)
+    share = None if options.share is None else options.share(node)
+    if share is not None and share.kind == "unsummed":
+        reason = reason or share.reason
+    reason = reason or why_unsummed(example)
     if reason:
         yield site, reason
         return
+    if _is_empty(example.to_local() if is_distributed(example) else example):
+        # It adds nothing, and functions need not know what to do with it.
+        reductions = tuple(reduction for reduction in reductions if reduction.function is None)
     following = node.next
     fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]
     if fresh:
         with module.graph.inserting_after(node):
             value = insert_call(module.graph, "detach", tensor)
+        if is_distributed(example):
+            with module.graph.inserting_after(value):
+                value = insert_call(module.graph, "to_local", value)
         if example.is_nested:
             with module.graph.inserting_after(value):
                 value = insert_call(module.graph, "values", value)
@@ -149,7 +162,7 @@ def _measure(
         row, reduction = computed[tensor, wanted]
         if wanted not in fresh:
             add_site(row, family, site)
-        row.meta[MEASUREMENTS] += (Measurement(family, site, reduction),)
+        row.meta[MEASUREMENTS] += (Measurement(family, site, reduction, share),)
     inserted = node.next
     while inserted is not following:
         add_site(inserted, family, site)
@@ -197,6 +210,10 @@ def _reduce(
             # A copy, not a view of what a later operation may overwrite.
             with graph.inserting_after(result):
                 yield reduction, insert_call(graph, copy, result)
+
+
+def _is_empty(example: torch.Tensor) -> bool:
+    return any(isinstance(size, int) and size == 0 for size in example.shape)
 
 
 def _traced(example: torch.Tensor, reduction: Reduction) -> TracedFunction | None:

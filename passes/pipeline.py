@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch.fx import GraphModule
 
 from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.gradient_placements import find_gradient_shares
 from tmm.passes.insert_attention import AttentionOptions, insert_attention
 from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
@@ -18,6 +19,7 @@ from tmm.passes.insert_reference import ReferenceEnds, ReferenceOptions, insert_
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
+from tmm.passes.placements import PlacementOptions, find_placements
 from tmm.passes.remove_taps import remove_taps
 
 Result = TypeVar("Result")
@@ -53,13 +55,15 @@ def rewrite(
     reference: Callable[[GraphModule], ReferenceOptions] | None = None,
     attention: AttentionOptions | None = None,
     *,
+    placements: PlacementOptions | None = None,
     watch: Watch | None = None,
 ) -> Rewritten:
     """Measure the marked tensors of ``module`` in a copy of it.
 
     With ``probes`` their gradients are measured as well; with ``reference``, which gives the
-    options for the copy, they are compared; with ``attention`` attentions are measured. The copy
-    takes and returns what ``module`` does, and then what ``Rewritten`` says.
+    options for the copy, they are compared; with ``attention`` attentions are measured; with
+    ``placements`` each measurement tells what this rank has of its tensor. The copy takes and
+    returns what ``module`` does, and then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -83,6 +87,13 @@ def rewrite(
         return result
 
     rewritten = copy_graph(module)
+    if placements is not None:
+        found = run("find_placements", lambda: find_placements(rewritten, options=placements))
+        options = replace(options, share=found.share)
+        attention = attention and replace(attention, placements=found)
+        if probes is not None:
+            of_gradients = find_gradient_shares(rewritten, placements=found)
+            probes = replace(probes, share=of_gradients.__getitem__)
     unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
     if attention is not None:
         unmeasured += run(

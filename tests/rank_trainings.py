@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def train(
     trained: nn.Module,
     share: Callable[[Tensor], list[Tensor]],
     measured: tmm.Spec | None = None,
+    before_removal: Callable[[nn.Module], None] = lambda called: None,
     **options: Any,
 ) -> Metrics:
     """The metrics of each monitored step; the loss is the mean of those of the shares."""
@@ -107,6 +108,7 @@ def train(
             optimizer.zero_grad()
         if step % EVERY == 0:
             metrics[step] = monitor.get_step_metrics()
+    before_removal(called)
     tmm.remove(called)
     return metrics
 
@@ -309,11 +311,13 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
 }
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(
+    folder: Path, names: list[str], trainings: Mapping[str, Callable[[Path], Metrics]] = TRAININGS
+) -> None:
     dist.init_process_group("gloo")
     for name in names:
         torch._dynamo.reset()
-        result = TRAININGS[name](folder)
+        result = trainings[name](folder)
         if dist.get_rank() == 0:
             torch.save(result, folder / f"{name}.pt")
         dist.barrier()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,10 @@ from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
 
 _SHOWN = 12  # names of modules in a line of text
+_BY_RANK = (
+    "measured by each rank under a name of its own (tmm.instrument(..., placements={regular"
+    ' expression: "shard" or "replicate"}) says how ranks hold an output):'
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Explanation:
         recorded: the names that the model gave to ``tmm.record``.
         eager: the modules that ran outside of graphs, with the reason.
         unmeasured: what has no rows, with the reason.
+        by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
+            the reason why rows are not joined.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -67,6 +73,7 @@ class Explanation:
     recorded: tuple[str, ...]
     eager: dict[str, str]
     unmeasured: dict[str, str]
+    by_rank: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -105,6 +112,7 @@ class Explanation:
             recorded=tuple(twin.values.reductions),
             eager=eager,
             unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
+            by_rank=dict(attribution.by_rank),
         )
 
     def __str__(self) -> str:
@@ -115,6 +123,7 @@ class Explanation:
         if self.recorded:
             lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
         lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("not measured:", self.unmeasured)
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
         return "\n".join(lines)
@@ -190,7 +199,8 @@ def _sites(twin: Twin) -> dict[str, tuple[str, ...]]:
     sites: dict[str, tuple[str, ...]] = {}
     for measurement in twin.attribution.rows:
         if measurement.family != VALUE_FAMILY:
-            site = f"{measurement.family}/{measurement.site.module}{measurement.site.path}"
+            place = measurement.site
+            site = f"{measurement.family}/{place.named(place.module + place.path)}"
             sites[site] = (*sites.get(site, ()), *measurement.reduction.metrics)
     return sites
 

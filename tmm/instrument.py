@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from tmm.gaps import OnError
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor
 from tmm.naming import display_name, parameter_names, relative_names
-from tmm.ranks import Ranks, is_joined
+from tmm.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.reference import load_reference
 from tmm.run_info import describe_environment
 from tmm.runs.live import LiveRun
@@ -49,6 +49,7 @@ def instrument(
     trace: str | os.PathLike[str] | None = None,
     distributed: bool = True,
     per_rank: bool = False,
+    placements: Mapping[str, str] | None = None,
 ) -> Model:
     """Measure what ``spec`` asks for in the monitored steps of a model.
 
@@ -74,6 +75,11 @@ def instrument(
             the same spec, and rank 0 records. Without it each process is by itself.
         per_rank: do not join them, and record those of rank k into the folder ``rank-k`` of
             ``run``.
+        placements: of a tensor parallel model, how ranks hold the outputs of modules of which no
+            ``DTensor`` tells it: ``{regular expression: "shard"}`` for those of which each rank has
+            a part, ``"replicate"`` for those of which each has all. Matched with ``re.match`` on
+            the names of modules and of recorded values. Without it each rank measures them under a
+            name of its own; ``tmm.explain`` lists them.
 
     Returns:
         The same object, monitored; for a function, a new one to call in its place.
@@ -83,8 +89,8 @@ def instrument(
         TypeError: if ``model`` is neither a module nor a function, or ``spec`` not a ``tmm.Spec``.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
             matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
-            with ``model``, ``run`` holds something that is not a run, or the model is distributed
-            in a way that is not supported.
+            with ``model``, ``placements`` is not as it should be, ``run`` holds something that is
+            not a run, or the model is distributed in a way that is not supported.
         RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written.
     """
@@ -114,10 +120,13 @@ def instrument(
     reference = load_reference(measured, plan, spec.reference)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
+    check_placements(placements, names)
     place, ranks = Ranks(), None
     if distributed and not per_rank and is_joined():
-        place = Ranks.of(measured, reference)
-        ranks = CrossRank(ProcessGroup())
+        check_distributed(measured, reference)
+        group = ProcessGroup()
+        place = Ranks.of(measured, group.everything, placements)
+        ranks = CrossRank(group)
     writer: RunWriter | SilentWriter | None = None
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
@@ -131,7 +140,7 @@ def instrument(
         writer = RunWriter(run, info=info, histogram_edges=HISTOGRAM_EDGES)  # type: ignore[arg-type]
     registry = KeyRegistry(spec.notes, spec.site_name)
     monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks)
-    twin = Twin(root, regions, measured, plan, monitor, trace_folder)
+    twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
     monitor.attach(twin, lambda: str(Explanation.of(twin)), reference, place)
     siblings: list[Dispatch] = []
     for region in regions:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Literal
 
 from tmm.metrics import FloatArray, KnownMetric, Reduction
 
@@ -105,12 +106,31 @@ class Site:
     ``module`` is the module's dotted name, relative to the module whose frame was traced (empty
     for that module itself); ``path`` locates the tensor in the output, such as ``"[0]"``, or in
     the attention, such as ``".head_0.query"``. ``is_shown`` tells that the program itself shows
-    the tensor under that name, by a call; rules are matched on module and path, then.
+    the tensor under that name, by a call; rules are matched on module and path, then. With ``rank``
+    it is what that rank alone has of the tensor.
     """
 
     module: str
     path: str = ""
     is_shown: bool = False
+    rank: int | None = None
+
+    def named(self, name: str) -> str:
+        """``name``, which is that of the site, with the rank."""
+        return name if self.rank is None else f"{name}[rank {self.rank}]"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank has of a tensor that several ranks hold together, as with tensor parallel.
+
+    ``kind`` is ``"whole"`` for all of it, or the first of several equal parts, which is the one
+    that counts; ``"copy"`` for one that does not count; ``"part"`` for what no other rank has;
+    ``"unsummed"`` where the tensor is the sum over ranks; ``"unknown"``, with the ``reason``.
+    """
+
+    kind: Literal["whole", "copy", "part", "unsummed", "unknown"]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,12 +151,14 @@ class AttentionRequest:
 class Measurement:
     """One reduction of one site; ``family`` is the first part of its keys.
 
-    In ``VALUE_FAMILY`` the site's module is the key.
+    In ``VALUE_FAMILY`` the site's module is the key. Without a ``share`` the ranks of a training
+    hold different data.
     """
 
     family: str
     site: Site
     reduction: Reduction
+    share: Share | None = None
 
     @property
     def is_of_attention(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from tmm.known_functions import KnownFunctions
 from tmm.metrics import Reduction
 from tmm.naming import parameter_names, unwrapped
-from tmm.ranks import Ranks, is_sharded
+from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
@@ -84,9 +84,10 @@ class ParameterMonitor:
         before_clip: bool = False,
         unless: torch.Tensor | None = None,
     ) -> None:
-        """Measure these gradients, and note their norms."""
+        """Measure these gradients, and note their norms; all ranks do so together."""
         if not self.wants("gradient") or not gradients:
             return
+        gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         suffix = "_before_clip" if before_clip else ""
         self.add(collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless)
         owned = {name: tensor for name, tensor in gradients.items() if self.ranks.owns(tensor)}

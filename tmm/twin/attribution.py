@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,14 +17,18 @@ from tmm.layout import (
     AttentionRequest,
     Measurement,
     PackedLayout,
+    Share,
     Site,
 )
 from tmm.metrics import Reduction
-from tmm.naming import display_name, relative_names, unwrapped
+from tmm.naming import display_name, parameter_names, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_reference import CheckedModule
+from tmm.passes.placed import Placed, why_unsummed
+from tmm.passes.placements import PlacementOptions
+from tmm.ranks import Ranks, is_distributed
 from tmm.rules import BRANCH_FAMILIES, rule_family
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
@@ -42,14 +46,19 @@ class Attribution:
     whose frame is running, as a parameter among the graph's inputs confirms.
 
     ``rows`` are all measurements so far, with names as in keys; ``unmeasured`` are the sites that
-    were asked for and have none, with the reason.
+    were asked for and have none, with the reason; ``by_rank`` those whose rows of several ranks
+    are not joined.
     """
 
-    def __init__(self, root: torch.nn.Module, plan: Plan, registry: KeyRegistry) -> None:
+    def __init__(
+        self, root: torch.nn.Module, plan: Plan, registry: KeyRegistry, ranks: Ranks
+    ) -> None:
         self.root = unwrapped(root)
         self.plan = plan
+        self.ranks = ranks
         self.names = relative_names(root)
         self.unmeasured: dict[str, str] = {}
+        self.by_rank: dict[str, str] = {}
         self._registry = registry
         self._bindings: dict[tuple[int, torch.nn.Module, bool], Binding | None] = {}
         self._eager: dict[Measurement, Binding] = {}
@@ -111,8 +120,24 @@ class Attribution:
         return Scope(
             *(owner, self.name(owner), modules, select, values, gradient, comparison),
             attention=attention,
+            placements=self._placements(owner, peers),
             is_root=owner is self.root,
         )
+
+    def _placements(
+        self, owner: torch.nn.Module, peers: Iterable[torch.nn.Module]
+    ) -> PlacementOptions | None:
+        """How ranks share the model; parameters count as equal if those of all peers are."""
+        shared = self.ranks.tensor_parallel
+        if shared is None:
+            return None
+        prefixes = [f"{name}." if (name := self.names[peer]) else "" for peer in peers]
+        equal = (
+            id(parameter)
+            for parameter, (name, _) in parameter_names(owner).items()
+            if all(prefix + name in shared.equal for prefix in prefixes)
+        )
+        return PlacementOptions(shared.ranks, shared.is_first, frozenset(equal))
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -167,8 +192,7 @@ class Attribution:
 
         def resolve(measurement: Measurement) -> Site | None:
             if measurement.family == VALUE_FAMILY:
-                self.rows[measurement] = None
-                return measurement.site
+                return self._placed(measurement)
             if not compared and rule_family(measurement.family) in BRANCH_FAMILIES:
                 return None
             name = absolute(measurement.site.module)
@@ -180,11 +204,17 @@ class Attribution:
             if not self._is_wanted(replace(measurement, site=site)):
                 return None
             self._measured.setdefault(name, {})["graph"] = None
-            self.rows[replace(measurement, site=site)] = None
-            return site
+            return self._placed(replace(measurement, site=site))
 
         self.leave_out(owner, layout.unmeasured)
         return self._registry.bind(layout, resolve)
+
+    def _placed(self, measurement: Measurement) -> Site | None:
+        """Where this rank records a measurement, whose site is named as in keys."""
+        site = self.ranks.placed(measurement, self.by_rank)
+        if site is not None:
+            self.rows[replace(measurement, site=site)] = None
+        return site
 
     def _is_wanted(self, measurement: Measurement) -> bool:
         """Whether a rule asks for the measurement, whose site is named as in keys."""
@@ -215,18 +245,25 @@ class Attribution:
     def select_eagerly(
         self, module: torch.nn.Module, output: object, family: str = "activation"
     ) -> list[tuple[Binding, torch.Tensor, Reduction]]:
-        """What to reduce of the output of a module that ran outside of every graph."""
+        """What to reduce of the output of a module that ran outside of every graph.
+
+        The gradient of a ``DTensor`` is left out: it may be placed in another way than the tensor.
+        """
         name = display_name(self.names[module])
         selected = []
         for path, tensor in tensors_in(output):
             reductions = self.plan.select(name, tensor.dtype, family)
-            if reductions and (reason := why_unmeasurable(tensor)):
+            reason = why_unmeasurable(tensor) or why_unsummed(tensor)
+            if family == GRADIENT and is_distributed(tensor):
+                reason = "gradient: it may be placed in another way than the DTensor"
+            if reductions and reason:
                 self.unmeasured[name + path] = reason
                 continue
             if reductions:
                 self._measured.setdefault(name, {})["eager"] = None
             for reduction in reductions:
-                measurement = Measurement(family, Site(name, path), reduction)
+                share = self.share_of(tensor)
+                measurement = Measurement(family, Site(name, path), reduction, share)
                 selected.append((self.bind_eagerly(measurement), tensor, reduction))
         return selected
 
@@ -242,16 +279,26 @@ class Attribution:
         if reductions and (reason := why_unmeasurable(tensor)):
             self.unmeasured[site.module + site.path] = reason
             return []
-        found = (Measurement("activation", site, reduction) for reduction in reductions)
+        share = self.share_of(tensor)
+        found = (Measurement("activation", site, reduction, share) for reduction in reductions)
         return [(self.bind_eagerly(measurement), measurement.reduction) for measurement in found]
 
     def bind_eagerly(self, measurement: Measurement) -> Binding:
         """The binding of one measurement whose site is named as in keys."""
         if measurement not in self._eager:
-            self.rows[measurement] = None
             layout = single_row(measurement)
-            self._eager[measurement] = self._registry.bind(layout, lambda m: m.site)
+            self._eager[measurement] = self._registry.bind(layout, self._placed)
         return self._eager[measurement]
+
+    def share_of(self, tensor: torch.Tensor) -> Share | None:
+        """What this rank has of a tensor outside of every graph, where ranks share tensors."""
+        shared = self.ranks.tensor_parallel
+        if shared is None:
+            return None
+        placed = Placed.of(tensor)
+        if placed is None:
+            return Share("unknown", "it was measured outside of graphs, and is no DTensor")
+        return placed.share(shared.ranks, is_first=shared.is_first)
 
 
 def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedModule | None:

@@ -24,6 +24,7 @@ from tmm.passes.insert_reference import CheckedModule, ReferenceOptions
 from tmm.passes.multi_head import VERSION as MULTI_HEAD_VERSION
 from tmm.passes.multi_head import parts_of_multi_head
 from tmm.passes.pipeline import Rewritten, rewrite
+from tmm.passes.placements import PlacementOptions
 from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
 from tmm.passes.samples import Samples
@@ -54,7 +55,8 @@ class Scope:
 
     ``values`` says how what the model records by name is reduced, ``select_gradient`` which
     gradients of outputs are measured, ``comparison`` what is compared and ``attention`` what is
-    asked of attentions (None if nothing is); ``is_root`` tells that the owner is the whole model.
+    asked of attentions (None if nothing is), ``placements`` how ranks share the model, if they do;
+    ``is_root`` tells that the owner is the whole model.
     """
 
     owner: torch.nn.Module
@@ -65,6 +67,7 @@ class Scope:
     select_gradient: Callable[[Site, torch.dtype], tuple[Reduction, ...]] | None = None
     comparison: Comparison | None = None
     attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None
+    placements: PlacementOptions | None = None
     is_root: bool = False
 
 
@@ -282,7 +285,11 @@ class MeasuringBackend:
         if scope.attention is not None or shows_attention(module):
             select = scope.attention or _ask_nothing
             attention = AttentionOptions(scope.modules, select, begins_forward())
-        rewritten = rewrite(module, options, probes, reference, attention, watch=watch)
+        rewritten = rewrite(
+            *(module, options, probes, reference, attention),
+            placements=scope.placements,
+            watch=watch,
+        )
         if samples is not None:
             assert self.sampling is not None
             assert comparing is not None

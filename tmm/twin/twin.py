@@ -22,8 +22,10 @@ from tmm.operators import summarize_attention
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
 from tmm.passes.insert_probes import RowInput
+from tmm.passes.placed import why_unsummed
 from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
+from tmm.ranks import Ranks, local_part
 from tmm.reference import Reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
@@ -88,6 +90,7 @@ class Twin:
         plan: Plan,
         recorder: Recorder,
         trace: TraceFolder | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.root = root
         self.regions = tuple(regions)
@@ -96,7 +99,7 @@ class Twin:
         self.recorder = recorder
         self.trace = trace
         self.comparing: Comparing | None = None
-        self.attribution = Attribution(module, plan, recorder.registry)
+        self.attribution = Attribution(module, plan, recorder.registry, ranks or Ranks())
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
         self.graphs: list[MeasuredGraph] = []
@@ -353,7 +356,12 @@ class Twin:
     def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
         """Take a declared value outside of graphs."""
         reduction = self.values.reductions[name]
-        binding = self.attribution.bind_eagerly(Measurement(VALUE_FAMILY, Site(name), reduction))
+        if reason := why_unsummed(tensor):
+            self.attribution.unmeasured[name] = reason
+            return
+        share = self.attribution.share_of(tensor)
+        measurement = Measurement(VALUE_FAMILY, Site(name), reduction, share)
+        binding = self.attribution.bind_eagerly(measurement)
         self._add_eagerly(binding, tensor.detach(), reduction)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
@@ -387,7 +395,8 @@ class Twin:
         )
         for head, row in enumerate(rows.unflatten(0, (-1, reduction.width)).unbind()):
             site = self.attribution.shown_site(owner, f".head_{head}")
-            measurement = Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
+            family = f"{ATTENTION}_{reduction.metrics[0]}"
+            measurement = Measurement(family, site, reduction, self.attribution.share_of(query))
             self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
     @property
@@ -401,7 +410,9 @@ class Twin:
             self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
 
     def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
-        if not self._is_discarding:
+        tensor = local_part(tensor)
+        is_empty = not tensor.numel()
+        if not self._is_discarding and not (is_empty and reduction.function is not None):
             self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
 
 
