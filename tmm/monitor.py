@@ -87,8 +87,8 @@ class Monitor:
             and writer.path.is_dir()
             and segment_paths(writer.path)
         ):
-            with open_run(writer.path) as run:
-                self._alerts.recall(run)
+            with open_run(writer.path) as earlier:
+                self._alerts.recall(earlier)
 
     def attach(
         self,

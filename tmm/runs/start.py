@@ -125,7 +125,7 @@ def _resumed(
     except BaseException:
         lock.release()
         raise
-    run = RunInfo(
+    info = RunInfo(
         path=found.path,
         id=found.path.name,
         project=found.project,
@@ -137,7 +137,7 @@ def _resumed(
         resumed=True,
         last_step=last,
     )
-    return LiveRun(run, system_seconds=system_seconds, sinks=sinks, lock=lock)
+    return LiveRun(info, system_seconds=system_seconds, sinks=sinks, lock=lock)
 
 
 def _new_id() -> str:
