@@ -1,4 +1,4 @@
-"""One file per question, over shared workloads.
+"""One file per question, over shared workloads; ``python -m benchmarks`` asks the main ones.
 
 Each runs alone, such as ``python -m benchmarks.overhead``.
 """

@@ -27,6 +27,8 @@ from rich.table import Table
 from torch import nn
 
 import tmm
+from benchmarks.alternatives.interface import five
+from benchmarks.reading import outputs_of, reader
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
 from benchmarks.workloads import (
@@ -63,18 +65,7 @@ class EagerHooks:
             child.register_forward_hook(self._measure)
 
     def _measure(self, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        x = output.detach().float()
-        self.values.append(
-            torch.stack(
-                [
-                    x.mean(),
-                    x.std(),
-                    x.square().mean().sqrt(),
-                    x.abs().amax(),
-                    (x == 0).float().mean(),
-                ]
-            )
-        )
+        self.values.append(five(output))
 
     def read(self) -> list[list[float]]:
         """All values of the step."""
@@ -115,16 +106,8 @@ def eager_steps(workload: Workload) -> dict[str, Callable[[], None]]:
 
 def read_once(workload: Workload) -> float:
     """Seconds to read every module's output once: the time of one sum over each."""
-    module, outputs = workload.model(), list[torch.Tensor]()
-    for child in module.modules():
-        child.register_forward_hook(lambda m, i, output: outputs.append(output.detach()))
-    module(workload.tokens())
-
-    def read() -> None:
-        for output in outputs:
-            output.sum()
-
-    return interleave({"read": read}, rounds=20)["read"].median
+    outputs = outputs_of(workload.model(), workload.tokens())
+    return interleave({"read": reader(outputs)}, rounds=20)["read"].median
 
 
 def first_step_seconds(workload: Workload, *, watched: bool) -> float:

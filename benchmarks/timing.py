@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import random
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -36,12 +40,34 @@ class Timing:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """A 95 % confidence interval of the median ratio, from order statistics."""
-        ordered = sorted(self.ratios)
-        reach = 0.98 * len(ordered) ** 0.5  # binomial quantile by the normal approximation
-        low = max(0, int(len(ordered) / 2 - reach))
-        high = min(len(ordered) - 1, int(len(ordered) / 2 + reach))
-        return ordered[low], ordered[high]
+        """A 95 % confidence interval of the median ratio."""
+        return median_interval(self.ratios)
+
+    @property
+    def added(self) -> list[float]:
+        """Seconds more than the baseline, round by round."""
+        return [own - base for own, base in zip(self.seconds, self.baseline, strict=True)]
+
+    def against(self, other: Timing) -> Timing:
+        """The same rounds with another variant as the baseline."""
+        return Timing(self.seconds, other.seconds)
+
+    def in_blocks(self, size: int) -> Timing:
+        """Sums over ``size`` rounds that follow each other; an incomplete last block is dropped."""
+        starts = range(0, len(self.seconds) - size + 1, size)
+        return Timing(
+            tuple(sum(self.seconds[start : start + size]) for start in starts),
+            tuple(sum(self.baseline[start : start + size]) for start in starts),
+        )
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95 % confidence interval of the median, from order statistics."""
+    ordered = sorted(values)
+    reach = 0.98 * len(ordered) ** 0.5  # binomial quantile by the normal approximation
+    low = max(0, int(len(ordered) / 2 - reach))
+    high = min(len(ordered) - 1, int(len(ordered) / 2 + reach))
+    return ordered[low], ordered[high]
 
 
 def interleave(
@@ -64,12 +90,29 @@ def interleave(
 
 
 def environment() -> dict[str, str]:
-    """What a report says about where it was made."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    """What a report says about where and how it was made."""
     return {
         "torch": torch.__version__,
+        "tmm": importlib.metadata.version("tmm-compile"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": device or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": str(torch.get_num_threads()),
+        "processors": str(os.cpu_count()),
+        "compile": "torch.compile, backend inductor, default mode, options as torch sets them",
+        "seeds": "0 of the model, 1 of the batch, 0 of the order of variants",
     }
+
+
+def processor() -> str:
+    """What the processor calls itself, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def machine_kind() -> str:
+    """A short name of this kind of machine, for the names of files: ``cpu-2-threads``."""
+    if torch.cuda.is_available():
+        return re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    return f"cpu-{torch.get_num_threads()}-threads"

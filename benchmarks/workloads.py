@@ -48,6 +48,18 @@ GPT_124M = Workload(
     device="cuda",
     dtype=torch.bfloat16,
 )
+GPT_TOY = Workload(
+    "GPT, 1 layer, width 16: only shows that everything runs",
+    GPTConfig(vocabulary=32, context=16, layers=1, heads=2, width=16),
+    batch=2,
+)
+
+
+def usual_workload(*, toy: bool = False) -> Workload:
+    """The GPT that most questions are asked of on this machine."""
+    if toy:
+        return GPT_TOY
+    return GPT_124M if torch.cuda.is_available() else GPT_SMALL
 
 
 def monitored_step(model: nn.Module, step: Callable[[], None]) -> Callable[[], None]:
@@ -62,21 +74,31 @@ def monitored_step(model: nn.Module, step: Callable[[], None]) -> Callable[[], N
     return run
 
 
+def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of each token from the logits at the one before."""
+    return nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
+    )
+
+
 def training_step(
     module: nn.Module,
     forward: Callable[..., torch.Tensor],
     tokens: torch.Tensor,
     after_backward: Callable[[], None] | None = None,
+    *,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = next_token_loss,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Callable[[], None]:
-    """One step of SGD on the next token, by ``forward``, which runs ``module``."""
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-4)
+    """One step of SGD, or of ``optimizer``, by ``forward``, which runs ``module``.
+
+    The input is ``tokens``, and ``loss`` gets the output and the input: by default that of the
+    next token.
+    """
+    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=1e-4)
 
     def step() -> None:
-        logits = forward(tokens)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1)
-        )
-        loss.backward()
+        loss(forward(tokens), tokens).backward()
         if after_backward is not None:
             after_backward()
         optimizer.step()

@@ -1,0 +1,75 @@
+"""What an alternative is: one way to see inside of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.workloads import FIVE_METRICS
+
+COMPILED, AOT_EAGER, EAGER = "plain compiled", "plain aot_eager", "plain uncompiled"
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def no_values() -> Mapping[str, float]:
+    """What a program without a monitor gives."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An alternative at work on one model.
+
+    ``module`` holds the parameters that are trained, ``forward`` runs it. ``begin`` is called
+    before each step, ``read`` after it: the values of the step as numbers, by the name of a module
+    and of a statistic. ``close`` ends what outlives a step.
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any]
+    read: Callable[[], Mapping[str, float]] = no_values
+    begin: Callable[[], None] = nothing
+    close: Callable[[], None] = nothing
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A way to get the five statistics of every module's output, or the nearest that it can.
+
+    ``does`` says what it does, and how that differs; ``base`` names the program to which it adds
+    its time. ``package`` must be installed for it; ``same_work`` tells whether its numbers are the
+    five statistics of every module; ``works_aside`` that it keeps another process busy, so that it
+    does not take turns with the others.
+    """
+
+    name: str
+    does: str
+    attach: Callable[[nn.Module], Attached]
+    base: str = COMPILED
+    package: str | None = None
+    same_work: bool = True
+    works_aside: bool = False
+
+
+def five(x: torch.Tensor) -> torch.Tensor:
+    """The five statistics of a tensor as one would write them by hand; shape (5,)."""
+    x = x.detach().float()
+    return torch.stack(
+        [x.mean(), x.std(), x.square().mean().sqrt(), x.abs().amax(), (x == 0).float().mean()]
+    )
+
+
+def named(names: list[str], rows: torch.Tensor) -> Mapping[str, float]:
+    """Rows of ``five``, one per name, as numbers."""
+    return {
+        f"{name or '[root module]'}/{statistic}": value
+        for name, row in zip(names, rows.tolist(), strict=True)
+        for statistic, value in zip(FIVE_METRICS, row, strict=True)
+    }
