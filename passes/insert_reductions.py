@@ -141,8 +141,8 @@ def _measure(
     if reason:
         yield site, reason
         return
-    if _is_empty(example.to_local() if is_distributed(example) else example):
-        # It adds nothing, and functions need not know what to do with it.
+    if is_distributed(example) and _is_empty(example.to_local()):
+        # An empty shard adds nothing, and functions need not know what to do with it.
         reductions = tuple(reduction for reduction in reductions if reduction.function is None)
     following = node.next
     fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]

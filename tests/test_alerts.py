@@ -76,10 +76,10 @@ def test_alerts_come_at_the_step_and_are_those_of_the_whole_record() -> None:
     assert len(found) == len(when)  # each episode once
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_series_gives_the_alerts_of_its_whole_record(data: st.DataObject) -> None:
-    # Detectors that judge the past by what follows (a noise estimate, a bridge) are left out.
+    # Detectors that judge the first values by later ones, such as a median, are left out.
     count = data.draw(st.integers(1, 120))
     jumps = st.dictionaries(
         st.integers(0, count - 1), st.sampled_from([0.0, 1e-9, 30.0, 2e3, np.nan, np.inf])
@@ -88,7 +88,6 @@ def test_any_series_gives_the_alerts_of_its_whole_record(data: st.DataObject) ->
         "activation/a/rms",
         "activation/a/absmax",
         "gradient/a.weight/norm",
-        "attention_max_logit/a.head_0",
     )
     series: dict[str, Sequence[float]] = {}
     for place, key in enumerate(keys):
@@ -96,9 +95,9 @@ def test_any_series_gives_the_alerts_of_its_whole_record(data: st.DataObject) ->
         for where, value in data.draw(jumps).items():
             values[where] = value
         series[key] = values
-    causal = ["nonfinite", "exploding_gradients", "exploding_activations", "growing_logits"]
+    causal = ["nonfinite", "exploding_gradients", "exploding_activations"]
     found = {(anomaly.kind, anomaly.key) for anomaly in alerts_of(series, causal)}
-    kinds = {"gradient_explosion", "activation_explosion", "attention_logit_growth"}
+    kinds = {"gradient_explosion", "activation_explosion"}
     assert {known for known in found if known[0] in kinds} == {
         known for known in whole(series) if known[0] in kinds
     }
