@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
-from tmm.metrics import PAIR_COLUMNS, KnownMetric, Reduction
+from tmm.metrics import KnownMetric, Reduction
 from tmm.pairs import columns_of_difference, further_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly, reduce_pair_eagerly
@@ -48,12 +48,10 @@ class NamedStatistics:
         select: Select,
         *,
         reference: Mapping[str, torch.Tensor] | None = None,
-        reference_squares: Mapping[str, torch.Tensor] | None = None,
     ) -> list[Measured]:
         """Rows of the tensors, in as few kernel launches as can be; waits for no accelerator.
 
-        With ``reference`` rows are those of the pairs (see ``tmm.pairs``). ``reference_squares``
-        are the values of the column ``reference_sum_squares`` of tensors that are differences.
+        With ``reference`` rows are those of the pairs (see ``tmm.pairs``).
         """
         groups: dict[tuple[torch.device, Reduction, KnownMetric | None], list[str]] = {}
         for name, tensor in tensors.items():
@@ -77,13 +75,7 @@ class NamedStatistics:
             if others is not None:
                 rows = _rows_of_pairs(values, others, reduction)
             else:
-                own = reduction.columns if known is None else known.columns
-                columns = tuple(c for c in own if c not in PAIR_COLUMNS)
-                rows = summarize_group(values, columns)
-                if columns != own:
-                    assert reference_squares is not None
-                    squares = torch.stack([reference_squares[name] for name in names])
-                    rows = torch.cat([rows, squares[:, None]], 1)
+                rows = summarize_group(values, (known or reduction).columns)
             binding = self._bind(family, reduction, tuple(names), known)
             measured.append(Measured(binding, (rows.reshape(-1),)))
         return measured

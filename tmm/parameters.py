@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -101,14 +102,17 @@ class ParameterMonitor:
     def add_update(
         self, collector: StepCollector, before: Tensors, unless: torch.Tensor | None
     ) -> None:
-        """Measure what was added to parameters since ``before``, which becomes the difference."""
+        """Measure what was added to parameters since ``before``, which is used up."""
         before = {name: tensor for name, tensor in before.items() if self.ranks.owns(tensor)}
-        relative = [n for n in before if "relative_norm" in self.plan.metrics(n, "update")]
-        squares = self._squares_of({name: before[name] for name in relative})
-        for parameter, name in self.names().items():
-            if name in before:
-                torch.sub(parameter.detach(), before[name], out=before[name])
-        self.add(collector, "update", before, reference_squares=squares, unless=unless)
+        now = {name: p.detach() for p, name in self.names().items() if name in before}
+        measure = partial(self.add, collector, "update", unless=unless)
+        measure(now, reference=before, choose=_reads_both)
+        differences = {
+            name: torch.sub(now[name], before[name], out=before[name])
+            for name in now
+            if not all(map(_reads_both, self.plan.select(name, now[name].dtype, "update")))
+        }
+        measure(differences, choose=lambda reduction: not _reads_both(reduction))
 
     def add(
         self,
@@ -118,7 +122,6 @@ class ParameterMonitor:
         *,
         rules: str | None = None,
         reference: Tensors | None = None,
-        reference_squares: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Callable[[Reduction], bool] | None = None,
     ) -> None:
@@ -138,9 +141,7 @@ class ParameterMonitor:
                 selected = tuple(r for r in selected if r.function is None)
             return tuple(r for r in selected if choose is None or choose(r))
 
-        for rows in self._statistics.measure(
-            family, tensors, select, reference=reference, reference_squares=reference_squares
-        ):
+        for rows in self._statistics.measure(family, tensors, select, reference=reference):
             collector.add(rows.binding, rows.outputs, unless=unless)
 
     def end_step(self, collector: StepCollector | None) -> None:
@@ -160,6 +161,11 @@ class ParameterMonitor:
             sums = sum_of_squares([tensors[name] for name in names])
             squares.update(zip(names, sums.unbind(), strict=True))
         return squares
+
+
+def _reads_both(reduction: Reduction) -> bool:
+    """Whether it can be taken of two tensors at once, without their difference."""
+    return reduction.function is None and not reduction.is_histogram
 
 
 def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:
