@@ -132,9 +132,10 @@ class Terminal:
 
         self.child.expect(pexpect.EOF)
         self.output += self.child.before
+        self.child.wait()  # closing at once hangs up on a process that is still ending
         self.child.close()
-        status: int = self.child.exitstatus
-        return status
+        status: int | None = self.child.exitstatus
+        return -self.child.signalstatus if status is None else status
 
     def final(self) -> str:
         """What stays on the screen."""
