@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -79,6 +80,11 @@ class Turn(Generic[Step]):
         self._done = threading.Event()
         self._result: JoinedStep | None = None
         self._reason = ""
+
+    @cached_property
+    def contribution(self) -> Contribution | None:
+        """What this rank has; kept, for the ranks may have an earlier step to join first."""
+        return self.measured.contribution()
 
     def end(self, result: JoinedStep | None, reason: str = "") -> None:
         """It is joined, or will never be, for a reason."""
@@ -185,7 +191,7 @@ class CrossRank:
     def _round(self) -> bool:
         """Join one step; False if all ranks have ended."""
         turn = self._next()
-        contribution = None if turn is None else turn.measured.contribution()
+        contribution = None if turn is None else turn.contribution
         failed = turn is not None and contribution is None
         mine = contribution or Contribution({})
         step = _NO_STEP if turn is None else float(turn.measured.step)

@@ -10,9 +10,8 @@ from io import StringIO
 from pathlib import Path
 
 from tmm.runs.sinks import RunInfo, Value
-from tmm.runs.state import Status
 from tmm.sinks.common import check_keys, numbers
-from tmm.sinks.lines import StepLines
+from tmm.sinks.lines import StepFile
 
 _HEADER = b"step,key,value\n"
 
@@ -36,27 +35,14 @@ class CSVSink:
     def __post_init__(self) -> None:
         check_keys(self.keys)
 
-    def open(self, run: RunInfo) -> OpenCSV:
+    def open(self, run: RunInfo) -> StepFile:
         """Start to write; raises OSError."""
-        return OpenCSV(Path(self.path or run.path / "values.csv"), self.keys, run)
+        path = Path(self.path or run.path / "values.csv")
+        return StepFile(path, run, self.keys, _rows, _HEADER)
 
 
-class OpenCSV:
-    """The file of one run."""
-
-    def __init__(self, path: Path, keys: str | None, run: RunInfo) -> None:
-        if not run.resumed:
-            path.unlink(missing_ok=True)
-        self._keys = keys
-        self._lines = StepLines(path, run.first_step, _HEADER)
-
-    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write the numbers of a step."""
-        text = StringIO()
-        rows = numbers(values, self._keys).items()
-        csv.writer(text, lineterminator="\n").writerows((step, key, value) for key, value in rows)
-        self._lines.write(step, text.getvalue().encode("utf-8", "surrogatepass"))
-
-    def close(self, status: Status) -> None:
-        """Close the file."""
-        self._lines.close()
+def _rows(step: int, values: Mapping[str, Value]) -> bytes:
+    text = StringIO()
+    rows = numbers(values, None).items()
+    csv.writer(text, lineterminator="\n").writerows((step, key, value) for key, value in rows)
+    return text.getvalue().encode("utf-8", "surrogatepass")

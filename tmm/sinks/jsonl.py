@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tmm.runs.sinks import RunInfo, Value
-from tmm.runs.state import Status
-from tmm.sinks.common import check_keys, chosen
-from tmm.sinks.lines import StepLines
+from tmm.sinks.common import check_keys
+from tmm.sinks.lines import StepFile
 
 
 @dataclass(frozen=True)
@@ -36,29 +35,14 @@ class JSONLinesSink:
     def __post_init__(self) -> None:
         check_keys(self.keys)
 
-    def open(self, run: RunInfo) -> OpenJSONLines:
+    def open(self, run: RunInfo) -> StepFile:
         """Start to write; raises OSError."""
-        return OpenJSONLines(Path(self.path or run.path / "values.jsonl"), self.keys, run)
+        return StepFile(Path(self.path or run.path / "values.jsonl"), run, self.keys, _line)
 
 
-class OpenJSONLines:
-    """The file of one run."""
-
-    def __init__(self, path: Path, keys: str | None, run: RunInfo) -> None:
-        if not run.resumed:
-            path.unlink(missing_ok=True)
-        self._keys = keys
-        self._lines = StepLines(path, run.first_step)
-
-    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write what a step recorded."""
-        plain = {key: _json_value(value) for key, value in chosen(values, self._keys).items()}
-        line = json.dumps({"step": step, "values": plain}, allow_nan=False)
-        self._lines.write(step, line.encode() + b"\n")
-
-    def close(self, status: Status) -> None:
-        """Close the file."""
-        self._lines.close()
+def _line(step: int, values: Mapping[str, Value]) -> bytes:
+    plain = {key: _json_value(value) for key, value in values.items()}
+    return json.dumps({"step": step, "values": plain}, allow_nan=False).encode() + b"\n"
 
 
 def _json_value(value: Value) -> object:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.state import Status
+from tmm.sinks.common import chosen
 
 _STEP = re.compile(rb'(?:\{"step": )?(-?\d+),')
 
@@ -53,3 +58,28 @@ class StepLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class StepFile:
+    """The file of one run, of the lines that ``render`` makes of a step and its values."""
+
+    def __init__(
+        self,
+        path: Path,
+        run: RunInfo,
+        keys: str | None,
+        render: Callable[[int, Mapping[str, Value]], bytes],
+        header: bytes = b"",
+    ) -> None:
+        if not run.resumed:
+            path.unlink(missing_ok=True)
+        self._keys, self._render = keys, render
+        self._lines = StepLines(path, run.first_step, header)
+
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write a step."""
+        self._lines.write(step, self._render(step, chosen(values, self._keys)))
+
+    def close(self, status: Status) -> None:
+        """Close the file."""
+        self._lines.close()
