@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -216,6 +217,11 @@ def test_which_value_is_the_worst() -> None:
 
 @settings(deadline=None)
 @given(st.lists(anything, max_size=20), st.booleans())
+@example([sys.float_info.max], False)
+@example([-sys.float_info.max], True)
+@example([sys.float_info.max, -sys.float_info.max], True)
+@example([5e-324, sys.float_info.max], False)
+@example([5e-324], False)
 def test_scales_keep_the_order_and_hold_all_finite_values(
     numbers: list[float], linear: bool
 ) -> None:
@@ -227,10 +233,12 @@ def test_scales_keep_the_order_and_hold_all_finite_values(
     placed = scale.apply(finite)
     assert np.isfinite(placed).all()
     assert (np.diff(placed) >= 0).all()
-    slack = 1e-9 * (abs(scale.low) + abs(scale.high))
-    assert ((scale.low - slack <= placed) & (placed <= scale.high + slack)).all()
-    ticks = np.array(scale.ticks)
-    assert ((scale.low - slack <= ticks) & (ticks <= scale.high + slack)).all()
+    slack = 1e-9 * abs(scale.low) + 1e-9 * abs(scale.high)
+    assert np.isfinite([scale.low, scale.high, *scale.ticks]).all()
+    for places in (placed, np.array(scale.ticks)):
+        # Divided first: one unit beyond the largest number would be infinite.
+        assert (places / 2 >= scale.low / 2 - slack / 2).all()
+        assert (places / 2 <= scale.high / 2 + slack / 2).all()
 
 
 def test_magnitudes_are_logarithmic_and_zero_is_apart() -> None:

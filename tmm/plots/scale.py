@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -20,6 +21,7 @@ SHARES = frozenset(("zero_fraction", "cosine", "attention_normalized_entropy")) 
 
 _RANGE = 30.0  # from which ratio of magnitudes on a logarithm shows more
 _LEAST_SPAN = 1e-3  # of a linear scale, as a part of the values
+_LARGEST = sys.float_info.max
 _TICKS = 7
 _DECADES = 12  # of a symmetric scale on each side, at most
 
@@ -91,7 +93,7 @@ def _linear(low: float, high: float) -> Scale:
     least = _LEAST_SPAN * max(abs(low), abs(high)) or 1.0
     if high / 2 - low / 2 < least / 2:
         middle = low / 2 + high / 2
-        low, high = middle - least / 2, middle + least / 2
+        low, high = max(middle - least / 2, -_LARGEST), min(middle + least / 2, _LARGEST)
     ticks = [low * (1 - part) + high * part for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     digits = 3
     while len({_label(tick, digits) for tick in ticks}) < len(ticks) and digits < 17:
