@@ -5,20 +5,20 @@
 1. Joining: the time from the end of a monitored step until its rows are those of all ranks, and the
    part of it that the training thread spends, for 1, 2 and 4 processes and 100 to 4,000 rows.
 2. Training: a step of ``DistributedDataParallel`` on 2 processes with and without tmm, in turns.
-3. A model of the time for more ranks, fitted to 2 ranks and checked against 1 and 4.
+3. A model of the time for more ranks, from the steps of one rank and messages between two, checked
+   against 1, 2 and 4.
 
-Processes talk over gloo on one machine, in one thread each; more processes than cores wait for one
-another.
+Processes talk over gloo on one machine, in one thread each.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,26 +63,45 @@ class Joining:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Time to join a step: that of one rank, and per collective a latency and bytes on the way.
+    """Seconds to join a step: those of one rank alone, and of the messages.
 
-    An all-reduce over n ranks in a ring takes 2 (n - 1) messages of a part of 1/n one after the
-    other, in a tree 2 log2(n) of the whole. ``latency`` is that of a message in seconds,
-    ``bandwidth`` in bytes a second, ``base`` the seconds per row that no communication takes.
-    Assumes that ranks come at the same time, and one network for all of them.
+    An all-reduce by recursive doubling sends floor(log2(ranks)) messages one after the other, two
+    more unless ranks are a power of two. A message takes ``latency`` seconds and its bytes over
+    ``bandwidth`` (bytes a second); what a rank does by itself takes ``base`` seconds and
+    ``per_row`` for each row.
+
+    Assumes that ranks come at the same time, that messages between different pairs of ranks do not
+    slow each other, and that each rank has two cores, one for gloo's own thread: that polls without
+    a pause while a message of its connection is being written, so that with fewer cores a message
+    waits for slices of the scheduler. ``latency`` is therefore also measured on 4 ranks.
     """
 
     latency: float
     bandwidth: float
     base: float
+    per_row: float
 
-    def seconds(self, ranks: int, rows: int, *, tree: bool) -> float:
+    @staticmethod
+    def fitted(alone: Sequence[Joining], ranks: int, reductions: Mapping[int, float]) -> CostModel:
+        """From steps of one rank, and reductions (bytes to seconds) over some ``ranks``."""
+        per_row, base = np.polyfit([line.rows for line in alone], [x.seconds for x in alone], 1)
+        small, large = min(reductions), max(reductions)
+        seconds = {size: reductions[size] / messages(ranks) for size in (small, large)}
+        bandwidth = (large - small) / max(seconds[large] - seconds[small], 1e-9)
+        return CostModel(seconds[small], bandwidth, float(base), float(per_row))
+
+    def seconds(self, ranks: int, rows: int) -> float:
         """Time to join a step of ``rows`` rows of five metrics."""
-        total = self.base * rows
+        total = self.base + self.per_row * rows
         for size in sizes_of(rows):
-            messages = 2 * math.log2(ranks) if tree else 2 * (ranks - 1)
-            length = size if tree else size / ranks
-            total += messages * (self.latency + length / self.bandwidth)
+            total += messages(ranks) * (self.latency + size / self.bandwidth)
         return total
+
+
+def messages(ranks: int) -> int:
+    """That follow one another in an all-reduce."""
+    power_of_two = ranks & (ranks - 1) == 0
+    return ranks.bit_length() - 1 + (0 if power_of_two else 2)
 
 
 def sizes_of(rows: int) -> tuple[int, int, int]:
@@ -129,17 +148,24 @@ def joining(ranks: int, rounds: int) -> list[Joining]:
     return found
 
 
-def messages(rounds: int) -> dict[int, float]:
-    """Seconds of an all-reduce of that many bytes, on the ranks that call this."""
+def reductions(rounds: int) -> dict[int, float]:
+    """Seconds of an all-reduce of that many bytes, in a thread of its own as tmm makes them."""
     group, found = ProcessGroup(), {}
-    for size in (8, 8 * 1024, 8 * 65536):
+
+    def reduce(size: int) -> None:
         values, seconds = np.ones(size // 8), []
         for _ in range(rounds + 5):
             dist.barrier()
             started = time.perf_counter()
-            group.total(values)
-            seconds.append(time.perf_counter() - started)
+            for _ in range(len(sizes_of(0))):
+                group.total(values)
+            seconds.append((time.perf_counter() - started) / len(sizes_of(0)))
         found[size] = statistics.median(seconds[5:])
+
+    for size in (8, 8 * 1024, 8 * 65536):
+        thread = threading.Thread(target=reduce, args=(size,))
+        thread.start()
+        thread.join()
     group.close()
     return found
 
@@ -172,7 +198,7 @@ def work(rank: int, ranks: int, folder: str, rounds: int, with_training: bool) -
     )
     found = {
         "joining": [asdict(line) for line in joining(ranks, rounds)],
-        "messages": messages(rounds),
+        "reductions": reductions(rounds),
         "training": training(max(5, rounds // 2)) if with_training else {},
     }
     if rank == 0:
@@ -181,14 +207,40 @@ def work(rank: int, ranks: int, folder: str, rounds: int, with_training: bool) -
     dist.destroy_process_group()
 
 
-def fitted(one: list[Joining], two: Mapping[int, float]) -> CostModel:
-    """The model from the steps of one rank, and from messages between two."""
-    small, large = min(two), max(two)
-    latency = two[small] / 2
-    # Two ranks send each half, twice.
-    bandwidth = (large - small) / max(two[large] - two[small], 1e-9)
-    last = one[-1]
-    return CostModel(latency, bandwidth, last.seconds / last.rows)
+def model_check(line: Joining, models: Mapping[int, CostModel]) -> dict[str, str]:
+    """A row of the table: measured, and predicted from messages between 2 and that many ranks."""
+    here = models.get(line.ranks, models[2]).seconds(line.ranks, line.rows)
+    return {
+        "ranks": str(line.ranks),
+        "rows": str(line.rows),
+        "ms": f"{line.seconds * 1e3:.2f}",
+        "quartiles": f"{line.low * 1e3:.2f} to {line.high * 1e3:.2f}",
+        "training thread, us": f"{line.training_seconds * 1e6:.0f}",
+        "model, ms": f"{models[2].seconds(line.ranks, line.rows) * 1e3:.2f}",
+        "with messages of so many ranks": f"{here * 1e3:.2f}",
+        "measured / that": f"{line.seconds / here:.2f}",
+    }
+
+
+def model_prediction(model: CostModel, ranks: int, rows: int) -> dict[str, str]:
+    """A row of the table: what no machine here can measure."""
+    size = messages(ranks) * sum(sizes_of(rows))
+    return {
+        "ranks": str(ranks),
+        "rows": str(rows),
+        "rows x ranks": f"{rows * ranks:,}",
+        "messages in turn": str(messages(ranks) * len(sizes_of(rows))),
+        "bytes each rank sends": f"{size:,}",
+        "ms": f"{model.seconds(ranks, rows) * 1e3:.2f}",
+    }
+
+
+def table_of(title: str, lines: Sequence[Mapping[str, str]]) -> Table:
+    """The lines, with their names above them."""
+    table = Table(*lines[0], title=title)
+    for line in lines:
+        table.add_row(*line.values())
+    return table
 
 
 def main(
@@ -206,32 +258,15 @@ def main(
             multiprocessing.spawn(work, arguments, nprocs=ranks)
             results[ranks] = torch.load(Path(folder, f"{ranks}.pt"), weights_only=False)
     lines = [Joining(**line) for ranks in WORLDS for line in results[ranks]["joining"]]
-    model = fitted([line for line in lines if line.ranks == 1], results[2]["messages"])
-    table = Table("processes", "rows", "ms", "quartiles", "training thread, us", "model, ms")
-    for line in lines:
-        table.add_row(
-            *(str(line.ranks), str(line.rows), f"{line.seconds * 1e3:.2f}"),
-            f"{line.low * 1e3:.2f} to {line.high * 1e3:.2f}",
-            f"{line.training_seconds * 1e6:.0f}",
-            f"{model.seconds(line.ranks, line.rows, tree=False) * 1e3:.2f}",
-        )
-    predicted = {
-        f"{ranks} ranks, {rows} rows": {
-            "ring_ms": model.seconds(ranks, rows, tree=False) * 1e3,
-            "tree_ms": model.seconds(ranks, rows, tree=True) * 1e3,
-            "bytes": sum(sizes_of(rows)),
-        }
-        for ranks in MANY
-        for rows in ROWS
+    alone = [line for line in lines if line.ranks == 1]
+    models = {
+        ranks: CostModel.fitted(alone, ranks, results[ranks]["reductions"]) for ranks in WORLDS[1:]
     }
-    console = Console(width=100)
-    console.print(table)
-    more = Table(
-        "ranks and rows", "ring, ms", "tree, ms", "bytes of a rank", title="as the model says"
-    )
-    for name, cost in predicted.items():
-        more.add_row(name, f"{cost['ring_ms']:.1f}", f"{cost['tree_ms']:.1f}", f"{cost['bytes']:,}")
-    console.print(more)
+    checked = [model_check(line, models) for line in lines]
+    predicted = [model_prediction(models[2], ranks, rows) for ranks in MANY for rows in ROWS]
+    console = Console(width=110)
+    console.print(table_of("joining a step", checked))
+    console.print(table_of("as the model of 2 ranks says", predicted))
     for name, timing in results[2]["training"].items():
         low, high = timing["interval"]
         console.print(
@@ -242,9 +277,10 @@ def main(
             "rounds": rounds,
             "environment": environment(),
             "lines": [asdict(line) for line in lines],
-            "messages": {ranks: results[ranks]["messages"] for ranks in WORLDS},
+            "reductions": {ranks: results[ranks]["reductions"] for ranks in WORLDS},
             "training": results[2]["training"],
-            "model": asdict(model),
+            "models": {ranks: asdict(model) for ranks, model in models.items()},
+            "checked": checked,
             "predicted": predicted,
         }
         save_report("distributed", "cpu", report)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tmm
+from tmm.runtime.process_group import ProcessGroup
 
 Metrics = dict[int, dict[str, Any]]
 Training = Callable[[], Metrics]
@@ -201,10 +202,12 @@ def skipping() -> Metrics:
 
 
 def counted() -> Metrics:
-    """How many collectives tmm makes in each step."""
+    """How many collectives tmm makes in each step, and of which calls of torch."""
     calls: Counter[tuple[int, str]] = Counter()
-    for name in ("all_reduce", "all_gather_object", "gather", "barrier"):
-        original = getattr(dist, name)
+    of_torch = ("all_reduce", "all_gather_object", "gather", "barrier", "isend", "send")
+    named = [(dist, name) for name in of_torch]
+    for place, name in [*named, (ProcessGroup, "maximum"), (ProcessGroup, "total")]:
+        original = getattr(place, name)
 
         def counting(
             *args: Any, _name: str = name, _original: Any = original, **keywords: Any
@@ -212,7 +215,7 @@ def counted() -> Metrics:
             calls[current, _name] += 1
             return _original(*args, **keywords)
 
-        setattr(dist, name, counting)
+        setattr(place, name, counting)
     net = model()
     current = -1
     called = tmm.instrument(torch.compile(net, backend=BACKEND), spec(quantiles()))

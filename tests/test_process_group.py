@@ -1,0 +1,59 @@
+"""Reductions over ranks, of any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from tmm.runtime.process_group import ProcessGroup
+
+SIZES = (0, 1, 1000, 40_000)
+
+
+def values_of(rank: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Numbers of all magnitudes, some of them infinite."""
+    random = np.random.default_rng((rank, size))
+    values = random.normal(size=size) * 10.0 ** random.uniform(-300, 300, size)
+    values[random.random(size) < 0.01] = -np.inf
+    return values
+
+
+def reduce(rank: int, ranks: int, folder: str) -> None:
+    """What one process does: it keeps its results."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks
+    )
+    group = ProcessGroup()
+    found = {}
+    for size in SIZES:
+        own = values_of(rank, size)
+        found[f"maximum {size}"] = group.maximum(own)
+        found[f"total {size}"] = group.total(own)
+        np.testing.assert_array_equal(own, values_of(rank, size))
+    np.savez(Path(folder, f"{ranks}-{rank}.npz"), **found)
+    dist.barrier()
+    group.close()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "ranks", [2, 3, 4, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 6, 8))]
+)
+def test_reductions_over_ranks(tmp_path: Path, ranks: int) -> None:
+    multiprocessing.spawn(reduce, (ranks, str(tmp_path)), nprocs=ranks)
+    found = [np.load(tmp_path / f"{ranks}-{rank}.npz") for rank in range(ranks)]
+    for size in SIZES:
+        values = np.stack([values_of(rank, size) for rank in range(ranks)])
+        np.testing.assert_array_equal(found[0][f"maximum {size}"], values.max(axis=0))
+        expected, sizes = values.sum(axis=0), np.abs(values).sum(axis=0)
+        total, finite = found[0][f"total {size}"], np.isfinite(expected)
+        difference = np.abs(total[finite] - expected[finite])
+        assert (difference <= 1e-15 * ranks * sizes[finite]).all()
+        np.testing.assert_array_equal(total[~finite], expected[~finite])
+        for other in found[1:]:
+            for name in (f"maximum {size}", f"total {size}"):
+                assert other[name].tobytes() == found[0][name].tobytes()
