@@ -70,8 +70,10 @@ class ProcessGroup:
             dist.destroy_process_group(self._group)
 
     def _reduced(self, values: FloatArray, combine: Callable[..., torch.Tensor]) -> FloatArray:
-        """Recursive doubling: log2 of the ranks messages one after the other, where gloo's own
-        all-reduce, a ring, takes twice as many as there are ranks. All ranks get the same bits.
+        """By recursive doubling; all ranks get the same bits.
+
+        That is log2 of the ranks messages one after the other, where gloo's own all-reduce, a ring,
+        takes twice as many as there are ranks.
         """
         own = torch.from_numpy(np.array(values, dtype=np.float64))
         theirs = torch.empty_like(own)
