@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import KnownMetric, Reduction
-from tmm.pairs import columns_of_difference, further_terms, reduce_pair
+from tmm.pairs import columns_of_difference, product, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly, reduce_pair_eagerly
 
@@ -19,16 +19,32 @@ Select = Callable[[str, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a tensor of that name and dtype."""
 
 
+Group = tuple[torch.device, Reduction, KnownMetric | None]
+"""What tensors have in common that are measured in one go."""
+
 Recognize = Callable[[Reduction, torch.Tensor], KnownMetric | None]
 """The metric that the function of a reduction computes of a tensor, if it is known."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Rows on their way to a collector, and how they are named."""
+    """Rows on their way to a collector, and how they are named.
+
+    ``names`` of the tensors and ``columns`` are given of rows that are partial sums of each.
+    """
 
     binding: Binding
     outputs: tuple[torch.Tensor, ...]
+    names: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def squares(self) -> dict[str, torch.Tensor]:
+        """The sum of the squares of each tensor by name, as far as the rows hold it."""
+        if "sum_squares" not in self.columns:
+            return {}
+        rows = self.outputs[0].view(-1, len(self.columns))
+        of_each = rows[:, self.columns.index("sum_squares")].unbind()
+        return dict(zip(self.names, of_each, strict=True))
 
 
 class NamedStatistics:
@@ -40,26 +56,29 @@ class NamedStatistics:
         self._bindings: dict[
             tuple[str, Reduction, KnownMetric | None, tuple[str, ...]], Binding
         ] = {}
+        self._groups: dict[Hashable, dict[Group, list[str]]] = {}
 
     def measure(
         self,
         family: str,
         tensors: Mapping[str, torch.Tensor],
         select: Select,
+        chosen: Hashable,
         *,
         reference: Mapping[str, torch.Tensor] | None = None,
     ) -> list[Measured]:
         """Rows of the tensors, in as few kernel launches as can be; waits for no accelerator.
 
-        With ``reference`` rows are those of the pairs (see ``tmm.pairs``).
+        ``chosen`` is what ``select`` depends on, besides names and dtypes. With ``reference`` rows
+        are those of the pairs (see ``tmm.pairs``).
         """
-        groups: dict[tuple[torch.device, Reduction, KnownMetric | None], list[str]] = {}
-        for name, tensor in tensors.items():
-            for reduction in select(name, tensor.dtype):
-                known = None
-                if reduction.function is not None and reference is None:
-                    known = self._known(reduction, tensor)
-                groups.setdefault((tensor.device, reduction, known), []).append(name)
+        signature = [(name, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
+        key = (family, chosen, reference is None, *signature)
+        groups = self._groups.get(key)
+        if groups is None:
+            groups = self._grouped(tensors, select, recognizes=reference is None)
+            if all(reduction.function is None for _, reduction, _ in groups):
+                self._groups[key] = groups  # a function may be known of some shapes only
         measured = []
         for (_, reduction, known), names in groups.items():
             values = [_dense(tensors[name]) for name in names]
@@ -72,13 +91,27 @@ class NamedStatistics:
                         row = reduce_pair_eagerly(values[index], others[index], reduction)
                     measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
                 continue
+            binding = self._bind(family, reduction, tuple(names), known)
             if others is not None:
                 rows = _rows_of_pairs(values, others, reduction)
+                measured.append(Measured(binding, (rows.reshape(-1),)))
             else:
-                rows = summarize_group(values, (known or reduction).columns)
-            binding = self._bind(family, reduction, tuple(names), known)
-            measured.append(Measured(binding, (rows.reshape(-1),)))
+                columns = (known or reduction).columns
+                rows = summarize_group(values, columns)
+                measured.append(Measured(binding, (rows.reshape(-1),), tuple(names), columns))
         return measured
+
+    def _grouped(
+        self, tensors: Mapping[str, torch.Tensor], select: Select, *, recognizes: bool
+    ) -> dict[Group, list[str]]:
+        groups: dict[Group, list[str]] = {}
+        for name, tensor in tensors.items():
+            for reduction in select(name, tensor.dtype):
+                known = None
+                if reduction.function is not None and recognizes:
+                    known = self._known(reduction, tensor)
+                groups.setdefault((tensor.device, reduction, known), []).append(name)
+        return groups
 
     def _bind(
         self,
@@ -111,10 +144,14 @@ def _rows_of_pairs(
         pairs = zip(own, reference, strict=True)
         return torch.stack([reduce_pair(a, b, reduction) for a, b in pairs])
     parts = [summarize_group(own, columns_of_difference(reduction), reference)]
-    pairs = zip(own, reference, strict=True)
-    for term in zip(*(further_terms(a, b, reduction) for a, b in pairs), strict=True):
-        tensors, columns = zip(*term, strict=True)
-        parts.append(summarize_group(tensors, columns[0]))
+    # In the order of PAIR_COLUMNS.
+    if "reference_sum_squares" in reduction.columns:
+        parts.append(summarize_group(reference, ("sum_squares",)))
+    if "own_sum_squares" in reduction.columns:
+        parts.append(summarize_group(own, ("sum_squares",)))
+    if "dot" in reduction.columns:
+        products = [product(a, b) for a, b in zip(own, reference, strict=True)]
+        parts.append(summarize_group(products, ("sum",)))
     return torch.cat(parts, 1)
 
 
@@ -124,6 +161,8 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+        return tensor  # as most are
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()  # the rows of all parts are joined

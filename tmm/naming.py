@@ -49,7 +49,10 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
         inner = wrapped_module(current)
         if inner is None:
             names[current] = name
-        for child_name, child in current.named_children():
+        # Not `named_children` and `named_parameters`, whose sets and generators take twice as long.
+        for child_name, child in current._modules.items():
+            if child is None:
+                continue
             if child is inner:
                 visit(child, name)
             else:
@@ -71,9 +74,10 @@ def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[s
     """
     names: dict[torch.nn.Parameter, tuple[str, str]] = {}
     for owner, prefix in relative_names(module).items():
-        for name, parameter in owner.named_parameters(recurse=False):
-            dotted = f"{prefix}.{name}" if prefix else name
-            names.setdefault(parameter, (dotted, display_name(prefix)))
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                dotted = f"{prefix}.{name}" if prefix else name
+                names.setdefault(parameter, (dotted, display_name(prefix)))
     return names
 
 

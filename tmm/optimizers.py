@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from tmm.metrics import Reduction
 from tmm.parameters import ParameterMonitor, Tensors
 from tmm.runtime.collector import StepCollector, copy_to_host
+from tmm.runtime.copies import copies_of
 
 OpenCollector = Callable[[], StepCollector | None]
 """The collector of the monitored step that is open now."""
@@ -140,6 +141,7 @@ class WatchedOptimizer:
             scaler.optimizers.append(optimizer)
         self._parameters = parameters
         self._collector = collector
+        self._now: Tensors = {}
         self._before: Tensors = {}
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
@@ -153,47 +155,55 @@ class WatchedOptimizer:
 
     def gradients(self) -> Tensors:
         """Gradients by name, without the factor of a scaler."""
+        return self._gradients_of(self._own_parameters())
+
+    def _gradients_of(self, own: Mapping[torch.nn.Parameter, str]) -> Tensors:
         inverse = None if self.scaler is None else self.scaler.inverse_scale(self.optimizer)
         return {
             name: _unscaled(parameter.grad.detach(), inverse)
-            for parameter, name in self._own_parameters().items()
+            for parameter, name in own.items()
             if parameter.grad is not None
         }
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
-        self._before = {}
+        self._now, self._before = {}, {}
         if collector is None:
             return
+        own = self._own_parameters()
         if self._parameters.wants("update"):
-            self._before = {
-                name: parameter.detach().clone()
-                for parameter, name in self._own_parameters().items()
-                if self._parameters.plan.metrics(name, "update")
+            self._now = {
+                name: parameter  # whose memory a step may replace
+                for parameter, name in own.items()
+                if self._parameters.plan.select(name, parameter.dtype, "update")
                 and (parameter.grad is not None or _has_closure(args, kwargs))
+                and self._parameters.ranks.owns(parameter)
             }
+            self._before = copies_of(self._now)
         if not _has_closure(args, kwargs):
-            self._add_gradients(collector)
+            self._add_gradients(collector, own)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        collector, before = self._collector(), self._before
-        self._before = {}
+        collector, now, before = self._collector(), self._now, self._before
+        self._now, self._before = {}, {}
         if collector is None:
             return
-        if _has_closure(args, kwargs):
-            self._add_gradients(collector)  # those of its last evaluation: there were none before
+        if _has_closure(args, kwargs):  # those of its last evaluation: there were none before
+            self._add_gradients(collector, self._own_parameters())
         if before:
-            self._parameters.add_update(collector, before, self._skipped())
+            self._parameters.add_update(collector, now, before, self._skipped())
         if self._parameters.wants("optimizer_state"):
             self._add_state(collector)
 
-    def _add_gradients(self, collector: StepCollector) -> None:
+    def _add_gradients(
+        self, collector: StepCollector, own: Mapping[torch.nn.Parameter, str]
+    ) -> None:
         if collector.has_gradients:
             return  # somebody measured them in this step by an explicit call
         collector.has_watched_gradients = True
-        self._parameters.add_gradients(collector, self.gradients(), unless=self._skipped())
+        self._parameters.add_gradients(collector, self._gradients_of(own), unless=self._skipped())
 
     def _add_state(self, collector: StepCollector) -> None:
         names, plan = self._own_parameters(), self._parameters.plan
@@ -219,7 +229,7 @@ class WatchedOptimizer:
                 "optimizer_state",
                 by_name,
                 unless=self._skipped(),
-                choose=partial(_computes_only, metric),
+                choose=_Computes(metric),
             )
 
     def _own_parameters(self) -> dict[torch.nn.Parameter, str]:
@@ -249,8 +259,14 @@ def _first_gradient(optimizer: Optimizer) -> torch.Tensor | None:
     return next((p.grad for p in parameters if p.grad is not None), None)
 
 
-def _computes_only(metric: str, reduction: Reduction) -> bool:
-    return reduction.metrics == (metric,)
+@dataclass(frozen=True)
+class _Computes:
+    """Chooses the reductions of one metric."""
+
+    metric: str
+
+    def __call__(self, reduction: Reduction) -> bool:
+        return reduction.metrics == (self.metric,)
 
 
 def _state_value(

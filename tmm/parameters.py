@@ -14,10 +14,12 @@ from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
-from tmm.runtime.parameters import NamedStatistics, sum_of_squares
+from tmm.runtime.parameters import Measured, NamedStatistics, sum_of_squares
 from tmm.spec import Plan
 
 Tensors = dict[str, torch.Tensor]
+Choice = Callable[[Reduction], bool]
+"""Which reductions are meant; hashable, and equal to those that choose the same."""
 
 _SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
 _DIFFERENCES_AT_ONCE = 1 << 24  # elements: few enough launches, and 64 MiB in float32
@@ -47,6 +49,7 @@ class ParameterMonitor:
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
         self._squares: dict[str, list[torch.Tensor]] = {}
+        self._blocks: dict[str, str] = {}
 
     def wants(self, family: str) -> bool:
         """Whether the spec has a rule of that family."""
@@ -90,21 +93,33 @@ class ParameterMonitor:
             return
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         suffix = "_before_clip" if before_clip else ""
-        self.add(collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless)
-        owned = {name: tensor for name, tensor in gradients.items() if self.ranks.owns(tensor)}
-        for name, square in self._squares_of(owned).items():
+        measured = self.add(
+            collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless
+        )
+        squares = {name: square for rows in measured for name, square in rows.squares().items()}
+        others = {
+            name: tensor
+            for name, tensor in gradients.items()
+            if name not in squares and self.ranks.owns(tensor)
+        }
+        for name, square in [*squares.items(), *self._squares_of(others).items()]:
             if unless is not None:
                 square = torch.where(unless > 0, torch.zeros_like(square), square)
             total = f"step/gradient_norm{suffix}"
-            for key in (total, f"{total}/{block_of(self.module, name)}"):
+            if name not in self._blocks:
+                self._blocks[name] = block_of(self.module, name)
+            for key in (total, f"{total}/{self._blocks[name]}"):
                 self._squares.setdefault(key, []).append(square)
 
     def add_update(
-        self, collector: StepCollector, before: Tensors, unless: torch.Tensor | None
+        self,
+        collector: StepCollector,
+        parameters: Tensors,
+        before: Tensors,
+        unless: torch.Tensor | None,
     ) -> None:
         """Measure what was added to parameters since ``before``, which is used up."""
-        before = {name: tensor for name, tensor in before.items() if self.ranks.owns(tensor)}
-        now = {name: p.detach() for p, name in self.names().items() if name in before}
+        now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, "update", unless=unless)
         measure(now, reference=before, choose=_reads_both)
         differences = {
@@ -112,7 +127,7 @@ class ParameterMonitor:
             for name in now
             if not all(map(_reads_both, self.plan.select(name, now[name].dtype, "update")))
         }
-        measure(differences, choose=lambda reduction: not _reads_both(reduction))
+        measure(differences, choose=_needs_difference)
 
     def add(
         self,
@@ -123,8 +138,8 @@ class ParameterMonitor:
         rules: str | None = None,
         reference: Tensors | None = None,
         unless: torch.Tensor | None = None,
-        choose: Callable[[Reduction], bool] | None = None,
-    ) -> None:
+        choose: Choice | None = None,
+    ) -> list[Measured]:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
         With ``reference`` they are compared with the tensors there. Tensors that another rank
@@ -141,8 +156,12 @@ class ParameterMonitor:
                 selected = tuple(r for r in selected if r.function is None)
             return tuple(r for r in selected if choose is None or choose(r))
 
-        for rows in self._statistics.measure(family, tensors, select, reference=reference):
+        sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
+        chosen = (rules, choose, sharded)
+        measured = self._statistics.measure(family, tensors, select, chosen, reference=reference)
+        for rows in measured:
             collector.add(rows.binding, rows.outputs, unless=unless)
+        return measured
 
     def end_step(self, collector: StepCollector | None) -> None:
         """Record the norms of the step; without a collector, forget them."""
@@ -166,6 +185,10 @@ class ParameterMonitor:
 def _reads_both(reduction: Reduction) -> bool:
     """Whether it can be taken of two tensors at once, without their difference."""
     return reduction.function is None and not reduction.is_histogram
+
+
+def _needs_difference(reduction: Reduction) -> bool:
+    return not _reads_both(reduction)
 
 
 def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:

@@ -35,7 +35,9 @@ def can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as ``flatten`` gives them, their elements in one order."""
+    """Both with their elements densely in memory, in one order."""
+    if own.is_contiguous() and other.is_contiguous():
+        return own, other
     if own.stride() != other.stride():
         own, other = own.contiguous(), other.contiguous()
     return flatten(own), flatten(other)
@@ -43,12 +45,16 @@ def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
     """All elements in one dimension, without a copy where they lie densely in any order."""
-    if x.is_contiguous():
-        return x.view(-1)
+    return x.as_strided((x.numel(),), (1,)) if is_dense(x) else x.contiguous().view(-1)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill a piece of memory, each one place of it."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return x.contiguous().view(-1)
-            expected *= size
-    return x.as_strided((x.numel(),), (1,))
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

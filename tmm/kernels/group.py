@@ -55,7 +55,7 @@ def summarize_group(
 
             needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
             return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
-        flat = [flatten(real(tensor.detach())) for tensor in tensors]
+        flat = [_readable(tensor) for tensor in tensors]
         if device.type == "cpu":
             return _summarize_by_dtype(flat, columns)
         return torch.stack([summarize_with_torch(tensor, columns) for tensor in flat])
@@ -64,11 +64,18 @@ def summarize_group(
 def _summarize_differences(
     own: Sequence[torch.Tensor], others: Sequence[torch.Tensor], columns: tuple[str, ...]
 ) -> torch.Tensor:
-    pairs = [(a.detach(), b.detach()) for a, b in zip(own, others, strict=True)]
+    pairs = list(zip(own, others, strict=True))
     if not all(can_be_read_together(a, b) for a, b in pairs):
         return summarize_group([difference(a, b) for a, b in pairs], columns)
     flat = [flatten_pair(a, b) for a, b in pairs]
     return _summarize_by_dtype([a for a, _ in flat], columns, [b for _, b in flat])
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """One that lies densely and is real, in any shape."""
+    if tensor.is_contiguous() and tensor.is_floating_point():
+        return tensor  # as most are
+    return flatten(real(tensor.detach()))
 
 
 def _summarize_by_dtype(

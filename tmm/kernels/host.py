@@ -22,9 +22,9 @@ def summarize_on_host(
     """One row of partial sums per tensor.
 
     Args:
-        tensors: One-dimensional, contiguous and of one floating-point dtype, on the CPU.
-        subtracted: As many of the same dtype and sizes; rows are then of the differences, taken in
-            float32 at least.
+        tensors: On the CPU, dense in memory, and of one floating-point dtype.
+        subtracted: As many of the same dtype and sizes, their elements in the same order; rows are
+            then of the differences, taken in float32 at least.
         columns: Names from ``tmm.metrics.COLUMN_ORDER``.
 
     Returns:

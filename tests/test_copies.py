@@ -1,0 +1,47 @@
+"""Copies of many tensors at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tmm.runtime import copies
+from tmm.runtime.copies import copies_of
+
+TENSORS = {
+    "matrix": torch.randn(3, 5),
+    "scalar": torch.tensor(2.0),
+    "empty": torch.empty(0, 3),
+    "parameter": torch.nn.Parameter(torch.randn(7)),
+    "half": torch.randn(4).half(),
+    "bfloat16": torch.randn(4, 3).bfloat16(),
+    "double": torch.randn(65).double(),
+    "complex": torch.randn(3, dtype=torch.complex64),
+    "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "transposed": torch.randn(3, 4).t(),
+    "expanded": torch.randn(3, 1).expand(3, 4),
+    "with gaps": torch.randn(8)[::2],
+    "sparse": torch.eye(3).to_sparse(),
+    "integers": torch.arange(5),
+}
+
+
+@pytest.mark.parametrize("most", [1, 100, 1 << 26])
+def test_copies_are_equal_and_apart(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_MOST_BYTES", most)
+    found = copies_of(TENSORS)
+    assert found.keys() == TENSORS.keys()
+    assert copies_of({}) == {}
+    for name, tensor in TENSORS.items():
+        copy = found[name]
+        assert (copy.dtype, copy.shape, copy.layout) == (tensor.dtype, tensor.shape, tensor.layout)
+        assert not copy.requires_grad
+        assert torch.equal(copy.to_dense(), tensor.to_dense())
+        if name in ("channels_last", "transposed"):
+            assert copy.stride() == tensor.stride()
+    for name, copy in found.items():  # none lies where another one does
+        copy.zero_()
+        rest = {other: found[other] for other in list(found)[list(found).index(name) + 1 :]}
+        for other, later in rest.items():
+            assert torch.equal(later.to_dense(), TENSORS[other].to_dense())
+        assert name == "scalar" or torch.equal(TENSORS["scalar"], torch.tensor(2.0))
