@@ -1,10 +1,9 @@
-"""Copies of many tensors in few allocations, since a CPU faults in their pages."""
+"""Copies of many tensors in few allocations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
 from tmm.kernels.dense import is_dense
@@ -13,39 +12,55 @@ _MOST_BYTES = 1 << 26  # of an allocation for several: a whole model may not fit
 _ALIGNMENT = 64  # elements
 
 
-def copies_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of each tensor, with its strides where it lies densely in memory."""
-    copies: dict[str, torch.Tensor] = {}
-    together: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach()
-        if type(plain) is torch.Tensor and plain.layout is torch.strided and is_dense(plain):
-            together.setdefault((plain.device, plain.dtype), {})[name] = plain
-        else:
-            copies[name] = plain.clone()
-    for alike in together.values():
-        for part in _parts(alike):
-            copies |= _copied(part)
-    return copies
+class Copies:
+    """Copies of tensors, whose memory on a CPU serves again until it is given up.
 
+    A CPU takes as long to fault in the pages of fresh memory as to copy; an accelerator's allocator
+    keeps memory by itself.
+    """
 
-def _copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    sizes = [-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
-    memory = _memory(next(iter(tensors.values())), sum(sizes))
-    views = [
-        piece.as_strided(tensor.shape, tensor.stride())
-        for tensor, piece in zip(tensors.values(), memory.split(sizes), strict=True)
-    ]
-    torch._foreach_copy_(views, list(tensors.values()))
-    return dict(zip(tensors, views, strict=True))
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.dtype, int], torch.Tensor] = {}
 
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A copy of each tensor, with its strides where it lies densely in memory.
 
-def _memory(like: torch.Tensor, size: int) -> torch.Tensor:
-    if like.device.type != "cpu":
-        return like.new_empty(size)
-    # NumPy asks for huge pages: a page is faulted in for 2 MiB instead of 4 KiB.
-    memory = np.empty(max(size, 1) * like.element_size(), np.uint8)
-    return torch.from_numpy(memory).view(like.dtype)[:size]
+        The copies last until the next call.
+        """
+        copies: dict[str, torch.Tensor] = {}
+        together: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            plain = tensor.detach()
+            if type(plain) is torch.Tensor and plain.layout is torch.strided and is_dense(plain):
+                together.setdefault((plain.device, plain.dtype), {})[name] = plain
+            else:
+                copies[name] = plain.clone()
+        for alike in together.values():
+            for index, part in enumerate(_parts(alike)):
+                copies |= self._copied(part, index)
+        return copies
+
+    def give_up(self) -> None:
+        """Keep no memory."""
+        self._kept.clear()
+
+    def _copied(self, tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        sizes = [-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]
+        memory = self._memory(next(iter(tensors.values())), index, sum(sizes))
+        views = [
+            piece.as_strided(tensor.shape, tensor.stride())
+            for tensor, piece in zip(tensors.values(), memory.split(sizes), strict=True)
+        ]
+        torch._foreach_copy_(views, list(tensors.values()))
+        return dict(zip(tensors, views, strict=True))
+
+    def _memory(self, like: torch.Tensor, index: int, size: int) -> torch.Tensor:
+        if like.device.type != "cpu":
+            return like.new_empty(size)
+        key = (like.dtype, index)
+        if key not in self._kept or self._kept[key].numel() < size:
+            self._kept[key] = like.new_empty(size)
+        return self._kept[key][:size]
 
 
 def _parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tmm.runtime import copies
-from tmm.runtime.copies import copies_of
+from tmm.runtime.copies import Copies
 
 TENSORS = {
     "matrix": torch.randn(3, 5),
@@ -29,9 +29,11 @@ TENSORS = {
 @pytest.mark.parametrize("most", [1, 100, 1 << 26])
 def test_copies_are_equal_and_apart(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_MOST_BYTES", most)
-    found = copies_of(TENSORS)
+    keeping = Copies()
+    assert keeping.of({}) == {}
+    keeping.of({"other": torch.zeros(1000), "half": torch.zeros(3).half()})
+    found = keeping.of(TENSORS)
     assert found.keys() == TENSORS.keys()
-    assert copies_of({}) == {}
     for name, tensor in TENSORS.items():
         copy = found[name]
         assert (copy.dtype, copy.shape, copy.layout) == (tensor.dtype, tensor.shape, tensor.layout)
@@ -45,3 +47,15 @@ def test_copies_are_equal_and_apart(most: int, monkeypatch: pytest.MonkeyPatch) 
         for other, later in rest.items():
             assert torch.equal(later.to_dense(), TENSORS[other].to_dense())
         assert name == "scalar" or torch.equal(TENSORS["scalar"], torch.tensor(2.0))
+
+
+def test_memory_serves_again_until_it_is_given_up() -> None:
+    copies = Copies()
+    first = copies.of({"a": torch.zeros(1000), "b": torch.zeros(10)})["a"].data_ptr()
+    assert copies.of({"a": torch.ones(900)})["a"].data_ptr() == first
+    kept = copies._kept
+    assert [memory.numel() for memory in kept.values()] == [1024 + 64]
+    assert copies.of({"a": torch.ones(2000)})["a"].tolist() == [1.0] * 2000
+    assert [memory.numel() for memory in kept.values()] == [2048]
+    copies.give_up()
+    assert not kept

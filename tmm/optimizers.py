@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tmm.metrics import Reduction
 from tmm.parameters import ParameterMonitor, Tensors
 from tmm.runtime.collector import StepCollector, copy_to_host
-from tmm.runtime.copies import copies_of
+from tmm.runtime.copies import Copies
 
 OpenCollector = Callable[[], StepCollector | None]
 """The collector of the monitored step that is open now."""
@@ -143,6 +143,7 @@ class WatchedOptimizer:
         self._collector = collector
         self._now: Tensors = {}
         self._before: Tensors = {}
+        self._copies = Copies()
         self._handles = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -170,6 +171,7 @@ class WatchedOptimizer:
         collector = self._collector()
         self._now, self._before = {}, {}
         if collector is None:
+            self._copies.give_up()
             return
         own = self._own_parameters()
         if self._parameters.wants("update"):
@@ -180,7 +182,7 @@ class WatchedOptimizer:
                 and (parameter.grad is not None or _has_closure(args, kwargs))
                 and self._parameters.ranks.owns(parameter)
             }
-            self._before = copies_of(self._now)
+            self._before = self._copies.of(self._now)
         if not _has_closure(args, kwargs):
             self._add_gradients(collector, own)
 
