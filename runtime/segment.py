@@ -4,9 +4,11 @@ A file holds these datasets and nothing else, because SWMR mode allows no new on
 
 ===================  ==================  ==========================================================
 ``steps``            rows                int64; the commit marker: a row counts once it is here
-``commits``          rows x 6            int64, see `COMMIT_FIELDS`; written before ``steps`` grows
-``values``           rows x keys         float64, `ABSENT` where a key was not measured
+``commits``          rows x 10           int64, see `COMMIT_FIELDS`; written before ``steps`` grows
+``values``           some rows x keys    float64, `ABSENT` where a key was not measured
 ``keys``             bytes               UTF-8 JSON, one line per column of ``values``
+``few_values``       some rows x keys    as ``values``, of keys that came in a small table
+``few_keys``         bytes               UTF-8 JSON, one line per column of ``few_values``
 ``histograms``       rows x keys x bins  float64, `ABSENT` where a key was not measured
 ``histogram_keys``   bytes               UTF-8 JSON, one line per column of ``histograms``
 ``histogram_edges``  edges               float64, only where the run has them
@@ -16,47 +18,52 @@ A file holds these datasets and nothing else, because SWMR mode allows no new on
 Its attributes are ``format`` and, where a run went back to an earlier step, ``replaces_from``: the
 steps from that one on in earlier segments no longer count.
 
-Text is kept as bytes because SWMR mode cannot grow variable-length strings. ``values`` and
-``histograms`` may end before the last row; the rows that they lack hold nothing.
+Text is kept as bytes because SWMR mode cannot grow variable-length strings. ``values``,
+``few_values`` and ``histograms`` have rows of those steps only that have values for them: a row of
+``commits`` says how many there were after it. ``few_values`` is apart since a loss that is logged
+in each step would fill a wide row each time.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import numpy.typing as npt
 
 from tmm.layout import StepRecord, Table
 from tmm.metrics import FloatArray
+from tmm.runtime.matrix import ABSENT, Matrices, Matrix, append_lines, stack
 
-FORMAT = 1
-ABSENT_BITS = np.uint64(0x7FF8616273656E74)  # a quiet NaN whose payload says "absent" in ASCII
-ABSENT = ABSENT_BITS.view(np.float64)
+FORMAT = 2
 COMMIT_FIELDS = (
     "step",
     "measured",
     "file_bytes",
     "key_bytes",
+    "few_key_bytes",
     "histogram_key_bytes",
     "event_bytes",
+    "rows",
+    "few_rows",
+    "histogram_rows",
 )
+MATRICES = {"values": "keys", "few_values": "few_keys", "histograms": "histogram_keys"}
+"""Datasets of values, and those that name their columns."""
 
 _CHUNK_ROWS = 32
 _CHUNK_VALUES = 8192  # 64 KiB: larger chunks waste space in short runs, smaller ones cost writes
 _CHUNK_BYTES = 8192  # of the datasets that hold text
-_KNOWN_LAYOUTS = 64
+_FEW = 16  # keys of a table that is small
+_FEW_CHUNK = (64, 8)
 _FILE_FORMAT = ("v110", "v110")  # the first with SWMR, so that every later HDF5 reads it
 _NAME = re.compile(r"metrics-(\d{3,})\.h5")
 
@@ -65,13 +72,6 @@ def segment_paths(folder: Path) -> list[Path]:
     """Return the segments in ``folder``, oldest first; files still being created are left out."""
     numbered = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
     return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
-
-
-def is_measured(values: FloatArray) -> npt.NDArray[np.bool_]:
-    """Tell which of ``values``, shape (n,) or (n, bins), were measured, as shape (n,)."""
-    measured = values.view(np.uint64) != ABSENT_BITS
-    whole: npt.NDArray[np.bool_] = measured.all(axis=tuple(range(1, values.ndim)))
-    return whole
 
 
 class SegmentWriter:
@@ -117,9 +117,12 @@ class SegmentWriter:
                 temporary.unlink()
             raise _storage_error(f"cannot create {self.path}", error) from error
         self._steps, self._commits = self._file["steps"], self._file["commits"]
-        self._scalars = _Matrix(self._file["values"], self._file["keys"])
-        self._histograms = _Matrix(self._file["histograms"], self._file["histogram_keys"])
-        self._events = self._file["events"]
+        self._matrices = [
+            Matrix(self._file[values], self._file[keys]) for values, keys in MATRICES.items()
+        ]
+        wide, few, histograms = self._matrices
+        self._scalars, self._histograms = Matrices(wide, few, _FEW), Matrices(histograms)
+        self._texts = [*(matrix.keys for matrix in self._matrices), self._file["events"]]
 
     def write(self, record: StepRecord) -> None:
         """Append ``record`` and flush it; from then on it outlives this process.
@@ -132,8 +135,8 @@ class SegmentWriter:
             raise OSError(errno.EBADF, f"cannot write step {record.step}: {self.path} is closed")
         if not -(2**63) <= record.step < 2**63:
             raise ValueError(f"step {record.step} does not fit in 64 bits")
-        scalars, histograms = _stack(record.scalars, 1), _stack(record.histograms, 2)
-        bins = self._histograms.values.shape[2]
+        scalars, histograms = stack(record.scalars, 1), stack(record.histograms, 2)
+        bins = self._matrices[-1].values.shape[2]
         if len(histograms) and bins not in (0, histograms.shape[1]):
             raise ValueError(f"histograms of {histograms.shape[1]} bins in a segment of {bins}")
         self._check_keys(record)
@@ -155,24 +158,24 @@ class SegmentWriter:
             for key in _keys(tables):
                 if key in seen:
                     raise ValueError(f"step {record.step} holds the key {key!r} twice")
-                if key in other.columns:
+                if key in other:
                     raise ValueError(f"{key!r} was a number and is now a histogram, or vice versa")
                 seen.add(key)
 
     def _append(self, record: StepRecord, scalars: FloatArray, histograms: FloatArray) -> None:
         row = len(self._steps)
-        self._scalars.write(row, record.scalars, scalars)
-        self._histograms.write(row, record.histograms, histograms)
-        _append_lines(self._events, map(vars, record.events))
+        self._scalars.append(record.scalars, scalars)
+        self._histograms.append(record.histograms, histograms)
+        append_lines(self._texts[-1], map(vars, record.events))
         self._file.flush()  # first, so that no reader sees a commit of something not yet there
         measured = bool(record.scalars or record.histograms)
-        texts = (self._scalars.keys, self._histograms.keys, self._events)
         self._commits.resize(row + 1, axis=0)
         self._commits[row] = (
             record.step,
             measured,
             self._file.id.get_filesize(),
-            *(len(text) for text in texts),
+            *map(len, self._texts),
+            *(matrix.rows for matrix in self._matrices),
         )
         self._file.flush()
         self._steps.resize(row + 1, axis=0)
@@ -210,45 +213,6 @@ class SegmentWriter:
             self._file.close()
 
 
-class _Matrix:
-    """Steps x keys (x bins): the values and, as text, what their columns mean."""
-
-    def __init__(self, values: Any, keys: Any) -> None:
-        self.values, self.keys = values, keys
-        self.columns: dict[str, int] = {}
-        self._layouts: dict[tuple[int, ...], tuple[Any, npt.NDArray[np.intp]]] = {}
-
-    def knows(self, tables: tuple[Table, ...]) -> bool:
-        return not tables or tuple(id(table.infos) for table in tables) in self._layouts
-
-    def write(self, row: int, tables: tuple[Table, ...], values: FloatArray) -> None:
-        columns = self._columns_of(tables)
-        if not len(columns):
-            return
-        # Chunks of which nothing was measured are not written: they cost nothing.
-        width = self.values.chunks[1]
-        start = int(columns.min()) // width * width
-        stop = min(len(self.columns), -(-(int(columns.max()) + 1) // width) * width)
-        block = np.full((stop - start, *values.shape[1:]), ABSENT)
-        block[columns - start] = values
-        self.values.resize((row + 1, len(self.columns), *block.shape[1:]))
-        self.values[row, start:stop] = block
-
-    def _columns_of(self, tables: tuple[Table, ...]) -> npt.NDArray[np.intp]:
-        infos = tuple(table.infos for table in tables)
-        layout = tuple(map(id, infos))
-        if layout not in self._layouts:
-            new = [info for info in chain(*infos) if info.key not in self.columns]
-            _append_lines(self.keys, map(vars, new))
-            for info in new:
-                self.columns[info.key] = len(self.columns)
-            if len(self._layouts) == _KNOWN_LAYOUTS:
-                self._layouts.clear()
-            columns = np.array([self.columns[info.key] for info in chain(*infos)], dtype=np.intp)
-            self._layouts[layout] = infos, columns  # the infos too, so that the ids stay theirs
-        return self._layouts[layout][1]
-
-
 def _claim(folder: Path) -> tuple[Path, Path]:
     """Return a new empty file under a temporary name, and the final name that it alone may take."""
     taken = [path.stem.partition("-")[2] for path in segment_paths(folder)]
@@ -283,8 +247,9 @@ def _create_datasets(file: Any, keys: int, bins: int, edges: FloatArray | None) 
     create("steps", "<i8", (512,))
     create("commits", "<i8", (128, len(COMMIT_FIELDS)), (len(COMMIT_FIELDS),))
     create("values", "<f8", (_CHUNK_ROWS, width))
+    create("few_values", "<f8", _FEW_CHUNK)
     create("histograms", "<f8", (_CHUNK_ROWS, histograms, bins))
-    for name in ("keys", "histogram_keys", "events"):
+    for name in (*MATRICES.values(), "events"):
         create(name, "u1", (_CHUNK_BYTES,))
     if edges is not None:
         file["histogram_edges"] = np.asarray(edges, dtype="<f8")
@@ -293,33 +258,8 @@ def _create_datasets(file: Any, keys: int, bins: int, edges: FloatArray | None) 
     file.attrs["format"] = FORMAT
 
 
-def _stack(tables: tuple[Table, ...], dimensions: int) -> FloatArray:
-    """Join the values of ``tables`` to one array, with one bit pattern for NaN."""
-    if not tables:
-        return np.empty((0,) * dimensions)
-    for table in tables:
-        if table.values.ndim != dimensions or len(table.values) != len(table.infos):
-            found, keys = table.values.shape, len(table.infos)
-            raise ValueError(f"values of shape {found} for {keys} keys in {dimensions} dimensions")
-    values = np.concatenate([table.values for table in tables], dtype=np.float64)
-    if 0 in values.shape[1:]:
-        raise ValueError("histograms without bins")
-    values[np.isnan(values)] = np.nan
-    return values
-
-
 def _keys(tables: tuple[Table, ...]) -> Iterator[str]:
     return (info.key for table in tables for info in table.infos)
-
-
-def _append_lines(dataset: Any, lines: Iterable[dict[str, Any]]) -> None:
-    # A key may be any str. JSON escapes would join two lone surrogates to one character.
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
-    if len(data):
-        length = len(dataset)
-        dataset.resize(length + len(data), axis=0)
-        dataset[length:] = data
 
 
 def _inode(descriptor: int) -> tuple[int, int]:

@@ -23,7 +23,8 @@ import numpy as np
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
 from tmm.runtime.file_view import FileView
-from tmm.runtime.segment import ABSENT, COMMIT_FIELDS, FORMAT, is_measured
+from tmm.runtime.matrix import ABSENT, is_measured
+from tmm.runtime.segment import COMMIT_FIELDS, FORMAT, MATRICES
 
 _CACHE_BYTES = 32 << 20  # the chunks of one series of 16,000 rows, so that its neighbours come free
 _CACHE_SLOTS = 10_007  # many times the number of chunks in the cache, and a prime
@@ -48,8 +49,10 @@ class SegmentReader:
         self.infos: dict[str, KeyInfo] = {}
         self.histogram_infos: dict[str, KeyInfo] = {}
         self.events: list[Event] = []
-        self._columns: dict[str, int] = {}
-        self._texts = {"keys": 0, "histogram_keys": 0, "events": 0}  # bytes read so far
+        self._places: dict[str, tuple[str, int]] = {}  # of a key: its dataset and column
+        self._widths = dict.fromkeys(MATRICES, 0)  # columns of the datasets
+        self._rows = {name: np.empty(0, dtype=np.intp) for name in MATRICES}  # which step each is
+        self._texts = dict.fromkeys((*MATRICES.values(), "events"), 0)  # bytes read so far
         self._file: Any = None
         self._datasets: dict[str, Any] = {}
         self._seen: tuple[int, int] | None = None
@@ -88,14 +91,20 @@ class SegmentReader:
         size = os.stat(self.path).st_size
         if not 0 < last["file_bytes"] <= size:
             raise ValueError(f"it was cut off at {size} bytes")
-        ends = dict(zip(self._texts, commits[-1, -3:].tolist(), strict=True))
-        keys, histogram_keys, events = (
+        ends = dict(zip(self._texts, commits[-1, 3:-3].tolist(), strict=True))
+        *keys, events = (
             _lines(file[name][start : ends[name]]) for name, start in self._texts.items()
         )
-        for fields, infos in ((keys, self.infos), (histogram_keys, self.histogram_infos)):
-            for info in fields:
-                self._columns[info["key"]] = len(infos)
+        for name, lines in zip(MATRICES, keys, strict=True):
+            infos = self.histogram_infos if name == "histograms" else self.infos
+            for info in lines:
+                self._places[info["key"]] = name, self._widths[name]
+                self._widths[name] += 1
                 infos[info["key"]] = KeyInfo(**info)
+        for name, counts in zip(MATRICES, commits[:, -3:].T, strict=True):
+            known = self._rows[name]
+            new = np.flatnonzero(np.diff(counts, prepend=len(known))) + len(self.steps)
+            self._rows[name] = np.concatenate([known, new])
         self.events.extend(Event(**event) for event in events)
         self.steps = np.concatenate([self.steps, commits[:, 0]])
         self.measured = np.concatenate([self.measured, commits[:, 1] != 0])
@@ -103,13 +112,12 @@ class SegmentReader:
 
     def series(self, key: str) -> FloatArray:
         """Return shape (rows,), or (rows, bins) for a histogram; `ABSENT` where not measured."""
-        name = "values" if key in self.infos else "histograms"
+        name, column = self._places[key]
 
         def read() -> FloatArray:
-            dataset = self._dataset(name)
-            rows = min(len(self.steps), len(dataset))
+            dataset, rows = self._dataset(name), self._rows[name]
             result = np.full((len(self.steps), *dataset.shape[2:]), ABSENT)
-            result[:rows] = dataset[:rows, self._columns[key]]
+            result[rows] = dataset[: len(rows), column]
             return result
 
         return self._attempt(read)
@@ -119,33 +127,42 @@ class SegmentReader:
 
         Each chunk of the file is read once. Keys that the segment lacks are not measured.
         """
-        places = np.array([n for n, key in enumerate(keys) if key in self.infos], dtype=np.intp)
-        columns = np.array([self._columns[keys[place]] for place in places], dtype=np.intp)
 
         def read() -> FloatArray:
-            dataset = self._dataset("values")
-            rows, width = min(len(self.steps), len(dataset)), dataset.chunks[1]
             result = np.full((len(keys), len(self.steps)), ABSENT)
-            for start in np.unique(columns // width) * width:
-                here = (columns >= start) & (columns < start + width)
-                block = dataset[:rows, start : start + width]
-                result[places[here], :rows] = block[:, columns[here] - start].T
+            for name in MATRICES:
+                own = [n for n, key in enumerate(keys) if self._dataset_of(key) == name]
+                places = np.array(own, dtype=np.intp)
+                columns = np.array([self._places[keys[n]][1] for n in own], dtype=np.intp)
+                dataset, rows = self._dataset(name), self._rows[name]
+                width = dataset.chunks[1]
+                for start in np.unique(columns // width) * width:
+                    here = (columns >= start) & (columns < start + width)
+                    block = dataset[: len(rows), start : start + width]
+                    result[np.ix_(places[here], rows)] = block[:, columns[here] - start].T
             return result
 
         return self._attempt(read)
+
+    def _dataset_of(self, key: str) -> str | None:
+        """Where the numbers of a key are; None for one that has none here."""
+        return self._places[key][0] if key in self.infos else None
 
     def row(self, index: int) -> dict[str, float | FloatArray]:
         """Return what was measured in a row: a number or an array of shape (bins,) by key."""
 
         def read() -> dict[str, float | FloatArray]:
-            result: dict[str, float | FloatArray] = {}
-            for name, infos in (("values", self.infos), ("histograms", self.histogram_infos)):
-                dataset = self._dataset(name)
-                if index < len(dataset):
-                    values = dataset[index, : len(infos)]
+            rows: dict[str, tuple[Sequence[float] | FloatArray, Sequence[bool]]] = {}
+            for name, width in self._widths.items():
+                place = int(np.searchsorted(self._rows[name], index))
+                if place < len(self._rows[name]) and self._rows[name][place] == index:
+                    values = self._dataset(name)[place, :width]
                     plain = values.tolist() if values.ndim == 1 else values
-                    columns = zip(infos, plain, is_measured(values), strict=True)
-                    result |= {key: value for key, value, measured in columns if measured}
+                    rows[name] = plain, is_measured(values).tolist()
+            result: dict[str, float | FloatArray] = {}
+            for key, (name, column) in self._places.items():
+                if name in rows and rows[name][1][column]:
+                    result[key] = rows[name][0][column]
             return result
 
         return self._attempt(read)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmm.layout import Event, KeyInfo, StepRecord, Table
-from tmm.runtime.segment import ABSENT, ABSENT_BITS, SegmentWriter, is_measured, segment_paths
+from tmm.runtime import segment
+from tmm.runtime.matrix import ABSENT, ABSENT_BITS, is_measured
+from tmm.runtime.segment import SegmentWriter, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 
 BINS = 3
@@ -80,9 +83,9 @@ def any_records(draw):
 
 
 @settings(deadline=None)
-@given(any_records())
-def test_what_is_written_is_read_exactly(records):
-    with tempfile.TemporaryDirectory() as folder:
+@given(any_records(), st.sampled_from([0, 2, 16]))
+def test_what_is_written_is_read_exactly(records, few):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(segment, "_FEW", few):
         writer = SegmentWriter(Path(folder), keys=1, bins=2)
         live = SegmentReader(writer.path)
         for one in records:
@@ -114,6 +117,13 @@ def test_what_is_written_is_read_exactly(records):
                     row[key] for row in expected if key in row
                 ]
                 assert there.tolist() == [key in row for row in expected]
+            keys = ["none", *reversed(reader.infos)]
+            table_of_keys = reader.table(keys)
+            assert (table_of_keys[0].view(np.uint64) == ABSENT_BITS).all()
+            for key, series in zip(keys[1:], table_of_keys[1:], strict=True):
+                assert (
+                    series.view(np.uint64).tolist() == reader.series(key).view(np.uint64).tolist()
+                )
             reader.close()
 
 
@@ -362,12 +372,39 @@ def test_closing_a_reader_leaves_a_writer_in_the_same_process_alone(tmp_path):
 
 
 def test_the_file_can_be_read_without_this_library(tmp_path):
-    path = written(tmp_path, steps=3, keys=2)
-    with h5py.File(path, "r") as file:
-        assert file["steps"][:].tolist() == [0, 1, 2]
-        lines = file["keys"][:].tobytes().decode().splitlines()
-        assert [json.loads(line)["key"] for line in lines] == ["k/0", "k/1"]
-        assert file["values"][:].tolist() == [[0.5, 0.5], [1.5, 1.5], [2.5, 2.5]]
+    for keys, few in ((2, "few_"), (20, "")):
+        with h5py.File(written(tmp_path, steps=3, keys=keys), "r") as file:
+            assert file["steps"][:].tolist() == [0, 1, 2]
+            lines = file[f"{few}keys"][:].tobytes().decode().splitlines()
+            assert [json.loads(line)["key"] for line in lines] == [f"k/{i}" for i in range(keys)]
+            assert file[f"{few}values"][:].tolist() == [[0.5] * keys, [1.5] * keys, [2.5] * keys]
+
+
+def test_few_values_in_each_step_take_little_beside_many_in_some(tmp_path):
+    writer = SegmentWriter(tmp_path, keys=1000)
+    logged, measured = (info("loss"), info("rate")), tuple(info(f"k/{i}") for i in range(1000))
+    steps = 2000
+    for step in range(steps):
+        tables = [Table(logged, np.array([step, 0.5]))]
+        if step % 100 == 0:
+            tables.append(Table(measured, np.full(1000, float(step))))
+        elif step % 100 == 1:
+            tables.append(Table(measured[:3], np.full(3, float(step))))  # keys keep their places
+        writer.write(StepRecord(step, tuple(tables)))
+    writer.close()
+    reader = SegmentReader(writer.path)
+    assert reader.series("loss").tolist() == list(range(steps))
+    assert reader.row(200) == {"loss": 200, "rate": 0.5} | {f"k/{i}": 200 for i in range(1000)}
+    assert reader.row(201) == {"loss": 201, "rate": 0.5, "k/0": 201, "k/1": 201, "k/2": 201}
+    assert reader.row(203) == {"loss": 203, "rate": 0.5}
+    reader.close()
+    with h5py.File(writer.path, "r") as file:
+        assert file["few_values"].shape == (steps, 2)
+        assert file["values"].shape == (2 * steps // 100, 1000)
+        assert sum(file[name].id.get_storage_size() for name in ("few_values", "commits")) < (
+            160 * steps
+        )
+        assert file["values"].id.get_storage_size() < 600_000  # two rows of chunks
 
 
 FORKS = """

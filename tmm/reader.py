@@ -21,7 +21,8 @@ from tmm.metrics import FloatArray
 from tmm.runs.remote import fetched, is_remote
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
-from tmm.runtime.segment import ABSENT, is_measured, segment_paths
+from tmm.runtime.matrix import ABSENT, is_measured
+from tmm.runtime.segment import segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 from tmm.runtime.writer import INFO_NAME, read_info
 

@@ -1,0 +1,126 @@
+"""Rows x keys in an HDF5 file: which column a value goes to, and that it gets there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tmm.layout import KeyInfo, Table
+from tmm.metrics import FloatArray
+
+ABSENT_BITS = np.uint64(0x7FF8616273656E74)  # a quiet NaN whose payload says "absent" in ASCII
+ABSENT = ABSENT_BITS.view(np.float64)
+
+_KNOWN_LAYOUTS = 64
+_Indices: TypeAlias = npt.NDArray[np.intp]
+
+
+def is_measured(values: FloatArray) -> npt.NDArray[np.bool_]:
+    """Tell which of ``values``, shape (n,) or (n, bins), were measured, as shape (n,)."""
+    measured = values.view(np.uint64) != ABSENT_BITS
+    whole: npt.NDArray[np.bool_] = measured.all(axis=tuple(range(1, values.ndim)))
+    return whole
+
+
+class Matrix:
+    """A dataset of rows x keys (x bins) and, as text, what its columns mean."""
+
+    def __init__(self, values: Any, keys: Any) -> None:
+        self.values, self.keys = values, keys
+        self.columns: dict[str, int] = {}
+        self.rows = 0
+
+    def columns_of(self, infos: Sequence[KeyInfo]) -> _Indices:
+        """The columns of keys, new ones for those that have none."""
+        new = [info for info in infos if info.key not in self.columns]
+        append_lines(self.keys, map(vars, new))
+        for info in new:
+            self.columns[info.key] = len(self.columns)
+        return np.array([self.columns[info.key] for info in infos], dtype=np.intp)
+
+    def append(self, columns: _Indices, values: FloatArray) -> None:
+        """Add a row with values in these columns."""
+        # Chunks of which nothing was measured are not written: they cost nothing.
+        width = self.values.chunks[1]
+        start = int(columns.min()) // width * width
+        stop = min(len(self.columns), -(-(int(columns.max()) + 1) // width) * width)
+        block = np.full((stop - start, *values.shape[1:]), ABSENT)
+        block[columns - start] = values
+        self.values.resize((self.rows + 1, len(self.columns), *block.shape[1:]))
+        self.values[self.rows, start:stop] = block
+        self.rows += 1
+
+
+class Matrices:
+    """Where the values of tables go: to ``narrow`` if they first came in a table of few keys."""
+
+    def __init__(self, wide: Matrix, narrow: Matrix | None = None, few: int = 0) -> None:
+        self._wide, self._narrow, self._few = wide, narrow or wide, few
+        self._layouts: dict[tuple[int, ...], tuple[Any, list[tuple[Matrix, _Indices, _Indices]]]]
+        self._layouts = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._wide.columns or key in self._narrow.columns
+
+    def knows(self, tables: tuple[Table, ...]) -> bool:
+        """Whether a step with these tables, or none, was written before."""
+        return not tables or tuple(id(table.infos) for table in tables) in self._layouts
+
+    def append(self, tables: tuple[Table, ...], values: FloatArray) -> None:
+        """Add the values of the tables, which are joined, to matrices that have any of them."""
+        for matrix, places, columns in self._places(tables):
+            matrix.append(columns, values[places])
+
+    def _places(self, tables: tuple[Table, ...]) -> list[tuple[Matrix, _Indices, _Indices]]:
+        infos = tuple(table.infos for table in tables)
+        layout = tuple(map(id, infos))
+        if layout not in self._layouts:
+            members: dict[Matrix, list[tuple[int, KeyInfo]]] = {}
+            of_all = [(info, self._matrix(info.key, len(some))) for some in infos for info in some]
+            for place, (info, matrix) in enumerate(of_all):
+                members.setdefault(matrix, []).append((place, info))
+            found = []
+            for matrix, some in members.items():
+                columns = matrix.columns_of([info for _, info in some])
+                places = np.array([place for place, _ in some], dtype=np.intp)
+                found.append((matrix, places, columns))
+            if len(self._layouts) == _KNOWN_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[layout] = infos, found  # the infos too, so that the ids stay theirs
+        return self._layouts[layout][1]
+
+    def _matrix(self, key: str, size: int) -> Matrix:
+        for matrix in (self._wide, self._narrow):
+            if key in matrix.columns:
+                return matrix
+        return self._narrow if size <= self._few else self._wide
+
+
+def stack(tables: tuple[Table, ...], dimensions: int) -> FloatArray:
+    """Join the values of ``tables`` to one array, with one bit pattern for NaN."""
+    if not tables:
+        return np.empty((0,) * dimensions)
+    for table in tables:
+        if table.values.ndim != dimensions or len(table.values) != len(table.infos):
+            found, keys = table.values.shape, len(table.infos)
+            raise ValueError(f"values of shape {found} for {keys} keys in {dimensions} dimensions")
+    values = np.concatenate([table.values for table in tables], dtype=np.float64)
+    if 0 in values.shape[1:]:
+        raise ValueError("histograms without bins")
+    values[np.isnan(values)] = np.nan
+    return values
+
+
+def append_lines(dataset: Any, lines: Iterable[dict[str, Any]]) -> None:
+    """Add lines of JSON to a dataset of bytes."""
+    # A key may be any str. JSON escapes would join two lone surrogates to one character.
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
+    if len(data):
+        length = len(dataset)
+        dataset.resize(length + len(data), axis=0)
+        dataset[length:] = data
