@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -278,3 +281,20 @@ def test_two_instrumented_models_that_share_a_module() -> None:
     assert first_monitor.get_step_metrics()["activation/0/rms"] == pytest.approx(rms(shared(x)))
     expected = rms(shared(x.tanh()))
     assert second_monitor.get_step_metrics()["activation/1/rms"] == pytest.approx(expected)
+
+
+def test_sizes_of_one_model_are_not_dynamic_in_the_next() -> None:
+    sizes: list[list[object]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        sizes.append([value for value in inputs if not isinstance(value, torch.Tensor)])
+        return graph
+
+    for width in (3, 4, 5):
+        model = nn.Sequential(nn.Linear(width, 2), nn.ReLU())
+        measured = tmm.instrument(
+            torch.compile(model, backend=backend), tmm.Spec(tmm.activation("rms"))
+        )
+        with tmm.monitor(measured).step(0):
+            measured(torch.randn(width, width))
+    assert sizes == [[], [], []]  # a dynamic size would be an input

@@ -65,8 +65,8 @@ class Tracer:
         self._watcher = watcher
         self._handles: list[Handle] = []
 
-    def program(self, settings: CompileSettings) -> Callable[..., Any]:
-        """A program that calls its first argument with the others."""
+    def program(self, callee: Callable[..., Any], settings: CompileSettings) -> Callable[..., Any]:
+        """A program that calls its first argument, ``callee``, with the others."""
 
         def compile_graph(module: GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
             traced = self._watcher.frame_of_compilation()
@@ -87,7 +87,7 @@ class Tracer:
 
         # The user's filter may drop guards that hold for the user's calls only.
         settings = replace(settings, guard_filter=None)
-        return compile_separately(_traced, settings, trace, _keep_all)
+        return compile_separately(_traced, settings, trace, _keep_all, callee)
 
     def close(self) -> None:
         """Let go of what was traced, which Dynamo keeps."""

@@ -168,7 +168,7 @@ class _Swaps:
     def runner(self, callee: Callable[..., Any], settings: CompileSettings) -> Callable[..., Any]:
         """Runs ``callee`` as our program."""
         assert self._tracer is not None
-        compiled = self._tracer.program(settings)
+        compiled = self._tracer.program(callee, settings)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.show(inside=True)

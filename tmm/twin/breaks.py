@@ -10,7 +10,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._dynamo.utils import counters
 
 PROGRAM = "_traced"
-"""The name of the function that programs are compiled from."""
+"""What the names of functions that programs are compiled from begin with."""
 
 _KINDS = ("graph_break", "unimplemented")
 
@@ -52,7 +52,7 @@ def end_of_graph(module: torch.fx.GraphModule) -> str:
 
 def is_whole(module: torch.fx.GraphModule) -> bool:
     """Whether a graph that is being traced holds all that a program of ours runs."""
-    return _frame() == PROGRAM and not end_of_graph(module)
+    return _frame().startswith(PROGRAM) and not end_of_graph(module)
 
 
 def begins_forward() -> bool:

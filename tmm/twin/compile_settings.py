@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,9 @@ def compile_separately(
     settings: CompileSettings,
     backend: CompilerFunction,
     guard_filter: GuardFilter,
+    callee: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Compile ``function`` as the user compiled the model, but by ``backend``.
+    """Compile ``function`` as the user compiled ``callee``, which it calls, but by ``backend``.
 
     What it compiles is kept apart from what the user's own program compiles, also in frames that
     both run after a graph break. A guard is kept only if the user's filter keeps it as well.
@@ -118,9 +120,10 @@ def compile_separately(
         limits["isolate_recompiles"] = True
     if settings.recompile_limit is not None:
         limits["recompile_limit"] = settings.recompile_limit
-    # A code object of its own: Dynamo keeps what it compiled by code object.
+    # A code object of its own: Dynamo keeps what it compiled by code object. And a name of its own,
+    # by which it remembers sizes: those that differ between two models would become dynamic.
     assert isinstance(function, types.FunctionType)
-    code = function.__code__.replace()
+    code = function.__code__.replace(co_name=f"{function.__name__}_{_fingerprint(callee):08x}")
     own = types.FunctionType(code, function.__globals__, function.__name__)
     compiled: Callable[..., Any] = torch._dynamo.optimize(
         backend=backend,
@@ -130,6 +133,17 @@ def compile_separately(
         **limits,
     )(own)
     return room_for_two(compiled)
+
+
+def _fingerprint(callee: Callable[..., Any]) -> int:
+    """The same for models of one class and shape, in each process."""
+    kind = callee if inspect.isroutine(callee) else type(callee)
+    parts = [f"{kind.__module__}.{kind.__qualname__}"]
+    if isinstance(callee, torch.nn.Module):
+        for name, parameter in callee.named_parameters():
+            shape = "lazy" if torch.nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+            parts.append(f"{name}: {shape}")
+    return zlib.crc32("\n".join(parts).encode())
 
 
 def room_for_two(program: Callable[..., Any]) -> Callable[..., Any]:

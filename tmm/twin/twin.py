@@ -184,7 +184,9 @@ class Twin:
             sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
         backend = MeasuringBackend(self, settings, sampling)
         self._backends.append(backend)
-        program = compile_separately(_traced, settings, backend.compiler(), _keep_guards)
+        program = compile_separately(
+            *(_traced, settings, backend.compiler(), _keep_guards, region.callee)
+        )
         self._programs.append((type(region.callee), settings, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
