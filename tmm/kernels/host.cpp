@@ -3,8 +3,9 @@
 //
 // A tensor is cut into chunks, which threads share, and a chunk into rows that fit the first-level
 // cache. Most rows are reduced in the accumulation type, by deviations from the mean of a sample of
-// theirs; sums about another centre follow without cancellation. Where that would overflow or
-// underflow, where a value is not finite and for higher moments a row is reduced in double.
+// theirs; sums about another centre follow without cancellation. Higher moments take a second pass
+// over the row. Where that would overflow or underflow, and where a value is not finite, a row is
+// reduced in double.
 
 #include <cmath>
 #include <cstdint>
@@ -205,9 +206,44 @@ Row reduce_exactly(Source source, int64_t length) {
   return row;
 }
 
-// All columns but the third and fourth moments, from one pass; `length` is a multiple of STEP.
+// Add the third and fourth moments to a row that has the others, in a second pass. Deviations are
+// divided by a power of two above the largest: their powers neither overflow nor vanish.
 template <class Source>
-Row reduce_quickly(Source source, int64_t length) {
+void add_higher_moments(Source source, int64_t length, Row& row) {
+  typedef typename Source::Scalar Scalar;
+  typedef Vector<Scalar> Values;
+  constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
+  const double above = row.maximum - row.mean, below = row.mean - row.minimum;
+  const int exponent = std::ilogb(above > below ? above : below) + 1;
+  const Scalar centre = row.mean, scale = std::ldexp(1.0, -exponent);
+  Values ones[UNROLL] = {}, twos[UNROLL] = {}, threes[UNROLL] = {}, fours[UNROLL] = {};
+  for (int64_t start = 0; start < length; start += STEP)
+    for (int part = 0; part < UNROLL; part++) {
+      const Values deviations = (source.at(start + part * WIDTH) - centre) * scale;
+      const Values squares = deviations * deviations;
+      ones[part] += deviations;
+      twos[part] += squares;
+      threes[part] += squares * deviations;
+      fours[part] += squares * squares;
+    }
+  double one = 0, two = 0, three = 0, four = 0;
+  for (int part = 0; part < UNROLL; part++)
+    for (int64_t lane = 0; lane < WIDTH; lane++) {
+      one += ones[part][lane];
+      two += twos[part][lane];
+      three += threes[part][lane];
+      four += fours[part][lane];
+    }
+  // The centre is the mean, rounded; these are the moments about the mean of the deviations.
+  const double shift = one / length, square = shift * shift;
+  row.moment3 = std::ldexp(three - 3 * shift * two + 2 * length * square * shift, 3 * exponent);
+  row.moment4 = std::ldexp(
+      four - 4 * shift * three + 6 * square * two - 3 * length * square * square, 4 * exponent);
+}
+
+// All columns from one pass, and one more for higher moments; `length` is a multiple of STEP.
+template <class Source>
+Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
   typedef typename Source::Scalar Scalar;
   typedef Vector<Scalar> Values;
   constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
@@ -273,6 +309,7 @@ Row reduce_quickly(Source source, int64_t length) {
   row.sum_squares = square + 2 * wide * shift + length * wide * wide;
   if (row.moment2 < 0) row.moment2 = 0;
   if (row.sum_squares < 0) row.sum_squares = 0;
+  if (higher_moments) add_higher_moments(source, length, row);
   return row;
 }
 
@@ -282,8 +319,8 @@ Row reduce_chunk(Source source, int64_t length, bool higher_moments) {
   Row total;
   for (int64_t start = 0; start < length; start += ROW) {
     const int64_t row = length - start < ROW ? length - start : ROW;
-    const int64_t quick = higher_moments ? 0 : row - row % STEP;
-    if (quick) merge(total, reduce_quickly(source.after(start), quick));
+    const int64_t quick = row - row % STEP;
+    if (quick) merge(total, reduce_quickly(source.after(start), quick, higher_moments));
     if (quick < row) merge(total, reduce_exactly(source.after(start + quick), row - quick));
   }
   return total;
