@@ -13,7 +13,7 @@ _ALIGNMENT = 64  # elements
 
 
 class Copies:
-    """Copies of tensors, whose memory on a CPU serves again until it is given up.
+    """Copies of tensors, whose memory on a CPU is kept for the next ones.
 
     A CPU takes as long to fault in the pages of fresh memory as to copy; an accelerator's allocator
     keeps memory by itself.
@@ -39,10 +39,6 @@ class Copies:
             for index, part in enumerate(_parts(alike)):
                 copies |= self._copied(part, index)
         return copies
-
-    def give_up(self) -> None:
-        """Keep no memory."""
-        self._kept.clear()
 
     def _copied(self, tensors: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
         sizes = [-(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT for tensor in tensors.values()]

@@ -171,7 +171,6 @@ class WatchedOptimizer:
         collector = self._collector()
         self._now, self._before = {}, {}
         if collector is None:
-            self._copies.give_up()
             return
         own = self._own_parameters()
         if self._parameters.wants("update"):

@@ -2,7 +2,8 @@
 
     python -m benchmarks.alternatives [--rounds 30] [--quick] [--only "NAME;..."] [--save]
 
-All of them take turns in one run, each on a model of its own with the same weights. ``ratio`` is
+All of them take turns in one run, each on a model of its own with the same weights; tmm, which puts
+nothing on the model, on that of the plain compiled program. ``ratio`` is
 to the plain compiled step; what an alternative adds is taken against the program that it starts
 from, so that an uncompiled one is not blamed for not being compiled. What is not installed or
 fails is listed with the reason. ``pip install 'tmm-compile[bench]'`` brings the packages.
@@ -20,6 +21,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import nn
 
 from benchmarks.alternatives import ALL, Alternative
 from benchmarks.alternatives.interface import COMPILED, Attached
@@ -49,9 +51,11 @@ class Running:
     values: int
 
 
-def attach(alternative: Alternative, workload: Workload) -> tuple[Attached, Values]:
-    """Attach an alternative to a model of its own, and give the step that it watches."""
-    attached = alternative.attach(workload.model())
+def attach(
+    alternative: Alternative, workload: Workload, model: nn.Module | None = None
+) -> tuple[Attached, Values]:
+    """Attach an alternative to a model, one of its own if none is given; its step comes with it."""
+    attached = alternative.attach(workload.model() if model is None else model)
     train = training_step(attached.module, attached.forward, workload.tokens())
 
     def step() -> Mapping[str, float]:
@@ -62,9 +66,9 @@ def attach(alternative: Alternative, workload: Workload) -> tuple[Attached, Valu
     return attached, step
 
 
-def start(alternative: Alternative, workload: Workload) -> Running:
+def start(alternative: Alternative, workload: Workload, model: nn.Module) -> Running:
     """Attach an alternative and run two steps, which compile."""
-    attached, step = attach(alternative, workload)
+    attached, step = attach(alternative, workload, model)
     try:
         with count_compiled() as compiled:
             step()
@@ -84,13 +88,18 @@ def start_all(
     """
     running: dict[str, Running] = {}
     failed: dict[str, str] = {}
+    shared: dict[str, nn.Module] = {}
     for alternative in reversed(chosen):
         package = alternative.package
         if package is not None and importlib.util.find_spec(package) is None:
             failed[alternative.name] = "not installed"
             continue
+        model = shared.get(alternative.base) if alternative.leaves_model else None
+        model = workload.model() if model is None else model
+        if alternative.leaves_model:
+            shared[alternative.base] = model
         try:
-            running[alternative.name] = start(alternative, workload)
+            running[alternative.name] = start(alternative, workload, model)
         except Exception as error:  # how it fails is what the report is to say
             failed[alternative.name] = f"fails: {type(error).__name__}: {reason(error)}"
     return {name: running[name] for name in (a.name for a in chosen) if name in running}, failed

@@ -46,7 +46,8 @@ class Alternative:
     ``does`` says what it does, and how that differs; ``base`` names the program to which it adds
     its time. ``package`` must be installed for it; ``same_work`` tells whether its numbers are the
     five statistics of every module; ``works_aside`` that it keeps another process busy, so that it
-    does not take turns with the others.
+    does not take turns with the others; ``leaves_model`` that nothing is put on the model, so that
+    it and its base can train one and the same: where weights lie makes a difference of percents.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Alternative:
     package: str | None = None
     same_work: bool = True
     works_aside: bool = False
+    leaves_model: bool = False
 
 
 def five(x: torch.Tensor) -> torch.Tensor:

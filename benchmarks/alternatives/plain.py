@@ -24,7 +24,7 @@ def uncompiled(module: nn.Module) -> Attached:
 
 
 ALTERNATIVES = (
-    Alternative(COMPILED, "no monitor", compiled, same_work=False),
+    Alternative(COMPILED, "no monitor", compiled, same_work=False, leaves_model=True),
     Alternative(AOT_EAGER, "no monitor, uncompiled kernels", traced, AOT_EAGER, same_work=False),
     Alternative(EAGER, "no monitor", uncompiled, EAGER, same_work=False),
 )
