@@ -97,7 +97,7 @@ def test_slope_of_added_time_is_found_with_its_interval() -> None:
 def test_steps_between_monitored_ones_are_averaged_round_by_round() -> None:
     plain = (1.0, 1.0, 1.0)
     timings = {
-        everything.PLAIN: Timing(plain, plain),
+        everything.BARE: Timing(plain, plain),
         "tenth": Timing((5.0, 1.1, 1.2), plain),
         "hundredth": Timing((5.0, 1.3, 5.0), plain),
     }

@@ -69,8 +69,10 @@ def attach(
 def start(alternative: Alternative, workload: Workload, model: nn.Module) -> Running:
     """Attach an alternative and run two steps, which compile."""
     attached, step = attach(alternative, workload, model)
+    # Else Dynamo ignores hooks of modules whose class it has compiled for another alternative.
+    guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=alternative.leaves_model)
     try:
-        with count_compiled() as compiled:
+        with guards, count_compiled() as compiled:
             step()
             values = step()
     except Exception:
@@ -210,8 +212,6 @@ def main(
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
 ) -> None:
     """Compare tmm with its alternatives."""
-    # Else Dynamo ignores hooks of modules whose class it has compiled for another alternative.
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
     workload = usual_workload(toy=toy)
     wanted = {name.strip() for name in only.split(";")} - {""}
     bases = {COMPILED} | {a.base for a in ALL if a.name in wanted}

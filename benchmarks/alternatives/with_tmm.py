@@ -30,4 +30,4 @@ def attach(module: nn.Module) -> Attached:
     return Attached(module, model, read, begin)
 
 
-ALTERNATIVES = (Alternative("tmm", "in the compiled graph", attach),)
+ALTERNATIVES = (Alternative("tmm", "in the compiled graph", attach, leaves_model=True),)
