@@ -8,7 +8,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.alternatives.interface import EAGER, Alternative, Attached, five, named
+from benchmarks.alternatives.interface import (
+    EAGER,
+    Alternative,
+    Attached,
+    compile_alone,
+    five,
+    named,
+)
 
 Hook = Callable[[nn.Module, object, torch.Tensor], None]
 
@@ -43,7 +50,7 @@ def into_buffer(
     buffer = torch.zeros(len(children), 5, device=next(module.parameters()).device)
     for index, child in enumerate(children.values()):
         child.register_forward_hook(make(buffer, index))
-    model = torch.compile(module, backend=backend)
+    model = compile_alone(module, backend)
     return Attached(module, model, lambda: named(list(children), buffer))
 
 

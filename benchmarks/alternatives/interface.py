@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import FIVE_METRICS
+from tmm.twin.compile_settings import HAS_ISOLATION
 
 COMPILED, AOT_EAGER, EAGER = "plain compiled", "plain aot_eager", "plain uncompiled"
 
@@ -58,6 +59,17 @@ class Alternative:
     same_work: bool = True
     works_aside: bool = False
     leaves_model: bool = False
+
+
+def compile_alone(module: nn.Module, backend: str = "inductor") -> nn.Module:
+    """The compiled module, kept apart from programs of other models of its class.
+
+    Dynamo looks for a program among all those of one class: the first one compiled would be found
+    last, after the guards of all others have failed.
+    """
+    options = {"isolate_recompiles": True} if HAS_ISOLATION else {}
+    compiled: nn.Module = torch.compile(module, backend=backend, **options)  # type: ignore[call-overload]
+    return compiled
 
 
 def five(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.alternatives.hooks import Hook, has_output, into_buffer
-from benchmarks.alternatives.interface import AOT_EAGER, Alternative, Attached, five
+from benchmarks.alternatives.interface import AOT_EAGER, Alternative, Attached, compile_alone, five
 
 
 def _leaf_hook(buffer: torch.Tensor, index: int) -> Hook:
@@ -65,7 +65,7 @@ def debug_log(module: nn.Module, backend: str = "inductor") -> Attached:
     logger.propagate = False
     return Attached(
         module,
-        torch.compile(module, backend=backend),
+        compile_alone(module, backend),
         values.read,
         values.found.clear,  # of others that log meanwhile
         close=lambda: logger.removeHandler(values),

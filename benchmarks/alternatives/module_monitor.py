@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import nn
 
-from benchmarks.alternatives.interface import EAGER, Alternative, Attached
+from benchmarks.alternatives.interface import EAGER, Alternative, Attached, compile_alone
 from benchmarks.module_monitor import METRICS
 
 PACKAGE = "torch_module_monitor"
@@ -19,7 +18,7 @@ def attach(module: nn.Module, *, compiled: bool) -> Attached:
     from torch_module_monitor import ModuleMonitor  # type: ignore[import-not-found,unused-ignore]
 
     monitor = ModuleMonitor(monitor_step_fn=lambda step: True)
-    model = torch.compile(module) if compiled else module
+    model = compile_alone(module) if compiled else module
     monitor.set_module(model)
     for name, metric in METRICS.items():
         monitor.add_activation_metric(name, metric)

@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.alternatives.interface import EAGER, Alternative, Attached, five, named
+from benchmarks.alternatives.interface import (
+    EAGER,
+    Alternative,
+    Attached,
+    compile_alone,
+    five,
+    named,
+)
 
 
 def attach(module: nn.Module, *, compiled: bool) -> Attached:
     """Trace each forward pass; outputs are asked for in the order of execution, as it wants."""
     from nnsight import NNsight  # type: ignore[import-not-found,unused-ignore]
 
-    model = NNsight(torch.compile(module) if compiled else module)
+    model = NNsight(compile_alone(module) if compiled else module)
     names: list[str] = []
     latest: list[torch.Tensor] = []
 

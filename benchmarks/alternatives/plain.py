@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
-from benchmarks.alternatives.interface import AOT_EAGER, COMPILED, EAGER, Alternative, Attached
+from benchmarks.alternatives.interface import (
+    AOT_EAGER,
+    COMPILED,
+    EAGER,
+    Alternative,
+    Attached,
+    compile_alone,
+)
 
 
 def compiled(module: nn.Module) -> Attached:
     """The compiled model."""
-    return Attached(module, torch.compile(module))
+    return Attached(module, compile_alone(module))
 
 
 def traced(module: nn.Module) -> Attached:
     """The compiled model with the kernels of uncompiled torch."""
-    return Attached(module, torch.compile(module, backend="aot_eager"))
+    return Attached(module, compile_alone(module, "aot_eager"))
 
 
 def uncompiled(module: nn.Module) -> Attached:

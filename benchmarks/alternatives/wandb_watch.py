@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 
-import torch
 from torch import nn
 
-from benchmarks.alternatives.interface import COMPILED, EAGER, Alternative, Attached
+from benchmarks.alternatives.interface import COMPILED, EAGER, Alternative, Attached, compile_alone
 
 
 def attach(module: nn.Module, *, compiled: bool) -> Attached:
@@ -20,7 +19,7 @@ def attach(module: nn.Module, *, compiled: bool) -> Attached:
     os.environ.setdefault("WANDB_SILENT", "true")
     folder = tempfile.TemporaryDirectory()
     run = wandb.run or wandb.init(mode="offline", dir=folder.name)  # watch needs the global one
-    model = torch.compile(module) if compiled else module
+    model = compile_alone(module) if compiled else module
     run.watch(model, log="all", log_freq=1)
 
     def read() -> Mapping[str, float]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 import tmm
-from benchmarks.alternatives.interface import Alternative, Attached
+from benchmarks.alternatives.interface import Alternative, Attached, compile_alone
 from benchmarks.workloads import FIVE_METRICS
 
 PREFIX = "activation/"
@@ -16,7 +15,7 @@ PREFIX = "activation/"
 
 def attach(module: nn.Module) -> Attached:
     """Instrument the compiled model; each step is monitored."""
-    model = tmm.instrument(torch.compile(module), tmm.Spec(tmm.activation(*FIVE_METRICS)))
+    model = tmm.instrument(compile_alone(module), tmm.Spec(tmm.activation(*FIVE_METRICS)))
     monitor = tmm.monitor(model)
 
     def begin() -> None:
