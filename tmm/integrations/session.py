@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch._dynamo import trace_rules
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -23,7 +21,7 @@ from tmm.runs.live import LiveRun
 from tmm.runs.logged_values import numbers_in
 from tmm.runs.start import start_run
 from tmm.spec import Spec
-from tmm.twin.regions import COMPILED_CALL, region_of
+from tmm.twin.regions import is_left_uncompiled
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -230,17 +228,6 @@ class Session:
         model, self._model, self._monitor = self._model, None, None
         if model is not None:
             remove(model)
-
-
-def is_left_uncompiled(model: object) -> bool:
-    """Whether ``model.compile()`` was called, and none of its modules has a forward to compile."""
-    if not isinstance(model, torch.nn.Module) or isinstance(model, OptimizedModule):
-        return False
-    if COMPILED_CALL not in vars(model) or region_of(model) is None:
-        return False
-    parts = list(model.modules())
-    own = any("forward" in vars(part) for part in parts)
-    return not own and all(trace_rules.check(type(part).forward) for part in parts)
 
 
 def _warn(text: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
 from tmm.twin.compile_settings import CompileSettings, settings_of
@@ -47,6 +48,17 @@ def region_of(module: torch.nn.Module) -> Region | None:
         # As by @torch.compile on the method, or model.forward = torch.compile(model.forward).
         settings = settings_of(getattr(module.forward, "__func__", module.forward))
     return None if settings is None else Region(module, settings, module)
+
+
+def is_left_uncompiled(model: object) -> bool:
+    """Whether ``model.compile()`` was called, and none of its modules has a forward to compile."""
+    if not isinstance(model, torch.nn.Module) or isinstance(model, OptimizedModule):
+        return False
+    if COMPILED_CALL not in vars(model) or region_of(model) is None:
+        return False
+    parts = list(model.modules())
+    own = any("forward" in vars(part) for part in parts)
+    return not own and all(trace_rules.check(type(part).forward) for part in parts)
 
 
 def regions_in(module: torch.nn.Module) -> list[Region]:
