@@ -8,7 +8,7 @@ import torch
 
 from tmm.kernels.dense import is_dense
 
-_MOST_BYTES = 1 << 26  # of an allocation for several: a whole model may not fit in one piece
+_MOST = 1 << 24  # elements of a part: few enough parts, and 64 MiB in float32
 _ALIGNMENT = 64  # elements
 
 
@@ -36,7 +36,7 @@ class Copies:
             else:
                 copies[name] = plain.clone()
         for alike in together.values():
-            for index, part in enumerate(_parts(alike)):
+            for index, part in enumerate(parts_of(alike)):
                 copies |= self._copied(part, index)
         return copies
 
@@ -59,15 +59,15 @@ class Copies:
         return self._kept[key][:size]
 
 
-def _parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def parts_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in groups that are not large together."""
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        own = tensor.numel() * tensor.element_size()
-        if part and size + own > _MOST_BYTES:
+        if part and size + tensor.numel() > _MOST:
             yield part
             part, size = {}, 0
         part[name] = tensor
-        size += own
+        size += tensor.numel()
     if part:
         yield part

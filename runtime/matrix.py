@@ -55,13 +55,16 @@ class Matrix:
         self.rows += 1
 
 
+_Places: TypeAlias = list[tuple[Matrix, _Indices, _Indices]]
+"""Where which of a step's values go: a matrix, their places among the values, and columns."""
+
+
 class Matrices:
     """Where the values of tables go: to ``narrow`` if they first came in a table of few keys."""
 
     def __init__(self, wide: Matrix, narrow: Matrix | None = None, few: int = 0) -> None:
         self._wide, self._narrow, self._few = wide, narrow or wide, few
-        self._layouts: dict[tuple[int, ...], tuple[Any, list[tuple[Matrix, _Indices, _Indices]]]]
-        self._layouts = {}
+        self._layouts: dict[tuple[int, ...], tuple[Any, _Places]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._wide.columns or key in self._narrow.columns
@@ -75,7 +78,7 @@ class Matrices:
         for matrix, places, columns in self._places(tables):
             matrix.append(columns, values[places])
 
-    def _places(self, tables: tuple[Table, ...]) -> list[tuple[Matrix, _Indices, _Indices]]:
+    def _places(self, tables: tuple[Table, ...]) -> _Places:
         infos = tuple(table.infos for table in tables)
         layout = tuple(map(id, infos))
         if layout not in self._layouts:

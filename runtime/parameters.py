@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import KnownMetric, Reduction
-from tmm.pairs import columns_of_difference, product, reduce_pair
+from tmm.pairs import columns_of_difference, further_terms, reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly, reduce_pair_eagerly
 
@@ -144,14 +144,10 @@ def _rows_of_pairs(
         pairs = zip(own, reference, strict=True)
         return torch.stack([reduce_pair(a, b, reduction) for a, b in pairs])
     parts = [summarize_group(own, columns_of_difference(reduction), reference)]
-    # In the order of PAIR_COLUMNS.
-    if "reference_sum_squares" in reduction.columns:
-        parts.append(summarize_group(reference, ("sum_squares",)))
-    if "own_sum_squares" in reduction.columns:
-        parts.append(summarize_group(own, ("sum_squares",)))
-    if "dot" in reduction.columns:
-        products = [product(a, b) for a, b in zip(own, reference, strict=True)]
-        parts.append(summarize_group(products, ("sum",)))
+    terms = (further_terms(a, b, reduction) for a, b in zip(own, reference, strict=True))
+    for term in zip(*terms, strict=True):
+        tensors, columns = zip(*term, strict=True)
+        parts.append(summarize_group(tensors, columns[0]))
     return torch.cat(parts, 1)
 
 
@@ -161,7 +157,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+    if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad:
         return tensor  # as most are
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):

@@ -28,7 +28,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("most", [1, 100, 1 << 26])
 def test_copies_are_equal_and_apart(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_MOST_BYTES", most)
+    monkeypatch.setattr(copies, "_MOST", most)
     keeping = Copies()
     assert keeping.of({}) == {}
     keeping.of({"other": torch.zeros(1000), "half": torch.zeros(3).half()})

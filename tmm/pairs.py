@@ -42,8 +42,6 @@ def further_terms(
     own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
 ) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
     """The tensors whose columns, one after the other, are the rest of a row."""
-    wide = torch.promote_types(own.dtype, torch.float32)
-    own, reference = own.to(wide), reference.to(wide)
     terms: list[tuple[torch.Tensor, tuple[str, ...]]] = []
     # In the order of PAIR_COLUMNS.
     if "reference_sum_squares" in reduction.columns:
@@ -51,15 +49,11 @@ def further_terms(
     if "own_sum_squares" in reduction.columns:
         terms.append((own, ("sum_squares",)))
     if "dot" in reduction.columns:
-        terms.append((product(own, reference), ("sum",)))
+        wide = torch.promote_types(own.dtype, torch.float32)
+        own, reference = own.to(wide), reference.to(wide)
+        products = (own * reference.conj()).real if own.is_complex() else own * reference
+        terms.append((products, ("sum",)))
     return terms
-
-
-def product(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Of each element with its counterpart, in float32 at least; real, also of complex ones."""
-    wide = torch.promote_types(own.dtype, torch.float32)
-    own, reference = own.to(wide), reference.to(wide)
-    return (own * reference.conj()).real if own.is_complex() else own * reference
 
 
 def row_norms(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:

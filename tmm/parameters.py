@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
+from tmm.runtime.copies import parts_of
 from tmm.runtime.parameters import Measured, NamedStatistics, sum_of_squares
 from tmm.spec import Plan
 
@@ -22,7 +23,6 @@ Choice = Callable[[Reduction], bool]
 """Which reductions are meant; hashable, and equal to those that choose the same."""
 
 _SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
-_DIFFERENCES_AT_ONCE = 1 << 24  # elements: few enough launches, and 64 MiB in float32
 
 
 class ParameterMonitor:
@@ -74,9 +74,9 @@ class ParameterMonitor:
             for parameter, name in self.names().items()
             if self.plan.metrics(name, DIFFERENCE) and reference.of(parameter) is not None
         }
-        for part in _parts(list(tensors), tensors):
-            own = {name: tensors[name].detach() for name in part}
-            found = {name: reference.of(tensors[name]) for name in part}
+        for part in parts_of(tensors):
+            own = {name: tensor.detach() for name, tensor in part.items()}
+            found = {name: reference.of(tensor) for name, tensor in part.items()}
             counterparts = {name: other for name, other in found.items() if other is not None}
             self.add(collector, DIFFERENCE, own, reference=counterparts)
 
@@ -189,20 +189,6 @@ def _reads_both(reduction: Reduction) -> bool:
 
 def _needs_difference(reduction: Reduction) -> bool:
     return not _reads_both(reduction)
-
-
-def _parts(names: list[str], tensors: Tensors) -> Iterator[list[str]]:
-    """The names in groups of tensors that are not large together."""
-    part: list[str] = []
-    size = 0
-    for name in names:
-        if part and size + tensors[name].numel() > _DIFFERENCES_AT_ONCE:
-            yield part
-            part, size = [], 0
-        part.append(name)
-        size += tensors[name].numel()
-    if part:
-        yield part
 
 
 def block_of(module: torch.nn.Module, parameter: str) -> str:

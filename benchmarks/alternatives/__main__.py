@@ -96,10 +96,9 @@ def start_all(
         if package is not None and importlib.util.find_spec(package) is None:
             failed[alternative.name] = "not installed"
             continue
-        model = shared.get(alternative.base) if alternative.leaves_model else None
-        model = workload.model() if model is None else model
+        model = workload.model()
         if alternative.leaves_model:
-            shared[alternative.base] = model
+            model = shared.setdefault(alternative.base, model)
         try:
             running[alternative.name] = start(alternative, workload, model)
         except Exception as error:  # how it fails is what the report is to say
