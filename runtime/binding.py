@@ -87,6 +87,7 @@ class KeyRegistry:
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
         self._keys: dict[int, tuple[tuple[KeyInfo, ...], frozenset[str]]] = {}
+        self._logged: dict[tuple[str, str], KeyInfo] = {}
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
         """Name the sites of ``layout``."""
@@ -154,8 +155,11 @@ class KeyRegistry:
 
     def logged(self, key: str, aggregate: str) -> KeyInfo:
         """The key of a value that the user logs."""
-        self._positions.setdefault(key, len(self._positions))
-        return replace(self._info(key, key, aggregate), notes=LOGGED)
+        known = self._logged.get((key, aggregate))
+        if known is None:
+            known = replace(self._info(key, key, aggregate), notes=LOGGED)
+            self._logged[key, aggregate] = known
+        return known
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, _, name = site.partition("/")

@@ -15,7 +15,7 @@ from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
 from tmm.runtime.eager import apply_function
-from tmm.runtime.joined_step import Gathered, contribution_of, of_all_ranks
+from tmm.runtime.joined_step import Gathered, Rows, contribution_of, of_all_ranks, together
 from tmm.runtime.joining import join
 
 
@@ -31,6 +31,10 @@ class HostCopy:
         if self.ready is not None:
             self.ready.synchronize()
         return self.tensor
+
+    def elements(self) -> list[HostCopy]:
+        """Each element of a one-dimensional tensor, on the same way."""
+        return [HostCopy(element, self.ready) for element in self.tensor.split(1)]
 
 
 def copy_to_host(tensor: torch.Tensor) -> HostCopy:
@@ -107,6 +111,11 @@ class StepCollector:
         logged = self._logged if of_all_ranks else self._own
         logged.setdefault(key, (aggregate, []))[1].append(copied)
 
+    def log_each(self, keys: Sequence[str], values: torch.Tensor, aggregate: Aggregate) -> None:
+        """``log`` one element of ``values``, which nobody changes, under each of the keys."""
+        for key, copied in zip(keys, copy_to_host(values).elements(), strict=True):
+            self._logged.setdefault(key, (aggregate, []))[1].append(copied)
+
     def take_logged(self, other: StepCollector) -> None:
         """Take what was logged in ``other``, of the same step, which is given up."""
         for mine, theirs in ((self._logged, other._logged), (self._own, other._own)):
@@ -180,10 +189,7 @@ class StepCollector:
                         (whole.site,), row
                     )
 
-        rows = {
-            reduction: (accumulator.sites, accumulator.rows)
-            for reduction, accumulator in accumulators.items()
-        }
+        rows = {reduction: tuple(some.parts) for reduction, some in accumulators.items()}
         return Gathered(rows, collected, _read(self._logged))
 
     def _evaluate(self) -> StepRecord:
@@ -200,20 +206,22 @@ class StepCollector:
                 gathered = of_all_ranks(joined, self._sent)
         scalars: list[Table] = []
         histograms: list[Table] = []
-        for reduction, (sites, values) in gathered.rows.items():
-            table = _table_of(reduction, sites, values, self.registry)
-            (histograms if reduction.is_histogram else scalars).append(table)
+        for reduction, parts in gathered.rows.items():
+            tables = histograms if reduction.is_histogram else scalars
+            tables += [_table_of(reduction, *part, self.registry) for part in parts]
         extra: dict[str, tuple[KeyInfo, float]] = {}
-        for (reduction, site), parts in gathered.collected.items():
+        for (reduction, site), tensors in gathered.collected.items():
             info = self.registry.infos(reduction, (site,))[0]
-            extra.update(_joined(info, reduction.aggregate, parts))
+            extra.update(_joined(info, reduction.aggregate, tensors))
         logged: dict[str, tuple[KeyInfo, float]] = {}
-        for key, (aggregate, parts) in (gathered.logged | _read(self._own)).items():
+        for key, (aggregate, tensors) in (gathered.logged | _read(self._own)).items():
             name = aggregate if isinstance(aggregate, str) else "function"
-            logged.update(_joined(self.registry.logged(key, name), aggregate, parts))
+            logged.update(_joined(self.registry.logged(key, name), aggregate, tensors))
         clash = logged.keys() & extra.keys() if logged else set()
         for table in scalars if logged else ():
-            clash |= logged.keys() & self.registry.keys(table.infos)
+            keys = self.registry.keys(table.infos)
+            if not keys.isdisjoint(logged):
+                clash |= keys & logged.keys()
         if clash:
             raise ValueError(
                 f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
@@ -233,23 +241,32 @@ class Accumulator:
 
     def __init__(self, reduction: Reduction) -> None:
         self.reduction = reduction
-        self.sites: tuple[str, ...] = ()
-        self.rows: FloatArray = np.empty((0, reduction.width))
+        self.parts: list[Rows] = []  # no two have a site in common
+        self._known: set[str] = set()
 
     def add(self, sites: tuple[str, ...], rows: FloatArray) -> None:
         """Merge ``rows``, shape ``(sites, width)``, into those of the same sites."""
-        if not self.sites:
-            self.sites, self.rows = sites, rows
-        elif sites == self.sites:
-            self.rows = merge(self.reduction, self.rows, rows)
+        if self._known.isdisjoint(sites):
+            self.parts.append((sites, rows))
+        elif any(known == sites for known, _ in self.parts):
+            self.parts = [
+                (known, merge(self.reduction, own, rows) if known == sites else own)
+                for known, own in self.parts
+            ]
         else:
-            index = {site: i for i, site in enumerate(self.sites)}
-            known = [i for i, site in enumerate(sites) if site in index]
-            targets = [index[sites[i]] for i in known]
-            new = [i for i, site in enumerate(sites) if site not in index]
-            self.rows[targets] = merge(self.reduction, self.rows[targets], rows[known])
-            self.rows = np.concatenate([self.rows, rows[new]])
-            self.sites += tuple(sites[i] for i in new)
+            self.parts = [self._joined(*together(self.parts), sites, rows)]
+        self._known.update(sites)
+
+    def _joined(
+        self, sites: tuple[str, ...], rows: FloatArray, others: tuple[str, ...], more: FloatArray
+    ) -> Rows:
+        index = {site: i for i, site in enumerate(sites)}
+        known = [i for i, site in enumerate(others) if site in index]
+        targets = [index[others[i]] for i in known]
+        new = [i for i, site in enumerate(others) if site not in index]
+        rows = rows.copy()
+        rows[targets] = merge(self.reduction, rows[targets], more[known])
+        return sites + tuple(others[i] for i in new), np.concatenate([rows, more[new]])
 
 
 def _table_of(
@@ -283,7 +300,10 @@ def _joined(
     info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
 ) -> dict[str, tuple[KeyInfo, float]]:
     numbers = join(info.key, aggregate, values)
-    return {key: (replace(info, key=key), number) for key, number in numbers.items()}
+    return {
+        key: (info if key == info.key else replace(info, key=key), number)
+        for key, number in numbers.items()
+    }
 
 
 def _table(items: list[tuple[KeyInfo, float]]) -> Table:

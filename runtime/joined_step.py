@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +21,27 @@ Logged = dict[str, tuple[Aggregate, list[torch.Tensor]]]
 """Key to how its values are joined, and the values."""
 
 
+Rows = tuple[tuple[str, ...], FloatArray]
+"""Names of sites, and a row of each."""
+
+
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """What arrived in a step: rows by reduction, values of callable aggregates, and logged ones."""
+    """What arrived in a step: rows by reduction, values of callable aggregates, and logged ones.
 
-    rows: Mapping[Reduction, tuple[tuple[str, ...], FloatArray]]
+    A site is in one of the parts of a reduction's rows at most.
+    """
+
+    rows: Mapping[Reduction, Sequence[Rows]]
     collected: Mapping[tuple[Reduction, str], list[torch.Tensor]]
     logged: Logged
 
 
 def contribution_of(gathered: Gathered) -> Contribution:
     """What a rank sends of it."""
-    parts: dict[RowKind, list[tuple[tuple[str, ...], FloatArray]]] = {}
-    for reduction, (sites, rows) in gathered.rows.items():
-        parts.setdefault(RowKind.of(reduction), []).append((sites, rows))
+    parts: dict[RowKind, list[Rows]] = {}
+    for reduction, some in gathered.rows.items():
+        parts.setdefault(RowKind.of(reduction), []).extend(some)
     values: dict[str, list[torch.Tensor]] = {}
     for key, (aggregate, tensors) in gathered.logged.items():
         if callable(aggregate):
@@ -51,20 +58,20 @@ def contribution_of(gathered: Gathered) -> Contribution:
         written = io.BytesIO()
         torch.save((collected, values), written)
         payload = written.getvalue()
-    return Contribution({kind: _together(some) for kind, some in parts.items()}, payload)
+    return Contribution({kind: together(some) for kind, some in parts.items()}, payload)
 
 
 def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
     """What all ranks gathered together. On other ranks than 0, without callable aggregates."""
     known = {RowKind.of(reduction): reduction for reduction in own.rows}
     functions = {RowKind.of(reduction): reduction for reduction, _ in own.collected}
-    rows: dict[Reduction, tuple[tuple[str, ...], FloatArray]] = {}
+    rows: dict[Reduction, Sequence[Rows]] = {}
     logged: Logged = {}
     for kind, (sites, values) in step.rows.items():
         if kind.metrics == (_LOGGED,):
             logged |= dict(_numbers(kind, sites, values))
         else:
-            rows[known.get(kind) or _stand_in(kind)] = tuple(sites), values
+            rows[known.get(kind) or _stand_in(kind)] = ((tuple(sites), values),)
     collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
     for payload in step.payloads:
         if not payload.strip(b"\0"):
@@ -80,9 +87,8 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
     return Gathered(rows, collected, logged)
 
 
-def _together(
-    parts: list[tuple[tuple[str, ...], FloatArray]],
-) -> tuple[tuple[str, ...], FloatArray]:
+def together(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts in one, at least one part."""
     if len(parts) == 1:
         return parts[0]
     sites = tuple(site for sites, _ in parts for site in sites)

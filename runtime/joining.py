@@ -20,11 +20,14 @@ def join(key: str, aggregate: Aggregate, parts: Sequence[torch.Tensor]) -> dict[
     Raises:
         ValueError: the function fails, or gives something else.
     """
-    values = torch.cat([part.reshape(-1) for part in parts])
+    values = parts[0].reshape(-1) if len(parts) == 1 else torch.cat([p.reshape(-1) for p in parts])
     if values.numel() == 0:
         return {}
     if isinstance(aggregate, str):
-        return {key: float(getattr(values.to(torch.float64), aggregate)())}
+        values = values.to(torch.float64)
+        if values.numel() == 1:  # as most are, and each call of torch takes microseconds
+            return {key: abs(float(values)) if aggregate == "norm" else float(values)}
+        return {key: float(getattr(values, aggregate)())}
     try:
         joined: Any = aggregate(values)
         named = joined if isinstance(joined, Mapping) else {"": joined}

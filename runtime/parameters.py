@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tmm.kernels.group import summarize_group
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import KnownMetric, Reduction
-from tmm.pairs import columns_of_difference, further_terms, reduce_pair
+from tmm.pairs import reduce_pair
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly, reduce_pair_eagerly
 
@@ -38,13 +38,12 @@ class Measured:
     names: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
 
-    def squares(self) -> dict[str, torch.Tensor]:
-        """The sum of the squares of each tensor by name, as far as the rows hold it."""
+    def squares(self) -> tuple[tuple[str, ...], torch.Tensor] | None:
+        """The names of the tensors and the sum of the squares of each; None if rows lack it."""
         if "sum_squares" not in self.columns:
-            return {}
+            return None
         rows = self.outputs[0].view(-1, len(self.columns))
-        of_each = rows[:, self.columns.index("sum_squares")].unbind()
-        return dict(zip(self.names, of_each, strict=True))
+        return self.names, rows[:, self.columns.index("sum_squares")]
 
 
 class NamedStatistics:
@@ -72,8 +71,9 @@ class NamedStatistics:
         ``chosen`` is what ``select`` depends on, besides names and dtypes. With ``reference`` rows
         are those of the pairs (see ``tmm.pairs``).
         """
-        signature = [(name, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
-        key = (family, chosen, reference is None, *signature)
+        dtypes = tuple([tensor.dtype for tensor in tensors.values()])
+        devices = tuple([tensor.device for tensor in tensors.values()])
+        key = (family, chosen, reference is None, tuple(tensors), dtypes, devices)
         groups = self._groups.get(key)
         if groups is None:
             groups = self._grouped(tensors, select, recognizes=reference is None)
@@ -143,12 +143,7 @@ def _rows_of_pairs(
     if reduction.is_row_norm:
         pairs = zip(own, reference, strict=True)
         return torch.stack([reduce_pair(a, b, reduction) for a, b in pairs])
-    parts = [summarize_group(own, columns_of_difference(reduction), reference)]
-    terms = (further_terms(a, b, reduction) for a, b in zip(own, reference, strict=True))
-    for term in zip(*terms, strict=True):
-        tensors, columns = zip(*term, strict=True)
-        parts.append(summarize_group(tensors, columns[0]))
-    return torch.cat(parts, 1)
+    return summarize_group(own, reduction.columns, reference)
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tmm.kernels.group import summarize_group
 from tmm.kernels.host import summarize_on_host
-from tmm.metrics import TENSOR_COLUMNS
+from tmm.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.operators import summarize, summarize_difference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +68,8 @@ def check(x: torch.Tensor, columns: tuple[str, ...] = TENSOR_COLUMNS) -> None:
 
 
 WITHOUT_HIGHER = tuple(c for c in TENSOR_COLUMNS if c not in ("moment3", "moment4"))
+WITHOUT_EXTREMES = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros", "nans")
+"""Those that need no minimum, maximum or absolute values."""
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,7 +97,59 @@ def test_any_scale_and_any_special_value(
         x[where % size] = value
     x = x.to(dtype)
     check(x, WITHOUT_HIGHER)
+    check(x, WITHOUT_EXTREMES)
+    check(x, ("sum_squares", "mean", "moment2"))
     check(x)
+
+
+@pytest.mark.parametrize("columns", [("count", "mean", "moment2"), ("mean", "absmax", "zeros")])
+@pytest.mark.parametrize("value", [0.0, -0.0, 0.1, -1e30, 3e38, 1e-40])
+def test_equal_values_have_no_deviations(columns: tuple[str, ...], value: float) -> None:
+    x = torch.full((10_000,), value)
+    row = row_of(x, ("moment2", *columns))
+    assert row["moment2"] == 0.0
+    assert row["mean"] == float(x[0])
+    check(x, columns)
+    x[7000] = torch.nextafter(x[0], torch.tensor(torch.inf))  # all but one
+    check(x, columns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    size=st.integers(1, 9000),
+    exponents=st.tuples(st.floats(-30, 30), st.floats(-30, 30)),
+    special=st.lists(st.tuples(st.integers(0, 8999), st.sampled_from([0.0, np.nan, np.inf]))),
+    seed=st.integers(0, 100),
+)
+def test_columns_of_pairs(
+    dtype: torch.dtype,
+    size: int,
+    exponents: tuple[float, float],
+    special: list[tuple[int, float]],
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    own, other = (
+        torch.randn(size, generator=generator, dtype=torch.float64) * 10.0**exponent
+        for exponent in exponents
+    )
+    for where, value in special:
+        own[where % size] = value
+    own, other = own.to(dtype), other.to(dtype)
+    rows = summarize_on_host([own], ("sum", *PAIR_COLUMNS), [other])
+    assert rows is not None
+    a, b = own.double(), other.double()
+    want = torch.stack([b @ b, a @ a, a @ b])
+    near = 1e-12 if dtype == torch.float64 else 64 * 2**-24
+    scale = torch.stack([b @ b, a @ a, (a * b).abs().sum()])
+    for got, expected_value, size_of_it in zip(rows[0, 1:], want, scale, strict=True):
+        limit = near * float(size_of_it) if size_of_it.isfinite() else 0.0
+        # Products of float32 vanish below its range.
+        limit += size * 2.0**-149
+        assert float(got) == pytest.approx(float(expected_value), rel=0, abs=limit, nan_ok=True)
+    grouped = summarize_group([own], ("sum", *PAIR_COLUMNS), [other])
+    torch.testing.assert_close(grouped, rows, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

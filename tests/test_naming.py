@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tmm.naming import display_name, relative_names
+from tmm.naming import ParameterNames, display_name, relative_names
 
 
 class Wrapper(nn.Module):
@@ -48,3 +48,28 @@ def test_whole_components_only() -> None:
 def test_a_shared_module_has_its_first_name() -> None:
     shared = nn.ReLU()
     assert names(nn.Sequential(shared, nn.Sequential(shared))) == ["[root module]", "0", "1"]
+
+
+def test_parameter_names_follow_the_module() -> None:
+    module = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)))
+    names_of = ParameterNames(module)
+
+    def check() -> None:
+        named = names_of()
+        assert dict(module.named_parameters()) == {name: p for p, name in named.items()}
+
+    check()
+    module[0].weight = nn.Parameter(torch.ones(2, 2))  # another parameter
+    check()
+    module[1].append(nn.Linear(2, 2, bias=False))  # another module, far inside
+    check()
+    module[1][0] = module[0]  # a shared one
+    check()
+    module[1][1].register_parameter("scale", nn.Parameter(torch.ones(1)))
+    check()
+    module[0].bias = None
+    check()
+    inner = module[1]
+    del module[1]
+    module.add_module("renamed", inner)  # the same module by another name
+    check()

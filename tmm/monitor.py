@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
 
+_key_of = attrgetter("key")
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
 
 
@@ -598,7 +600,7 @@ def _values(collector: StepCollector) -> dict[str, Value]:
     record = collector.record()
     values: dict[str, Value] = {}
     for table in record.scalars:
-        values.update(zip((info.key for info in table.infos), table.values.tolist(), strict=True))
+        values.update(zip(map(_key_of, table.infos), table.values.tolist(), strict=True))
     for table in record.histograms:
-        values.update(zip((info.key for info in table.infos), table.values, strict=True))
+        values.update(zip(map(_key_of, table.infos), table.values, strict=True))
     return values

@@ -81,6 +81,33 @@ def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[s
     return names
 
 
+class ParameterNames:
+    """The names of a module's parameters, which may be others at each call.
+
+    Its modules are walked again only where one has other children than at the last walk.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._walked: list[tuple[torch.nn.Module, dict[str, torch.nn.Module | None]]] = []
+        self._owners: list[tuple[torch.nn.Module, str]] = []
+
+    def __call__(self) -> dict[torch.nn.Parameter, str]:
+        """Each parameter with its dotted name; a shared one has the first of its names."""
+        if not self._walked or any(m._modules != children for m, children in self._walked):
+            self._walked = [(module, dict(module._modules)) for module in self._module.modules()]
+            self._owners = [
+                (owner, f"{name}." if name else "")
+                for owner, name in relative_names(self._module).items()
+            ]
+        names: dict[torch.nn.Parameter, str] = {}
+        for owner, prefix in self._owners:
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    names.setdefault(parameter, prefix + name)
+        return names
+
+
 def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
     """Each buffer with its dotted name; a shared one has the first of its names."""
     names: dict[torch.Tensor, str] = {}

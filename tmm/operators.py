@@ -1,7 +1,7 @@
 """The operators that rewritten graphs call: tensors in, rows of partial sums out.
 
 ``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_difference``
-the difference of two without writing it down, ``tmm::summarize_heads`` each head of one,
+a pair and its difference without writing that down, ``tmm::summarize_heads`` each head of one,
 ``tmm::summarize_attention`` the distributions of an attention; ``tmm::pack`` joins rows,
 ``tmm::copy`` keeps a whole tensor.
 They are opaque to the compiler: kernels that are compiled once, for all shapes, serve every site of
@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from tmm.kernels.attention import summarize_attention as summarize_attention_of
-from tmm.kernels.attention_call import ATTENTION_COLUMNS
-from tmm.kernels.dense import (
+from tmm.kernels.attention_call import ATTENTION_COLUMNS, chosen_columns, chosen_elements
+from tmm.kernels.dense import flatten, packed_dtype, real
+from tmm.kernels.differences import (
     can_be_read_together,
+    columns_of_difference,
     difference,
-    flatten,
     flatten_pair,
-    packed_dtype,
-    real,
+    further_terms,
 )
 from tmm.kernels.group import summarize_group
-from tmm.kernels.host import summarize_on_host
+from tmm.kernels.host import summarize_one_on_host
 from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
 from tmm.metrics import HISTOGRAM_EDGES
 
@@ -122,8 +122,8 @@ def _summarize(x: torch.Tensor, columns: str) -> torch.Tensor:
     x = real(x)
     names = tuple(columns.split(COLUMN_SEPARATOR))
     if x.device.type == "cpu":
-        rows = summarize_on_host([flatten(x)], names)
-        return summarize_with_torch(x, names) if rows is None else rows[0]
+        row = summarize_one_on_host(x if x.is_contiguous() else flatten(x), names)
+        return summarize_with_torch(x, names) if row is None else row
     if x.device.type == "cuda" and x.numel():
         kernel, shape = compiled_kernel(x, names)
         return kernel(flatten(x).view(shape))
@@ -135,12 +135,15 @@ def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
 
 
 def _summarize_difference(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
+    names = tuple(columns.split(COLUMN_SEPARATOR))
     if can_be_read_together(own, other):
         flat, subtracted = flatten_pair(own, other)
-        rows = summarize_on_host([flat], tuple(columns.split(COLUMN_SEPARATOR)), [subtracted])
-        if rows is not None:
-            return rows[0]
-    return _summarize(difference(own, other), columns)
+        row = summarize_one_on_host(flat, names, subtracted)
+        if row is not None:
+            return row
+    terms = [(difference(own, other), columns_of_difference(names))]
+    terms += further_terms(own, other, names)
+    return torch.cat([_summarize(term, COLUMN_SEPARATOR.join(needed)) for term, needed in terms])
 
 
 def _difference_shape(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
@@ -186,7 +189,9 @@ def _summarize_attention(
     rows = summarize_attention_of(
         *(query, key, mask), is_causal=is_causal, scale=scale, query_stride=stride
     )
-    return select_statistics(rows, statistics, pooled=pooled)
+    if pooled or rows.device.type != "cpu":
+        return select_statistics(rows, statistics, pooled=pooled)
+    return rows.take(chosen_elements(len(rows), tuple(statistics.split(COLUMN_SEPARATOR))))
 
 
 def select_statistics(rows: torch.Tensor, statistics: str, *, pooled: bool) -> torch.Tensor:
@@ -197,9 +202,8 @@ def select_statistics(rows: torch.Tensor, statistics: str, *, pooled: bool) -> t
     last = ATTENTION_COLUMNS.index("max_logit")
     if pooled:
         rows = torch.cat([rows[:, :last].sum(0), rows[:, last:].amax(0)])[None]
-    names = statistics.split(COLUMN_SEPARATOR)
-    order = [i for name in names for i in (0, ATTENTION_COLUMNS.index(name))]
-    return torch.stack([rows[:, column] for column in order], 1).reshape(-1)
+    columns = chosen_columns(statistics.split(COLUMN_SEPARATOR))
+    return torch.stack([rows[:, column] for column in columns], 1).reshape(-1)
 
 
 def _summarize_attention_shape(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tmm.kernels.dense import difference, packed_dtype
-from tmm.metrics import PAIR_COLUMNS, Reduction
+from tmm.kernels.dense import packed_dtype
+from tmm.kernels.differences import difference
+from tmm.metrics import Reduction
 from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, summarize_difference
 
 ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
@@ -27,33 +28,7 @@ def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
         return histogram(difference(own, reference))
     if reduction.is_row_norm:
         return row_norms(difference(own, reference), reduction)
-    columns = COLUMN_SEPARATOR.join(columns_of_difference(reduction))
-    rows = [summarize_difference(own, reference, columns)]
-    rows += [_row(tensor, columns) for tensor, columns in further_terms(own, reference, reduction)]
-    return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-
-def columns_of_difference(reduction: Reduction) -> tuple[str, ...]:
-    """The columns, the first ones of a row, that are of the difference of a pair."""
-    return tuple(column for column in reduction.columns if column not in PAIR_COLUMNS)
-
-
-def further_terms(
-    own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
-) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
-    """The tensors whose columns, one after the other, are the rest of a row."""
-    terms: list[tuple[torch.Tensor, tuple[str, ...]]] = []
-    # In the order of PAIR_COLUMNS.
-    if "reference_sum_squares" in reduction.columns:
-        terms.append((reference, ("sum_squares",)))
-    if "own_sum_squares" in reduction.columns:
-        terms.append((own, ("sum_squares",)))
-    if "dot" in reduction.columns:
-        wide = torch.promote_types(own.dtype, torch.float32)
-        own, reference = own.to(wide), reference.to(wide)
-        products = (own * reference.conj()).real if own.is_complex() else own * reference
-        terms.append((products, ("sum",)))
-    return terms
+    return summarize_difference(own, reference, COLUMN_SEPARATOR.join(reduction.columns))
 
 
 def row_norms(tensor: torch.Tensor, reduction: Reduction) -> torch.Tensor:

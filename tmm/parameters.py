@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from tmm.known_functions import KnownFunctions
-from tmm.metrics import Reduction
-from tmm.naming import parameter_names, unwrapped
+from tmm.metrics import HISTOGRAM, Reduction
+from tmm.naming import ParameterNames, unwrapped
 from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
 from tmm.runtime.binding import KeyRegistry
@@ -19,6 +20,7 @@ from tmm.runtime.parameters import Measured, NamedStatistics, sum_of_squares
 from tmm.spec import Plan
 
 Tensors = dict[str, torch.Tensor]
+Names = tuple[str, ...]
 Choice = Callable[[Reduction], bool]
 """Which reductions are meant; hashable, and equal to those that choose the same."""
 
@@ -48,16 +50,23 @@ class ParameterMonitor:
         self.unmeasured = unmeasured
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
-        self._squares: dict[str, list[torch.Tensor]] = {}
+        self._squares: dict[str, list[tuple[Names, torch.Tensor]]] = {}
         self._blocks: dict[str, str] = {}
+        self._norms: dict[str, _Norms] = {}
+        self._names = ParameterNames(module)
+        self._reads_both = all(
+            not rule.functions and HISTOGRAM not in rule.metrics
+            for rule in plan.spec.rules
+            if rule.family == "update"
+        )
 
     def wants(self, family: str) -> bool:
         """Whether the spec has a rule of that family."""
         return self.plan.spec.measures(family)
 
     def names(self) -> dict[torch.nn.Parameter, str]:
-        """Names of the model's parameters; worked out anew, for there may be others by now."""
-        return {parameter: name for parameter, (name, _) in parameter_names(self.module).items()}
+        """Names of the parameters that the model has now."""
+        return self._names()
 
     def add_parameters(self, collector: StepCollector) -> None:
         """Measure all parameters as they are now."""
@@ -96,20 +105,17 @@ class ParameterMonitor:
         measured = self.add(
             collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless
         )
-        squares = {name: square for rows in measured for name, square in rows.squares().items()}
+        squares = [found for rows in measured if (found := rows.squares()) is not None]
+        known = {name for names, _ in squares for name in names}
         others = {
             name: tensor
             for name, tensor in gradients.items()
-            if name not in squares and self.ranks.owns(tensor)
+            if name not in known and self.ranks.owns(tensor)
         }
-        for name, square in [*squares.items(), *self._squares_of(others).items()]:
+        for names, values in [*squares, *self._squares_of(others)]:
             if unless is not None:
-                square = torch.where(unless > 0, torch.zeros_like(square), square)
-            total = f"step/gradient_norm{suffix}"
-            if name not in self._blocks:
-                self._blocks[name] = block_of(self.module, name)
-            for key in (total, f"{total}/{self._blocks[name]}"):
-                self._squares.setdefault(key, []).append(square)
+                values = torch.where(unless > 0, torch.zeros_like(values), values)
+            self._squares.setdefault(f"step/gradient_norm{suffix}", []).append((names, values))
 
     def add_update(
         self,
@@ -122,6 +128,8 @@ class ParameterMonitor:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, "update", unless=unless)
         measure(now, reference=before, choose=_reads_both)
+        if self._reads_both:
+            return
         differences = {
             name: torch.sub(now[name], before[name], out=before[name])
             for name in now
@@ -166,20 +174,50 @@ class ParameterMonitor:
     def end_step(self, collector: StepCollector | None) -> None:
         """Record the norms of the step; without a collector, forget them."""
         squares, self._squares = self._squares, {}
-        if collector is not None:
-            for key, parts in squares.items():
-                collector.log(key, _total(parts).sqrt(), "norm")
+        if collector is None:
+            return
+        for total, parts in squares.items():
+            device = parts[0][1].device
+            names = tuple(name for some, _ in parts for name in some)
+            values = torch.cat([some.to(device, non_blocking=True) for _, some in parts])
+            norms = self._norms_of(total, names, device)
+            of_blocks = values.new_zeros(len(norms.keys) - 1)
+            of_blocks.index_add_(0, norms.places, values)
+            sums = torch.cat([values.sum().reshape(1), of_blocks])
+            collector.log_each(norms.keys, sums.sqrt_(), "norm")
+
+    def _norms_of(self, total: str, names: Names, device: torch.device) -> _Norms:
+        known = self._norms.get(total)  # those of the last step, which most steps have again
+        if known is None or known.names != names or known.places.device != device:
+            for name in names:
+                if name not in self._blocks:
+                    self._blocks[name] = block_of(self.module, name)
+            blocks = list(dict.fromkeys(self._blocks[name] for name in names))
+            places = [blocks.index(self._blocks[name]) for name in names]
+            known = _Norms(
+                names,
+                (total, *(f"{total}/{block}" for block in blocks)),
+                torch.tensor(places, device=device),
+            )
+            self._norms[total] = known
+        return known
 
     @staticmethod
-    def _squares_of(tensors: Tensors) -> Tensors:
+    def _squares_of(tensors: Tensors) -> Iterator[tuple[Names, torch.Tensor]]:
         by_device: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():
             by_device.setdefault(tensor.device, []).append(name)
-        squares: Tensors = {}
         for names in by_device.values():
-            sums = sum_of_squares([tensors[name] for name in names])
-            squares.update(zip(names, sums.unbind(), strict=True))
-        return squares
+            yield tuple(names), sum_of_squares([tensors[name] for name in names])
+
+
+@dataclass(frozen=True, eq=False)
+class _Norms:
+    """The norms of some gradients: their keys, of all and of each block, and each one's block."""
+
+    names: Names
+    keys: tuple[str, ...]
+    places: torch.Tensor
 
 
 def _reads_both(reduction: Reduction) -> bool:
@@ -200,8 +238,3 @@ def block_of(module: torch.nn.Module, parameter: str) -> str:
             return ".".join(parts[: depth + 1])
         module = getattr(unwrapped(module), part)
     return parts[0] if parts else parameter
-
-
-def _total(parts: list[torch.Tensor]) -> torch.Tensor:
-    device = parts[0].device
-    return torch.stack([part.to(device, non_blocking=True) for part in parts]).sum()

@@ -22,27 +22,6 @@ def real(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_floating_point() else x.to(packed_dtype(x.device))
 
 
-def difference(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """``own - other``, in float32 at least: in half precision it would lose its digits."""
-    wide = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
-    return own.to(wide) - other.to(wide)
-
-
-def can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the kernel of a CPU can take the difference while it reads both."""
-    alike = own.dtype == other.dtype and own.shape == other.shape and own.device == other.device
-    return alike and own.device.type == "cpu" and own.is_floating_point()
-
-
-def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with their elements densely in memory, in one order."""
-    if own.is_contiguous() and other.is_contiguous():
-        return own, other
-    if own.stride() != other.stride():
-        own, other = own.contiguous(), other.contiguous()
-    return flatten(own), flatten(other)
-
-
 def flatten(x: torch.Tensor) -> torch.Tensor:
     """All elements in one dimension, without a copy where they lie densely in any order."""
     return x.as_strided((x.numel(),), (1,)) if is_dense(x) else x.contiguous().view(-1)

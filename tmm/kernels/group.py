@@ -12,8 +12,16 @@ from collections.abc import Sequence
 
 import torch
 
-from tmm.kernels.dense import can_be_read_together, difference, flatten, flatten_pair, real
+from tmm.kernels.dense import flatten, real
+from tmm.kernels.differences import (
+    can_be_read_together,
+    columns_of_difference,
+    difference,
+    flatten_pair,
+    further_terms,
+)
 from tmm.kernels.host import summarize_on_host
+from tmm.kernels.host_library import DTYPES
 from tmm.kernels.torch_rows import IDENTITIES, summarize_with_torch
 
 
@@ -28,10 +36,10 @@ def summarize_group(
         tensors: Tensors of any dtypes, shapes and strides on one device, empty ones included.
             Those that lie densely in memory are not copied; of complex ones the magnitudes are
             taken first.
-        columns: Names from ``tmm.metrics.COLUMN_ORDER``; ``mean`` and ``moment2``, and then
-            ``moment3`` and ``moment4``, only together.
+        columns: Names from ``tmm.metrics.COLUMN_ORDER``, those of pairs last; ``mean`` and
+            ``moment2``, and then ``moment3`` and ``moment4``, only together.
         subtracted: As many tensors of the same shapes; rows are then of the differences, which a
-            CPU does not write down.
+            CPU does not write down, and of the pairs.
 
     Returns:
         Float64 (``packed_dtype``) of shape ``(len(tensors), len(columns))`` on their device. On a
@@ -49,52 +57,61 @@ def summarize_group(
     (device,) = devices
     with torch.no_grad():
         if subtracted is not None:
-            return _summarize_differences(tensors, subtracted, columns)
+            return _summarize_pairs(tensors, subtracted, columns)
         if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             from tmm.kernels.group_triton import summarize_chunks
 
             needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
             return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
         flat = [_readable(tensor) for tensor in tensors]
-        if device.type == "cpu":
-            return _summarize_by_dtype(flat, columns)
+        rows = _summarize_on_host(flat, columns) if device.type == "cpu" else None
+        if rows is not None:
+            return rows
         return torch.stack([summarize_with_torch(tensor, columns) for tensor in flat])
 
 
-def _summarize_differences(
+def _summarize_pairs(
     own: Sequence[torch.Tensor], others: Sequence[torch.Tensor], columns: tuple[str, ...]
 ) -> torch.Tensor:
     pairs = list(zip(own, others, strict=True))
-    if not all(can_be_read_together(a, b) for a, b in pairs):
-        return summarize_group([difference(a, b) for a, b in pairs], columns)
-    flat = [flatten_pair(a, b) for a, b in pairs]
-    return _summarize_by_dtype([a for a, _ in flat], columns, [b for _, b in flat])
+    if all(can_be_read_together(a, b) for a, b in pairs):
+        flat = [flatten_pair(a, b) for a, b in pairs]
+        rows = _summarize_on_host([a for a, _ in flat], columns, [b for _, b in flat])
+        if rows is not None:
+            return rows
+    differences = [difference(a, b) for a, b in pairs]
+    parts = [summarize_group(differences, columns_of_difference(columns))]
+    for term in zip(*(further_terms(a, b, columns) for a, b in pairs), strict=True):
+        tensors, needed = zip(*term, strict=True)
+        parts.append(summarize_group(tensors, needed[0]))
+    return torch.cat(parts, 1)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """One that lies densely and is real, in any shape."""
-    if tensor.is_contiguous() and tensor.is_floating_point():
+    """One that lies densely, is real and of a dtype that kernels know, in any shape."""
+    if tensor.is_contiguous() and tensor.dtype in DTYPES:
         return tensor  # as most are
-    return flatten(real(tensor.detach()))
+    tensor = real(tensor.detach())
+    return flatten(tensor if tensor.dtype in DTYPES else tensor.float())
 
 
-def _summarize_by_dtype(
+def _summarize_on_host(
     tensors: list[torch.Tensor],
     columns: tuple[str, ...],
     subtracted: list[torch.Tensor] | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
+    """The rows of tensors of any of the kernels' dtypes; None where there is no kernel."""
     members: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         members.setdefault(tensor.dtype, []).append(index)
+    if len(members) == 1:
+        return summarize_on_host(tensors, columns, subtracted)
     rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
     for indices in members.values():
-        some = [tensors[index] for index in indices]
         others = None if subtracted is None else [subtracted[index] for index in indices]
-        of_dtype = summarize_on_host(some, columns, others)
+        of_dtype = summarize_on_host([tensors[index] for index in indices], columns, others)
         if of_dtype is None:
-            if others is not None:
-                some = [difference(a, b) for a, b in zip(some, others, strict=True)]
-            of_dtype = torch.stack([summarize_with_torch(tensor, columns) for tensor in some])
+            return None
         rows[indices] = of_dtype
     return rows
 

@@ -3,15 +3,24 @@
 //
 // A tensor is cut into chunks, which threads share, and a chunk into rows that fit the first-level
 // cache. Most rows are reduced in the accumulation type, by deviations from the mean of a sample of
-// theirs; sums about another centre follow without cancellation. Higher moments take a second pass
-// over the row. Where that would overflow or underflow, and where a value is not finite, a row is
-// reduced in double.
+// theirs; sums about another centre follow without cancellation. What few columns need takes a
+// second pass over the row. Where that would overflow or underflow, and where a value is not
+// finite, a row is reduced in double.
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
+
+// Inductor compiles without fused multiply-add, which is slower and less accurate.
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
 
 namespace {
 
@@ -119,13 +128,40 @@ struct Differences {
 };
 
 // The columns in the order of COLUMN_ORDER in tmm/metrics.py. While rows are being merged the
-// minimum and maximum are those of the other values than NaN.
+// extremes are those of the other values than NaN.
 struct Row {
   double count = 0, sum = 0, sum_squares = 0, sum_absolute = 0;
   double mean = 0, moment2 = 0, moment3 = 0, moment4 = 0;
   double absmax = 0, minimum = INFINITE, maximum = -INFINITE;
   double zeros = 0, nans = 0, infinities = 0;
+  double reference_sum_squares = 0, own_sum_squares = 0, dot = 0;
 };
+
+// What the asked columns need besides the sum and the moments up to the second.
+struct Needs {
+  bool sizes = false;     // absmax and zeros
+  bool extremes = false;  // and minimum, maximum and sum_absolute
+  bool higher_moments = false;
+  bool pair = false;  // what is of the two tensors of a difference, and not of the difference
+};
+
+Needs needs_of(int64_t columns, const int64_t* order) {
+  Needs needs;
+  for (int64_t column = 0; column < columns; column++) {
+    const int64_t offset = order[column] * sizeof(double);
+    const auto is = [offset](size_t first, size_t last) {
+      return offset >= int64_t(first) && offset <= int64_t(last);
+    };
+    needs.higher_moments |= is(offsetof(Row, moment3), offsetof(Row, moment4));
+    needs.extremes |= is(offsetof(Row, sum_absolute), offsetof(Row, sum_absolute)) ||
+                      is(offsetof(Row, minimum), offsetof(Row, maximum));
+    needs.sizes |= is(offsetof(Row, absmax), offsetof(Row, absmax)) ||
+                   is(offsetof(Row, zeros), offsetof(Row, zeros));
+    needs.pair |= is(offsetof(Row, reference_sum_squares), offsetof(Row, dot));
+  }
+  needs.extremes |= needs.higher_moments;  // which are scaled by them
+  return needs;
+}
 
 // Moments by Pebay 2008, "Formulas for robust, one-pass parallel computation of covariances and
 // arbitrary-order statistical moments", eq. 2.1.
@@ -133,7 +169,7 @@ void merge(Row& left, const Row& right) {
   if (right.count == 0) return;
   const double count = left.count + right.count;
   const double delta = right.mean - left.mean, square = delta * delta;
-  const double a = left.count / count, b = right.count / count, cross = left.count * b;
+  const double b = right.count / count, a = 1 - b, cross = left.count * b;
   left.moment4 += right.moment4 + square * square * cross * (a * a - a * b + b * b) +
                   6 * square * (a * a * right.moment2 + b * b * left.moment2) +
                   4 * delta * (a * right.moment3 - b * left.moment3);
@@ -145,11 +181,15 @@ void merge(Row& left, const Row& right) {
   left.sum += right.sum;
   left.sum_squares += right.sum_squares;
   left.sum_absolute += right.sum_absolute;
+  if (right.absmax > left.absmax) left.absmax = right.absmax;
   if (right.minimum < left.minimum) left.minimum = right.minimum;
   if (right.maximum > left.maximum) left.maximum = right.maximum;
   left.zeros += right.zeros;
   left.nans += right.nans;
   left.infinities += right.infinities;
+  left.reference_sum_squares += right.reference_sum_squares;
+  left.own_sum_squares += right.own_sum_squares;
+  left.dot += right.dot;
 }
 
 // All columns in double, by two passes; `length` is at most ROW.
@@ -183,6 +223,7 @@ Row reduce_exactly(Source source, int64_t length) {
   row.sum = sum;
   row.sum_squares = squares;
   row.sum_absolute = absolute;
+  row.absmax = -minimum > maximum ? -minimum : maximum;
   row.minimum = minimum;
   row.maximum = maximum;
   row.zeros = zeros;
@@ -241,8 +282,40 @@ void add_higher_moments(Source source, int64_t length, Row& row) {
       four - 4 * shift * three + 6 * square * two - 3 * length * square * square, 4 * exponent);
 }
 
-// All columns from one pass, and one more for higher moments; `length` is a multiple of STEP.
+// Whether all elements are equal; `length` is a multiple of the width of a vector.
 template <class Source>
+bool is_constant(Source source, int64_t length) {
+  typedef Vector<typename Source::Scalar> Values;
+  constexpr int64_t WIDTH = sizeof(Values) / sizeof(typename Source::Scalar);
+  const Values first = Values{} + source.at(0)[0];
+  decltype(first == first) others = {};
+  for (int64_t start = 0; start < length; start += WIDTH) others |= source.at(start) != first;
+  for (int64_t lane = 0; lane < WIDTH; lane++)
+    if (others[lane]) return false;
+  return true;
+}
+
+// The row of equal values, whose deviations are none, not even rounded ones.
+Row constant_row(double value, int64_t length) {
+  Row row;
+  row.count = length;
+  row.mean = row.minimum = row.maximum = value;
+  row.absmax = value < 0 ? -value : value;
+  row.sum = length * value;
+  row.sum_squares = length * value * value;
+  row.sum_absolute = length * row.absmax;
+  row.zeros = value == 0 ? length : 0;
+  return row;
+}
+
+// Below it squares vanish, so that their sum is not precise.
+template <class Scalar>
+constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
+                           double(std::numeric_limits<Scalar>::epsilon());
+
+// The needed columns but those of pairs, from one pass, and one more for higher moments; `length`
+// is a multiple of STEP.
+template <class Source, bool SIZES, bool EXTREMES>
 Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
   typedef typename Source::Scalar Scalar;
   typedef Vector<Scalar> Values;
@@ -258,10 +331,11 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
     for (int64_t lane = 0; lane < WIDTH; lane++) centre += sums[part][lane] / sample;
   if (!std::isfinite(centre)) centre = 0;
 
-  typedef decltype(Values{} == Values{}) Mask;
-  Values shifts[UNROLL] = {}, squares[UNROLL] = {}, magnitudes[UNROLL] = {};
+  typedef decltype(Values{} == Values{}) Integers;
+  constexpr auto SIGN = std::numeric_limits<std::decay_t<decltype(Integers{}[0])>>::min();
+  Values shifts[UNROLL] = {}, squares[UNROLL] = {}, absolutes[UNROLL] = {};
   Values lowest[UNROLL], highest[UNROLL];
-  Mask zeros[UNROLL] = {};
+  Integers largest[UNROLL] = {}, zeros[UNROLL] = {};
   for (int part = 0; part < UNROLL; part++) {
     lowest[part] = Values{} + HUGE_SCALAR;
     highest[part] = Values{} - HUGE_SCALAR;
@@ -272,37 +346,48 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
       const Values deviations = values - centre;
       shifts[part] += deviations;
       squares[part] += deviations * deviations;
-      magnitudes[part] += values < 0 ? -values : values;
-      lowest[part] = values < lowest[part] ? values : lowest[part];
-      highest[part] = values > highest[part] ? values : highest[part];
-      zeros[part] -= values == 0;  // a mask is -1 where it holds
+      if (SIZES) {  // magnitudes have the order of their bits, which take fewer instructions
+        Integers bits;
+        std::memcpy(&bits, &values, sizeof(bits));
+        bits &= ~SIGN;
+        largest[part] = bits > largest[part] ? bits : largest[part];
+        zeros[part] = bits == 0 ? zeros[part] + 1 : zeros[part];
+      }
+      if (EXTREMES) {
+        absolutes[part] += values < 0 ? -values : values;
+        lowest[part] = values < lowest[part] ? values : lowest[part];
+        highest[part] = values > highest[part] ? values : highest[part];
+      }
     }
   }
   double shift = 0, square = 0;
   Row row;
   for (int part = 0; part < UNROLL; part++) {
+    Values sizes;
+    std::memcpy(&sizes, &largest[part], sizeof(sizes));
     for (int64_t lane = 0; lane < WIDTH; lane++) {
       shift += shifts[part][lane];
       square += squares[part][lane];
-      row.sum_absolute += magnitudes[part][lane];
-      if (lowest[part][lane] < row.minimum) row.minimum = lowest[part][lane];
-      if (highest[part][lane] > row.maximum) row.maximum = highest[part][lane];
-      row.zeros += zeros[part][lane];
+      if (SIZES) {
+        if (sizes[lane] > row.absmax) row.absmax = sizes[lane];
+        row.zeros += zeros[part][lane];
+      }
+      if (EXTREMES) {
+        row.sum_absolute += absolutes[part][lane];
+        if (lowest[part][lane] < row.minimum) row.minimum = lowest[part][lane];
+        if (highest[part][lane] > row.maximum) row.maximum = highest[part][lane];
+      }
     }
   }
   row.count = length;
-  if (!std::isfinite(square) || !std::isfinite(row.sum_absolute))
+  if (!std::isfinite(square) || (EXTREMES && !std::isfinite(row.sum_absolute)))
     return reduce_exactly(source, length);
-  if (row.minimum == row.maximum) {
-    row.mean = row.minimum;
-    row.sum = length * row.mean;
-    row.sum_squares = length * row.mean * row.mean;
-    return row;
-  }
-  constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
-                             double(std::numeric_limits<Scalar>::epsilon());
-  if (square < PRECISE) return reduce_exactly(source, length);  // squares vanish below the range
-  const double mean = shift / length, wide = centre;
+  // The centre of equal values differs from them by its rounding at most.
+  const double wide = centre, rounding = 64 * wide * std::numeric_limits<Scalar>::epsilon();
+  if (square <= length * rounding * rounding && is_constant(source, length))
+    return constant_row(source.at(0)[0], length);
+  if (square < PRECISE<Scalar>) return reduce_exactly(source, length);
+  const double mean = shift / length;
   row.mean = wide + mean;
   row.sum = length * wide + shift;
   row.moment2 = square - shift * mean;
@@ -313,24 +398,84 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
   return row;
 }
 
-template <class Source>
-Row reduce_chunk(Source source, int64_t length, bool higher_moments) {
+// Add the columns of pairs, in double.
+template <class Element>
+void add_pair_exactly(Differences<Element> source, int64_t length, Row& row) {
+  constexpr int64_t WIDTH = Values<Element>::WIDTH;
+  for (int64_t start = 0; start < length; start += WIDTH) {
+    const int64_t some = length - start < WIDTH ? length - start : WIDTH;
+    const auto own = source.own.some(start, some), other = source.other.some(start, some);
+    for (int64_t i = 0; i < some; i++) {
+      const double a = own[i], b = other[i];
+      row.reference_sum_squares += b * b;
+      row.own_sum_squares += a * a;
+      row.dot += a * b;
+    }
+  }
+}
+
+// The same in a pass over a row that is in the first-level cache.
+template <class Element>
+void add_pair(Differences<Element> source, int64_t length, Row& row) {
+  typedef typename Values<Element>::Scalar Scalar;
+  constexpr int64_t WIDTH = Values<Element>::WIDTH;
+  const int64_t quick = length - length % (UNROLL * WIDTH);
+  Vector<Scalar> owns[UNROLL] = {}, others[UNROLL] = {}, products[UNROLL] = {};
+  for (int64_t start = 0; start < quick; start += UNROLL * WIDTH)
+    for (int part = 0; part < UNROLL; part++) {
+      const Vector<Scalar> own = source.own.at(start + part * WIDTH);
+      const Vector<Scalar> other = source.other.at(start + part * WIDTH);
+      owns[part] += own * own;
+      others[part] += other * other;
+      products[part] += own * other;
+    }
+  double own = 0, other = 0, product = 0;
+  for (int part = 0; part < UNROLL; part++)
+    for (int64_t lane = 0; lane < WIDTH; lane++) {
+      own += owns[part][lane];
+      other += others[part][lane];
+      product += products[part][lane];
+    }
+  const bool is_precise = std::isfinite(own) && std::isfinite(other) && own >= PRECISE<Scalar> &&
+                          other >= PRECISE<Scalar>;
+  if (!is_precise) return add_pair_exactly(source, length, row);
+  row.reference_sum_squares += other;
+  row.own_sum_squares += own;
+  row.dot += product;
+  if (quick < length) add_pair_exactly(source.after(quick), length - quick, row);
+}
+
+template <class Element>
+void add_pair(Values<Element>, int64_t, Row&) {}  // it is of no pair
+
+template <class Source, bool SIZES, bool EXTREMES>
+Row reduce_chunk(Source source, int64_t length, Needs needs) {
   constexpr int64_t STEP = UNROLL * 64 / sizeof(typename Source::Scalar);
   Row total;
   for (int64_t start = 0; start < length; start += ROW) {
-    const int64_t row = length - start < ROW ? length - start : ROW;
-    const int64_t quick = row - row % STEP;
-    if (quick) merge(total, reduce_quickly(source.after(start), quick, higher_moments));
-    if (quick < row) merge(total, reduce_exactly(source.after(start + quick), row - quick));
+    const int64_t size = length - start < ROW ? length - start : ROW, quick = size - size % STEP;
+    const Source row = source.after(start);
+    if (quick)
+      merge(total, reduce_quickly<Source, SIZES, EXTREMES>(row, quick, needs.higher_moments));
+    if (quick < size) merge(total, reduce_exactly(row.after(quick), size - quick));
+    if (needs.pair) add_pair(row, size, total);
   }
   return total;
+}
+
+template <class Source>
+Row reduce_chunk(Source source, int64_t length, Needs needs) {
+  if (needs.extremes) return reduce_chunk<Source, true, true>(source, length, needs);
+  if (needs.sizes) return reduce_chunk<Source, true, false>(source, length, needs);
+  return reduce_chunk<Source, false, false>(source, length, needs);
 }
 
 // Write the asked columns of a row per tensor; `others` is null, or what is subtracted of each.
 template <class Element>
 void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
-               const int64_t* elements, int64_t columns, const int64_t* order,
-               int64_t higher_moments, int64_t threads, double* result) {
+               const int64_t* elements, int64_t columns, const int64_t* order, int64_t threads,
+               double* result) {
+  const Needs needs = needs_of(columns, order);
   std::vector<int64_t> first(tensors + 1, 0);  // number of the tensor's first chunk
   std::vector<int64_t> owner;
   for (int64_t tensor = 0; tensor < tensors; tensor++) {
@@ -346,19 +491,17 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
     const int64_t rest = elements[tensor] - start, length = rest < CHUNK ? rest : CHUNK;
     const Values<Element> own{reinterpret_cast<const Element*>(addresses[tensor]) + start};
     if (others == nullptr) {
-      rows[chunk] = reduce_chunk(own, length, higher_moments != 0);
+      rows[chunk] = reduce_chunk(own, length, needs);
       continue;
     }
     const Values<Element> other{reinterpret_cast<const Element*>(others[tensor]) + start};
-    rows[chunk] = reduce_chunk(Differences<Element>{own, other}, length, higher_moments != 0);
+    rows[chunk] = reduce_chunk(Differences<Element>{own, other}, length, needs);
   }
   for (int64_t tensor = 0; tensor < tensors; tensor++) {
     Row total;  // in the order of the chunks, so that threads make no difference
     for (int64_t chunk = first[tensor]; chunk < first[tensor + 1]; chunk++)
       merge(total, rows[chunk]);
-    if (total.nans > 0) total.minimum = total.maximum = UNDEFINED;
-    if (total.count > 0)
-      total.absmax = -total.minimum > total.maximum ? -total.minimum : total.maximum;
+    if (total.nans > 0) total.absmax = total.minimum = total.maximum = UNDEFINED;
     double all[sizeof(Row) / sizeof(double)];
     std::memcpy(all, &total, sizeof(all));
     for (int64_t column = 0; column < columns; column++)
@@ -371,9 +514,8 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
 #define TMM_SUMMARIZE(NAME, ELEMENT)                                                            \
   extern "C" void NAME(int64_t tensors, const int64_t* addresses, const int64_t* others,        \
                        const int64_t* elements, int64_t columns, const int64_t* order,          \
-                       int64_t higher_moments, int64_t threads, double* result) {               \
-    summarize<ELEMENT>(tensors, addresses, others, elements, columns, order, higher_moments,    \
-                       threads, result);                                                        \
+                       int64_t threads, double* result) {                                       \
+    summarize<ELEMENT>(tensors, addresses, others, elements, columns, order, threads, result);  \
   }
 
 TMM_SUMMARIZE(summarize_float64, double)

@@ -24,31 +24,47 @@ def summarize_on_host(
     Args:
         tensors: On the CPU, dense in memory, and of one floating-point dtype.
         subtracted: As many of the same dtype and sizes, their elements in the same order; rows are
-            then of the differences, taken in float32 at least.
+            then of the differences, taken in float32 at least, and of the pairs.
         columns: Names from ``tmm.metrics.COLUMN_ORDER``.
 
     Returns:
         Float64, shape ``(len(tensors), len(columns))``; None where there is no such kernel: for
         the dtype, or because no C++ compiler works, which is warned of once.
     """
-    dtype = tensors[0].dtype
-    kernel = _kernels().get(dtype)
-    if kernel is None:
-        return None
-    pointers = ctypes.c_int64 * len(tensors)
     rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
+    return rows if _write(rows, tensors, columns, subtracted) else None
+
+
+def summarize_one_on_host(
+    tensor: torch.Tensor, columns: tuple[str, ...], subtracted: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The row of ``summarize_on_host`` of one tensor, shape ``(len(columns),)``."""
+    row = torch.empty(len(columns), dtype=torch.float64)
+    others = None if subtracted is None else (subtracted,)
+    return row if _write(row, (tensor,), columns, others) else None
+
+
+def _write(
+    rows: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None,
+) -> bool:
+    kernel = _kernels().get(tensors[0].dtype)
+    if kernel is None:
+        return False
+    integers = ctypes.c_int64 * len(tensors)
     kernel(
         len(tensors),
-        pointers(*[tensor.data_ptr() for tensor in tensors]),
-        None if subtracted is None else pointers(*[tensor.data_ptr() for tensor in subtracted]),
-        pointers(*[tensor.numel() for tensor in tensors]),
+        integers(*[tensor.data_ptr() for tensor in tensors]),
+        None if subtracted is None else integers(*[tensor.data_ptr() for tensor in subtracted]),
+        integers(*[tensor.numel() for tensor in tensors]),
         len(columns),
         _order(columns),
-        "moment4" in columns,
         torch.get_num_threads(),
         rows.data_ptr(),
     )
-    return rows
+    return True
 
 
 @functools.cache
@@ -60,5 +76,5 @@ def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    types = (integer, pointer, pointer, pointer, integer, pointer, integer, integer, pointer)
+    types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
     return load_kernels(_SOURCE, types, "measures")
