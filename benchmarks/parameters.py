@@ -150,10 +150,10 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def kernel_memory(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the rows of chunks in ``tmm/kernels/host.cpp``: 14 doubles per 32768 elements."""
+    """Bytes of the rows of chunks in ``tmm/kernels/host.cpp``: 17 doubles per 32768 elements."""
     if torch.cuda.is_available():
         return 0
-    return sum(math.ceil(tensor.numel() / 2**15) * 14 * 8 for tensor in tensors)
+    return sum(math.ceil(tensor.numel() / 2**15) * 17 * 8 for tensor in tensors)
 
 
 def line(variant: str, timing: Timing, note: str = "") -> Line:

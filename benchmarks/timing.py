@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib.metadata
 import os
 import platform
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +73,26 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[low], ordered[high]
 
 
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have the C library keep memory that is freed; tells whether it does, as glibc can.
+
+    Else it gives some of it back to the system and gets it again, a few thousand pages a step. How
+    many depends on where things happen to lie, which makes steps of one program differ by percents.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(library, "mallopt"):
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # as malloc.h numbers them
+    settings = {trim_threshold: 2**31 - 1, top_pad: 2**28, mmap_threshold: 2**25}
+    return all(library.mallopt(name, value) == 1 for name, value in settings.items())
+
+
 def interleave(
     variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 3
 ) -> dict[str, Timing]:
     """Time each variant once per round, in random order; the first one is the baseline."""
+    keep_freed_memory()
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
@@ -99,6 +118,7 @@ def environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": str(torch.get_num_threads()),
         "processors": str(os.cpu_count()),
+        "memory": "kept by the allocator" if keep_freed_memory() else "as the allocator likes",
         "compile": "torch.compile, backend inductor, default mode, options as torch sets them",
         "seeds": "0 of the model, 1 of the batch, 0 of the order of variants",
     }

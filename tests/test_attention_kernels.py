@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.parameters import peak_memory
+from tmm import operators
 from tmm.kernels.attention import summarize_attention
 from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
 from tmm.kernels.attention_host import summarize_attention_on_host
@@ -352,6 +353,45 @@ def test_gradients_and_autocast_do_not_matter() -> None:
     check(plain, case)
     assert not rows.requires_grad
     assert not plain.requires_grad
+
+
+def test_calls_that_need_no_arrangement() -> None:
+    """Most need none; the rows are the same as after it."""
+    fused = torch.randn(2, 70, 8 * 16, requires_grad=True).unflatten(-1, (8, 16)).transpose(1, 2)
+    negated = torch.complex(torch.randn(2, 4, 70, 16), torch.randn(2, 4, 70, 16)).conj().imag
+    assert negated.is_neg()
+    for query, key in (
+        (fused[:, :4], fused[:, 4:]),
+        (fused[:, :4], fused[:, 4:6, :33]),
+        (fused[:, :4].bfloat16(), fused[:, 4:].bfloat16()),
+        (negated, fused[:, :4]),
+        (fused[:, :4, :0], fused[:, 4:]),
+        (fused[:1, :4], fused[:, 4:]),
+    ):
+        for scale in (None, 0.3):
+            rows = summarize_attention(query, key, None, is_causal=True, scale=scale)
+            assert not rows.requires_grad
+            assert torch.equal(rows, on_host(arrange(query, key, None, True, scale, 1)))
+            if query.shape[2]:
+                check(rows, Case(query, key, is_causal=True, scale=scale))
+    with pytest.raises(ValueError, match="numbers of heads"):
+        summarize_attention(fused[:, :4], fused[:, :3], None, is_causal=True, scale=None)
+
+
+def test_statistics_are_chosen() -> None:
+    query, key = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    rows = summarize_attention(query, key, None, is_causal=True, scale=None)
+    for names in ("entropy", "max_logit", "sink_mass,entropy,count"):
+        for pooled in (False, True):
+            joined = torch.cat([rows[:, :-1].sum(0), rows[:, -1:].amax(0)])[None]
+            want = [
+                row[index]
+                for row in (joined if pooled else rows)
+                for name in names.split(",")
+                for index in (0, ATTENTION_COLUMNS.index(name))
+            ]
+            got = operators.summarize_attention(query, key, None, True, None, None, pooled, names)
+            assert got.tolist() == torch.stack(want).tolist()
 
 
 def test_views_are_not_copied() -> None:

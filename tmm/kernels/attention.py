@@ -11,7 +11,7 @@ import importlib.util
 
 import torch
 
-from tmm.kernels.attention_call import arrange
+from tmm.kernels.attention_call import arrange, arrange_nothing
 from tmm.kernels.attention_host import summarize_attention_on_host
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 
@@ -50,7 +50,10 @@ def summarize_attention(
         RuntimeError: The other dimensions do not broadcast.
         TypeError: The mask is neither boolean nor floating-point.
     """
-    call = arrange(query, key, mask, is_causal, scale, query_stride)
+    call = None
+    if mask is None and query_stride == 1:
+        call = arrange_nothing(query, key, is_causal, scale)
+    call = call or arrange(query, key, mask, is_causal, scale, query_stride)
     if query.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from tmm.kernels.attention_triton import summarize_attention_with_triton
 
