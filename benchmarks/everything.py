@@ -13,7 +13,6 @@ sum over each tensor that is measured. Memory is what a step holds at most, para
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -136,17 +135,16 @@ def lines_of(
 def unmonitored(
     timings: Mapping[str, Timing], cadences: Mapping[str, Cadence], warm_up: int
 ) -> Timing:
-    """Steps between monitored ones: of each round the mean, since they share a bare step."""
+    """Steps between monitored ones: of each round one, as the round has one bare step.
+
+    Not the mean of several, which is larger than a single one where few are very slow.
+    """
     own: list[float] = []
     base: list[float] = []
     for turn, bare in enumerate(timings[BARE].seconds):
-        seconds = [
-            timings[name].seconds[turn]
-            for name, cadence in cadences.items()
-            if not cadence.monitored[warm_up + turn]
-        ]
-        if seconds:
-            own.append(statistics.fmean(seconds))
+        names = [name for name, c in cadences.items() if not c.monitored[warm_up + turn]]
+        if names:
+            own.append(timings[names[turn % len(names)]].seconds[turn])
             base.append(bare)
     return Timing(tuple(own), tuple(base))
 

@@ -14,9 +14,8 @@ from torch.fx import GraphModule, Node
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
 from tmm.layout import ATTENTION, AttentionRequest, Measurement, Share, Site
-from tmm.metrics import Reduction, builtin_reductions
+from tmm.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
 from tmm.operators import (
-    COLUMN_SEPARATOR,
     attention_heads,
     select_statistics,
     stride_of,

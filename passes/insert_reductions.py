@@ -9,9 +9,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from tmm.layout import VALUE_FAMILY, Measurement, Share, Site
-from tmm.metrics import COLUMN_ORDER, KnownMetric, Reduction
+from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
 from tmm.operators import (
-    COLUMN_SEPARATOR,
     copy,
     histogram,
     summarize,

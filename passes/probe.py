@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from tmm.metrics import Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.metrics import COLUMN_SEPARATOR, Reduction
+from tmm.operators import histogram, summarize
 from tmm.passes.trace_function import TracedFunction
 
 VERSION = "2"

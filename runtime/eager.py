@@ -7,8 +7,8 @@ from numbers import Number
 import numpy as np
 import torch
 
-from tmm.metrics import Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.metrics import COLUMN_SEPARATOR, Reduction
+from tmm.operators import histogram, summarize
 from tmm.pairs import reduce_pair
 from tmm.preserve import RandomState
 

@@ -49,6 +49,33 @@ def test_copies_are_equal_and_apart(most: int, monkeypatch: pytest.MonkeyPatch) 
         assert name == "scalar" or torch.equal(TENSORS["scalar"], torch.tensor(2.0))
 
 
+def test_the_same_tensors_again() -> None:
+    tensors = {"a": torch.nn.Parameter(torch.zeros(3, 5)), "b": torch.randn(4, 3).t()}
+    copies = Copies()
+    first = copies.of(tensors)
+    with torch.no_grad():
+        tensors["a"].fill_(2.0)
+    again = copies.of(dict(reversed(tensors.items())))
+    assert {name: copy.data_ptr() for name, copy in again.items()} == {
+        name: copy.data_ptr() for name, copy in first.items()
+    }
+    for changed in (
+        {"a": torch.randn(5, 3)},
+        {"a": torch.randn(5, 3).t()},
+        {"a": torch.randn(3, 5).double()},
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.randn(3, 5), "c": torch.randn(2)},
+    ):
+        now = {**tensors, **changed}
+        found = copies.of(now)
+        assert found.keys() == now.keys()
+        for name, tensor in now.items():
+            assert torch.equal(found[name].to_dense(), tensor.to_dense())
+            assert found[name].dtype is tensor.dtype
+            assert not found[name].requires_grad
+            assert tensor.layout is torch.sparse_coo or found[name].stride() == tensor.stride()
+
+
 def test_memory_serves_again() -> None:
     copies = Copies()
     first = copies.of({"a": torch.zeros(1000), "b": torch.zeros(10)})["a"].data_ptr()

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmm.metrics import (
+    COLUMN_SEPARATOR,
     HISTOGRAM_EDGES,
     METRIC_NAMES,
     METRICS,
@@ -21,7 +22,7 @@ from tmm.metrics import (
     function_reduction,
     merge,
 )
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize
+from tmm.operators import histogram, summarize
 
 (EVERYTHING, BINS) = builtin_reductions(METRIC_NAMES, is_complex=False)
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tmm
 from tests.ways import Counting
 from tmm.known_functions import KnownFunctions, is_stateless
-from tmm.metrics import KnownMetric, finalize, function_reduction
-from tmm.operators import COLUMN_SEPARATOR, summarize
+from tmm.metrics import COLUMN_SEPARATOR, KnownMetric, finalize, function_reduction
+from tmm.operators import summarize
 from tmm.passes.recognize import recognize
 from tmm.passes.trace_function import trace_function
 

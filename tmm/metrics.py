@@ -54,6 +54,9 @@ PAIR_COLUMNS = ("reference_sum_squares", "own_sum_squares", "dot")
 COLUMN_ORDER = (*TENSOR_COLUMNS, *PAIR_COLUMNS)
 """Every column, in order."""
 
+COLUMN_SEPARATOR = ","
+"""Between columns where they are one argument of an operator."""
+
 _POWERS_OF_TWO = np.exp2(np.arange(-40, 17, dtype=np.float64))
 HISTOGRAM_EDGES: FloatArray = np.concatenate(
     [[-np.inf], -_POWERS_OF_TWO[::-1], _POWERS_OF_TWO, [np.inf]]

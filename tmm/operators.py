@@ -27,11 +27,9 @@ from tmm.kernels.differences import (
     further_terms,
 )
 from tmm.kernels.group import summarize_group
-from tmm.kernels.host import summarize_one_on_host
+from tmm.kernels.host import summarize_on_host, summarize_one_on_host
 from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
-from tmm.metrics import HISTOGRAM_EDGES
-
-COLUMN_SEPARATOR = ","
+from tmm.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
 
 
 def tap(tensor: torch.Tensor, path: str) -> torch.Tensor:
@@ -121,13 +119,18 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
 def _summarize(x: torch.Tensor, columns: str) -> torch.Tensor:
     x = real(x)
     names = tuple(columns.split(COLUMN_SEPARATOR))
-    if x.device.type == "cpu":
-        row = summarize_one_on_host(x if x.is_contiguous() else flatten(x), names)
-        return summarize_with_torch(x, names) if row is None else row
     if x.device.type == "cuda" and x.numel():
         kernel, shape = compiled_kernel(x, names)
         return kernel(flatten(x).view(shape))
     return summarize_with_torch(x, names)
+
+
+def _summarize_on_cpu(x: torch.Tensor, columns: str) -> torch.Tensor:
+    row = summarize_one_on_host(x, columns) if x.is_contiguous() else None
+    if row is None:
+        x = real(x)
+        row = summarize_one_on_host(flatten(x), columns)
+    return _summarize(x, columns) if row is None else row
 
 
 def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
@@ -138,12 +141,12 @@ def _summarize_difference(own: torch.Tensor, other: torch.Tensor, columns: str) 
     names = tuple(columns.split(COLUMN_SEPARATOR))
     if can_be_read_together(own, other):
         flat, subtracted = flatten_pair(own, other)
-        row = summarize_one_on_host(flat, names, subtracted)
-        if row is not None:
-            return row
+        rows = summarize_on_host([flat], names, [subtracted])
+        if rows is not None:
+            return rows[0]
     terms = [(difference(own, other), columns_of_difference(names))]
     terms += further_terms(own, other, names)
-    return torch.cat([_summarize(term, COLUMN_SEPARATOR.join(needed)) for term, needed in terms])
+    return torch.cat([summarize(term, COLUMN_SEPARATOR.join(needed)) for term, needed in terms])
 
 
 def _difference_shape(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
@@ -250,6 +253,7 @@ for _name, _implementation, _shape in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tmm::{_name}", _shape, lib=_library)
+_library.impl("summarize", _summarize_on_cpu, "CPU")
 
 summarize: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize.default
 summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] = (

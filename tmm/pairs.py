@@ -8,8 +8,8 @@ import torch
 
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.differences import difference
-from tmm.metrics import Reduction
-from tmm.operators import COLUMN_SEPARATOR, histogram, summarize, summarize_difference
+from tmm.metrics import COLUMN_SEPARATOR, Reduction
+from tmm.operators import histogram, summarize, summarize_difference
 
 ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
 """The mean of the 2-norms over the last dimension, as torch-module-monitor writes it."""

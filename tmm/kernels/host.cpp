@@ -516,6 +516,10 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
                        const int64_t* elements, int64_t columns, const int64_t* order,          \
                        int64_t threads, double* result) {                                       \
     summarize<ELEMENT>(tensors, addresses, others, elements, columns, order, threads, result);  \
+  }                                                                                             \
+  extern "C" void NAME##_one(int64_t address, int64_t elements, int64_t columns,                \
+                             const int64_t* order, int64_t threads, double* result) {           \
+    summarize<ELEMENT>(1, &address, nullptr, &elements, columns, order, threads, result);       \
   }
 
 TMM_SUMMARIZE(summarize_float64, double)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tmm.kernels.host_library import load_kernels
-from tmm.metrics import COLUMN_ORDER
+from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR
 
 _SOURCE = "host.cpp"
 
@@ -31,28 +31,10 @@ def summarize_on_host(
         Float64, shape ``(len(tensors), len(columns))``; None where there is no such kernel: for
         the dtype, or because no C++ compiler works, which is warned of once.
     """
-    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
-    return rows if _write(rows, tensors, columns, subtracted) else None
-
-
-def summarize_one_on_host(
-    tensor: torch.Tensor, columns: tuple[str, ...], subtracted: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """The row of ``summarize_on_host`` of one tensor, shape ``(len(columns),)``."""
-    row = torch.empty(len(columns), dtype=torch.float64)
-    others = None if subtracted is None else (subtracted,)
-    return row if _write(row, (tensor,), columns, others) else None
-
-
-def _write(
-    rows: torch.Tensor,
-    tensors: Sequence[torch.Tensor],
-    columns: tuple[str, ...],
-    subtracted: Sequence[torch.Tensor] | None,
-) -> bool:
     kernel = _kernels().get(tensors[0].dtype)
     if kernel is None:
-        return False
+        return None
+    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
     integers = ctypes.c_int64 * len(tensors)
     kernel(
         len(tensors),
@@ -64,7 +46,24 @@ def _write(
         torch.get_num_threads(),
         rows.data_ptr(),
     )
-    return True
+    return rows
+
+
+def summarize_one_on_host(tensor: torch.Tensor, columns: str) -> torch.Tensor | None:
+    """The row of ``summarize_on_host`` of one tensor, shape ``(columns,)``.
+
+    ``columns`` are joined by ``COLUMN_SEPARATOR``. After a large operation nothing that Python
+    touches is in the caches: there is as little of it here as can be.
+    """
+    kernel = _kernels_of_one().get(tensor.dtype)
+    if kernel is None:
+        return None
+    order = _order_of_joined(columns)
+    width = len(order)
+    row = torch.empty(width, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    kernel(tensor.data_ptr(), tensor.numel(), width, order, threads, row.data_ptr())
+    return row
 
 
 @functools.cache
@@ -73,8 +72,23 @@ def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
 
 
 @functools.cache
+def _order_of_joined(columns: str) -> ctypes.Array[ctypes.c_int64]:
+    return _order(tuple(columns.split(COLUMN_SEPARATOR)))
+
+
+@functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
     return load_kernels(_SOURCE, types, "measures")
+
+
+@functools.cache
+def _kernels_of_one() -> dict[torch.dtype, Callable[..., None]]:
+    """The kernel of each dtype for one tensor."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    if not _kernels():
+        return {}
+    types = (integer, integer, integer, pointer, integer, pointer)
+    return load_kernels(_SOURCE, types, "measures", suffix="_one")

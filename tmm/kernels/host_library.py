@@ -14,9 +14,9 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_kernels(
-    source: str, argument_types: Sequence[Any], measures: str
+    source: str, argument_types: Sequence[Any], measures: str, suffix: str = ""
 ) -> dict[torch.dtype, Callable[..., None]]:
-    """The functions ``summarize_{dtype}`` of a C++ file beside this one, by dtype.
+    """The functions ``summarize_{dtype}{suffix}`` of a C++ file beside this one, by dtype.
 
     There are none where no C++ compiler works; a warning then tells that what ``measures`` says is
     done by plain torch operations.
@@ -35,7 +35,8 @@ def load_kernels(
         return {}
     kernels = {}
     for dtype in DTYPES:
-        kernel = getattr(library, f"summarize_{str(dtype).removeprefix('torch.')}")
+        name = str(dtype).removeprefix("torch.")
+        kernel = getattr(library, f"summarize_{name}{suffix}")
         kernel.argtypes = list(argument_types)
         kernel.restype = None
         kernels[dtype] = kernel
