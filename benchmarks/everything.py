@@ -129,7 +129,7 @@ def lines_of(
     beyond = zip(timings[EVERYTHING].seconds, read_all.seconds, strict=True)
     rest = Timing(tuple(own - read for own, read in beyond), timings[PLAIN].seconds)
     line = timed("everything, each step, without reading", rest)
-    return [*lines, with_goal(line, at_most=None if on_cpu else 1.03)]
+    return [*lines, with_goal(line, at_most=1.03)]
 
 
 def unmonitored(

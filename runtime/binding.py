@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, KeysView, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,7 +86,7 @@ class KeyRegistry:
         self._site_name = site_name
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
-        self._keys: dict[int, tuple[tuple[KeyInfo, ...], frozenset[str]]] = {}
+        self._keys: dict[int, tuple[tuple[KeyInfo, ...], KeysView[str]]] = {}
         self._logged: dict[tuple[str, str], KeyInfo] = {}
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
@@ -146,11 +146,12 @@ class KeyRegistry:
             self._infos[reduction, sites] = known
         return known
 
-    def keys(self, infos: tuple[KeyInfo, ...]) -> frozenset[str]:
+    def keys(self, infos: tuple[KeyInfo, ...]) -> KeysView[str]:
         """The keys of what `infos` gave."""
         known = self._keys.get(id(infos))
         if known is None or known[0] is not infos:
-            known = self._keys[id(infos)] = infos, frozenset(info.key for info in infos)
+            keys = dict.fromkeys(info.key for info in infos).keys()
+            known = self._keys[id(infos)] = infos, keys
         return known[1]
 
     def logged(self, key: str, aggregate: str) -> KeyInfo:

@@ -219,9 +219,7 @@ class StepCollector:
             logged.update(_joined(self.registry.logged(key, name), aggregate, tensors))
         clash = logged.keys() & extra.keys() if logged else set()
         for table in scalars if logged else ():
-            keys = self.registry.keys(table.infos)
-            if not keys.isdisjoint(logged):
-                clash |= keys & logged.keys()
+            clash |= logged.keys() & table.keys
         if clash:
             raise ValueError(
                 f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
@@ -280,7 +278,8 @@ def _table_of(
     values = finalize(reduction, rows)
     if not reduction.is_histogram:
         values = values.reshape(-1)
-    return Table(registry.infos(reduction, sites), values)
+    infos = registry.infos(reduction, sites)
+    return Table(infos, values, registry.keys(infos))
 
 
 def _is_nonzero(copy: HostCopy) -> bool:

@@ -259,7 +259,7 @@ def _create_datasets(file: Any, keys: int, bins: int, edges: FloatArray | None) 
 
 
 def _keys(tables: tuple[Table, ...]) -> Iterator[str]:
-    return (info.key for table in tables for info in table.infos)
+    return (key for table in tables for key in table.keys)
 
 
 def _inode(descriptor: int) -> tuple[int, int]:

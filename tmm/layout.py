@@ -5,7 +5,7 @@ Plain frozen data, so that passes and runtime need not know each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,11 +56,16 @@ class Table:
 
     ``values`` has shape ``(keys,)``, or ``(keys, bins)`` for histograms. A producer that measures
     the same keys on every step passes the same ``infos`` object each time, so that consumers can
-    recognise it by identity.
+    recognise it by identity, and may pass the ``keys`` of these as well.
     """
 
     infos: tuple[KeyInfo, ...]
     values: FloatArray
+    keys: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.infos):
+            object.__setattr__(self, "keys", tuple(info.key for info in self.infos))
 
     def without(self, keys: Set[str]) -> Table:
         """The table without ``keys``; itself if it has none of them."""
@@ -88,9 +93,18 @@ class StepRecord:
     histograms: tuple[Table, ...] = ()
     events: tuple[Event, ...] = ()
 
+    def by_key(self) -> dict[str, float | FloatArray]:
+        """The number of each key; of a histogram an array of shape ``(bins,)``."""
+        values: dict[str, float | FloatArray] = {}
+        for table in self.scalars:
+            values.update(zip(table.keys, table.values.tolist(), strict=True))
+        for table in self.histograms:
+            values.update(zip(table.keys, table.values.copy(), strict=True))
+        return values
+
     def extended(self, later: StepRecord) -> StepRecord:
         """This record with the numbers of ``later``, which replace those of the same keys."""
-        replaced = {info.key for table in later.scalars for info in table.infos}
+        replaced = {key for table in later.scalars for key in table.keys}
         kept = tuple(table.without(replaced) for table in self.scalars)
         return StepRecord(self.step, (*kept, *later.scalars), self.histograms, later.events)
 

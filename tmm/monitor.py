@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
 
-_key_of = attrgetter("key")
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
 
 
@@ -310,7 +308,7 @@ class Monitor:
         Histograms are arrays of shape ``(bins,)``. Waits for an accelerator that is still busy
         with the step.
         """
-        return {} if self._finished is None else _values(self._finished)
+        return {} if self._finished is None else self._finished.record().by_key()
 
     def get_all_metrics(self) -> dict[int, dict[str, Value]]:
         """Step to the metrics of that step, of all steps recorded so far (of the whole run).
@@ -318,7 +316,7 @@ class Monitor:
         Empty in a process whose rows another one records.
         """
         if self._writer is None or isinstance(self._writer, SilentWriter):
-            return {step: _values(collector) for step, collector in self._history.items()}
+            return {step: collector.record().by_key() for step, collector in self._history.items()}
         self._writer.flush()
         with open_run(self._writer.path) as run:
             return {int(step): run.at(int(step)) for step in run.steps}
@@ -594,13 +592,3 @@ class Monitor:
         if self._open is None:
             raise RuntimeError(f"{caller}(): no step is open; call begin_step(step) first")
         return self._open
-
-
-def _values(collector: StepCollector) -> dict[str, Value]:
-    record = collector.record()
-    values: dict[str, Value] = {}
-    for table in record.scalars:
-        values.update(zip(map(_key_of, table.infos), table.values.tolist(), strict=True))
-    for table in record.histograms:
-        values.update(zip(map(_key_of, table.infos), table.values, strict=True))
-    return values

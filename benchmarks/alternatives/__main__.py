@@ -1,6 +1,6 @@
 """What the alternatives cost: five statistics of every module's output, in every step.
 
-    python -m benchmarks.alternatives [--rounds 30] [--quick] [--only "NAME;..."] [--save]
+    python -m benchmarks.alternatives [--rounds 60] [--quick] [--only "NAME;..."] [--save]
 
 All of them take turns in one run, each on a model of its own with the same weights; tmm, which puts
 nothing on the model, on that of the plain compiled program. ``ratio`` is
@@ -204,7 +204,7 @@ def details(found: Running) -> dict[str, object]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 60,
     quick: Annotated[bool, typer.Option(help="Few rounds, not all of them.")] = False,
     toy: Annotated[bool, typer.Option(help="A toy model: only shows that it runs.")] = False,
     only: Annotated[str, typer.Option(help="Names of alternatives, separated by semicolons.")] = "",

@@ -177,7 +177,7 @@ class _Delivery:
             if self._has_failed:
                 continue
             try:
-                self._sink(record.step, _values(record))
+                self._sink(record.step, record.by_key())
             except Exception as error:
                 self._fail(f"failed at step {record.step} and gets nothing more", error)
         close = getattr(self._sink, "close", None)
@@ -191,17 +191,6 @@ class _Delivery:
         if not self._has_failed:  # what follows from a failure is not told
             self._has_failed = True
             _warn(f"the sink {self._name} {what}", error)
-
-
-def _values(record: StepRecord) -> dict[str, Value]:
-    values: dict[str, Value] = {}
-    for table in record.scalars:
-        keys = (info.key for info in table.infos)
-        values.update(zip(keys, table.values.tolist(), strict=True))
-    for table in record.histograms:
-        keys = (info.key for info in table.infos)
-        values.update(zip(keys, table.values.copy(), strict=True))
-    return values
 
 
 def _made(point: EntryPoint) -> Sink | RunSink | None:
