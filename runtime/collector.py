@@ -271,8 +271,8 @@ def _table_of(
     reduction: Reduction, sites: tuple[str, ...], rows: FloatArray, registry: KeyRegistry
 ) -> Table:
     """Values of the metrics of each site that had any elements."""
-    measured = rows[:, 0] > 0
-    if not measured.all():
+    if np.count_nonzero(rows[:, 0]) < len(rows):
+        measured = rows[:, 0] > 0
         sites = tuple(site for site, there in zip(sites, measured, strict=True) if there)
         rows = rows[measured]
     values = finalize(reduction, rows)

@@ -389,14 +389,16 @@ def finalize(reduction: Reduction, rows: FloatArray) -> FloatArray:
     if reduction.is_histogram:
         return rows[:, 1:]
     columns = _split(reduction, rows)
+    values = np.empty((len(rows), len(reduction.metrics)))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         if reduction.function is None:
-            values = [_ALL_METRICS[name].value(columns) for name in reduction.metrics]
+            for index, name in enumerate(reduction.metrics):
+                values[:, index] = _ALL_METRICS[name].value(columns)
         elif reduction.aggregate == "mean":
-            values = [columns["sum"] / columns["count"]]
+            values[:, 0] = columns["sum"] / columns["count"]
         else:
-            values = [columns[reduction.columns[1]]]
-    return np.stack(values, axis=1)
+            values[:, 0] = columns[reduction.columns[1]]
+    return values
 
 
 def _split(reduction: Reduction, rows: FloatArray) -> Columns:
