@@ -18,6 +18,8 @@ from tmm.runtime.eager import apply_function
 from tmm.runtime.joined_step import Gathered, Rows, contribution_of, of_all_ranks, together
 from tmm.runtime.joining import join
 
+_FEW = 4  # parts that are evaluated one by one
+
 
 @dataclass(frozen=True, eq=False)
 class HostCopy:
@@ -189,7 +191,7 @@ class StepCollector:
                         (whole.site,), row
                     )
 
-        rows = {reduction: tuple(some.parts) for reduction, some in accumulators.items()}
+        rows = {reduction: some.few_parts() for reduction, some in accumulators.items()}
         return Gathered(rows, collected, _read(self._logged))
 
     def _evaluate(self) -> StepRecord:
@@ -254,6 +256,10 @@ class Accumulator:
         else:
             self.parts = [self._joined(*together(self.parts), sites, rows)]
         self._known.update(sites)
+
+    def few_parts(self) -> Sequence[Rows]:
+        """The parts; of very many, as of a model that is compiled block by block, one."""
+        return self.parts if len(self.parts) <= _FEW else (together(self.parts),)
 
     def _joined(
         self, sites: tuple[str, ...], rows: FloatArray, others: tuple[str, ...], more: FloatArray

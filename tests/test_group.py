@@ -233,3 +233,17 @@ def test_on_a_gpu() -> None:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         check(rows.cpu(), [tensor.cpu() for tensor in tensors], columns)
+
+
+def test_rows_are_on_a_cpu_whatever_the_default_device_is() -> None:
+    tensors = [torch.ones(5), torch.ones(3).double()]
+    torch.set_default_device("meta")
+    try:
+        rows = summarize_group(tensors, ("count", "sum"))
+        one = summarize_group(tensors[:1], ("count", "sum"))
+        alone = torch.ops.tmm.summarize.default(tensors[0], "count,sum")
+    finally:
+        torch.set_default_device(None)
+    assert rows.tolist() == [[5, 5], [3, 3]]
+    assert one.tolist() == [[5, 5]]
+    assert alone.tolist() == [5, 5]

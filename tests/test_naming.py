@@ -16,6 +16,15 @@ class Wrapper(nn.Module):
         self.add_module(attribute, module)
 
 
+class AlwaysEqual(nn.Module):
+    """Like the metrics of torchmetrics, whose comparisons are metrics, too."""
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
 def names(module: nn.Module) -> list[str]:
     return [display_name(name) for name in relative_names(module).values()]
 
@@ -68,6 +77,14 @@ def test_parameter_names_follow_the_module() -> None:
     module[1][1].register_parameter("scale", nn.Parameter(torch.ones(1)))
     check()
     module[0].bias = None
+    check()
+    module.add_module("odd", AlwaysEqual())
+    check()
+    module.odd = nn.Linear(1, 1)  # which is equal to the one before, it says
+    check()
+    shared = module[0]
+    del module[0]
+    module.add_module("0", shared)  # comes after the other place where it is now
     check()
     inner = module[1]
     del module[1]

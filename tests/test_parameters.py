@@ -585,3 +585,25 @@ def test_compiled_optimizers_are_watched(way: str) -> None:
     assert seen[0].keys() == seen[1].keys()
     for key, value in seen[0].items():
         assert seen[1][key] == pytest.approx(value, rel=1e-3), key
+
+
+def test_norms_count_each_gradient_once() -> None:
+    norm, mean_square = (lambda g: g.norm()), (lambda g: g.pow(2).mean())
+    for rules in (
+        (tmm.gradient("norm", own=norm),),
+        (tmm.gradient("norm", own=norm, other=mean_square),),
+        (tmm.gradient("absmax", own=norm, other=mean_square),),
+        (tmm.gradient("norm", parameters="0.*"), tmm.gradient("rms", own=norm, parameters=".*")),
+        (tmm.gradient("norm", parameters="0.*"), tmm.gradient("absmax", own=norm)),
+    ):
+        model, monitor = instrumented(*rules)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor.watch(optimizer)
+        with monitor.step(0):
+            loss_of(model(VECTORS)).backward()
+            squares = {n: p.grad.double().square().sum() for n, p in model.named_parameters()}
+            optimizer.step()
+        got = monitor.get_step_metrics()
+        for key, prefix in {"": "", "/0": "_orig_mod.0.", "/3": "_orig_mod.3."}.items():
+            want = sum(square for name, square in squares.items() if name.startswith(prefix))
+            assert got[f"step/gradient_norm{key}"] == pytest.approx(float(want) ** 0.5, rel=1e-6)

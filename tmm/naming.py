@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
+
 import torch
 
 from tmm.layout import ROOT_NAME
@@ -81,6 +84,26 @@ def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[s
     return names
 
 
+@dataclass(frozen=True, eq=False)
+class _Walked:
+    """A module and the children that it had."""
+
+    module: torch.nn.Module
+    names: tuple[str, ...]
+    children: tuple[torch.nn.Module | None, ...]
+
+    @classmethod
+    def now(cls, module: torch.nn.Module) -> _Walked:
+        children = module._modules
+        return cls(module, tuple(children.keys()), tuple(children.values()))
+
+    def has_changed(self) -> bool:
+        children = self.module._modules  # compared by identity: some classes define equality
+        return tuple(children.keys()) != self.names or not all(
+            map(operator.is_, children.values(), self.children)
+        )
+
+
 class ParameterNames:
     """The names of a module's parameters, which may be others at each call.
 
@@ -89,13 +112,13 @@ class ParameterNames:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._walked: list[tuple[torch.nn.Module, dict[str, torch.nn.Module | None]]] = []
+        self._walked: list[_Walked] = []
         self._owners: list[tuple[torch.nn.Module, str]] = []
 
     def __call__(self) -> dict[torch.nn.Parameter, str]:
         """Each parameter with its dotted name; a shared one has the first of its names."""
-        if not self._walked or any(m._modules != children for m, children in self._walked):
-            self._walked = [(module, dict(module._modules)) for module in self._module.modules()]
+        if not self._walked or any(walked.has_changed() for walked in self._walked):
+            self._walked = [_Walked.now(module) for module in self._module.modules()]
             self._owners = [
                 (owner, f"{name}." if name else "")
                 for owner, name in relative_names(self._module).items()

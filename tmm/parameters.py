@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,8 +105,13 @@ class ParameterMonitor:
         measured = self.add(
             collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless
         )
-        squares = [found for rows in measured if (found := rows.squares()) is not None]
-        known = {name for names, _ in squares for name in names}
+        known: set[str] = set()
+        squares: list[tuple[Names, torch.Tensor]] = []
+        for rows in measured:
+            found = rows.squares()
+            if found is not None:  # each gradient counts once, whatever else has its squares
+                squares += _of_new_names(*found, known)
+                known.update(found[0])
         others = {
             name: tensor
             for name, tensor in gradients.items()
@@ -209,6 +214,17 @@ class ParameterMonitor:
             by_device.setdefault(tensor.device, []).append(name)
         for names in by_device.values():
             yield tuple(names), sum_of_squares([tensors[name] for name in names])
+
+
+def _of_new_names(
+    names: Names, values: torch.Tensor, known: Container[str]
+) -> Iterator[tuple[Names, torch.Tensor]]:
+    """The names that are not known yet, and their values, if there are any."""
+    places = [place for place, name in enumerate(names) if name not in known]
+    if len(places) == len(names):
+        yield names, values
+    elif places:
+        yield tuple(names[place] for place in places), values[places]
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ def summarize_group(
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"tensors: all must be on one device, not on {names}; group them first")
     if not tensors:
-        return torch.empty(0, len(columns), dtype=torch.float64)
+        return torch.empty(0, len(columns), dtype=torch.float64, device="cpu")
     (device,) = devices
     with torch.no_grad():
         if subtracted is not None:
@@ -106,7 +106,7 @@ def _summarize_on_host(
         members.setdefault(tensor.dtype, []).append(index)
     if len(members) == 1:
         return summarize_on_host(tensors, columns, subtracted)
-    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
+    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64, device="cpu")
     for indices in members.values():
         others = None if subtracted is None else [subtracted[index] for index in indices]
         of_dtype = summarize_on_host([tensors[index] for index in indices], columns, others)

@@ -34,7 +34,7 @@ def summarize_on_host(
     kernel = _kernels().get(tensors[0].dtype)
     if kernel is None:
         return None
-    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64)
+    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64, device="cpu")
     integers = ctypes.c_int64 * len(tensors)
     kernel(
         len(tensors),
@@ -60,7 +60,7 @@ def summarize_one_on_host(tensor: torch.Tensor, columns: str) -> torch.Tensor | 
         return None
     order = _order_of_joined(columns)
     width = len(order)
-    row = torch.empty(width, dtype=torch.float64)
+    row = torch.empty(width, dtype=torch.float64, device="cpu")
     threads = torch.get_num_threads()
     kernel(tensor.data_ptr(), tensor.numel(), width, order, threads, row.data_ptr())
     return row
