@@ -67,7 +67,8 @@ class Copies:
             return like.new_empty(size)
         key = (like.dtype, index)
         if key not in self._kept or self._kept[key].numel() < size:
-            self._kept[key] = like.new_empty(size)
+            with torch.inference_mode(False):  # else it could not be written to outside of that
+                self._kept[key] = like.new_empty(size)
         return self._kept[key][:size]
 
 

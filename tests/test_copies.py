@@ -76,6 +76,15 @@ def test_the_same_tensors_again() -> None:
             assert tensor.layout is torch.sparse_coo or found[name].stride() == tensor.stride()
 
 
+def test_memory_of_inference_mode_serves_outside_of_it() -> None:
+    tensors, copies = {"a": torch.randn(3, 5), "b": torch.randn(4)}, Copies()
+    with torch.inference_mode():
+        copies.of(tensors)
+    for wanted in (tensors, {"a": tensors["a"]}):
+        found = copies.of(wanted)
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_memory_serves_again() -> None:
     copies = Copies()
     first = copies.of({"a": torch.zeros(1000), "b": torch.zeros(10)})["a"].data_ptr()
