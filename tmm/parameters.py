@@ -54,7 +54,7 @@ class ParameterMonitor:
         self._blocks: dict[str, str] = {}
         self._norms: dict[str, _Norms] = {}
         self._names = ParameterNames(module)
-        self._reads_both = all(
+        self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
             for rule in plan.spec.rules
             if rule.family == "update"
@@ -133,7 +133,7 @@ class ParameterMonitor:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, "update", unless=unless)
         measure(now, reference=before, choose=_reads_both)
-        if self._reads_both:
+        if self._updates_are_read_in_pairs:
             return
         differences = {
             name: torch.sub(now[name], before[name], out=before[name])
