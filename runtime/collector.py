@@ -246,6 +246,11 @@ class Accumulator:
 
     def add(self, sites: tuple[str, ...], rows: FloatArray) -> None:
         """Merge ``rows``, shape ``(sites, width)``, into those of the same sites."""
+        if not self.parts:  # as most reductions have one part, whose sites nobody looks for
+            self.parts.append((sites, rows))
+            return
+        if not self._known:
+            self._known.update(self.parts[0][0])
         if self._known.isdisjoint(sites):
             self.parts.append((sites, rows))
         elif any(known == sites for known, _ in self.parts):
