@@ -327,6 +327,26 @@ def test_a_step_that_is_recorded_again_replaces_the_first(tmp_path: Path) -> Non
         check_same(READERS[name][0](run.path), recorded(run.path))
 
 
+def test_event_files_of_one_second_are_read_in_the_order_of_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard counts a process's files in their names, and sorts the names as text."""
+    from tensorboard.summary.writer import event_file_writer
+
+    root = tmp_path / "runs"
+    time.sleep(1 - time.time() % 1)
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    with start(root, "tensorboard") as run:
+        for step in range(4):
+            run.log({"loss": step})
+            run.step()
+    with start(root, "tensorboard", resume=run.id, step=2) as again:
+        for step in range(2, 6):
+            again.log({"loss": -step})
+            again.step()
+    assert list(read_tensorboard(run.path)["loss"].values()) == [0, 1, -2, -3, -4, -5]
+
+
 def test_keys_select(tmp_path: Path) -> None:
     sinks = [
         tmm.sinks.CSVSink(keys="loss$"),

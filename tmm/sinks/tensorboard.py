@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +48,12 @@ class OpenTensorBoard:
 
     def __init__(self, folder: Path, keys: str | None, run: RunInfo) -> None:
         require("tensorboard", "tensorboard")
-        self._open = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
-        self._folder, self._keys = folder, keys
+        tensorboard = require("torch.utils.tensorboard.writer", "tensorboard")
+        self._event, self._session_log = tensorboard.Event, tensorboard.SessionLog
+        self._keys = keys
+        _wait_for_a_later_name(folder)
         # Also at the first start: TensorBoard goes back at the second sign of a start only.
-        self._writer: Any = self._open(folder, purge_step=run.first_step)
+        self._writer: Any = tensorboard.SummaryWriter(folder, purge_step=run.first_step)
         self._step: int | None = None
         if not run.resumed:
             about = {"config": dict(run.config), "tags": run.tags, "notes": run.notes}
@@ -59,8 +62,8 @@ class OpenTensorBoard:
     def __call__(self, step: int, values: Mapping[str, Value]) -> None:
         """Write what a step recorded."""
         if self._step is not None and step <= self._step:
-            self._writer.close()
-            self._writer = self._open(self._folder, purge_step=step)
+            start = self._session_log(status=self._session_log.START)
+            self._writer.file_writer.add_event(self._event(session_log=start), step)
         self._step = step
         for key, value in chosen(values, self._keys).items():
             if isinstance(value, np.ndarray):
@@ -87,3 +90,14 @@ class OpenTensorBoard:
             bucket_counts=counts,
             global_step=step,
         )
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait, less than a second, until a new file of events has a name behind those of the folder.
+
+    TensorBoard reads files in the order of their names. These hold the whole second, and within it
+    a process's number and a count as text, where 10 comes before 9.
+    """
+    seconds = (path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*"))
+    if str(int(now := time.time())) in seconds:
+        time.sleep(int(now) + 1 - now)
