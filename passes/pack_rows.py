@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.layout import Measurement, PackedLayout, Row, Site
+from tmm.metrics import Reduction
 from tmm.operators import pack
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
 
@@ -38,6 +39,7 @@ def pack_rows(
     rows: list[tuple[Node, Row]] = []
     extra: list[Node] = []
     for nodes in packed.values():
+        _group_by_reduction(nodes)
         start = 0
         for node in nodes:
             rows += [(node, row) for row in _rows(node, len(extra), start)]
@@ -56,6 +58,14 @@ def pack_rows(
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     rows.sort(key=lambda item: order[item[0]])
     return PackedLayout(tuple(row for _, row in rows), len(extra), unmeasured)
+
+
+def _group_by_reduction(nodes: list[Node]) -> None:
+    """Order nodes so that rows of one reduction lie one after the other: nobody gathers them."""
+    places: dict[Reduction, int] = {}
+    for node in nodes:
+        places.setdefault(_measurements(node)[0].reduction, len(places))
+    nodes.sort(key=lambda node: places[_measurements(node)[0].reduction])
 
 
 def _rows(node: Node, output: int, start: int) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, KeysView, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,17 @@ Resolve = Callable[[Measurement], Site | None]
 """A measurement's site with an absolute name, or None for one that is not to be recorded."""
 
 
+class SiteNames(tuple[str, ...]):
+    """Names of sites, whose hash is computed once: of thousands it takes as long as the rest."""
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 @dataclass(frozen=True, eq=False)
 class RowGroup:
     """Rows of one reduction in one packed output: ``indices`` is (sites, width), sites differ.
@@ -33,14 +45,25 @@ class RowGroup:
     """
 
     reduction: Reduction
-    sites: tuple[str, ...]
+    sites: SiteNames
     output: int
     indices: npt.NDArray[np.intp]
     known: KnownMetric | None = None
 
+    @cached_property
+    def _piece(self) -> slice | None:
+        """Where the rows are if they lie one after the other, as most do; None if not."""
+        first = int(self.indices[0, 0])
+        piece = range(first, first + self.indices.size)
+        is_whole = np.array_equal(self.indices.reshape(-1), piece)
+        return slice(piece.start, piece.stop) if is_whole else None
+
     def rows(self, packed: FloatArray) -> FloatArray:
-        """The rows of the reduction, from the packed output."""
-        rows: FloatArray = packed[self.indices]
+        """The rows of the reduction, from the packed output, which they may be a view of."""
+        piece = self._piece
+        rows: FloatArray = (
+            packed[self.indices] if piece is None else packed[piece].reshape(self.indices.shape)
+        )
         return rows if self.known is None else self.known.rows(self.reduction, rows)
 
 
@@ -116,7 +139,7 @@ class KeyRegistry:
         groups = tuple(
             RowGroup(
                 reduction,
-                tuple(site for site, _ in entries),
+                SiteNames(site for site, _ in entries),
                 output,
                 np.array([list(span) for _, span in entries], dtype=np.intp),
                 known,

@@ -152,6 +152,52 @@ def test_columns_of_pairs(
     torch.testing.assert_close(grouped, rows, rtol=0, atol=0, equal_nan=True)
 
 
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 2),
+    "channels last": lambda x: x[None].contiguous(memory_format=torch.channels_last),
+    "piece": lambda x: x[1:, 2],
+    "with gaps": lambda x: x[..., ::2],
+    "expanded": lambda x: x[:, :1].expand(-1, 5, -1),
+    "of size 1": lambda x: x[:1, :, :1],
+    "one number": lambda x: x[0, 0, 0],
+    "empty": lambda x: x[:0].transpose(0, 1),
+    "in reverse": lambda x: torch.view_as_complex(x.view(3, 7, 25, 2).float()).conj().imag,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_the_operator_reads_any_layout_and_dtype(dtype: torch.dtype, layout: str) -> None:
+    summarize(torch.ones(1), "count")  # from then on it is that of host_operator.cpp
+    values = torch.randint(-2, 3, (3, 7, 50), generator=torch.Generator().manual_seed(0))
+    x = LAYOUTS[layout](values.to(dtype))
+    want = torch.zeros(len(TENSOR_COLUMNS), dtype=torch.float64)
+    want[[TENSOR_COLUMNS.index("minimum"), TENSOR_COLUMNS.index("maximum")]] = torch.tensor(
+        [torch.inf, -torch.inf], dtype=torch.float64
+    )
+    if x.numel():
+        want = torch.tensor(list(expected(x).values()), dtype=torch.float64)
+    got = summarize(x, ",".join(expected(torch.ones(1))))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    for name, value in zip(expected(torch.ones(1)), got, strict=True):
+        if name == "mean" or name.startswith("moment"):
+            continue  # they come together
+        torch.testing.assert_close(summarize(x, name), value[None], rtol=1e-5, atol=1e-4)
+
+
+def test_a_column_that_does_not_exist() -> None:
+    summarize(torch.ones(1), "count")
+    with pytest.raises(RuntimeError, match="there is no median"):
+        summarize(torch.ones(1), "count,median")
+
+
+def test_an_error_of_what_is_left_to_python_keeps_its_message() -> None:
+    summarize(torch.ones(1), "count")
+    with pytest.raises(RuntimeError, match="not in tuple"):
+        summarize(torch.ones(1, dtype=torch.int64), "count,median")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_value_of_a_short_dtype(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)

@@ -85,7 +85,8 @@ def test_everything_is_formatted() -> None:
 
 def test_the_wheel_holds_every_module_and_its_types(wheel: Path) -> None:
     page = ("page.html", "page.css", "page.js", "graphs.js")
-    expected = {"tmm/py.typed", "tmm/kernels/host.cpp", "tmm/kernels/attention_host.cpp"}
+    kernels = ("host", "host_operator", "attention_host")
+    expected = {"tmm/py.typed", *(f"tmm/kernels/{name}.cpp" for name in kernels)}
     expected |= {f"tmm/explain_page/{name}" for name in page}
     expected |= {f"tmm/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
     for path in source_files():

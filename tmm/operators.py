@@ -27,7 +27,7 @@ from tmm.kernels.differences import (
     further_terms,
 )
 from tmm.kernels.group import summarize_group
-from tmm.kernels.host import summarize_on_host, summarize_one_on_host
+from tmm.kernels.host import summarize_on_host
 from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
 from tmm.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
 
@@ -82,6 +82,7 @@ _library = torch.library.Library("tmm", "DEF")
 # The reductions do not care in which order elements lie, so no layout is forced on producers.
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("summarize(Tensor x, str columns) -> Tensor", tags=_tags)
+_library.define("summarize_any(Tensor x, str columns) -> Tensor", tags=_tags)
 _library.define("summarize_difference(Tensor own, Tensor other, str columns) -> Tensor", tags=_tags)
 _library.define("histogram(Tensor x) -> Tensor", tags=_tags)
 _library.define("summarize_heads(Tensor x, str columns) -> Tensor", tags=_tags)
@@ -119,18 +120,14 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
 def _summarize(x: torch.Tensor, columns: str) -> torch.Tensor:
     x = real(x)
     names = tuple(columns.split(COLUMN_SEPARATOR))
+    if x.device.type == "cpu":
+        rows = summarize_on_host([flatten(x)], names)
+        if rows is not None:
+            return rows[0]
     if x.device.type == "cuda" and x.numel():
         kernel, shape = compiled_kernel(x, names)
         return kernel(flatten(x).view(shape))
     return summarize_with_torch(x, names)
-
-
-def _summarize_on_cpu(x: torch.Tensor, columns: str) -> torch.Tensor:
-    row = summarize_one_on_host(x, columns) if x.is_contiguous() else None
-    if row is None:
-        x = real(x)
-        row = summarize_one_on_host(flatten(x), columns)
-    return _summarize(x, columns) if row is None else row
 
 
 def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
@@ -243,7 +240,8 @@ def _copy_shape(x: torch.Tensor) -> torch.Tensor:
 
 
 for _name, _implementation, _shape in (
-    ("summarize", _summarize, _summarize_shape),
+    ("summarize", _summarize, _summarize_shape),  # of a CPU from its first call on in C++
+    ("summarize_any", _summarize, _summarize_shape),  # what that leaves to Python
     ("summarize_difference", _summarize_difference, _difference_shape),
     ("histogram", _histogram, _histogram_shape),
     ("summarize_heads", _summarize_heads, _summarize_heads_shape),
@@ -253,7 +251,6 @@ for _name, _implementation, _shape in (
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tmm::{_name}", _shape, lib=_library)
-_library.impl("summarize", _summarize_on_cpu, "CPU")
 
 summarize: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize.default
 summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] = (

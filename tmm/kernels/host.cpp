@@ -313,6 +313,16 @@ template <class Scalar>
 constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
                            double(std::numeric_limits<Scalar>::epsilon());
 
+// The sum of a vector's values, in double, by several chains of additions.
+template <class Scalar>
+double sum_of(Vector<Scalar> values) {
+  constexpr int64_t CHAINS = 4;
+  double sums[CHAINS] = {};
+  for (size_t lane = 0; lane < sizeof(values) / sizeof(Scalar); lane += CHAINS)
+    for (int64_t chain = 0; chain < CHAINS; chain++) sums[chain] += values[lane + chain];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // The needed columns but those of pairs, from one pass, and one more for higher moments; `length`
 // is a multiple of STEP.
 template <class Source, bool SIZES, bool EXTREMES>
@@ -326,9 +336,8 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
   Values sums[UNROLL] = {};
   for (int64_t start = 0; start < sample; start += STEP)
     for (int part = 0; part < UNROLL; part++) sums[part] += source.at(start + part * WIDTH);
-  Scalar centre = 0;
-  for (int part = 0; part < UNROLL; part++)
-    for (int64_t lane = 0; lane < WIDTH; lane++) centre += sums[part][lane] / sample;
+  for (int part = 1; part < UNROLL; part++) sums[0] += sums[part];
+  Scalar centre = sum_of<Scalar>(sums[0]) / sample;
   if (!std::isfinite(centre)) centre = 0;
 
   typedef decltype(Values{} == Values{}) Integers;
@@ -360,23 +369,34 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
       }
     }
   }
-  double shift = 0, square = 0;
+  for (int part = 1; part < UNROLL; part++) {
+    shifts[0] += shifts[part];
+    squares[0] += squares[part];
+    absolutes[0] += absolutes[part];
+    lowest[0] = lowest[part] < lowest[0] ? lowest[part] : lowest[0];
+    highest[0] = highest[part] > highest[0] ? highest[part] : highest[0];
+    largest[0] = largest[part] > largest[0] ? largest[part] : largest[0];
+    zeros[0] += zeros[part];
+  }
+  const double shift = sum_of<Scalar>(shifts[0]), square = sum_of<Scalar>(squares[0]);
   Row row;
-  for (int part = 0; part < UNROLL; part++) {
+  if (SIZES) {
     Values sizes;
-    std::memcpy(&sizes, &largest[part], sizeof(sizes));
+    std::memcpy(&sizes, &largest[0], sizeof(sizes));
+    Scalar absmax = 0;
+    int64_t equal = 0;
     for (int64_t lane = 0; lane < WIDTH; lane++) {
-      shift += shifts[part][lane];
-      square += squares[part][lane];
-      if (SIZES) {
-        if (sizes[lane] > row.absmax) row.absmax = sizes[lane];
-        row.zeros += zeros[part][lane];
-      }
-      if (EXTREMES) {
-        row.sum_absolute += absolutes[part][lane];
-        if (lowest[part][lane] < row.minimum) row.minimum = lowest[part][lane];
-        if (highest[part][lane] > row.maximum) row.maximum = highest[part][lane];
-      }
+      if (sizes[lane] > absmax) absmax = sizes[lane];
+      equal += zeros[0][lane];
+    }
+    row.absmax = absmax;
+    row.zeros = equal;
+  }
+  if (EXTREMES) {
+    row.sum_absolute = sum_of<Scalar>(absolutes[0]);
+    for (int64_t lane = 0; lane < WIDTH; lane++) {
+      if (lowest[0][lane] < row.minimum) row.minimum = lowest[0][lane];
+      if (highest[0][lane] > row.maximum) row.maximum = highest[0][lane];
     }
   }
   row.count = length;
@@ -485,17 +505,24 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
   }
   const int64_t chunks = first[tensors];
   std::vector<Row> rows(chunks);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1 && threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+  const auto reduce = [&](int64_t chunk) {
     const int64_t tensor = owner[chunk], start = (chunk - first[tensor]) * CHUNK;
     const int64_t rest = elements[tensor] - start, length = rest < CHUNK ? rest : CHUNK;
     const Values<Element> own{reinterpret_cast<const Element*>(addresses[tensor]) + start};
     if (others == nullptr) {
       rows[chunk] = reduce_chunk(own, length, needs);
-      continue;
+      return;
     }
     const Values<Element> other{reinterpret_cast<const Element*>(others[tensor]) + start};
     rows[chunk] = reduce_chunk(Differences<Element>{own, other}, length, needs);
+  };
+  if (tensors == 1) {
+    // Shared as other operators share a tensor: what a thread wrote may be in its core's cache.
+#pragma omp parallel for schedule(static) num_threads(threads) if (chunks > 1 && threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) reduce(chunk);
+  } else {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (chunks > 1 && threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) reduce(chunk);
   }
   for (int64_t tensor = 0; tensor < tensors; tensor++) {
     Row total;  // in the order of the chunks, so that threads make no difference
@@ -516,10 +543,6 @@ void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
                        const int64_t* elements, int64_t columns, const int64_t* order,          \
                        int64_t threads, double* result) {                                       \
     summarize<ELEMENT>(tensors, addresses, others, elements, columns, order, threads, result);  \
-  }                                                                                             \
-  extern "C" void NAME##_one(int64_t address, int64_t elements, int64_t columns,                \
-                             const int64_t* order, int64_t threads, double* result) {           \
-    summarize<ELEMENT>(1, &address, nullptr, &elements, columns, order, threads, result);       \
   }
 
 TMM_SUMMARIZE(summarize_float64, double)

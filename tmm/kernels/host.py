@@ -1,4 +1,7 @@
-"""Rows of partial sums on a CPU, by ``host.cpp``, compiled once per machine."""
+"""Rows of partial sums on a CPU, by ``host.cpp``, compiled once per machine.
+
+The first call also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tmm.kernels.host_library import load_kernels
-from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR
+from tmm.metrics import COLUMN_ORDER
 
-_SOURCE = "host.cpp"
+_SOURCES = ("host.cpp", "host_operator.cpp")
 
 
 def summarize_on_host(
@@ -49,31 +52,9 @@ def summarize_on_host(
     return rows
 
 
-def summarize_one_on_host(tensor: torch.Tensor, columns: str) -> torch.Tensor | None:
-    """The row of ``summarize_on_host`` of one tensor, shape ``(columns,)``.
-
-    ``columns`` are joined by ``COLUMN_SEPARATOR``. After a large operation nothing that Python
-    touches is in the caches: there is as little of it here as can be.
-    """
-    kernel = _kernels_of_one().get(tensor.dtype)
-    if kernel is None:
-        return None
-    order = _order_of_joined(columns)
-    width = len(order)
-    row = torch.empty(width, dtype=torch.float64, device="cpu")
-    threads = torch.get_num_threads()
-    kernel(tensor.data_ptr(), tensor.numel(), width, order, threads, row.data_ptr())
-    return row
-
-
 @functools.cache
 def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(columns))(*[COLUMN_ORDER.index(name) for name in columns])
-
-
-@functools.cache
-def _order_of_joined(columns: str) -> ctypes.Array[ctypes.c_int64]:
-    return _order(tuple(columns.split(COLUMN_SEPARATOR)))
 
 
 @functools.cache
@@ -81,14 +62,4 @@ def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
-    return load_kernels(_SOURCE, types, "measures")
-
-
-@functools.cache
-def _kernels_of_one() -> dict[torch.dtype, Callable[..., None]]:
-    """The kernel of each dtype for one tensor."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    if not _kernels():
-        return {}
-    types = (integer, integer, integer, pointer, integer, pointer)
-    return load_kernels(_SOURCE, types, "measures", suffix="_one")
+    return load_kernels(_SOURCES, types, "measures")

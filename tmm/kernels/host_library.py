@@ -14,9 +14,11 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def load_kernels(
-    source: str, argument_types: Sequence[Any], measures: str, suffix: str = ""
+    sources: Sequence[str], argument_types: Sequence[Any], measures: str
 ) -> dict[torch.dtype, Callable[..., None]]:
-    """The functions ``summarize_{dtype}{suffix}`` of a C++ file beside this one, by dtype.
+    """The functions ``summarize_{dtype}`` of C++ files beside this one, by dtype.
+
+    The files are compiled as one, and may register operators.
 
     There are none where no C++ compiler works; a warning then tells that what ``measures`` says is
     done by plain torch operations.
@@ -24,8 +26,9 @@ def load_kernels(
     from torch._inductor.codecache import CppCodeCache  # slow to import
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    text = "".join(Path(__file__).with_name(source).read_text() for source in sources)
     try:
-        library = CppCodeCache.load(Path(__file__).with_name(source).read_text())
+        library = CppCodeCache.load(text)
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         warnings.warn(
             f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
@@ -36,7 +39,7 @@ def load_kernels(
     kernels = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        kernel = getattr(library, f"summarize_{name}{suffix}")
+        kernel = getattr(library, f"summarize_{name}")
         kernel.argtypes = list(argument_types)
         kernel.restype = None
         kernels[dtype] = kernel
