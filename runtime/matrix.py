@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy.typing as npt
 
 from tmm.layout import KeyInfo, Table
 from tmm.metrics import FloatArray
+from tmm.runtime.growing import GrowingDataset
 
 ABSENT_BITS = np.uint64(0x7FF8616273656E74)  # a quiet NaN whose payload says "absent" in ASCII
 ABSENT = ABSENT_BITS.view(np.float64)
@@ -30,9 +33,10 @@ class Matrix:
     """A dataset of rows x keys (x bins) and, as text, what its columns mean."""
 
     def __init__(self, values: Any, keys: Any) -> None:
-        self.values, self.keys = values, keys
+        self.values, self.keys = GrowingDataset(values), GrowingDataset(keys)
+        self.bins = 0  # of a histogram, once there is one
         self.columns: dict[str, int] = {}
-        self.rows = 0
+        self._chunk_width: int = values.chunks[1]
 
     def columns_of(self, infos: Sequence[KeyInfo]) -> _Indices:
         """The columns of keys, new ones for those that have none."""
@@ -42,21 +46,36 @@ class Matrix:
             self.columns[info.key] = len(self.columns)
         return np.array([self.columns[info.key] for info in infos], dtype=np.intp)
 
-    def append(self, columns: _Indices, values: FloatArray) -> None:
-        """Add a row with values in these columns."""
-        # Chunks of which nothing was measured are not written: they cost nothing.
-        width = self.values.chunks[1]
-        start = int(columns.min()) // width * width
-        stop = min(len(self.columns), -(-(int(columns.max()) + 1) // width) * width)
-        block = np.full((stop - start, *values.shape[1:]), ABSENT)
-        block[columns - start] = values
-        self.values.resize((self.rows + 1, len(self.columns), *block.shape[1:]))
-        self.values[self.rows, start:stop] = block
-        self.rows += 1
+    def whole_chunks(self, columns: _Indices) -> slice:
+        """The columns of the chunks that these lie in: others are not written, and cost nothing."""
+        width, last = self._chunk_width, int(columns.max())
+        stop = min(len(self.columns), -(-(last + 1) // width) * width)
+        return slice(int(columns.min()) // width * width, stop)
+
+    def append(self, row: FloatArray, start: int) -> None:
+        """Add a row, shape (1, some columns) or (1, some columns, bins), from a column on."""
+        self.bins = row.shape[2] if row.ndim > 2 else 0
+        self.values.append(row, start, len(self.columns))
 
 
-_Places: TypeAlias = list[tuple[Matrix, _Indices, _Indices]]
-"""Where which of a step's values go: a matrix, their places among the values, and columns."""
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What a matrix gets of the values of a step: those at ``places``, for its ``columns``."""
+
+    matrix: Matrix
+    places: _Indices
+    columns: _Indices
+
+    @cached_property
+    def _written(self) -> slice:
+        return self.matrix.whole_chunks(self.columns)
+
+    def append(self, values: FloatArray) -> None:
+        """Add a row with them."""
+        written = self._written
+        row = np.full((1, written.stop - written.start, *values.shape[1:]), ABSENT)
+        row[0, self.columns - written.start] = values[self.places]
+        self.matrix.append(row, written.start)
 
 
 class Matrices:
@@ -64,7 +83,7 @@ class Matrices:
 
     def __init__(self, wide: Matrix, narrow: Matrix | None = None, few: int = 0) -> None:
         self._wide, self._narrow, self._few = wide, narrow or wide, few
-        self._layouts: dict[tuple[int, ...], tuple[Any, _Places]] = {}
+        self._layouts: dict[tuple[int, ...], tuple[Any, list[_Share]]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._wide.columns or key in self._narrow.columns
@@ -75,10 +94,10 @@ class Matrices:
 
     def append(self, tables: tuple[Table, ...], values: FloatArray) -> None:
         """Add the values of the tables, which are joined, to matrices that have any of them."""
-        for matrix, places, columns in self._places(tables):
-            matrix.append(columns, values[places])
+        for share in self._shares(tables):
+            share.append(values)
 
-    def _places(self, tables: tuple[Table, ...]) -> _Places:
+    def _shares(self, tables: tuple[Table, ...]) -> list[_Share]:
         infos = tuple(table.infos for table in tables)
         layout = tuple(map(id, infos))
         if layout not in self._layouts:
@@ -90,7 +109,7 @@ class Matrices:
             for matrix, some in members.items():
                 columns = matrix.columns_of([info for _, info in some])
                 places = np.array([place for place, _ in some], dtype=np.intp)
-                found.append((matrix, places, columns))
+                found.append(_Share(matrix, places, columns))
             if len(self._layouts) == _KNOWN_LAYOUTS:
                 self._layouts.clear()
             self._layouts[layout] = infos, found  # the infos too, so that the ids stay theirs
@@ -118,12 +137,10 @@ def stack(tables: tuple[Table, ...], dimensions: int) -> FloatArray:
     return values
 
 
-def append_lines(dataset: Any, lines: Iterable[dict[str, Any]]) -> None:
+def append_lines(dataset: GrowingDataset, lines: Iterable[dict[str, Any]]) -> None:
     """Add lines of JSON to a dataset of bytes."""
     # A key may be any str. JSON escapes would join two lone surrogates to one character.
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     data = np.frombuffer(text.encode("utf-8", "surrogatepass"), dtype=np.uint8)
     if len(data):
-        length = len(dataset)
-        dataset.resize(length + len(data), axis=0)
-        dataset[length:] = data
+        dataset.append(data)

@@ -38,9 +38,11 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5f
 
 from tmm.layout import StepRecord, Table
 from tmm.metrics import FloatArray
+from tmm.runtime.growing import GrowingDataset
 from tmm.runtime.matrix import ABSENT, Matrices, Matrix, append_lines, stack
 
 FORMAT = 2
@@ -116,13 +118,15 @@ class SegmentWriter:
             with suppress(OSError):  # the first error says why
                 temporary.unlink()
             raise _storage_error(f"cannot create {self.path}", error) from error
-        self._steps, self._commits = self._file["steps"], self._file["commits"]
+        self._steps = GrowingDataset(self._file["steps"])
+        self._commits = GrowingDataset(self._file["commits"])
         self._matrices = [
             Matrix(self._file[values], self._file[keys]) for values, keys in MATRICES.items()
         ]
         wide, few, histograms = self._matrices
         self._scalars, self._histograms = Matrices(wide, few, _FEW), Matrices(histograms)
-        self._texts = [*(matrix.keys for matrix in self._matrices), self._file["events"]]
+        self._events = GrowingDataset(self._file["events"])
+        self._texts = [*(matrix.keys for matrix in self._matrices), self._events]
 
     def write(self, record: StepRecord) -> None:
         """Append ``record`` and flush it; from then on it outlives this process.
@@ -136,7 +140,7 @@ class SegmentWriter:
         if not -(2**63) <= record.step < 2**63:
             raise ValueError(f"step {record.step} does not fit in 64 bits")
         scalars, histograms = stack(record.scalars, 1), stack(record.histograms, 2)
-        bins = self._matrices[-1].values.shape[2]
+        bins = self._matrices[-1].bins
         if len(histograms) and bins not in (0, histograms.shape[1]):
             raise ValueError(f"histograms of {histograms.shape[1]} bins in a segment of {bins}")
         self._check_keys(record)
@@ -163,24 +167,24 @@ class SegmentWriter:
                 seen.add(key)
 
     def _append(self, record: StepRecord, scalars: FloatArray, histograms: FloatArray) -> None:
-        row = len(self._steps)
         self._scalars.append(record.scalars, scalars)
         self._histograms.append(record.histograms, histograms)
-        append_lines(self._texts[-1], map(vars, record.events))
-        self._file.flush()  # first, so that no reader sees a commit of something not yet there
-        measured = bool(record.scalars or record.histograms)
-        self._commits.resize(row + 1, axis=0)
-        self._commits[row] = (
+        append_lines(self._events, map(vars, record.events))
+        self._flush()  # first, so that no reader sees a commit of something not yet there
+        commit = (
             record.step,
-            measured,
+            bool(record.scalars or record.histograms),
             self._file.id.get_filesize(),
-            *map(len, self._texts),
-            *(matrix.rows for matrix in self._matrices),
+            *(text.length for text in self._texts),
+            *(matrix.values.length for matrix in self._matrices),
         )
-        self._file.flush()
-        self._steps.resize(row + 1, axis=0)
-        self._steps[row] = record.step
-        self._file.flush()
+        self._commits.append(np.array([commit], dtype=np.int64))
+        self._flush()
+        self._steps.append(np.array([record.step], dtype=np.int64))
+        self._flush()
+
+    def _flush(self) -> None:
+        h5f.flush(self._file.id)
 
     def close(self) -> None:
         """Flush and close the file, once; raises OSError."""
