@@ -31,6 +31,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "growth": ("--quick", "--toy"),
     "compilation": ("--quick", "--toy"),
     "architectures": ("--toy",),
+    "host_time": ("--quick", "--toy"),
     "parameters": (),
 }
 """What the suite asks, and in which of its short forms."""

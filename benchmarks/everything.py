@@ -5,10 +5,11 @@
 Activations, their gradients, gradients, parameters (five statistics of each), updates and the
 entropy of attention, of all modules; activations alone for comparison. One instrumented model is
 monitored in each step, each 10th and each 100th, in turns with the plain compiled program, whose
-module it shares. Ratios of each 10th step are sums over 10 rounds. Steps that are not monitored are
-those between, against the very program that they run, called outside of any step and with an
-optimizer that nobody watches: two compilations of one program differ by up to 2 %. "Reading" is one
-sum over each tensor that is measured. Memory is what a step holds at most, parameters included.
+module it shares. Ratios of each 10th step are sums over 10 rounds. Steps that are not monitored
+have rounds of their own, against the very program that they run, called outside of any step and
+with an optimizer that nobody watches: two compilations of one program differ by up to 2 %.
+"Reading" is one sum over each tensor that is measured. Memory is what a step holds at most,
+parameters included.
 """
 
 from __future__ import annotations
@@ -102,9 +103,7 @@ def measured_tensors(workload: Workload) -> tuple[list[torch.Tensor], list[torch
     return outputs, [*outputs, *gradients, *versions, *attention_inputs(module, tokens)]
 
 
-def lines_of(
-    timings: Mapping[str, Timing], cadences: Mapping[str, Cadence], warm_up: int
-) -> list[Line]:
+def lines_of(timings: Mapping[str, Timing], cadences: Mapping[str, Cadence]) -> list[Line]:
     """Times of steps, of reading, and what is added against reading."""
     read_activations, read_all = timings[READ_ACTIVATIONS], timings[READ_ALL]
     on_cpu = not torch.cuda.is_available()
@@ -116,8 +115,8 @@ def lines_of(
         if timing.seconds:
             note = f"{len(timing.seconds)} blocks of {cadence.every}" if cadence.every > 1 else ""
             lines.append(with_goal(timed(name, timing, note), at_most=goals.get(name)))
-    off = unmonitored(timings, cadences, warm_up)
-    lines.append(with_goal(timed(OFF, off, f"{len(off.seconds)} rounds"), at_most=1.003))
+    off = timed(OFF, timings[OFF], f"{len(timings[OFF].seconds)} rounds, to {BARE}")
+    lines.append(with_goal(off, at_most=1.003))
     lines += [timed(READ_ACTIVATIONS, read_activations), timed(READ_ALL, read_all)]
     compared = (
         (f"added by {ACTIVATIONS}, over {READ_ACTIVATIONS}", ACTIVATIONS, read_activations, 1.2),
@@ -130,23 +129,6 @@ def lines_of(
     rest = Timing(tuple(own - read for own, read in beyond), timings[PLAIN].seconds)
     line = timed("everything, each step, without reading", rest)
     return [*lines, with_goal(line, at_most=1.03)]
-
-
-def unmonitored(
-    timings: Mapping[str, Timing], cadences: Mapping[str, Cadence], warm_up: int
-) -> Timing:
-    """Steps between monitored ones: of each round one, as the round has one bare step.
-
-    Not the mean of several, which is larger than a single one where few are very slow.
-    """
-    own: list[float] = []
-    base: list[float] = []
-    for turn, bare in enumerate(timings[BARE].seconds):
-        names = [name for name, c in cadences.items() if not c.monitored[warm_up + turn]]
-        if names:
-            own.append(timings[names[turn % len(names)]].seconds[turn])
-            base.append(bare)
-    return Timing(tuple(own), tuple(base))
 
 
 def memory_lines(peaks: Mapping[str, int], parameters: int) -> list[Line]:
@@ -191,15 +173,16 @@ def main(
     outputs, measured = measured_tensors(workload)
     reads = {READ_ACTIVATIONS: reader(outputs), READ_ALL: reader(measured)}
     warm_up = 10  # blocks of ten begin with a monitored step
-    steps_of_all = {PLAIN: plain, BARE: everything.bare, **cadences, **reads}
-    timings = interleave(steps_of_all, rounds, warm_up)
+    timings = interleave({PLAIN: plain, **cadences, **reads}, rounds, warm_up)
+    pair = {BARE: everything.bare, OFF: lambda: everything.run(monitored=False)}
+    timings |= interleave(pair, 3 * rounds)
     parameters = size_of(parameters_of(module))
     steps = {name: lambda w=one: w.run(monitored=True) for name, one in watched.items()}
     peaks = {n: peak_memory(step) for n, step in {PLAIN: plain, **steps}.items()}
     finish(
         "everything",
         workload.device,
-        [*lines_of(timings, cadences, warm_up), *memory_lines(peaks, parameters)],
+        [*lines_of(timings, cadences), *memory_lines(peaks, parameters)],
         save=save,
         title=f"everything: {workload.name}",
         rounds=rounds,

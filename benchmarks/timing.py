@@ -89,15 +89,23 @@ def keep_freed_memory() -> bool:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 3
+    variants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 3, *, settle: int = 0
 ) -> dict[str, Timing]:
-    """Time each variant once per round, in random order; the first one is the baseline."""
+    """Time each variant once per round, in random order; the first one is the baseline.
+
+    In each round a variant first runs ``settle`` times more, untimed: in a training, too, a step
+    follows one of the same program, whose code and data the caches have, and not another one's.
+    """
     keep_freed_memory()
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
     for turn in range(warm_up + rounds):
         for name in order.sample(names, len(names)):
+            for _ in range(settle):
+                variants[name]()
+            if settle and torch.cuda.is_available():
+                torch.cuda.synchronize()
             started = time.perf_counter()
             variants[name]()
             if torch.cuda.is_available():

@@ -141,10 +141,10 @@ class StepCollector:
     @property
     def is_on_host(self) -> bool:
         """Whether everything can be read without waiting for an accelerator or other ranks."""
-        copies = [c for _, arrived, _ in self._arrivals for c in arrived]
+        copies = [arrived for _, arrived, _ in self._arrivals]
         for logged in (self._logged, self._own):
-            copies += [c for _, values in logged.values() for c in values]
-        return self._turn is None and all(copy.ready is None for copy in copies)
+            copies += [values for _, values in logged.values()]
+        return self._turn is None and all(copy.ready is None for some in copies for copy in some)
 
     def join_ranks(self, ranks: CrossRank) -> None:
         """Join the step, which has ended, with those of other ranks; waits for nothing."""
@@ -227,7 +227,8 @@ class StepCollector:
                 f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
                 " log it under another name"
             )
-        scalars.append(_table([*extra.values(), *logged.values()]))
+        if extra or logged:
+            scalars.append(_table([*extra.values(), *logged.values()]))
         return StepRecord(
             self.step,
             tuple(table for table in scalars if table.infos),

@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as suite
-from benchmarks import check, everything, growth
+from benchmarks import check, growth
 from benchmarks.alternatives import ALL
 from benchmarks.alternatives.__main__ import attach, over_ours, reason
 from benchmarks.alternatives.interface import EAGER
@@ -81,6 +81,10 @@ def test_variants_run_once_in_each_round() -> None:
     timings = interleave(variants, rounds=4, warm_up=2)
     assert [sorted(calls[i : i + 3]) for i in range(0, 18, 3)] == [["a", "b", "c"]] * 6
     assert all(len(timing.seconds) == 4 for timing in timings.values())
+    calls.clear()
+    interleave(variants, rounds=1, warm_up=0, settle=2)
+    assert calls[::3] == calls[1::3] == calls[2::3]
+    assert sorted(calls[::3]) == ["a", "b", "c"]
 
 
 def test_slope_of_added_time_is_found_with_its_interval() -> None:
@@ -92,22 +96,6 @@ def test_slope_of_added_time_is_found_with_its_interval() -> None:
     assert low < 3 < high
     assert high - low < 0.05
     assert found.intercept_interval[0] < 50 < found.intercept_interval[1]
-
-
-def test_of_each_round_one_step_between_monitored_ones_counts() -> None:
-    plain = (1.0, 1.0, 1.0)
-    timings = {
-        everything.BARE: Timing(plain, plain),
-        "tenth": Timing((5.0, 1.1, 1.2), plain),
-        "hundredth": Timing((5.0, 1.3, 5.0), plain),
-    }
-    cadences = {  # the first step of each is one of the warm-up
-        "tenth": Cadence(Mock(), 10, [False, True, False, False]),
-        "hundredth": Cadence(Mock(), 100, [True, True, False, True]),
-    }
-    found = everything.unmonitored(timings, cadences, warm_up=1)
-    assert found.seconds == (1.3, 1.2)  # of two the second in an odd round
-    assert found.baseline == (1.0, 1.0)
 
 
 def test_every_tenth_step_is_monitored() -> None:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tmm.kernels.group import summarize_group
@@ -50,9 +50,8 @@ def expected(x: torch.Tensor) -> dict[str, float]:
 
 def check(x: torch.Tensor, columns: tuple[str, ...] = TENSOR_COLUMNS) -> None:
     got, want = row_of(x, columns), expected(x)
-    # A chain of 128 float32 additions: their rounding, all in one direction and half as large on
-    # average.
-    tolerance = 1e-12 if x.dtype == torch.float64 else 64 * 2**-24
+    # A chain of 128 float32 additions, of which each is off by 2**-24 of the sum so far at most.
+    tolerance = 1e-12 if x.dtype == torch.float64 else 128 * 2**-24
     for name in columns:
         scale = abs(want[name])
         if name in ("sum", "mean"):
@@ -73,6 +72,9 @@ WITHOUT_EXTREMES = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", 
 
 
 @settings(max_examples=200, deadline=None)
+@example(  # the large deviations come first: each addition is rounded by as much as the last one
+    dtype=torch.bfloat16, size=3360, exponent=0.0, offset=-100.0, special=[(0, 0), (1, 0)], seed=0
+)
 @given(
     dtype=st.sampled_from(DTYPES),
     size=st.integers(1, 9000),
@@ -141,7 +143,7 @@ def test_columns_of_pairs(
     assert rows is not None
     a, b = own.double(), other.double()
     want = torch.stack([b @ b, a @ a, a @ b])
-    near = 1e-12 if dtype == torch.float64 else 64 * 2**-24
+    near = 1e-12 if dtype == torch.float64 else 128 * 2**-24
     scale = torch.stack([b @ b, a @ a, (a * b).abs().sum()])
     for got, expected_value, size_of_it in zip(rows[0, 1:], want, scale, strict=True):
         limit = near * float(size_of_it) if size_of_it.isfinite() else 0.0

@@ -3,10 +3,11 @@
     python -m benchmarks.alternatives [--rounds 60] [--quick] [--only "NAME;..."] [--save]
 
 All of them take turns in one run, each on a model of its own with the same weights; tmm, which puts
-nothing on the model, on that of the plain compiled program. ``ratio`` is
-to the plain compiled step; what an alternative adds is taken against the program that it starts
-from, so that an uncompiled one is not blamed for not being compiled. What is not installed or
-fails is listed with the reason. ``pip install 'tmm-compile[bench]'`` brings the packages.
+nothing on the model, on that of the plain compiled program. A turn is two steps of which the second
+one is timed, as the first one finds the caches full of another program. ``ratio`` is to the plain
+compiled step; what an alternative adds is taken against the program that it starts from, so that an
+uncompiled one is not blamed for not being compiled. What is not installed or fails is listed with
+the reason. ``pip install 'tmm-compile[bench]'`` brings the packages.
 """
 
 from __future__ import annotations
@@ -119,11 +120,11 @@ def take_turns(running: Mapping[str, Running], rounds: int) -> dict[str, Timing]
     """Time all of them; those that keep other processes busy in rounds of their own."""
     beside = {name: one for name, one in running.items() if not one.alternative.works_aside}
     aside = {name: one for name, one in running.items() if one.alternative.works_aside}
-    timings = interleave(steps_of(beside), rounds)
+    timings = interleave(steps_of(beside), rounds, settle=1)
     bases = {one.alternative.base for one in aside.values()} | {COMPILED}
     if aside:
         chosen = {name: one for name, one in beside.items() if name in bases} | aside
-        again = interleave(steps_of(chosen), rounds)
+        again = interleave(steps_of(chosen), rounds, settle=1)
         timings |= {name: again[name] for name in aside}
         timings |= {f"{name}, again": again[name] for name in bases}
     return timings

@@ -492,7 +492,7 @@ Row reduce_chunk(Source source, int64_t length, Needs needs) {
 
 // Write the asked columns of a row per tensor; `others` is null, or what is subtracted of each.
 template <class Element>
-void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
+__attribute__((noinline)) void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
                const int64_t* elements, int64_t columns, const int64_t* order, int64_t threads,
                double* result) {
   const Needs needs = needs_of(columns, order);

@@ -1,0 +1,144 @@
+"""What a monitored step of 2,000 rows costs beside the reductions: packing, collecting, storing.
+
+    python -m benchmarks.host_time [--rows 2000] [--rounds 300] [--quick] [--save]
+
+Rows of five metrics, all on the CPU. "Packing" joins the rows of a graph to one tensor,
+"collecting" turns it into values by key, "handing over" gives them to the thread that writes a run
+and "storing" waits until the file holds them, as tmm does on a CPU. Each is timed in a loop, and
+behind a matrix product, which leaves nothing of it in the caches, as the operators of a training
+do. Ratios are to 200 microseconds, the goal of all but storing together.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.report import Line, finish, timed, with_goal
+from benchmarks.timing import Timing, keep_freed_memory
+from benchmarks.workloads import FIVE_METRICS
+from tmm.layout import Measurement, PackedLayout, Row, Site, StepRecord
+from tmm.metrics import builtin_reductions
+from tmm.operators import pack
+from tmm.runtime.binding import KeyRegistry
+from tmm.runtime.collector import StepCollector
+from tmm.runtime.writer import RunWriter
+
+GOAL = 200e-6
+WARM_UP = 5
+ALL = "all but storing"
+
+
+class Step:
+    """The parts of a step of ``rows`` sites, each of which leaves the next one what it needs."""
+
+    def __init__(self, rows: int, writer: RunWriter) -> None:
+        (reduction,) = builtin_reductions(FIVE_METRICS, is_complex=False)
+        self._rows = [torch.rand(reduction.width, dtype=torch.float64) for _ in range(rows)]
+        layout = tuple(
+            Row(
+                Measurement(
+                    "activation", Site(f"transformer.h.{i // 10}.part_{i % 10}"), reduction
+                ),
+                output=0,
+                indices=range(i * reduction.width, (i + 1) * reduction.width),
+            )
+            for i in range(rows)
+        )
+        self._registry = KeyRegistry()
+        self._binding = self._registry.bind(PackedLayout(layout, 1), lambda m: m.site)
+        self._writer = writer
+        self._packed = torch.empty(0)
+        self._record = StepRecord(0)
+        self._number = 0
+
+    def pack(self) -> None:
+        """Join the rows."""
+        self._packed = pack(self._rows)
+
+    def collect(self) -> None:
+        """Turn them into values by key."""
+        self._number += 1
+        collector = StepCollector(self._number, self._registry, monitored=True)
+        collector.add(self._binding, [self._packed])
+        self._record = collector.record()
+
+    def hand_over(self) -> None:
+        """Give them to the writer's thread."""
+        self._writer.submit(self._record)
+
+    def store(self) -> None:
+        """Give them to the writer's thread and wait for the file."""
+        self._writer.submit(self._record, wait_seconds=1.0)
+
+    def finish_writing(self) -> None:
+        """Wait for the writer's thread."""
+        self._writer.flush()
+
+
+@contextmanager
+def steps(rows: int) -> Iterator[Step]:
+    """A step with a run to write to."""
+    with tempfile.TemporaryDirectory() as folder, RunWriter(Path(folder, "run"), info={}) as writer:
+        yield Step(rows, writer)
+
+
+def measure(step: Step, rounds: int, between: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each part, with ``between`` before it."""
+    parts = {
+        "packing": step.pack,
+        "collecting": step.collect,
+        "handing over": step.hand_over,
+        "storing": step.store,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(WARM_UP + rounds):
+        for name, part in parts.items():
+            step.finish_writing()
+            between()
+            started = time.perf_counter()
+            part()
+            if turn >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    *most, _ = seconds.values()
+    return {**seconds, ALL: [sum(taken) for taken in zip(*most, strict=True)]}
+
+
+def lines_of(seconds: Mapping[str, list[float]], where: str) -> list[Line]:
+    """The lines of all parts."""
+    return [
+        with_goal(
+            timed(f"{name}, {where}", Timing(tuple(taken), (GOAL,) * len(taken)), "over 200 us"),
+            at_most=1.0 if name == ALL else None,
+        )
+        for name, taken in seconds.items()
+    ]
+
+
+def main(
+    rows: Annotated[int, typer.Option(help="Sites of the model.")] = 2000,
+    rounds: Annotated[int, typer.Option(help="Rounds.")] = 300,
+    quick: Annotated[bool, typer.Option(help="Few rounds.")] = False,
+    toy: Annotated[bool, typer.Option(help="Few sites: only shows that it runs.")] = False,
+    save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
+) -> None:
+    """Measure what a monitored step costs beside the reductions."""
+    rows, rounds = (20, 3) if toy else (rows, 50 if quick else rounds)
+    keep_freed_memory()
+    matrix = torch.rand(2048, 2048)
+    with steps(rows) as step:
+        lines = lines_of(measure(step, rounds, lambda: None), "in a loop")
+        lines += lines_of(measure(step, rounds, lambda: matrix @ matrix), "behind a product")
+    title = f"{rows} rows of five metrics, beside the reductions"
+    finish("host-time", "cpu", lines, save=save, title=title, rounds=rounds)
+
+
+if __name__ == "__main__":
+    typer.run(main)
