@@ -36,6 +36,9 @@ class SiteNames(tuple[str, ...]):
             self._hash = super().__hash__()
         return self._hash
 
+    def __getstate__(self) -> None:
+        """Nothing: another process has other hashes."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowGroup:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,3 +288,27 @@ with warnings.catch_warnings(record=True) as caught:
 assert "plain torch operations, which is slower" in str(warning.message), warning.message
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_compiler_that_fails_in_the_background_is_warned_of_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ntest "$1" = --version && exec g++ --version\nexit 1\n')
+    compiler.chmod(0o755)
+    code = f"""
+import warnings
+import torch
+from torch._inductor import config
+config.cpp.cxx = ({str(compiler)!r},)
+import tmm
+model = tmm.instrument(torch.nn.Linear(2, 2), tmm.Spec(tmm.activation("mean")))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(2):
+        with tmm.monitor(model).step(step):
+            mean = model(torch.ones(1, 2)).mean()
+        (value,) = tmm.monitor(model).get_step_metrics().values()
+        assert abs(value - float(mean.detach())) < 1e-6
+(warning,) = [w for w in caught if "plain torch operations" in str(w.message)]
+"""
+    folder = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **folder})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from tmm.metrics import (
     function_reduction,
     merge,
 )
+from tmm.runtime.binding import SiteNames
 from tmm.runtime.eager import reduce_eagerly
 from tmm.runtime.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
 
@@ -102,3 +105,11 @@ def test_ranks_that_measure_something_else_are_named() -> None:
     difference = layout.extend(asked)
     assert difference is not None
     assert "rank 1 measures 'activation/b' as mean (joined), and other ranks as rms" in difference
+
+
+def test_names_of_sites_take_no_hash_to_another_process() -> None:
+    names = SiteNames(("activation/0", "activation/1"))
+    assert hash(names) == hash(tuple(names)) == hash(names)
+    again = pickle.loads(pickle.dumps(names))
+    assert again == names
+    assert not vars(again)

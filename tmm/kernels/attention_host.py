@@ -12,7 +12,7 @@ import torch
 from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall
 from tmm.kernels.host_library import DTYPES, load_kernels
 
-_SOURCES = ("attention_host.cpp",)
+SOURCES = ("attention_host.cpp",)
 _MASK_TYPES = (None, torch.bool, *DTYPES)  # in the order of `mask_reader` in the source
 
 _Integer, _Pointer = ctypes.c_int64, ctypes.c_void_p
@@ -94,4 +94,4 @@ def _geometry(
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
     arguments = (ctypes.POINTER(_Geometry), *[_Pointer] * 4)
-    return load_kernels(_SOURCES, arguments, "measures attention")
+    return load_kernels(SOURCES, arguments, "measures attention")

@@ -492,9 +492,10 @@ Row reduce_chunk(Source source, int64_t length, Needs needs) {
 
 // Write the asked columns of a row per tensor; `others` is null, or what is subtracted of each.
 template <class Element>
-__attribute__((noinline)) void summarize(int64_t tensors, const int64_t* addresses, const int64_t* others,
-               const int64_t* elements, int64_t columns, const int64_t* order, int64_t threads,
-               double* result) {
+__attribute__((noinline)) void summarize(int64_t tensors, const int64_t* addresses,
+                                         const int64_t* others, const int64_t* elements,
+                                         int64_t columns, const int64_t* order, int64_t threads,
+                                         double* result) {
   const Needs needs = needs_of(columns, order);
   std::vector<int64_t> first(tensors + 1, 0);  // number of the tensor's first chunk
   std::vector<int64_t> owner;

@@ -14,7 +14,7 @@ import torch
 from tmm.kernels.host_library import load_kernels
 from tmm.metrics import COLUMN_ORDER
 
-_SOURCES = ("host.cpp", "host_operator.cpp")
+SOURCES = ("host.cpp", "host_operator.cpp")
 
 
 def summarize_on_host(
@@ -62,4 +62,4 @@ def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
-    return load_kernels(_SOURCES, types, "measures")
+    return load_kernels(SOURCES, types, "measures")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,20 @@ import torch
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that there are kernels for."""
+
+
+@functools.cache
+def start_compiling(*sources: str) -> None:
+    """Compile in the background, while torch compiles, what ``load_kernels`` will wait for.
+
+    What goes wrong is left to ``load_kernels``.
+    """
+    from torch._inductor.codecache import CppCodeCache  # slow to import
+
+    compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
+    with suppress(Exception):
+        CppCodeCache.load_async(_text(sources), submit_fn=compiler.submit)
+    compiler.shutdown(wait=False)
 
 
 def load_kernels(
@@ -26,9 +43,8 @@ def load_kernels(
     from torch._inductor.codecache import CppCodeCache  # slow to import
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    text = "".join(Path(__file__).with_name(source).read_text() for source in sources)
     try:
-        library = CppCodeCache.load(text)
+        library = CppCodeCache.load(_text(sources))
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         warnings.warn(
             f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
@@ -44,3 +60,7 @@ def load_kernels(
         kernel.restype = None
         kernels[dtype] = kernel
     return kernels
+
+
+def _text(sources: Sequence[str]) -> str:
+    return "".join(Path(__file__).with_name(source).read_text() for source in sources)

@@ -13,6 +13,9 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from tmm.kernels.attention_host import SOURCES as ATTENTION_SOURCES
+from tmm.kernels.host import SOURCES as HOST_SOURCES
+from tmm.kernels.host_library import start_compiling
 from tmm.layout import OUTSIDE, AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction
 from tmm.passes.find_attention import shows_attention
@@ -262,6 +265,10 @@ class MeasuringBackend:
 
     def _compile(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
         scope = self.host.scope()
+        if any(isinstance(x, torch.Tensor) and x.is_cpu and x.is_floating_point() for x in inputs):
+            start_compiling(*HOST_SOURCES)
+            if scope.attention is not None:
+                start_compiling(*ATTENTION_SOURCES)
         options = ReductionOptions(scope.modules, scope.select, scope.values)
         probes = None
         if scope.select_gradient is not None:
