@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from tmm.kernels.group import summarize_group
 from tmm.kernels.host import summarize_on_host
+from tmm.kernels.host_library import _Started
 from tmm.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.operators import summarize, summarize_difference
 
@@ -196,6 +199,7 @@ def test_a_column_that_does_not_exist() -> None:
         summarize(torch.ones(1), "count,median")
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch loses the messages of errors")
 def test_an_error_of_what_is_left_to_python_keeps_its_message() -> None:
     summarize(torch.ones(1), "count")
     with pytest.raises(RuntimeError, match="not in tuple"):
@@ -288,6 +292,19 @@ with warnings.catch_warnings(record=True) as caught:
 assert "plain torch operations, which is slower" in str(warning.message), warning.message
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_waiting_for_a_compilation_leaves_errors_and_ends_in_a_forked_child() -> None:
+    failed: Future[None] = Future()
+    failed.set_exception(ValueError("killed"))
+    _Started(failed).result()
+    endless = _Started(Future())
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        endless.result()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_compiler_that_fails_in_the_background_is_warned_of_once(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def finalize(reduction: Reduction, rows: FloatArray) -> FloatArray:
     The shape is ``(rows, metrics)``; of a histogram it is ``(rows, bins)``.
     """
     if reduction.is_histogram:
-        return rows[:, 1:]
+        return rows[:, 1:].copy()  # rows may be a view of what a graph gave
     columns = _split(reduction, rows)
     values = np.empty((len(rows), len(reduction.metrics)))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

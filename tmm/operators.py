@@ -240,7 +240,7 @@ def _copy_shape(x: torch.Tensor) -> torch.Tensor:
 
 
 for _name, _implementation, _shape in (
-    ("summarize", _summarize, _summarize_shape),  # of a CPU from its first call on in C++
+    ("summarize", _summarize, _summarize_shape),  # of a CPU in C++, once that is loaded
     ("summarize_any", _summarize, _summarize_shape),  # what that leaves to Python
     ("summarize_difference", _summarize_difference, _difference_shape),
     ("histogram", _histogram, _histogram_shape),

@@ -1,6 +1,6 @@
 """Rows of partial sums on a CPU, by ``host.cpp``, compiled once per machine.
 
-The first call also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``.
+Loading it also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,34 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that there are kernels for."""
 
 
+class _Started:
+    """A compilation in a thread, as torch waits for it."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future, self._process = future, os.getpid()
+
+    def result(self) -> None:
+        """Wait, except in a forked child, where no thread goes on.
+
+        Torch then compiles what is not there, so that what went wrong is found anew.
+        """
+        if os.getpid() == self._process:
+            wait([self._future])
+
+
 @functools.cache
 def start_compiling(*sources: str) -> None:
-    """Compile in the background, while torch compiles, what ``load_kernels`` will wait for.
+    """Run the compiler in the background, while torch compiles, for ``load_kernels``.
 
-    What goes wrong is left to ``load_kernels``.
+    What goes wrong is left to that. An interpreter that exits waits for the compiler.
     """
     from torch._inductor.codecache import CppCodeCache  # slow to import
 
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
-        CppCodeCache.load_async(_text(sources), submit_fn=compiler.submit)
+        CppCodeCache.load_async(
+            _text(sources), submit_fn=lambda work: _Started(compiler.submit(work))
+        )
     compiler.shutdown(wait=False)
 
 

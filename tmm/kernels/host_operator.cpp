@@ -57,7 +57,8 @@ bool is_dense(const Tensor& tensor) {
 }
 
 template <class Element>
-Tensor row_of(const Tensor& tensor, std::string_view columns) {
+Tensor row_of(const Tensor& given, std::string_view columns) {
+  const Tensor tensor = is_dense(given) ? given : torch::stable::contiguous(given);
   const std::vector<int64_t> order = order_of(columns);
   const int64_t width = order.size(), step = 1, elements = tensor.numel();
   AtenTensorHandle row;
@@ -81,14 +82,13 @@ Tensor row_of_any(const Tensor& tensor, const std::string& columns) {
 }
 
 Tensor summarize_on_cpu(const Tensor& tensor, const std::string& columns) {
-  if (is_dense(tensor)) switch (tensor.scalar_type()) {
-      case ScalarType::Double: return row_of<double>(tensor, columns);
-      case ScalarType::Float: return row_of<float>(tensor, columns);
-      case ScalarType::Half: return row_of<Float16>(tensor, columns);
-      case ScalarType::BFloat16: return row_of<BFloat16>(tensor, columns);
-      default: break;
-    }
-  return row_of_any(tensor, columns);
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: return row_of<double>(tensor, columns);
+    case ScalarType::Float: return row_of<float>(tensor, columns);
+    case ScalarType::Half: return row_of<Float16>(tensor, columns);
+    case ScalarType::BFloat16: return row_of<BFloat16>(tensor, columns);
+    default: return row_of_any(tensor, columns);
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tmm, CPU, library) {

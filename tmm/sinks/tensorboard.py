@@ -48,12 +48,13 @@ class OpenTensorBoard:
 
     def __init__(self, folder: Path, keys: str | None, run: RunInfo) -> None:
         require("tensorboard", "tensorboard")
-        tensorboard = require("torch.utils.tensorboard.writer", "tensorboard")
-        self._event, self._session_log = tensorboard.Event, tensorboard.SessionLog
+        writer = require("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        events = require("tensorboard.compat.proto.event_pb2", "tensorboard")
+        self._event, self._session_log = events.Event, events.SessionLog
         self._keys = keys
         _wait_for_a_later_name(folder)
         # Also at the first start: TensorBoard goes back at the second sign of a start only.
-        self._writer: Any = tensorboard.SummaryWriter(folder, purge_step=run.first_step)
+        self._writer: Any = writer(folder, purge_step=run.first_step)
         self._step: int | None = None
         if not run.resumed:
             about = {"config": dict(run.config), "tags": run.tags, "notes": run.notes}
@@ -93,7 +94,7 @@ class OpenTensorBoard:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait, less than a second, until a new file of events has a name behind those of the folder.
+    """Wait, where a file of events was begun in this second, until the second is over.
 
     TensorBoard reads files in the order of their names. These hold the whole second, and within it
     a process's number and a count as text, where 10 comes before 9.

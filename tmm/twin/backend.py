@@ -265,7 +265,8 @@ class MeasuringBackend:
 
     def _compile(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
         scope = self.host.scope()
-        if any(isinstance(x, torch.Tensor) and x.is_cpu and x.is_floating_point() for x in inputs):
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        if tensors and all(x.is_cpu for x in tensors):
             start_compiling(*HOST_SOURCES)
             if scope.attention is not None:
                 start_compiling(*ATTENTION_SOURCES)
