@@ -7,7 +7,7 @@ entropy of attention, of all modules; activations alone for comparison. One inst
 monitored in each step, each 10th and each 100th, in turns with the plain compiled program, whose
 module it shares. Ratios of each 10th step are sums over 10 rounds. Steps that are not monitored
 have rounds of their own, against the very program that they run, called outside of any step and
-with an optimizer that nobody watches: two compilations of one program differ by up to 2 %.
+with an optimizer that nobody watches: two compilations of one program differ by some per mille.
 "Reading" is one sum over each tensor that is measured. Memory is what a step holds at most,
 parameters included.
 """

@@ -159,6 +159,7 @@ def test_columns_of_pairs(
     torch.testing.assert_close(grouped, rows, rtol=0, atol=0, equal_nan=True)
 
 
+EXACT = ("count", "absmax", "minimum", "maximum", "zeros", "nans", "infinities")
 LAYOUTS = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(0, 2),
@@ -169,7 +170,7 @@ LAYOUTS = {
     "of size 1": lambda x: x[:1, :, :1],
     "one number": lambda x: x[0, 0, 0],
     "empty": lambda x: x[:0].transpose(0, 1),
-    "in reverse": lambda x: torch.view_as_complex(x.view(3, 7, 25, 2).float()).conj().imag,
+    "to be negated": lambda x: torch.view_as_complex(x.view(3, 7, 25, 2).float()).conj().imag,
 }
 
 
@@ -187,7 +188,10 @@ def test_the_operator_reads_any_layout_and_dtype(dtype: torch.dtype, layout: str
         want = torch.tensor(list(expected(x).values()), dtype=torch.float64)
     got = summarize(x, ",".join(expected(torch.ones(1))))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
-    for name, value in zip(expected(torch.ones(1)), got, strict=True):
+    names = tuple(expected(torch.ones(1)))
+    exact = [names.index(name) for name in EXACT]
+    assert torch.equal(got[exact], want[exact])
+    for name, value in zip(names, got, strict=True):
         if name == "mean" or name.startswith("moment"):
             continue  # they come together
         torch.testing.assert_close(summarize(x, name), value[None], rtol=1e-5, atol=1e-4)
