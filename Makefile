@@ -1,14 +1,20 @@
 PYTHON ?= python
 STORAGE = runtime/segment*.py,runtime/writer.py,tmm/reader.py
 
-.PHONY: test test-all test-matrix format
+.PHONY: test test-all test-matrix lint format
 
 test:
 	$(PYTHON) -m pytest
 
+# What does not depend on behaviour: rules, formatting, types, and what the wheel holds.
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -m lint -n 0 -q tests/test_wheel.py
+
 # Everything, with coverage: 95 % of the core, 90 % of the storage.
 test-all:
-	$(PYTHON) -m pytest -m "slow or not slow" --cov --cov-report=
+	$(PYTHON) -m pytest -m "not lint" --cov --cov-report=
 	$(PYTHON) -m coverage report --omit='$(STORAGE)' --fail-under=95
 	$(PYTHON) -m coverage report --include='$(STORAGE)' --fail-under=90
 

@@ -1,5 +1,9 @@
+import os
 import warnings
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch reads it once
 
 import pytest
 import torch
