@@ -137,7 +137,7 @@ class CoordinateCheck:
 
         Args:
             path: ends in ``.png`` or ``.html`` for one of them; without such an ending both are
-                written, with these endings added.
+                written, with these endings added. Its folder is made if need be.
             title: heading of the plot.
 
         Returns:
@@ -155,6 +155,7 @@ class CoordinateCheck:
             targets = [target]
         else:
             targets = [target.with_name(target.name + suffix) for suffix in _PLOT_SUFFIXES]
+        target.parent.mkdir(parents=True, exist_ok=True)
         for each in targets:
             write(self.plot(title), each)
         return tuple(targets)
