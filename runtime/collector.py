@@ -69,6 +69,7 @@ class StepCollector:
         self.has_gradients = False
         self.has_gradients_before_clip = False
         self.has_watched_gradients = False
+        self.has_stepped = False  # an optimizer that is watched
         self.skipped: list[HostCopy] = []
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}

@@ -376,7 +376,7 @@ class Monitor:
         """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
         return self._require_watch().may_watch(optimizer)
 
-    def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
+    def watch(self, optimizer: object, scaler: GradScaler | None = None) -> None:
         """Measure gradients, updates and optimizer state around each step of ``optimizer``.
 
         Gradients are those that the optimizer sees, after accumulation, clipping and unscaling;

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from tmm.metrics import Reduction
-from tmm.parameters import ParameterMonitor, Tensors
+from tmm.nested_optimizers import (
+    OpenStep,
+    OpenSteps,
+    inner_optimizers,
+    own_parameters,
+    parameters_of,
+)
+from tmm.optimizer_state import add_states
+from tmm.parameters import Gradients, ParameterMonitor, Tensors
 from tmm.runtime.collector import StepCollector, copy_to_host
 from tmm.runtime.copies import Copies
 
@@ -90,20 +97,27 @@ class WatchedScaler:
             return torch.tensor(1.0 / initial, dtype=torch.float64, device=device)
         return scale.double().reciprocal().to(device, non_blocking=True)
 
-    def inverse_scale(self, optimizer: Optimizer) -> torch.Tensor | None:
-        """What to multiply the gradients of ``optimizer`` with; None if they are unscaled."""
-        if not self.scaler.is_enabled():
+    def inverse_scale(self, optimizers: Iterable[Optimizer]) -> torch.Tensor | None:
+        """What to multiply gradients with that these optimizers hold; None if they are unscaled.
+
+        The scaler was told of one of them, as of the outermost of several.
+        """
+        scale = self.scaler._scale if self.scaler.is_enabled() else None
+        if scale is None:
             return None
-        scale = self.scaler._scale
-        state = self.scaler._per_optimizer_states.get(id(optimizer))
-        stage = OptState.READY if state is None else state["stage"]
-        if scale is None or stage is not OptState.READY or self._holds_old_gradients(optimizer):
-            return None
+        for optimizer in optimizers:
+            state = self.scaler._per_optimizer_states.get(id(optimizer))
+            if state is not None and state["stage"] is not OptState.READY:
+                return None
+            if self._holds_old_gradients(optimizer):
+                return None
         return scale.double().reciprocal().float()
 
     def note_step(self, optimizer: Optimizer, scale: torch.Tensor | None) -> None:
         """Record a step of a watched optimizer that the scaler has just taken or skipped."""
-        if not any(watched is optimizer for watched in self.optimizers):
+        if not any(watched is optimizer for watched in self.optimizers) and not self._is_around(
+            optimizer
+        ):
             return
         gradient = _first_gradient(optimizer)
         if gradient is not None:
@@ -116,6 +130,14 @@ class WatchedScaler:
             collector.log("step/skipped", (skipped > 0).float(), "max")
             collector.log("step/grad_scale", scale, "max")
 
+    def _is_around(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer that is not known yet, for it skips its first step, is one of ours.
+
+        It is no matter outside of monitored steps.
+        """
+        held = set() if self._collector() is None else parameters_of(optimizer)
+        return any(not held.isdisjoint(parameters_of(known)) for known in self.optimizers)
+
     def _holds_old_gradients(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are still those that a step has unscaled already."""
         gradient = _first_gradient(optimizer)
@@ -125,8 +147,29 @@ class WatchedScaler:
         return reference() is gradient and version == gradient._version
 
 
+@dataclass(eq=False)
+class GatheredStep:
+    """What is known of a step of an optimizer, with those inside of it.
+
+    ``taken`` tells which of these calls measured the gradient of a parameter; ``parameters`` are
+    those whose values before the step are kept; ``stepped`` are those that a step is about.
+    """
+
+    gradients: Gradients = field(default_factory=Gradients)
+    taken: dict[str, int] = field(default_factory=dict)
+    parameters: Tensors = field(default_factory=dict)
+    before: Tensors = field(default_factory=dict)
+    stepped: set[str] = field(default_factory=set)
+    copies: list[Copies] = field(default_factory=list)
+
+
 class WatchedOptimizer:
-    """Measures gradients and updates around each step of one optimizer."""
+    """Measures gradients and updates around each step of one optimizer.
+
+    A step inside of another one that is watched is part of that: the update is what the outermost
+    one did. The gradient of a parameter is the one that the innermost step saw, the last of
+    several. ``is_found`` tells that nobody said that it is to be watched.
+    """
 
     def __init__(
         self,
@@ -134,32 +177,49 @@ class WatchedOptimizer:
         scaler: WatchedScaler | None,
         parameters: ParameterMonitor,
         collector: OpenCollector,
+        steps: Steps,
+        *,
+        is_found: bool = False,
     ) -> None:
         self.optimizer = optimizer
-        self.scaler = scaler
+        self.scaler: WatchedScaler | None = None
+        self.is_found = is_found
         if scaler is not None:
-            scaler.optimizers.append(optimizer)
+            self.use_scaler(scaler)
         self._parameters = parameters
         self._collector = collector
-        self._now: Tensors = {}
-        self._before: Tensors = {}
+        self._steps = steps
         self._copies = Copies()
-        self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
+        self._before = optimizer.register_step_pre_hook(self._before_step)
+        self._after = optimizer.register_step_post_hook(self._after_step)
+
+    def use_scaler(self, scaler: WatchedScaler) -> None:
+        """Take the factor of a scaler out of the gradients."""
+        self.scaler = scaler
+        if all(known is not self.optimizer for known in scaler.optimizers):
+            scaler.optimizers.append(self.optimizer)
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        self._before.remove()
+        self._after.remove()
+
+    def be_last(self) -> None:
+        """Let the hooks run after those that users added later: they belong to the step."""
+        optimizer = self.optimizer
+        for hooks, handle in (
+            (optimizer._optimizer_step_pre_hooks, self._before),
+            (optimizer._optimizer_step_post_hooks, self._after),
+        ):
+            if handle.id in hooks and next(reversed(hooks)) != handle.id:
+                hooks.move_to_end(handle.id)  # type: ignore[attr-defined]
 
     def gradients(self) -> Tensors:
         """Gradients by name, without the factor of a scaler."""
-        return self._gradients_of(self._own_parameters())
+        return self._gradients_of(self._named(own_parameters(self.optimizer)))
 
     def _gradients_of(self, own: Mapping[torch.nn.Parameter, str]) -> Tensors:
-        inverse = None if self.scaler is None else self.scaler.inverse_scale(self.optimizer)
+        inverse = None if self.scaler is None else self.scaler.inverse_scale(self._sharing(own))
         return {
             name: _unscaled(parameter.grad.detach(), inverse)
             for parameter, name in own.items()
@@ -169,79 +229,95 @@ class WatchedOptimizer:
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
-        self._now, self._before = {}, {}
         if collector is None:
             return
-        own = self._own_parameters()
+        step = self._steps.begin(self, GatheredStep)
+        gathered, has_closure = step.gathered, _has_closure(args, kwargs)
+        own = self._named(own_parameters(optimizer))
         if self._parameters.wants("update"):
-            self._now = {
+            # An optimizer without parameters steps those of others.
+            reached = own or self._named(parameters_of(optimizer))
+            parameters: Tensors = {
                 name: parameter  # whose memory a step may replace
-                for parameter, name in own.items()
-                if self._parameters.plan.select(name, parameter.dtype, "update")
-                and (parameter.grad is not None or _has_closure(args, kwargs))
+                for parameter, name in reached.items()
+                if name not in gathered.before
+                and self._parameters.plan.select(name, parameter.dtype, "update")
+                and (parameter.grad is not None or has_closure or not own)
                 and self._parameters.ranks.owns(parameter)
             }
-            self._before = self._copies.of(self._now)
-        if not _has_closure(args, kwargs):
-            self._add_gradients(collector, own)
+            if parameters:
+                copies = Copies() if self._copies in gathered.copies else self._copies
+                gathered.copies.append(copies)
+                gathered.parameters |= parameters
+                gathered.before |= copies.of(parameters)
+        gathered.stepped.update(own.values())
+        if not has_closure:
+            self._take_gradients(step, own)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        collector, now, before = self._collector(), self._now, self._before
-        self._now, self._before = {}, {}
-        if collector is None:
+        collector = self._collector()
+        step = None if collector is None else self._steps.end(self)
+        if collector is None or step is None:
             return
         if _has_closure(args, kwargs):  # those of its last evaluation: there were none before
-            self._add_gradients(collector, self._own_parameters())
-        if before:
-            self._parameters.add_update(collector, now, before, self._skipped())
-        if self._parameters.wants("optimizer_state"):
-            self._add_state(collector)
-
-    def _add_gradients(
-        self, collector: StepCollector, own: Mapping[torch.nn.Parameter, str]
-    ) -> None:
-        if collector.has_gradients:
-            return  # somebody measured them in this step by an explicit call
-        collector.has_watched_gradients = True
-        self._parameters.add_gradients(collector, self._gradients_of(own), unless=self._skipped())
-
-    def _add_state(self, collector: StepCollector) -> None:
-        names, plan = self._own_parameters(), self._parameters.plan
-        tensors: dict[str, Tensors] = {}
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state.get(parameter, {})
-                if parameter not in names or (not state and parameter.grad is None):
-                    continue
-                name = names[parameter]
-                for metric in plan.metrics(name, "optimizer_state"):
-                    value = _state_value(metric, self.optimizer, group, state)
-                    if value is not None:
-                        tensors.setdefault(metric, {})[name] = value
-                    else:
-                        kind = type(self.optimizer).__name__
-                        self._parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
-                            "it is not known how this optimizer keeps it"
-                        )
-        for metric, by_name in tensors.items():
-            self._parameters.add(
-                collector,
-                "optimizer_state",
-                by_name,
-                unless=self._skipped(),
-                choose=_Computes(metric),
+            own = self._named(own_parameters(optimizer))
+            taken = step.gathered.taken
+            # Steps inside saw what this one may have cleared.
+            self._take_gradients(
+                step, {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
             )
+        if step.is_outermost:
+            self._record(collector, step.gathered, [held.optimizer for held in step.holders])
 
-    def _own_parameters(self) -> dict[torch.nn.Parameter, str]:
-        """The model's parameters that this optimizer holds, with their names."""
-        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+    def _take_gradients(self, step: Step, own: Mapping[torch.nn.Parameter, str]) -> None:
+        """Measure gradients, in the place of earlier ones of the same parameters."""
+        if not self._parameters.wants("gradient"):
+            return
+        gathered, gradients = step.gathered, self._gradients_of(own)
+        if not gathered.taken.keys().isdisjoint(gradients):
+            gathered.gradients = self._parameters.without(gathered.gradients, gradients)
+        gathered.gradients += self._parameters.measure_gradients(gradients)
+        gathered.taken |= dict.fromkeys(gradients, step.place)
+
+    def _record(
+        self, collector: StepCollector, gathered: GatheredStep, optimizers: Sequence[Optimizer]
+    ) -> None:
+        """Hand what is known of a step that has ended to the collector."""
+        skipped = next(filter(torch.is_tensor, map(_skipped, optimizers)), None)
+        collector.has_stepped = True
+        if not collector.has_gradients:  # else somebody measured them by an explicit call
+            collector.has_watched_gradients = True
+            self._parameters.add_gradients(collector, gathered.gradients, unless=skipped)
+        now = {n: p for n, p in gathered.parameters.items() if n in gathered.stepped}
+        before = {name: gathered.before[name] for name in now}
+        if now:
+            self._parameters.add_update(collector, now, before, skipped)
+        if self._parameters.wants("optimizer_state"):
+            names = {p: n for p, n in self._parameters.names().items() if n in gathered.stepped}
+            add_states(collector, self._parameters, names, optimizers, skipped)
+
+    def _sharing(self, own: Container[torch.nn.Parameter]) -> Iterator[Optimizer]:
+        """The optimizers that hold some of the parameters, too, and this one."""
+        assert self.scaler is not None
+        yield self.optimizer
+        for optimizer in (*inner_optimizers(self.optimizer), *self.scaler.optimizers):
+            if any(p in own for group in optimizer.param_groups for p in group["params"]):
+                yield optimizer
+
+    def _named(self, own: Container[torch.nn.Parameter]) -> dict[torch.nn.Parameter, str]:
+        """Those that are the model's, with their names, in its order."""
         return {p: name for p, name in self._parameters.names().items() if p in own}
 
-    def _skipped(self) -> torch.Tensor | None:
-        """Nonzero if the kernel of a fused step skips it, because of an infinite gradient."""
-        found: torch.Tensor | None = getattr(self.optimizer, "found_inf", None)
-        return found
+
+Steps = OpenSteps[WatchedOptimizer, GatheredStep]
+Step = OpenStep[WatchedOptimizer, GatheredStep]
+
+
+def _skipped(optimizer: Optimizer) -> torch.Tensor | None:
+    """Nonzero if the kernel of a fused step skips it, because of an infinite gradient."""
+    found: torch.Tensor | None = getattr(optimizer, "found_inf", None)
+    return found
 
 
 def _unscaled(gradient: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
@@ -258,35 +334,3 @@ def _has_closure(args: Any, kwargs: Any) -> bool:
 def _first_gradient(optimizer: Optimizer) -> torch.Tensor | None:
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     return next((p.grad for p in parameters if p.grad is not None), None)
-
-
-@dataclass(frozen=True)
-class _Computes:
-    """Chooses the reductions of one metric."""
-
-    metric: str
-
-    def __call__(self, reduction: Reduction) -> bool:
-        return reduction.metrics == (self.metric,)
-
-
-def _state_value(
-    metric: str, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]
-) -> torch.Tensor | None:
-    """The tensor that a metric of an optimizer's state is taken of; None where it has none."""
-    if metric == "effective_lr":
-        known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and "step" in state
-        return _effective_rate(group, state) if known else None
-    value: torch.Tensor | None = state.get(metric.removesuffix("_norm"))
-    return value
-
-
-def _effective_rate(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
-    """What each element of ``exp_avg`` is multiplied with in a step of Adam."""
-    first, second = group["betas"]
-    step = torch.as_tensor(state["step"], dtype=torch.float64)
-    squares: torch.Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    rate = torch.as_tensor(group["lr"], dtype=torch.float64) / (1 - first**step)
-    root = (squares / (1 - second**step).to(squares)).sqrt_().add_(group["eps"])
-    result: torch.Tensor = rate.to(squares) / root
-    return result

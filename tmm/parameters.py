@@ -24,6 +24,18 @@ Names = tuple[str, ...]
 Choice = Callable[[Reduction], bool]
 """Which reductions are meant; hashable, and equal to those that choose the same."""
 
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Rows of gradients on their way to a collector, and the squares of the norm of each."""
+
+    rows: tuple[Measured, ...] = ()
+    squares: tuple[tuple[Names, torch.Tensor], ...] = ()
+
+    def __add__(self, other: Gradients) -> Gradients:
+        return Gradients(self.rows + other.rows, self.squares + other.squares)
+
+
 _SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
 
 
@@ -89,22 +101,13 @@ class ParameterMonitor:
             counterparts = {name: other for name, other in found.items() if other is not None}
             self.add(collector, DIFFERENCE, own, reference=counterparts)
 
-    def add_gradients(
-        self,
-        collector: StepCollector,
-        gradients: Tensors,
-        *,
-        before_clip: bool = False,
-        unless: torch.Tensor | None = None,
-    ) -> None:
-        """Measure these gradients, and note their norms; all ranks do so together."""
+    def measure_gradients(self, gradients: Tensors, *, before_clip: bool = False) -> Gradients:
+        """Measure these gradients; all ranks do so together."""
         if not self.wants("gradient") or not gradients:
-            return
+            return Gradients()
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
-        suffix = "_before_clip" if before_clip else ""
-        measured = self.add(
-            collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless
-        )
+        family = "gradient_before_clip" if before_clip else "gradient"
+        measured = self._measure(family, gradients, rules="gradient")
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
         for rows in measured:
@@ -117,10 +120,30 @@ class ParameterMonitor:
             for name, tensor in gradients.items()
             if name not in known and self.ranks.owns(tensor)
         }
-        for names, values in [*squares, *self._squares_of(others)]:
+        return Gradients(tuple(measured), (*squares, *self._squares_of(others)))
+
+    def without(self, gradients: Gradients, names: Container[str]) -> Gradients:
+        """What was measured of the others."""
+        rows = (self._statistics.without(rows, names) for rows in gradients.rows)
+        squares = (part for some in gradients.squares for part in _of_new_names(*some, names))
+        return Gradients(tuple(part for part in rows if part is not None), tuple(squares))
+
+    def add_gradients(
+        self,
+        collector: StepCollector,
+        gradients: Gradients,
+        *,
+        before_clip: bool = False,
+        unless: torch.Tensor | None = None,
+    ) -> None:
+        """Take rows of gradients, and note the norms."""
+        for rows in gradients.rows:
+            collector.add(rows.binding, rows.outputs, unless=unless)
+        total = "step/gradient_norm_before_clip" if before_clip else "step/gradient_norm"
+        for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
-            self._squares.setdefault(f"step/gradient_norm{suffix}", []).append((names, values))
+            self._squares.setdefault(total, []).append((names, values))
 
     def add_update(
         self,
@@ -152,12 +175,25 @@ class ParameterMonitor:
         reference: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Choice | None = None,
-    ) -> list[Measured]:
+    ) -> None:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
         With ``reference`` they are compared with the tensors there. Tensors that another rank
         measures are left out, and of sharded ones what is no statistic of all elements.
         """
+        measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)
+        for rows in measured:
+            collector.add(rows.binding, rows.outputs, unless=unless)
+
+    def _measure(
+        self,
+        family: str,
+        tensors: Tensors,
+        *,
+        rules: str | None = None,
+        reference: Tensors | None = None,
+        choose: Choice | None = None,
+    ) -> list[Measured]:
         tensors = {name: tensor for name, tensor in tensors.items() if self.ranks.owns(tensor)}
 
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
@@ -171,10 +207,7 @@ class ParameterMonitor:
 
         sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
         chosen = (rules, choose, sharded)
-        measured = self._statistics.measure(family, tensors, select, chosen, reference=reference)
-        for rows in measured:
-            collector.add(rows.binding, rows.outputs, unless=unless)
-        return measured
+        return self._statistics.measure(family, tensors, select, chosen, reference=reference)
 
     def end_step(self, collector: StepCollector | None) -> None:
         """Record the norms of the step; without a collector, forget them."""

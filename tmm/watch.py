@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from tmm.optimizers import OpenCollector, WatchedOptimizer, WatchedScaler
+from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
+from tmm.optimizers import OpenCollector, Steps, WatchedOptimizer, WatchedScaler
 from tmm.parameters import ParameterMonitor
 from tmm.runtime.collector import StepCollector
 
+_AROUND_STEPS = ("gradient", "update", "optimizer_state")
+"""The families that are measured around the steps of optimizers."""
+
 
 class Watch:
-    """The optimizers and scalers of one model, and the measurements that they set off."""
+    """The optimizers and scalers of one model, and the measurements that they set off.
+
+    An optimizer that holds parameters of one that is watched is watched from its next step on: it
+    may take the steps of the other one, or its place.
+    """
 
     def __init__(self, parameters: ParameterMonitor, collector: OpenCollector) -> None:
         self.parameters = parameters
         self._collector = collector
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
+        self._steps: Steps = OpenSteps()
+        self._handle: RemovableHandle | None = None
+        if any(map(parameters.wants, _AROUND_STEPS)):
+            # Here, for hooks must not be added while they run; without keeping this alive.
+            self._handle = register_optimizer_step_pre_hook(_looking(weakref.WeakMethod(self.look)))
+            weakref.finalize(self, self._handle.remove)
 
-    def add(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
+    def add(self, optimizer: object, scaler: GradScaler | None, *, is_found: bool = False) -> None:
         """Watch an optimizer; errors as of ``Monitor.watch``."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
+        inside = unwrapped(optimizer)
+        if not inside:
+            raise TypeError(
+                f"optimizer={optimizer!r} is not a torch.optim.Optimizer that calls its step hooks,"
+                " and keeps none in its attributes; hand over the optimizer whose step changes the"
+                " parameters"
+            )
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
-        if any(watched.optimizer is optimizer for watched in self._optimizers):
-            raise ValueError("the optimizer is watched already")
         names = self.parameters.names()
-        if not any(p in names for group in optimizer.param_groups for p in group["params"]):
+        found = [o for o in inside if not parameters_of(o).isdisjoint(names)]
+        if not found:
             raise ValueError("the optimizer holds no parameter of the instrumented model")
+        known = {watched.optimizer: watched for watched in self._optimizers}
+        if all(o in known and not known[o].is_found for o in found):
+            raise ValueError("the optimizer is watched already")
         others = [watched for watched in self._scalers if watched.scaler is not scaler]
         if scaler is not None and others and self.parameters.wants("activation_gradient"):
             raise ValueError(
@@ -38,15 +65,39 @@ class Watch:
                 " the factor of one scaler only"
             )
         watched_scaler = None if scaler is None else self._watched(scaler)
-        self._optimizers.append(
-            WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
-        )
+        for each in found:
+            if each not in known:
+                self._optimizers.append(
+                    WatchedOptimizer(
+                        *(each, watched_scaler, self.parameters, self._collector, self._steps),
+                        is_found=is_found,
+                    )
+                )
+            elif known[each].is_found:
+                known[each].is_found = is_found
+                if watched_scaler is not None:
+                    known[each].use_scaler(watched_scaler)
 
     def may_watch(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds parameters of the model and is not watched yet."""
-        names = self.parameters.names()
-        holds = any(p in names for group in optimizer.param_groups for p in group["params"])
+        holds = not parameters_of(optimizer).isdisjoint(self.parameters.names())
         return holds and all(watched.optimizer is not optimizer for watched in self._optimizers)
+
+    def look(self, optimizer: Optimizer) -> None:
+        """An optimizer, any one, is about to step."""
+        if not self._optimizers or self._collector() is None:
+            return
+        for watched in self._optimizers:
+            if watched.optimizer is optimizer:
+                watched.be_last()
+                return
+        held = parameters_of(optimizer) & self.parameters.names().keys()
+        for watched in self._optimizers if held else ():
+            if not held.isdisjoint(parameters_of(watched.optimizer)):
+                # Its own hooks run after those of all optimizers: it is measured in this step.
+                scaler = None if watched.scaler is None else watched.scaler.scaler
+                self.add(optimizer, scaler, is_found=True)
+                return
 
     @property
     def has_scaler(self) -> bool:
@@ -80,20 +131,25 @@ class Watch:
                 self.parameters.unmeasured[f"gradient of {name}"] = "its optimizer is not watched"
             gradients = {}
         gradients |= dict(watched)
-        self.parameters.add_gradients(collector, gradients, before_clip=before_clip)
+        measured = self.parameters.measure_gradients(gradients, before_clip=before_clip)
+        self.parameters.add_gradients(collector, measured, before_clip=before_clip)
 
     def end_step(self, collector: StepCollector) -> None:
         """Measure what is measured when a step ends."""
         if collector.monitored and self._optimizers and not collector.has_parameters:
             self.parameters.add_parameters(collector)
+        self._steps.forget()
         self.parameters.end_step(collector)
 
     def drop_step(self) -> None:
         """Forget what belongs to the step."""
+        self._steps.forget()
         self.parameters.end_step(None)
 
     def close(self) -> None:
         """Take all hooks off."""
+        if self._handle is not None:
+            self._handle.remove()
         for optimizer in self._optimizers:
             optimizer.remove()
         for scaler in self._scalers:
@@ -107,3 +163,15 @@ class Watch:
                 return watched
         self._scalers.append(WatchedScaler(scaler, self._collector))
         return self._scalers[-1]
+
+
+def _looking(look: weakref.WeakMethod[Callable[[Optimizer], None]]) -> Callable[..., None]:
+    """A hook of all optimizers that calls a method as long as its object lives."""
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        method = look()
+        if method is not None:
+            method(optimizer)
+
+    return hook  # type: ignore[no-any-return]
