@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Generic, TypeVar
@@ -41,10 +41,15 @@ def inner_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     return tuple(_found_in(optimizer, passes_on=True))
 
 
-def parameters_of(optimizer: Optimizer) -> set[torch.nn.Parameter]:
-    """The parameters of an optimizer; of one that has none, those of the ones inside of it."""
-    own = own_parameters(optimizer)
-    return own or {p for inner in inner_optimizers(optimizer) for p in own_parameters(inner)}
+def parameters_of(
+    optimizer: Optimizer, model: Collection[torch.nn.Parameter]
+) -> set[torch.nn.Parameter]:
+    """The parameters of ``model`` in an optimizer; if it has none, in those inside of it."""
+    own = own_parameters(optimizer).intersection(model)
+    if own:
+        return own
+    inside = (own_parameters(inner) for inner in inner_optimizers(optimizer))
+    return set().union(*inside).intersection(model)
 
 
 def own_parameters(optimizer: Optimizer) -> set[torch.nn.Parameter]:

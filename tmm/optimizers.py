@@ -135,8 +135,10 @@ class WatchedScaler:
 
         It is no matter outside of monitored steps.
         """
-        held = set() if self._collector() is None else parameters_of(optimizer)
-        return any(not held.isdisjoint(parameters_of(known)) for known in self.optimizers)
+        if self._collector() is None:
+            return False
+        known = set().union(*(_all_parameters(other) for other in self.optimizers))
+        return not known.isdisjoint(_all_parameters(optimizer))
 
     def _holds_old_gradients(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are still those that a step has unscaled already."""
@@ -236,7 +238,7 @@ class WatchedOptimizer:
         own = self._named(own_parameters(optimizer))
         if self._parameters.wants("update"):
             # An optimizer without parameters steps those of others.
-            reached = own or self._named(parameters_of(optimizer))
+            reached = own or self._named(parameters_of(optimizer, self._parameters.names()))
             parameters: Tensors = {
                 name: parameter  # whose memory a step may replace
                 for parameter, name in reached.items()
@@ -329,6 +331,11 @@ def _unscaled(gradient: torch.Tensor, inverse: torch.Tensor | None) -> torch.Ten
 
 def _has_closure(args: Any, kwargs: Any) -> bool:
     return kwargs.get("closure", args[1] if len(args) > 1 else None) is not None
+
+
+def _all_parameters(optimizer: Optimizer) -> set[torch.nn.Parameter]:
+    """Those of an optimizer, and of the ones inside of it."""
+    return set().union(*map(own_parameters, (optimizer, *inner_optimizers(optimizer))))
 
 
 def _first_gradient(optimizer: Optimizer) -> torch.Tensor | None:

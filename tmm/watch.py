@@ -45,14 +45,14 @@ class Watch:
         inside = unwrapped(optimizer)
         if not inside:
             raise TypeError(
-                f"optimizer={optimizer!r} is not a torch.optim.Optimizer that calls its step hooks,"
-                " and keeps none in its attributes; hand over the optimizer whose step changes the"
-                " parameters"
+                f"optimizer= of type {type(optimizer).__name__} is not a torch.optim.Optimizer that"
+                " calls its step hooks, and keeps none in its attributes; hand over the optimizer"
+                " whose step changes the parameters"
             )
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
         names = self.parameters.names()
-        found = [o for o in inside if not parameters_of(o).isdisjoint(names)]
+        found = [o for o in inside if parameters_of(o, names)]
         if not found:
             raise ValueError("the optimizer holds no parameter of the instrumented model")
         known = {watched.optimizer: watched for watched in self._optimizers}
@@ -80,7 +80,7 @@ class Watch:
 
     def may_watch(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds parameters of the model and is not watched yet."""
-        holds = not parameters_of(optimizer).isdisjoint(self.parameters.names())
+        holds = bool(parameters_of(optimizer, self.parameters.names()))
         return holds and all(watched.optimizer is not optimizer for watched in self._optimizers)
 
     def look(self, optimizer: Optimizer) -> None:
@@ -91,9 +91,10 @@ class Watch:
             if watched.optimizer is optimizer:
                 watched.be_last()
                 return
-        held = parameters_of(optimizer) & self.parameters.names().keys()
+        names = self.parameters.names()
+        held = parameters_of(optimizer, names)
         for watched in self._optimizers if held else ():
-            if not held.isdisjoint(parameters_of(watched.optimizer)):
+            if not held.isdisjoint(parameters_of(watched.optimizer, names)):
                 # Its own hooks run after those of all optimizers: it is measured in this step.
                 scaler = None if watched.scaler is None else watched.scaler.scaler
                 self.add(optimizer, scaler, is_found=True)
