@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.layout import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
@@ -207,6 +207,7 @@ class StepCollector:
             else:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)
+                self.registry.note(gathered.alone, ALONE)
         scalars: list[Table] = []
         histograms: list[Table] = []
         for reduction, parts in gathered.rows.items():

@@ -84,8 +84,8 @@ class NamedStatistics:
         measured = []
         for group, names in groups.items():
             _, reduction, known = group
-            values = [_dense(tensors[name]) for name in names]
-            others = None if reference is None else [_dense(reference[name]) for name in names]
+            values = [dense_part(tensors[name]) for name in names]
+            others = None if reference is None else [dense_part(reference[name]) for name in names]
             if known is None and (reduction.function is not None or reduction.is_histogram):
                 for index, name in enumerate(names):
                     if others is None:
@@ -166,13 +166,14 @@ def _rows_of_pairs(
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of the squares of each tensor, float64, on their common device; shape ``(tensors,)``."""
-    return summarize_group([_dense(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
+    return summarize_group([dense_part(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def dense_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, with all of its elements in memory."""
     if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad:
         return tensor  # as most are
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()  # the rows of all parts are joined
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return tensor if tensor.layout is torch.strided else tensor.todense_part()

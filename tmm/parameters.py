@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +11,13 @@ import torch
 from tmm.known_functions import KnownFunctions
 from tmm.metrics import HISTOGRAM, Reduction
 from tmm.naming import ParameterNames, unwrapped
-from tmm.ranks import Ranks, is_sharded, summed
+from tmm.ranks import Ranks, is_distributed, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
-from tmm.runtime.binding import KeyRegistry
+from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.copies import parts_of
-from tmm.runtime.parameters import Measured, NamedStatistics, sum_of_squares
+from tmm.runtime.parameters import Measured, NamedStatistics, dense_part, sum_of_squares
+from tmm.runtime.replicas import binding_of, numbers_of, rows_of
 from tmm.spec import Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -27,13 +28,18 @@ Choice = Callable[[Reduction], bool]
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Rows of gradients on their way to a collector, and the squares of the norm of each."""
+    """Rows of gradients on their way to a collector, and the squares of the norm of each.
+
+    ``replicas`` are numbers that are equal on all ranks that hold the same.
+    """
 
     rows: tuple[Measured, ...] = ()
     squares: tuple[tuple[Names, torch.Tensor], ...] = ()
+    replicas: tuple[tuple[Names, torch.Tensor], ...] = ()
 
     def __add__(self, other: Gradients) -> Gradients:
-        return Gradients(self.rows + other.rows, self.squares + other.squares)
+        squares, replicas = self.squares + other.squares, self.replicas + other.replicas
+        return Gradients(self.rows + other.rows, squares, replicas)
 
 
 _SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
@@ -65,6 +71,8 @@ class ParameterMonitor:
         self._squares: dict[str, list[tuple[Names, torch.Tensor]]] = {}
         self._blocks: dict[str, str] = {}
         self._norms: dict[str, _Norms] = {}
+        self._registry = registry
+        self._sites: dict[tuple[str, Names], Binding] = {}
         self._names = ParameterNames(module)
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
@@ -120,13 +128,32 @@ class ParameterMonitor:
             for name, tensor in gradients.items()
             if name not in known and self.ranks.owns(tensor)
         }
-        return Gradients(tuple(measured), (*squares, *self._squares_of(others)))
+        squares += self._squares_of(others)
+        return Gradients(tuple(measured), tuple(squares), tuple(self._replicas(gradients, squares)))
+
+    def _replicas(
+        self, tensors: Tensors, squares: Sequence[tuple[Names, torch.Tensor]]
+    ) -> Iterator[tuple[Names, torch.Tensor]]:
+        """What tells whether other ranks hold the same tensors, those that one rank measures."""
+        if self.ranks.size == 1:
+            return
+        plain = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor)}
+        of_others = {name: tensor for name, tensor in plain.items() if not self.ranks.owns(tensor)}
+        for names, values in (*squares, *self._squares_of(of_others)):
+            known = [place for place, name in enumerate(names) if name in plain]
+            if known:
+                held = tuple(names[place] for place in known)
+                parts = [dense_part(plain[name]) for name in held]
+                yield held, numbers_of(parts, values[known])
 
     def without(self, gradients: Gradients, names: Container[str]) -> Gradients:
         """What was measured of the others."""
         rows = (self._statistics.without(rows, names) for rows in gradients.rows)
-        squares = (part for some in gradients.squares for part in _of_new_names(*some, names))
-        return Gradients(tuple(part for part in rows if part is not None), tuple(squares))
+        squares, replicas = (
+            tuple(part for some in parts for part in _of_new_names(*some, names))
+            for parts in (gradients.squares, gradients.replicas)
+        )
+        return Gradients(tuple(part for part in rows if part is not None), squares, replicas)
 
     def add_gradients(
         self,
@@ -139,7 +166,13 @@ class ParameterMonitor:
         """Take rows of gradients, and note the norms."""
         for rows in gradients.rows:
             collector.add(rows.binding, rows.outputs, unless=unless)
-        total = "step/gradient_norm_before_clip" if before_clip else "step/gradient_norm"
+        family = "gradient_before_clip" if before_clip else "gradient"
+        for names, numbers in gradients.replicas:
+            if (family, names) not in self._sites:
+                self._sites[family, names] = binding_of([f"{family}/{name}" for name in names])
+            rows_of_ranks = rows_of(numbers, 1 if self.ranks.averages else self.ranks.size)
+            collector.add(self._sites[family, names], (rows_of_ranks,), unless=unless)
+        total = f"step/{family.replace('gradient', 'gradient_norm')}"
         for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
@@ -232,6 +265,11 @@ class ParameterMonitor:
                     self._blocks[name] = block_of(self.module, name)
             blocks = list(dict.fromkeys(self._blocks[name] for name in names))
             places = [blocks.index(self._blocks[name]) for name in names]
+            family = total.removeprefix("step/").replace("gradient_norm", "gradient")
+            for block in ("", *blocks):
+                own = (name for name in names if block in ("", self._blocks[name]))
+                key = f"{total}/{block}" if block else total
+                self._registry.derive(key, (f"{family}/{name}" for name in own))
             known = _Norms(
                 names,
                 (total, *(f"{total}/{block}" for block in blocks)),
