@@ -176,4 +176,4 @@ def dense_part(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()  # the rows of all parts are joined
-    return tensor if tensor.layout is torch.strided else tensor.todense_part()
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()

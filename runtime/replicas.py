@@ -23,6 +23,9 @@ JOINED_REPLICAS = RowKind(
 )
 """Rows of the least and the largest of all ranks, and of how many ranks have one."""
 
+PARAMETER_FAMILIES = ("parameter", "update", "optimizer_state", "parameter_difference")
+"""What is another's, where the parameters of ranks are."""
+
 _PREFIX = "replicas of "
 _SMALL = 1 << 14  # elements, of tensors that are read once more for their signs
 _SAME = 1e-6  # relative: sums of the same numbers in another order
@@ -75,6 +78,10 @@ def differing(sites: Sequence[str], rows: FloatArray) -> Iterator[str]:
     are_known = np.isfinite(least) & np.isfinite(largest)
     differ = (are_known & ~are_equal) | (count < expected)
     unclear = ~are_known | ((least == 0) & (largest == 0))
-    families = np.array([site.partition("/")[0] for site in sites])
-    differ |= unclear & np.isin(families, families[differ])
-    yield from (site for site, is_other in zip(sites, differ, strict=True) if is_other)
+    kinds = np.array([site.partition("/")[0] for site in sites])
+    differ |= unclear & np.isin(kinds, kinds[differ])
+    for site, differs in zip(sites, differ, strict=True):
+        family, _, name = site.partition("/")
+        if differs:
+            families = PARAMETER_FAMILIES if family == "parameter" else (family,)
+            yield from (f"{each}/{name}" for each in families)

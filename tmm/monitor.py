@@ -107,7 +107,7 @@ class Monitor:
         twin.compare_with(reference)
         parameters = ParameterMonitor(
             *(self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference),
-            place,
+            *(place, twin.attribution.remarks),
         )
         self._watch = Watch(parameters, self._open_collector)
         self._save_explanation()
@@ -174,7 +174,7 @@ class Monitor:
         """
         finished = self._require_step("end_step")
         self.after_micro_batch()
-        self._require_watch().end_step(finished)
+        self._require_watch().end_step(finished, self._gaps)
         if self._run is not None:
             self._run.ends(finished)
         self._release_reference()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from tmm.metrics import Reduction
@@ -27,7 +28,7 @@ def add_states(
     """Measure what ``optimizers``, which have taken a step together, keep of parameters.
 
     Where several keep it, the innermost has what a step is computed from. The first is the
-    outermost.
+    outermost. Of what ``ZeroRedundancyOptimizer`` distributes each rank measures its part.
     """
     inside = (inner for optimizer in optimizers for inner in inner_optimizers(optimizer))
     involved = dict.fromkeys((*optimizers, *inside))
@@ -51,9 +52,19 @@ def add_states(
                 parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
                     "it is not known how this optimizer keeps it"
                 )
+    is_distributed = any(isinstance(o, ZeroRedundancyOptimizer) for o in optimizers)
+    if parameters.ranks.size > 1 and not is_distributed:
+        for parameter in names.keys() - kept.keys():
+            name = names[parameter]
+            if parameters.plan.metrics(name, "optimizer_state"):
+                reason = "this rank keeps none, and that of other ranks is not looked for"
+                parameters.unmeasured[f"optimizer_state of {name}"] = reason
     for metric, by_name in tensors.items():
         parameters.add(
-            collector, "optimizer_state", by_name, unless=unless, choose=_Computes(metric)
+            *(collector, "optimizer_state", by_name),
+            unless=unless,
+            choose=_Computes(metric),
+            is_own=is_distributed,
         )
 
 

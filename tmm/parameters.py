@@ -17,8 +17,9 @@ from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.copies import parts_of
 from tmm.runtime.parameters import Measured, NamedStatistics, dense_part, sum_of_squares
-from tmm.runtime.replicas import binding_of, numbers_of, rows_of
+from tmm.runtime.replicas import PARAMETER_FAMILIES, binding_of, numbers_of, rows_of
 from tmm.spec import Plan
+from tmm.written_later import WrittenLater
 
 Tensors = dict[str, torch.Tensor]
 Names = tuple[str, ...]
@@ -48,7 +49,8 @@ _SHARDED = "a function needs the whole tensor, and each rank has a part; built-i
 class ParameterMonitor:
     """Measures the parameters of one model, their gradients and their updates.
 
-    What has no rows is noted in ``unmeasured``, with the reason. Rows go to the collector that is
+    What has no rows is noted in ``unmeasured``, with the reason, and what is to be known of rows in
+    ``remarks``. Rows go to the collector that is
     given; norms of all gradients together, which several
     optimizers may add to, follow at the end of the step.
     """
@@ -61,11 +63,14 @@ class ParameterMonitor:
         unmeasured: dict[str, str],
         reference: Reference | None,
         ranks: Ranks,
+        remarks: dict[str, str],
     ) -> None:
         self.module = module
         self.ranks = ranks
         self.plan = plan
         self.unmeasured = unmeasured
+        self.remarks = remarks
+        self.written_later = WrittenLater()
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
         self._squares: dict[str, list[tuple[Names, torch.Tensor]]] = {}
@@ -115,7 +120,8 @@ class ParameterMonitor:
             return Gradients()
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         family = "gradient_before_clip" if before_clip else "gradient"
-        measured = self._measure(family, gradients, rules="gradient")
+        owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient)}
+        measured = self._measure(family, owned, rules="gradient")
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
         for rows in measured:
@@ -168,15 +174,37 @@ class ParameterMonitor:
             collector.add(rows.binding, rows.outputs, unless=unless)
         family = "gradient_before_clip" if before_clip else "gradient"
         for names, numbers in gradients.replicas:
-            if (family, names) not in self._sites:
-                self._sites[family, names] = binding_of([f"{family}/{name}" for name in names])
-            rows_of_ranks = rows_of(numbers, 1 if self.ranks.averages else self.ranks.size)
-            collector.add(self._sites[family, names], (rows_of_ranks,), unless=unless)
+            self._add_numbers(collector, family, names, numbers, unless)
         total = f"step/{family.replace('gradient', 'gradient_norm')}"
         for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
             self._squares.setdefault(total, []).append((names, values))
+
+    def add_replicas(self, collector: StepCollector) -> None:
+        """Let ranks compare their parameters, where nobody is known to keep them equal."""
+        wanted = any(map(self.wants, PARAMETER_FAMILIES))
+        averages = self.ranks.averages and not self._registry.site_notes
+        if self.ranks.size == 1 or not wanted or averages:
+            return
+        tensors = {name: parameter.detach() for parameter, name in self.names().items()}
+        plain = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor)}
+        for names, squares in self._squares_of(plain):
+            numbers = numbers_of([dense_part(plain[name]) for name in names], squares)
+            self._add_numbers(collector, "parameter", names, numbers)
+
+    def _add_numbers(
+        self,
+        collector: StepCollector,
+        family: str,
+        names: Names,
+        numbers: torch.Tensor,
+        unless: torch.Tensor | None = None,
+    ) -> None:
+        if (family, names) not in self._sites:
+            self._sites[family, names] = binding_of([f"{family}/{name}" for name in names])
+        rows = rows_of(numbers, 1 if self.ranks.averages else self.ranks.size)
+        collector.add(self._sites[family, names], (rows,), unless=unless)
 
     def add_update(
         self,
@@ -186,6 +214,7 @@ class ParameterMonitor:
         unless: torch.Tensor | None,
     ) -> None:
         """Measure what was added to parameters since ``before``, which is used up."""
+        self.written_later.note(parameters)
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, "update", unless=unless)
         measure(now, reference=before, choose=_reads_both)
@@ -208,12 +237,16 @@ class ParameterMonitor:
         reference: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Choice | None = None,
+        is_own: bool = False,
     ) -> None:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
         With ``reference`` they are compared with the tensors there. Tensors that another rank
-        measures are left out, and of sharded ones what is no statistic of all elements.
+        measures are left out, but with ``is_own``, where no other rank has them; of sharded ones
+        what is no statistic of all elements.
         """
+        if not is_own:
+            tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor)}
         measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)
         for rows in measured:
             collector.add(rows.binding, rows.outputs, unless=unless)
@@ -227,8 +260,6 @@ class ParameterMonitor:
         reference: Tensors | None = None,
         choose: Choice | None = None,
     ) -> list[Measured]:
-        tensors = {name: tensor for name, tensor in tensors.items() if self.ranks.owns(tensor)}
-
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
             selected = self.plan.select(name, dtype, rules or family)
             if is_sharded(tensors[name]):
@@ -245,6 +276,7 @@ class ParameterMonitor:
     def end_step(self, collector: StepCollector | None) -> None:
         """Record the norms of the step; without a collector, forget them."""
         squares, self._squares = self._squares, {}
+        self.written_later.forget()
         if collector is None:
             return
         for total, parts in squares.items():

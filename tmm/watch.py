@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from tmm.gaps import Gaps
 from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
 from tmm.optimizers import OpenCollector, Steps, WatchedOptimizer, WatchedScaler
 from tmm.parameters import ParameterMonitor
@@ -34,6 +35,7 @@ class Watch:
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
         self._steps: Steps = OpenSteps()
+        self._unwatched: list[str] = []  # parameters of an optimizer that has stepped
         self._handle: RemovableHandle | None = None
         if any(map(parameters.wants, _AROUND_STEPS)):
             # Here, for hooks must not be added while they run; without keeping this alive.
@@ -99,6 +101,14 @@ class Watch:
                 scaler = None if watched.scaler is None else watched.scaler.scaler
                 self.add(optimizer, scaler, is_found=True)
                 return
+        self._unwatched = [
+            name
+            for parameter, name in names.items()
+            if parameter in held and any(self.parameters.plan.metrics(name, f) for f in _AROUND_STEPS)
+        ]
+        for name in self._unwatched:
+            reason = "its optimizer is not watched"
+            self.parameters.unmeasured.setdefault(f"gradient and update of {name}", reason)
 
     @property
     def has_scaler(self) -> bool:
@@ -135,12 +145,53 @@ class Watch:
         measured = self.parameters.measure_gradients(gradients, before_clip=before_clip)
         self.parameters.add_gradients(collector, measured, before_clip=before_clip)
 
-    def end_step(self, collector: StepCollector) -> None:
-        """Measure what is measured when a step ends."""
+    def end_step(self, collector: StepCollector, gaps: Gaps) -> None:
+        """Measure what is measured when a step ends, and warn of what is missing."""
+        parameters = self.parameters
         if collector.monitored and self._optimizers and not collector.has_parameters:
-            self.parameters.add_parameters(collector)
+            parameters.add_parameters(collector)
+        if collector.monitored:
+            self._look_for_gaps(collector, gaps)
+            parameters.add_replicas(collector)
         self._steps.forget()
-        self.parameters.end_step(collector)
+        parameters.end_step(collector)
+
+    def _look_for_gaps(self, collector: StepCollector, gaps: Gaps) -> None:
+        written = self.parameters.written_later.found()
+        if written is not None:
+            text = (
+                f"something wrote to parameters after the step of their optimizer, such as to"
+                f" {written} in step {collector.step}: update/ is what the optimizer did, without"
+                " that"
+            )
+            self.parameters.remarks.setdefault("update", text)
+            gaps.warn_once("written later", text)
+        if self._unwatched:
+            some = ", ".join(self._unwatched[:3])
+            gaps.warn_once(
+                "unwatched",
+                f"an optimizer that is not watched stepped in step {collector.step}: gradients and"
+                f" updates of its parameters have no rows ({len(self._unwatched)}, such as {some})."
+                " monitor.watch(optimizer) each optimizer",
+            )
+            self._unwatched = []
+        missing = [
+            family
+            for family in _AROUND_STEPS
+            if self.parameters.wants(family)
+            and not (family == "gradient" and collector.has_gradients)
+        ]
+        is_over = collector.has_stepped or collector.skipped or collector.failed
+        is_expected = collector.ran_forward and self.parameters.plan.spec.is_strict
+        if missing and is_expected and not is_over:
+            fix = "End a step after optimizer.step(); if another optimizer steps, watch that one"
+            if not self._optimizers:
+                fix = "Call monitor.watch(optimizer), or run.watch(model), which finds it"
+            reason = f"no watched optimizer stepped in step {collector.step}"
+            self.parameters.unmeasured.setdefault(", ".join(missing), reason)
+            gaps.warn_once(
+                "no step", f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}"
+            )
 
     def drop_step(self) -> None:
         """Forget what belongs to the step."""

@@ -71,7 +71,10 @@ class Attribution:
         """What is to be known of rows beyond their names: of families, sites and the rest."""
         of_families = {rule.family: self.ranks.notes(rule.family) for rule in self.plan.spec.rules}
         noted = {family: note for family, note in of_families.items() if note}
-        return noted | self._registry.site_notes | self.remarks
+        for site, note in self._registry.site_notes.items():
+            if site.partition("/")[0].removesuffix("_before_clip") in of_families:
+                noted[site] = note
+        return noted | self.remarks
 
     def refresh(self) -> None:
         """Learn of modules that were added to the model."""
