@@ -199,7 +199,9 @@ class KeyRegistry:
         known = self._logged.get((key, aggregate))
         if known is None:
             info = self._info(key, key, aggregate)
-            of_parts = (self.site_notes[s] for s in self._made_of.get(key, ()) & self.site_notes.keys())
+            of_parts = (
+                self.site_notes[s] for s in self._made_of.get(key, ()) & self.site_notes.keys()
+            )
             known = replace(info, notes=_together(LOGGED, info.notes, *dict.fromkeys(of_parts)))
             self._logged[key, aggregate] = known
         return known

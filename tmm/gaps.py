@@ -84,7 +84,7 @@ class Gaps:
             )
 
     def warn_once(self, kind: str, text: str) -> None:
-        """Warn of something that leaves rows out, or makes them less than they seem, once a kind."""
+        """Warn, once of a kind, of what leaves rows out or makes them less than they seem."""
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(text, MonitoringWarning, stacklevel=4)

@@ -534,6 +534,8 @@ class Monitor:
             self._ranks.close()
         try:
             if self._writer is not None:
+                if self._ranks is not None:
+                    self._writer.flush()  # what ranks have of their own is known then
                 self._save_explanation()
                 if events := self._gaps.take_events():
                     self._writer.submit(StepRecord(events[-1].step, events=events))

@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tmm.gaps import Gaps
 from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
-from tmm.optimizers import OpenCollector, Steps, WatchedOptimizer, WatchedScaler
+from tmm.optimizers import OpenCollector, WatchedScaler
 from tmm.parameters import ParameterMonitor
 from tmm.runtime.collector import StepCollector
+from tmm.watched_optimizer import Steps, WatchedOptimizer
 
 _AROUND_STEPS = ("gradient", "update", "optimizer_state")
 """The families that are measured around the steps of optimizers."""
@@ -104,7 +105,8 @@ class Watch:
         self._unwatched = [
             name
             for parameter, name in names.items()
-            if parameter in held and any(self.parameters.plan.metrics(name, f) for f in _AROUND_STEPS)
+            if parameter in held
+            and any(self.parameters.plan.metrics(name, f) for f in _AROUND_STEPS)
         ]
         for name in self._unwatched:
             reason = "its optimizer is not watched"

@@ -42,7 +42,9 @@ class WrittenLater:
 
         On an accelerator a write that versions do not tell is known one call later.
         """
-        found = [name for name, (tensor, known) in self._versions.items() if tensor._version != known]
+        found = [
+            name for name, (tensor, known) in self._versions.items() if tensor._version != known
+        ]
         found += [name for name, copy in self._pending.items() if copy.read().item()]
         self._pending = {}
         for name, (tensor, known) in self._samples.items():

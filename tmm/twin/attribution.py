@@ -38,6 +38,12 @@ from tmm.twin.outputs import tensors_in
 Frames = Sequence[torch.nn.Module]
 """The modules whose forward is running, the innermost last."""
 
+_IF_EQUAL = (
+    "nothing in the model is known to average gradients over ranks: where they are equal on all"
+    " ranks, they are those of the whole batch; where not, rows are of this rank alone (rank 0),"
+    " and the notes of their keys say so"
+)
+
 
 class Attribution:
     """Names the rows of graphs and of eager calls, for the modules of one model.
@@ -71,6 +77,8 @@ class Attribution:
         """What is to be known of rows beyond their names: of families, sites and the rest."""
         of_families = {rule.family: self.ranks.notes(rule.family) for rule in self.plan.spec.rules}
         noted = {family: note for family, note in of_families.items() if note}
+        if "gradient" in of_families and not self.ranks.averages:
+            noted["gradient"] = _IF_EQUAL
         for site, note in self._registry.site_notes.items():
             if site.partition("/")[0].removesuffix("_before_clip") in of_families:
                 noted[site] = note
