@@ -376,22 +376,29 @@ class Monitor:
         """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
         return self._require_watch().may_watch(optimizer)
 
+    def expect_scaler(self, scaler: GradScaler) -> None:
+        """Take the factor of ``scaler`` out of gradients, before an optimizer is known."""
+        self._require_watch().expect(scaler)
+
     def watch(self, optimizer: object, scaler: GradScaler | None = None) -> None:
         """Measure gradients, updates and optimizer state around each step of ``optimizer``.
 
         Gradients are those that the optimizer sees, after accumulation, clipping and unscaling;
-        with a closure, those of its last evaluation. Parameters are measured when a monitored
+        with a closure, those of its last evaluation. A step of an optimizer inside of another one's
+        is part of it, whichever of them is watched. Of a wrapper that calls no hooks, what it wraps
+        is watched. Parameters are measured when a monitored
         step ends. With ``scaler``, a step that it skips is recorded as ``step/skipped``, its
         gradients are left out, and its scale is recorded as ``step/grad_scale``.
 
         Raises:
-            TypeError: if ``optimizer`` is not an optimizer, or ``scaler`` not a ``GradScaler``.
+            TypeError: if ``optimizer`` is not an optimizer and keeps none, or ``scaler`` not a ``GradScaler``.
             ValueError: if it holds none of the model's parameters or is watched already, or for a
                 second scaler where activation gradients are measured.
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
-        if scaler is not None and self._twin is not None and self._twin.has_probes:
+        is_new = scaler is not None and not self._require_watch().knows(scaler)
+        if is_new and self._twin is not None and self._twin.has_probes:
             raise RuntimeError(
                 "watch(scaler=...): call it before the first monitored step; the graphs that"
                 " measure activation gradients are compiled already, without the scale"

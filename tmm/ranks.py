@@ -53,7 +53,8 @@ class Ranks:
     """The place of this process among those whose rows are joined.
 
     ``averaged`` is of how many ranks' losses the loss of the whole batch is the mean, so that
-    gradients of activations are divided by it; ``averages`` whether a wrapper in the model, such as
+    gradients of activations are divided by it: those that begin with equal parameters, where
+    no wrapper says more. ``averages`` is whether a wrapper in the model, such as
     ``DistributedDataParallel``, is known to average the gradients of parameters so. ``copies`` are
     meshes, by their ranks, that hold the same parameters as those of earlier ranks.
     """
@@ -81,11 +82,14 @@ class Ranks:
             for name, parameter in parameters.items()
             if is_distributed(parameter)
         }
-        values = {name: _fingerprint(p) for name, p in parameters.items()} if meshes else {}
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        everywhere = exchange((held, values, shapes))
+        averaged, size = _averaged(module), dist.get_world_size()
+        averages = averaged is not None
+        values: dict[str, object] = {}
+        if meshes or not averages:
+            values = {name: _fingerprint(p) for name, p in parameters.items()}
+        everywhere = exchange((held, values))
         first: dict[str, tuple[int, ...]] = {}
-        for others, *_ in everywhere:
+        for others, _ in everywhere:
             for name, ranks in others.items():
                 first[name] = min(ranks, first.get(name, ranks))
         tensor_parallel = None
@@ -99,11 +103,9 @@ class Ranks:
             is_first = all(set(mesh.get_coordinate() or ()) == {0} for mesh in meshes)
             declared = tuple((placements or {}).items())
             tensor_parallel = TensorParallel(around, is_first, frozenset(equal), declared)  # type: ignore[arg-type]
-        averaged, size = _averaged(module), dist.get_world_size()
-        averages = averaged is not None
         if averaged is None:
-            # Whoever averages gradients, the models that are equal are trained on one batch.
-            are_equal = all(theirs == shapes for *_, theirs in everywhere)
+            # Whoever averages gradients: models that are equal have parts of one batch.
+            are_equal = meshes or all(theirs == values for _, theirs in everywhere)
             averaged = float(size // max(len(around), 1)) if are_equal else 1.0
         return cls(
             *(dist.get_rank(), size, averaged, averages, tensor_parallel),
@@ -112,9 +114,11 @@ class Ranks:
 
     def notes(self, family: str) -> str:
         """What readers of the rows of ``family`` should know, in a few words."""
-        if family == "activation_gradient" and self.averaged != 1.0 and not self.averages:
+        if family != "activation_gradient" or self.averages:
+            return ""
+        if self.averaged != 1.0:
             return "of the mean of the ranks' losses"
-        return ""
+        return "of each rank's own loss" if self.tensor_parallel is None else ""
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether this rank measures the tensor, or the part of it that it holds.

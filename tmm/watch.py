@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -36,7 +37,7 @@ class Watch:
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
         self._steps: Steps = OpenSteps()
-        self._unwatched: list[str] = []  # parameters of an optimizer that has stepped
+        self._others: WeakSet[Optimizer] = WeakSet()  # have stepped, and hold parameters
         self._handle: RemovableHandle | None = None
         if any(map(parameters.wants, _AROUND_STEPS)):
             # Here, for hooks must not be added while they run; without keeping this alive.
@@ -57,7 +58,10 @@ class Watch:
         names = self.parameters.names()
         found = [o for o in inside if parameters_of(o, names)]
         if not found:
-            raise ValueError("the optimizer holds no parameter of the instrumented model")
+            raise ValueError(
+                "the optimizer holds no parameter of the instrumented model; what trains copies of"
+                " them, such as master weights, cannot be measured"
+            )
         known = {watched.optimizer: watched for watched in self._optimizers}
         if all(o in known and not known[o].is_found for o in found):
             raise ValueError("the optimizer is watched already")
@@ -81,6 +85,14 @@ class Watch:
                 if watched_scaler is not None:
                     known[each].use_scaler(watched_scaler)
 
+    def expect(self, scaler: GradScaler) -> None:
+        """The loss is scaled by it, whichever optimizers are watched later."""
+        self._watched(scaler)
+
+    def knows(self, scaler: GradScaler) -> bool:
+        """Whether the factor of a scaler is taken out already."""
+        return any(watched.scaler is scaler for watched in self._scalers)
+
     def may_watch(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds parameters of the model and is not watched yet."""
         holds = bool(parameters_of(optimizer, self.parameters.names()))
@@ -102,15 +114,8 @@ class Watch:
                 scaler = None if watched.scaler is None else watched.scaler.scaler
                 self.add(optimizer, scaler, is_found=True)
                 return
-        self._unwatched = [
-            name
-            for parameter, name in names.items()
-            if parameter in held
-            and any(self.parameters.plan.metrics(name, f) for f in _AROUND_STEPS)
-        ]
-        for name in self._unwatched:
-            reason = "its optimizer is not watched"
-            self.parameters.unmeasured.setdefault(f"gradient and update of {name}", reason)
+        if held:
+            self._others.add(optimizer)  # unless somebody watches it from now on
 
     @property
     def has_scaler(self) -> bool:
@@ -168,15 +173,7 @@ class Watch:
             )
             self.parameters.remarks.setdefault("update", text)
             gaps.warn_once("written later", text)
-        if self._unwatched:
-            some = ", ".join(self._unwatched[:3])
-            gaps.warn_once(
-                "unwatched",
-                f"an optimizer that is not watched stepped in step {collector.step}: gradients and"
-                f" updates of its parameters have no rows ({len(self._unwatched)}, such as {some})."
-                " monitor.watch(optimizer) each optimizer",
-            )
-            self._unwatched = []
+        self._look_at_others(collector, gaps)
         missing = [
             family
             for family in _AROUND_STEPS
@@ -195,8 +192,34 @@ class Watch:
                 "no step", f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}"
             )
 
+    def _look_at_others(self, collector: StepCollector, gaps: Gaps) -> None:
+        """Name the parameters of optimizers that stepped, and that nobody watches."""
+        watched = {held.optimizer for held in self._optimizers}
+        others = [optimizer for optimizer in self._others if optimizer not in watched]
+        self._others.clear()
+        for optimizer in others:
+            names = self.parameters.names()
+            held = parameters_of(optimizer, names)
+            plan = self.parameters.plan
+            unmeasured = [
+                name
+                for parameter, name in names.items()
+                if parameter in held and any(plan.metrics(name, family) for family in _AROUND_STEPS)
+            ]
+            for name in unmeasured:
+                reason = "its optimizer is not watched"
+                self.parameters.unmeasured.setdefault(f"gradient and update of {name}", reason)
+            if unmeasured:
+                gaps.warn_once(
+                    "unwatched",
+                    f"an optimizer that is not watched stepped in step {collector.step}: gradients"
+                    f" and updates of its {len(unmeasured)} parameters have no rows, such as"
+                    f" {unmeasured[0]}. Call monitor.watch(optimizer) for each optimizer",
+                )
+
     def drop_step(self) -> None:
         """Forget what belongs to the step."""
+        self._others.clear()
         self._steps.forget()
         self.parameters.end_step(None)
 

@@ -128,7 +128,7 @@ class WatchedOptimizer:
                 gathered.before |= copies.of(parameters)
         gathered.stepped.update(own.values())
         if not has_closure:
-            self._take_gradients(step, own)
+            self._take_gradients(collector, step, own)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -140,16 +140,17 @@ class WatchedOptimizer:
             own = self._named(own_parameters(optimizer))
             taken = step.gathered.taken
             # Steps inside saw what this one may have cleared.
-            self._take_gradients(
-                step, {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
-            )
+            own = {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
+            self._take_gradients(collector, step, own)
         if step.is_outermost:
             self._record(collector, step.gathered, [held.optimizer for held in step.holders])
 
-    def _take_gradients(self, step: Step, own: Mapping[torch.nn.Parameter, str]) -> None:
+    def _take_gradients(
+        self, collector: StepCollector, step: Step, own: Mapping[torch.nn.Parameter, str]
+    ) -> None:
         """Measure gradients, in the place of earlier ones of the same parameters."""
-        if not self._parameters.wants("gradient"):
-            return
+        if collector.has_gradients or not self._parameters.wants("gradient"):
+            return  # somebody measured them in this step by an explicit call, or nobody asks
         gathered, gradients = step.gathered, self._gradients_of(own)
         if not gathered.taken.keys().isdisjoint(gradients):
             gathered.gradients = self._parameters.without(gathered.gradients, gradients)
@@ -162,7 +163,7 @@ class WatchedOptimizer:
         """Hand what is known of a step that has ended to the collector."""
         skipped = next(filter(torch.is_tensor, map(_skipped, optimizers)), None)
         collector.has_stepped = True
-        if not collector.has_gradients:  # else somebody measured them by an explicit call
+        if not collector.has_gradients:  # nor by a call inside of the step
             collector.has_watched_gradients = True
             self._parameters.add_gradients(collector, gathered.gradients, unless=skipped)
         now = {n: p for n, p in gathered.parameters.items() if n in gathered.stepped}

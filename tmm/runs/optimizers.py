@@ -20,6 +20,8 @@ class OptimizerFinder:
     def __init__(self, monitor: Monitor, scaler: GradScaler | None) -> None:
         self._monitor = monitor
         self._scaler = scaler
+        if scaler is not None:
+            monitor.expect_scaler(scaler)
         self._looked_at: WeakSet[Optimizer] = WeakSet()  # another one may have its number later
         self._handle = register_optimizer_step_pre_hook(self._look)
 
