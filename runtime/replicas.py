@@ -80,8 +80,11 @@ def differing(sites: Sequence[str], rows: FloatArray) -> Iterator[str]:
     unclear = ~are_known | ((least == 0) & (largest == 0))
     kinds = np.array([site.partition("/")[0] for site in sites])
     differ |= unclear & np.isin(kinds, kinds[differ])
-    for site, differs in zip(sites, differ, strict=True):
-        family, _, name = site.partition("/")
-        if differs:
-            families = PARAMETER_FAMILIES if family == "parameter" else (family,)
-            yield from (f"{each}/{name}" for each in families)
+    # Where gradients are said to be averaged, parameters are not compared: they follow these.
+    follow = expected == 1
+    for place in np.flatnonzero(differ):
+        family, _, name = sites[place].partition("/")
+        if family != "parameter":
+            yield sites[place]
+        if family == "parameter" or (family == "gradient" and follow[place]):
+            yield from (f"{each}/{name}" for each in PARAMETER_FAMILIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,13 +11,14 @@ import torch
 from tmm.known_functions import KnownFunctions
 from tmm.metrics import HISTOGRAM, Reduction
 from tmm.naming import ParameterNames, unwrapped
-from tmm.ranks import Ranks, is_distributed, is_sharded, summed
+from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
-from tmm.runtime.binding import Binding, KeyRegistry
+from tmm.replicas import Replicas, squares_of
+from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.copies import parts_of
-from tmm.runtime.parameters import Measured, NamedStatistics, dense_part, sum_of_squares
-from tmm.runtime.replicas import PARAMETER_FAMILIES, binding_of, numbers_of, rows_of
+from tmm.runtime.parameters import Measured, NamedStatistics
+from tmm.runtime.replicas import PARAMETER_FAMILIES
 from tmm.spec import Plan
 from tmm.written_later import WrittenLater
 
@@ -77,7 +78,7 @@ class ParameterMonitor:
         self._blocks: dict[str, str] = {}
         self._norms: dict[str, _Norms] = {}
         self._registry = registry
-        self._sites: dict[tuple[str, Names], Binding] = {}
+        self.replicas = Replicas(ranks)
         self._names = ParameterNames(module)
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
@@ -134,23 +135,9 @@ class ParameterMonitor:
             for name, tensor in gradients.items()
             if name not in known and self.ranks.owns(tensor)
         }
-        squares += self._squares_of(others)
-        return Gradients(tuple(measured), tuple(squares), tuple(self._replicas(gradients, squares)))
-
-    def _replicas(
-        self, tensors: Tensors, squares: Sequence[tuple[Names, torch.Tensor]]
-    ) -> Iterator[tuple[Names, torch.Tensor]]:
-        """What tells whether other ranks hold the same tensors, those that one rank measures."""
-        if self.ranks.size == 1:
-            return
-        plain = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor)}
-        of_others = {name: tensor for name, tensor in plain.items() if not self.ranks.owns(tensor)}
-        for names, values in (*squares, *self._squares_of(of_others)):
-            known = [place for place, name in enumerate(names) if name in plain]
-            if known:
-                held = tuple(names[place] for place in known)
-                parts = [dense_part(plain[name]) for name in held]
-                yield held, numbers_of(parts, values[known])
+        squares += squares_of(others)
+        replicas = tuple(self.replicas.numbers(gradients, squares))
+        return Gradients(tuple(measured), tuple(squares), replicas)
 
     def without(self, gradients: Gradients, names: Container[str]) -> Gradients:
         """What was measured of the others."""
@@ -174,37 +161,19 @@ class ParameterMonitor:
             collector.add(rows.binding, rows.outputs, unless=unless)
         family = "gradient_before_clip" if before_clip else "gradient"
         for names, numbers in gradients.replicas:
-            self._add_numbers(collector, family, names, numbers, unless)
+            self.replicas.add(collector, family, names, numbers, unless)
         total = f"step/{family.replace('gradient', 'gradient_norm')}"
         for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
             self._squares.setdefault(total, []).append((names, values))
 
-    def add_replicas(self, collector: StepCollector) -> None:
+    def compare_ranks(self, collector: StepCollector) -> None:
         """Let ranks compare their parameters, where nobody is known to keep them equal."""
-        wanted = any(map(self.wants, PARAMETER_FAMILIES))
-        averages = self.ranks.averages and not self._registry.site_notes
-        if self.ranks.size == 1 or not wanted or averages:
-            return
-        tensors = {name: parameter.detach() for parameter, name in self.names().items()}
-        plain = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor)}
-        for names, squares in self._squares_of(plain):
-            numbers = numbers_of([dense_part(plain[name]) for name in names], squares)
-            self._add_numbers(collector, "parameter", names, numbers)
-
-    def _add_numbers(
-        self,
-        collector: StepCollector,
-        family: str,
-        names: Names,
-        numbers: torch.Tensor,
-        unless: torch.Tensor | None = None,
-    ) -> None:
-        if (family, names) not in self._sites:
-            self._sites[family, names] = binding_of([f"{family}/{name}" for name in names])
-        rows = rows_of(numbers, 1 if self.ranks.averages else self.ranks.size)
-        collector.add(self._sites[family, names], (rows,), unless=unless)
+        if self.replicas.is_needed and any(map(self.wants, PARAMETER_FAMILIES)):
+            tensors = {name: parameter.detach() for parameter, name in self.names().items()}
+            for names, numbers in self.replicas.numbers(tensors, ()):
+                self.replicas.add(collector, "parameter", names, numbers)
 
     def add_update(
         self,
@@ -309,14 +278,6 @@ class ParameterMonitor:
             )
             self._norms[total] = known
         return known
-
-    @staticmethod
-    def _squares_of(tensors: Tensors) -> Iterator[tuple[Names, torch.Tensor]]:
-        by_device: dict[torch.device, list[str]] = {}
-        for name, tensor in tensors.items():
-            by_device.setdefault(tensor.device, []).append(name)
-        for names in by_device.values():
-            yield tuple(names), sum_of_squares([tensors[name] for name in names])
 
 
 def _of_new_names(

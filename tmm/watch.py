@@ -87,6 +87,8 @@ class Watch:
 
     def expect(self, scaler: GradScaler) -> None:
         """The loss is scaled by it, whichever optimizers are watched later."""
+        if not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
         self._watched(scaler)
 
     def knows(self, scaler: GradScaler) -> bool:
@@ -159,7 +161,7 @@ class Watch:
             parameters.add_parameters(collector)
         if collector.monitored:
             self._look_for_gaps(collector, gaps)
-            parameters.add_replicas(collector)
+            parameters.compare_ranks(collector)
         self._steps.forget()
         parameters.end_step(collector)
 
