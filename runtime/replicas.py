@@ -68,18 +68,19 @@ def sent(rows: FloatArray) -> FloatArray:
 def differing(sites: Sequence[str], rows: FloatArray) -> Iterator[str]:
     """The sites of which ranks do not hold the same, in joined rows.
 
-    Zeros say nothing, such as gradients before a layer that begins with zeros: they count as the
-    others of their family.
+    Gradients of zeros say nothing, such as those before a layer that begins with zeros: they count
+    as the others of their family.
     """
     sites = [site.removeprefix(_PREFIX) for site in sites]
     count, expected, least, largest = rows.T
     with np.errstate(invalid="ignore"):
         are_equal = largest - least <= _SAME * np.maximum(np.abs(least), np.abs(largest))
     are_known = np.isfinite(least) & np.isfinite(largest)
-    differ = (are_known & ~are_equal) | (count < expected)
-    unclear = ~are_known | ((least == 0) & (largest == 0))
+    is_there = count > 0  # in this step
+    differ = is_there & ((are_known & ~are_equal) | (count < expected))
     kinds = np.array([site.partition("/")[0] for site in sites])
-    differ |= unclear & np.isin(kinds, kinds[differ])
+    unclear = ~are_known | ((least == 0) & (largest == 0) & (kinds != "parameter"))
+    differ |= is_there & unclear & np.isin(kinds, kinds[differ])
     # Where gradients are said to be averaged, parameters are not compared: they follow these.
     follow = expected == 1
     for place in np.flatnonzero(differ):
