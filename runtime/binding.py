@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -114,6 +114,20 @@ class KeyRegistry:
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
         self._keys: dict[int, tuple[tuple[KeyInfo, ...], KeysView[str]]] = {}
         self._logged: dict[tuple[str, str], KeyInfo] = {}
+        self._made_of: dict[str, frozenset[str]] = {}
+        self.site_notes: dict[str, str] = {}
+
+    def note(self, sites: Iterable[str], text: str) -> None:
+        """Keep ``text`` about the keys of these sites, that are not in a store yet."""
+        new = [site for site in sites if site not in self.site_notes]
+        if new:
+            self.site_notes |= dict.fromkeys(new, text)
+            for known in (self._infos, self._keys, self._logged):
+                known.clear()
+
+    def derive(self, key: str, sites: Iterable[str]) -> None:
+        """A value that is logged is computed from these sites, whose notes hold for it."""
+        self._made_of[key] = frozenset(sites)
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
         """Name the sites of ``layout``."""
@@ -184,7 +198,11 @@ class KeyRegistry:
         """The key of a value that the user logs."""
         known = self._logged.get((key, aggregate))
         if known is None:
-            known = replace(self._info(key, key, aggregate), notes=LOGGED)
+            info = self._info(key, key, aggregate)
+            of_parts = (
+                self.site_notes[s] for s in self._made_of.get(key, ()) & self.site_notes.keys()
+            )
+            known = replace(info, notes=_together(LOGGED, info.notes, *dict.fromkeys(of_parts)))
             self._logged[key, aggregate] = known
         return known
 
@@ -192,8 +210,12 @@ class KeyRegistry:
         kind, _, name = site.partition("/")
         # Rows that only other ranks have are new here.
         position = self._positions.setdefault(site, len(self._positions))
-        notes = self._notes(kind)
+        notes = _together(self._notes(kind), self.site_notes.get(site, ""))
         return KeyInfo(key, kind, name or site, position, aggregate, notes)
+
+
+def _together(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
 
 
 def _join(*parts: str) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.layout import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
@@ -69,6 +69,7 @@ class StepCollector:
         self.has_gradients = False
         self.has_gradients_before_clip = False
         self.has_watched_gradients = False
+        self.has_stepped = False  # an optimizer that is watched
         self.skipped: list[HostCopy] = []
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
@@ -206,6 +207,7 @@ class StepCollector:
             else:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)
+                self.registry.note(gathered.alone, ALONE)
         scalars: list[Table] = []
         histograms: list[Table] = []
         for reduction, parts in gathered.rows.items():

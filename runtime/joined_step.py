@@ -13,6 +13,7 @@ import torch
 from tmm.metrics import AGGREGATE_COLUMNS, Aggregate, FloatArray, Reduction
 from tmm.runtime.cross_rank import Contribution, JoinedStep
 from tmm.runtime.joined_rows import RowKind
+from tmm.runtime.replicas import JOINED_REPLICAS, REPLICAS, differing, sent
 
 _LOGGED = "logged"
 """The metric of rows that stand for what was logged by name."""
@@ -29,19 +30,24 @@ Rows = tuple[tuple[str, ...], FloatArray]
 class Gathered:
     """What arrived in a step: rows by reduction, values of callable aggregates, and logged ones.
 
-    A site is in one of the parts of a reduction's rows at most.
+    A site is in one of the parts of a reduction's rows at most. ``alone`` are the sites of which
+    this rank has rows, and others have something else.
     """
 
     rows: Mapping[Reduction, Sequence[Rows]]
     collected: Mapping[tuple[Reduction, str], list[torch.Tensor]]
     logged: Logged
+    alone: tuple[str, ...] = ()
 
 
 def contribution_of(gathered: Gathered) -> Contribution:
     """What a rank sends of it."""
     parts: dict[RowKind, list[Rows]] = {}
     for reduction, some in gathered.rows.items():
-        parts.setdefault(RowKind.of(reduction), []).extend(some)
+        if reduction == REPLICAS:
+            parts[JOINED_REPLICAS] = [(sites, sent(rows)) for sites, rows in some]
+        else:
+            parts.setdefault(RowKind.of(reduction), []).extend(some)
     values: dict[str, list[torch.Tensor]] = {}
     for key, (aggregate, tensors) in gathered.logged.items():
         if callable(aggregate):
@@ -67,8 +73,11 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
     functions = {RowKind.of(reduction): reduction for reduction, _ in own.collected}
     rows: dict[Reduction, Sequence[Rows]] = {}
     logged: Logged = {}
+    alone: tuple[str, ...] = ()
     for kind, (sites, values) in step.rows.items():
-        if kind.metrics == (_LOGGED,):
+        if kind == JOINED_REPLICAS:
+            alone = tuple(differing(sites, values))
+        elif kind.metrics == (_LOGGED,):
             logged |= dict(_numbers(kind, sites, values))
         else:
             rows[known.get(kind) or _stand_in(kind)] = ((tuple(sites), values),)
@@ -84,7 +93,7 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
             if key in own.logged:
                 aggregate = own.logged[key][0]
                 logged.setdefault(key, (aggregate, []))[1].extend(tensors)
-    return Gathered(rows, collected, logged)
+    return Gathered(rows, collected, logged, alone)
 
 
 def together(parts: Sequence[Rows]) -> Rows:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,12 +30,14 @@ Recognize = Callable[[Reduction, torch.Tensor], KnownMetric | None]
 class Measured:
     """Rows on their way to a collector, and how they are named.
 
-    ``names`` of the tensors and ``columns`` are given of rows that are partial sums of each.
+    ``names`` are those of the tensors; ``columns`` are given of rows that are partial sums of each.
     """
 
+    family: str
+    group: Group
     binding: Binding
     outputs: tuple[torch.Tensor, ...]
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
     columns: tuple[str, ...] = ()
 
     def squares(self) -> tuple[tuple[str, ...], torch.Tensor] | None:
@@ -80,26 +82,42 @@ class NamedStatistics:
             if all(reduction.function is None for _, reduction, _ in groups):
                 self._groups[key] = groups  # a function may be known of some shapes only
         measured = []
-        for (_, reduction, known), names in groups.items():
-            values = [_dense(tensors[name]) for name in names]
-            others = None if reference is None else [_dense(reference[name]) for name in names]
+        for group, names in groups.items():
+            _, reduction, known = group
+            values = [dense_part(tensors[name]) for name in names]
+            others = None if reference is None else [dense_part(reference[name]) for name in names]
             if known is None and (reduction.function is not None or reduction.is_histogram):
                 for index, name in enumerate(names):
                     if others is None:
                         row = reduce_eagerly(values[index], reduction)
                     else:
                         row = reduce_pair_eagerly(values[index], others[index], reduction)
-                    measured.append(Measured(self._bind(family, reduction, (name,)), (row,)))
+                    own = self._bind(family, reduction, (name,))
+                    measured.append(Measured(family, group, own, (row,), (name,)))
                 continue
             binding = self._bind(family, reduction, tuple(names), known)
             if others is not None:
                 rows = _rows_of_pairs(values, others, reduction)
-                measured.append(Measured(binding, (rows.reshape(-1),)))
+                columns = reduction.columns
             else:
                 columns = (known or reduction).columns
                 rows = summarize_group(values, columns)
-                measured.append(Measured(binding, (rows.reshape(-1),), tuple(names), columns))
+            outputs = (rows.reshape(-1),)
+            measured.append(Measured(family, group, binding, outputs, tuple(names), columns))
         return measured
+
+    def without(self, measured: Measured, names: Container[str]) -> Measured | None:
+        """The rows of the other tensors; None if there are none."""
+        kept = [place for place, name in enumerate(measured.names) if name not in names]
+        if len(kept) == len(measured.names):
+            return measured
+        if not kept:
+            return None
+        _, reduction, known = measured.group
+        others = tuple(measured.names[place] for place in kept)
+        rows = measured.outputs[0].view(len(measured.names), -1)[kept].reshape(-1)
+        binding = self._bind(measured.family, reduction, others, known)
+        return replace(measured, binding=binding, outputs=(rows,), names=others)
 
     def _grouped(
         self, tensors: Mapping[str, torch.Tensor], select: Select, *, recognizes: bool
@@ -148,10 +166,11 @@ def _rows_of_pairs(
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of the squares of each tensor, float64, on their common device; shape ``(tensors,)``."""
-    return summarize_group([_dense(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
+    return summarize_group([dense_part(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def dense_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, with all of its elements in memory."""
     if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad:
         return tensor  # as most are
     tensor = tensor.detach()

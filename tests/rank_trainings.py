@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import tmm
@@ -87,12 +88,13 @@ def train(
     share: Callable[[Tensor], list[Tensor]],
     measured: tmm.Spec | None = None,
     before_removal: Callable[[nn.Module], None] = lambda called: None,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     **options: Any,
 ) -> Metrics:
     """The metrics of each monitored step; the loss is the mean of those of the shares."""
     called = tmm.instrument(called, measured or spec(quantiles()), **options)
     monitor = tmm.monitor(called)
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    optimizer = make_optimizer(trained.parameters(), lr=1e-3)
     monitor.watch(optimizer)
     metrics: Metrics = {}
     for step, batch in enumerate(batches()):
@@ -170,6 +172,90 @@ def fsdp(mesh_shape: tuple[int, ...] | None = None, shares: Any = evenly) -> Met
 
 def hybrid() -> Metrics:
     return fsdp((2, dist.get_world_size() // 2))
+
+
+def distributed_states() -> Metrics:
+    """Each rank has the optimizer's state of some parameters, and steps these."""
+    net = model()
+    wrapped = DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
+    return train(wrapped, net, partial(own, evenly), make_optimizer=make)
+
+
+def averaged_inside() -> Metrics:
+    """An optimizer averages gradients over ranks, and has them applied by one inside of it."""
+
+    class Averaging(torch.optim.Optimizer):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.inner = torch.optim.AdamW(*arguments, **options)
+            super().__init__(self.inner.param_groups, {})
+
+        def step(self, closure: Any = None) -> None:
+            average(self)
+            self.inner.step()
+
+    net = model()
+    return train(net, net, partial(own, evenly), make_optimizer=Averaging)
+
+
+def average(optimizer: torch.optim.Optimizer) -> None:
+    """Average the gradients over ranks, by hand."""
+    for parameter in optimizer.param_groups[0]["params"]:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
+class AveragingSGD(torch.optim.Optimizer):
+    """Averages gradients over ranks in its own step, where nobody sees them before."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        average(self)
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=0.1)
+
+
+def averaged_in_the_step(folder: Path) -> Metrics:
+    """What is measured and noted, and what gradients are on this rank and on all."""
+    found: Metrics = {}
+    for step, way in enumerate(("inside the step", "before the step", "nowhere")):
+        net = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 1))
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.1)
+        measured = tmm.Spec(
+            tmm.gradient("norm"), tmm.activation_gradient("norm"), tmm.update("norm")
+        )
+        path = folder / f"averaged {step}"
+        called = tmm.instrument(net, measured, run=path)
+        monitor = tmm.monitor(called)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        if way == "inside the step":
+            optimizer = AveragingSGD(net.parameters())  # type: ignore[assignment]
+        monitor.watch(optimizer)
+        # Those that nobody averages differ in nothing but their signs.
+        x = torch.ones(4, 8) * (1.0, -1.0 if way == "nowhere" else 3.0)[dist.get_rank()]
+        with monitor.step(0):
+            output = called(x)
+            output.mean().backward()
+            local = net[0].weight.grad.norm().item()
+            if way == "before the step":
+                average(optimizer)
+            optimizer.step()
+        mean = net[0].weight.grad.norm().item()
+        values = monitor.get_step_metrics()
+        explanation = tmm.explain(called)
+        tmm.remove(called)
+        if dist.get_rank() == 0:
+            with tmm.open_run(path) as run:
+                keys = run.keys()
+                notes = {key: run.key_info(key).notes for key in keys}
+                text = (path / "explain.txt").read_text()
+            found[step] = {"values": values, "notes": notes, "explained": explanation.notes}
+            found[step] |= {"local": local, "mean": mean, "text": text}
+    return found
 
 
 def explained(wrap: Callable[[nn.Module], nn.Module]) -> Metrics:
@@ -302,6 +388,9 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "fsdp": lambda _: fsdp(),
     "fsdp_uneven": lambda _: fsdp(shares=unevenly),
     "hybrid": lambda _: hybrid(),
+    "distributed_states": lambda _: distributed_states(),
+    "averaged_inside": lambda _: averaged_inside(),
+    "averaged_in_the_step": averaged_in_the_step,
     "explained": lambda _: explained(
         lambda net: DistributedDataParallel(torch.compile(net, backend=BACKEND))
     ),

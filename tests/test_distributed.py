@@ -19,8 +19,9 @@ from tests import rank_trainings
 from tests.rank_trainings import Metrics, alone, evenly, spec, unevenly
 
 ROOT = Path(__file__).parent.parent
-EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled")
+EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled", "distributed_states", "averaged_inside")
 OTHERS = ("explained", "ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
+AVERAGED = ("averaged_in_the_step",)
 RECORDING = ("recorded", "each_by_itself")
 
 
@@ -43,7 +44,7 @@ def launch(
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks have measured in each training."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(2, folder, (*EVEN, *OTHERS, *RECORDING))
+    done = launch(2, folder, (*EVEN, *OTHERS, *AVERAGED, *RECORDING))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -88,6 +89,28 @@ def test_data_parallel(two: Path, whole: Metrics, name: str) -> None:
 
 def test_data_parallel_with_other_batch_sizes(two: Path) -> None:
     check(result(two, "ddp_uneven"), alone(unevenly, 2))
+
+
+def test_gradients_that_ranks_average_by_themselves(two: Path) -> None:
+    """Where they are not equal on all ranks when they are measured, their keys say so."""
+    inside, before, nowhere = result(two, "averaged_in_the_step").values()
+    for found in (inside, before, nowhere):
+        assert found["values"]["activation_gradient/1/norm"] == pytest.approx((8 / 64) ** 0.5)
+        notes, key = found["notes"], "gradient/0.weight/norm"
+        assert notes["activation_gradient/1/norm"] == "of the mean of the ranks' losses"
+        seen = found["mean"] if found is before else found["local"]
+        assert found["values"][key] == pytest.approx(seen)
+        is_alone = found is not before
+        for name in ("gradient/0.weight/norm", "step/gradient_norm", "step/gradient_norm/0"):
+            assert ("of this rank alone" in notes[name]) == is_alone
+        assert ("gradient/0.weight" in found["explained"]) == is_alone
+        text = "gradient/0.weight, gradient/1.weight: of this rank alone (rank 0)"
+        assert (text in found["text"]) == is_alone
+        # All ranks have one and the same gradient of the bias.
+        assert not notes["gradient/1.bias/norm"]
+        assert not notes["update/1.bias/norm"]
+        assert bool(notes["update/0.weight/norm"]) == (found is nowhere)
+    assert inside["values"]["update/0.weight/norm"] == pytest.approx(0.1 * inside["mean"])
 
 
 def test_sharded(two: Path) -> None:

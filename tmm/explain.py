@@ -62,6 +62,7 @@ class Explanation:
         unmeasured: what has no rows, with the reason.
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
+        notes: what rows are of, where their names do not tell it: those of a family, or of a site.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -74,6 +75,7 @@ class Explanation:
     eager: dict[str, str]
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -113,6 +115,7 @@ class Explanation:
             eager=eager,
             unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
+            notes=attribution.notes,
         )
 
     def __str__(self) -> str:
@@ -124,6 +127,7 @@ class Explanation:
             lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
         lines += _listed("measured eagerly, outside of graphs:", self.eager)
         lines += _listed(_BY_RANK, self.by_rank)
+        lines += _listed("to be known of rows:", _together(self.notes))
         lines += _listed("not measured:", self.unmeasured)
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
         return "\n".join(lines)
@@ -186,6 +190,19 @@ class Explanation:
 
 def _listed(title: str, items: dict[str, str]) -> list[str]:
     return [title, *(f"    {name}: {text}" for name, text in items.items())] if items else []
+
+
+def _together(notes: dict[str, str]) -> dict[str, str]:
+    """The names of each text: most parameters tend to have the same."""
+    names: dict[str, list[str]] = {}
+    for name, text in notes.items():
+        names.setdefault(text, []).append(name)
+    joined = {}
+    for text, some in names.items():
+        rest = len(some) - _SHOWN
+        more = f" and {rest} more" if rest > 0 else ""
+        joined[f"{', '.join(some[:_SHOWN])}{more}"] = text
+    return joined
 
 
 def _traced_modules(twin: Twin) -> set[torch.nn.Module]:

@@ -34,6 +34,7 @@ class Gaps:
         self._on_error = on_error
         self._failures = 0
         self._missed_forward = False
+        self._told: set[str] = set()
         self._events: list[Event] = []
 
     @property
@@ -81,3 +82,9 @@ class Gaps:
                 MonitoringWarning,
                 stacklevel=4,
             )
+
+    def warn_once(self, kind: str, text: str) -> None:
+        """Warn, once of a kind, of what leaves rows out or makes them less than they seem."""
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(text, MonitoringWarning, stacklevel=4)

@@ -138,7 +138,7 @@ def instrument(
     elif run is not None:
         info = describe_environment(spec)
         writer = RunWriter(run, info=info, histogram_edges=HISTOGRAM_EDGES)  # type: ignore[arg-type]
-    registry = KeyRegistry(spec.notes, spec.site_name)
+    registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
     monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks)
     twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
     monitor.attach(twin, lambda: str(Explanation.of(twin)), reference, place)

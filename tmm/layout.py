@@ -22,6 +22,9 @@ DIFFERENCE = "activation_difference"
 LOGGED = "logged"
 """The note on keys that somebody logged by hand, and no forward pass measured."""
 
+ALONE = "of this rank alone (rank 0): what the others have differs"
+"""The note on keys that are not of the whole batch, though several processes share a training."""
+
 ATTENTION = "attention"
 """What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
 

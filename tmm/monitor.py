@@ -107,7 +107,7 @@ class Monitor:
         twin.compare_with(reference)
         parameters = ParameterMonitor(
             *(self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference),
-            place,
+            *(place, twin.attribution.remarks),
         )
         self._watch = Watch(parameters, self._open_collector)
         self._save_explanation()
@@ -174,7 +174,7 @@ class Monitor:
         """
         finished = self._require_step("end_step")
         self.after_micro_batch()
-        self._require_watch().end_step(finished)
+        self._require_watch().end_step(finished, self._gaps)
         if self._run is not None:
             self._run.ends(finished)
         self._release_reference()
@@ -376,22 +376,29 @@ class Monitor:
         """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
         return self._require_watch().may_watch(optimizer)
 
-    def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
+    def expect_scaler(self, scaler: GradScaler) -> None:
+        """Take the factor of ``scaler`` out of gradients, before an optimizer is known."""
+        self._require_watch().expect(scaler)
+
+    def watch(self, optimizer: object, scaler: GradScaler | None = None) -> None:
         """Measure gradients, updates and optimizer state around each step of ``optimizer``.
 
         Gradients are those that the optimizer sees, after accumulation, clipping and unscaling;
-        with a closure, those of its last evaluation. Parameters are measured when a monitored
-        step ends. With ``scaler``, a step that it skips is recorded as ``step/skipped``, its
+        with a closure, those of its last evaluation. A step of an optimizer inside of another one's
+        is part of it, whichever of them is watched. Of a wrapper that calls no hooks, what it wraps
+        is watched. Parameters are measured when a monitored step ends. With ``scaler``, a step that it skips is recorded as ``step/skipped``, its
         gradients are left out, and its scale is recorded as ``step/grad_scale``.
 
         Raises:
-            TypeError: if ``optimizer`` is not an optimizer, or ``scaler`` not a ``GradScaler``.
+            TypeError: if ``optimizer`` is not an optimizer and keeps none, or ``scaler`` not a
+                ``GradScaler``.
             ValueError: if it holds none of the model's parameters or is watched already, or for a
                 second scaler where activation gradients are measured.
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
-        if scaler is not None and self._twin is not None and self._twin.has_probes:
+        is_new = scaler is not None and not self._require_watch().knows(scaler)
+        if is_new and self._twin is not None and self._twin.has_probes:
             raise RuntimeError(
                 "watch(scaler=...): call it before the first monitored step; the graphs that"
                 " measure activation gradients are compiled already, without the scale"
@@ -534,6 +541,8 @@ class Monitor:
             self._ranks.close()
         try:
             if self._writer is not None:
+                if self._ranks is not None:
+                    self._writer.flush()  # what ranks have of their own is known then
                 self._save_explanation()
                 if events := self._gaps.take_events():
                     self._writer.submit(StepRecord(events[-1].step, events=events))

@@ -13,16 +13,36 @@ from tmm.metrics import HISTOGRAM, Reduction
 from tmm.naming import ParameterNames, unwrapped
 from tmm.ranks import Ranks, is_sharded, summed
 from tmm.reference import DIFFERENCE, Reference
+from tmm.replicas import Replicas, squares_of
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.copies import parts_of
-from tmm.runtime.parameters import Measured, NamedStatistics, sum_of_squares
+from tmm.runtime.parameters import Measured, NamedStatistics
+from tmm.runtime.replicas import PARAMETER_FAMILIES
 from tmm.spec import Plan
+from tmm.written_later import WrittenLater
 
 Tensors = dict[str, torch.Tensor]
 Names = tuple[str, ...]
 Choice = Callable[[Reduction], bool]
 """Which reductions are meant; hashable, and equal to those that choose the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Rows of gradients on their way to a collector, and the squares of the norm of each.
+
+    ``replicas`` are numbers that are equal on all ranks that hold the same.
+    """
+
+    rows: tuple[Measured, ...] = ()
+    squares: tuple[tuple[Names, torch.Tensor], ...] = ()
+    replicas: tuple[tuple[Names, torch.Tensor], ...] = ()
+
+    def __add__(self, other: Gradients) -> Gradients:
+        squares, replicas = self.squares + other.squares, self.replicas + other.replicas
+        return Gradients(self.rows + other.rows, squares, replicas)
+
 
 _SHARDED = "a function needs the whole tensor, and each rank has a part; built-in metrics join"
 
@@ -30,7 +50,8 @@ _SHARDED = "a function needs the whole tensor, and each rank has a part; built-i
 class ParameterMonitor:
     """Measures the parameters of one model, their gradients and their updates.
 
-    What has no rows is noted in ``unmeasured``, with the reason. Rows go to the collector that is
+    What has no rows is noted in ``unmeasured``, with the reason, and what is to be known of rows in
+    ``remarks``. Rows go to the collector that is
     given; norms of all gradients together, which several
     optimizers may add to, follow at the end of the step.
     """
@@ -43,16 +64,21 @@ class ParameterMonitor:
         unmeasured: dict[str, str],
         reference: Reference | None,
         ranks: Ranks,
+        remarks: dict[str, str],
     ) -> None:
         self.module = module
         self.ranks = ranks
         self.plan = plan
         self.unmeasured = unmeasured
+        self.remarks = remarks
+        self.written_later = WrittenLater()
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
         self._squares: dict[str, list[tuple[Names, torch.Tensor]]] = {}
         self._blocks: dict[str, str] = {}
         self._norms: dict[str, _Norms] = {}
+        self._registry = registry
+        self.replicas = Replicas(ranks)
         self._names = ParameterNames(module)
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
@@ -89,22 +115,14 @@ class ParameterMonitor:
             counterparts = {name: other for name, other in found.items() if other is not None}
             self.add(collector, DIFFERENCE, own, reference=counterparts)
 
-    def add_gradients(
-        self,
-        collector: StepCollector,
-        gradients: Tensors,
-        *,
-        before_clip: bool = False,
-        unless: torch.Tensor | None = None,
-    ) -> None:
-        """Measure these gradients, and note their norms; all ranks do so together."""
+    def measure_gradients(self, gradients: Tensors, *, before_clip: bool = False) -> Gradients:
+        """Measure these gradients; all ranks do so together."""
         if not self.wants("gradient") or not gradients:
-            return
+            return Gradients()
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
-        suffix = "_before_clip" if before_clip else ""
-        measured = self.add(
-            collector, f"gradient{suffix}", gradients, rules="gradient", unless=unless
-        )
+        family = "gradient_before_clip" if before_clip else "gradient"
+        owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient)}
+        measured = self._measure(family, owned, rules="gradient")
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
         for rows in measured:
@@ -117,10 +135,45 @@ class ParameterMonitor:
             for name, tensor in gradients.items()
             if name not in known and self.ranks.owns(tensor)
         }
-        for names, values in [*squares, *self._squares_of(others)]:
+        squares += squares_of(others)
+        replicas = tuple(self.replicas.numbers(gradients, squares))
+        return Gradients(tuple(measured), tuple(squares), replicas)
+
+    def without(self, gradients: Gradients, names: Container[str]) -> Gradients:
+        """What was measured of the others."""
+        rows = (self._statistics.without(rows, names) for rows in gradients.rows)
+        squares, replicas = (
+            tuple(part for some in parts for part in _of_new_names(*some, names))
+            for parts in (gradients.squares, gradients.replicas)
+        )
+        return Gradients(tuple(part for part in rows if part is not None), squares, replicas)
+
+    def add_gradients(
+        self,
+        collector: StepCollector,
+        gradients: Gradients,
+        *,
+        before_clip: bool = False,
+        unless: torch.Tensor | None = None,
+    ) -> None:
+        """Take rows of gradients, and note the norms."""
+        for rows in gradients.rows:
+            collector.add(rows.binding, rows.outputs, unless=unless)
+        family = "gradient_before_clip" if before_clip else "gradient"
+        for names, numbers in gradients.replicas:
+            self.replicas.add(collector, family, names, numbers, unless)
+        total = f"step/{family.replace('gradient', 'gradient_norm')}"
+        for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
-            self._squares.setdefault(f"step/gradient_norm{suffix}", []).append((names, values))
+            self._squares.setdefault(total, []).append((names, values))
+
+    def compare_ranks(self, collector: StepCollector) -> None:
+        """Let ranks compare their parameters, where nobody is known to keep them equal."""
+        if self.replicas.is_needed and any(map(self.wants, PARAMETER_FAMILIES)):
+            tensors = {name: parameter.detach() for parameter, name in self.names().items()}
+            for names, numbers in self.replicas.numbers(tensors, ()):
+                self.replicas.add(collector, "parameter", names, numbers)
 
     def add_update(
         self,
@@ -130,6 +183,7 @@ class ParameterMonitor:
         unless: torch.Tensor | None,
     ) -> None:
         """Measure what was added to parameters since ``before``, which is used up."""
+        self.written_later.note(parameters)
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, "update", unless=unless)
         measure(now, reference=before, choose=_reads_both)
@@ -152,14 +206,29 @@ class ParameterMonitor:
         reference: Tensors | None = None,
         unless: torch.Tensor | None = None,
         choose: Choice | None = None,
-    ) -> list[Measured]:
+        is_own: bool = False,
+    ) -> None:
         """Measure tensors by the rules of a family (or of ``rules``), those that are chosen.
 
         With ``reference`` they are compared with the tensors there. Tensors that another rank
-        measures are left out, and of sharded ones what is no statistic of all elements.
+        measures are left out, but with ``is_own``, where no other rank has them; of sharded ones
+        what is no statistic of all elements.
         """
-        tensors = {name: tensor for name, tensor in tensors.items() if self.ranks.owns(tensor)}
+        if not is_own:
+            tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor)}
+        measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)
+        for rows in measured:
+            collector.add(rows.binding, rows.outputs, unless=unless)
 
+    def _measure(
+        self,
+        family: str,
+        tensors: Tensors,
+        *,
+        rules: str | None = None,
+        reference: Tensors | None = None,
+        choose: Choice | None = None,
+    ) -> list[Measured]:
         def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
             selected = self.plan.select(name, dtype, rules or family)
             if is_sharded(tensors[name]):
@@ -171,14 +240,12 @@ class ParameterMonitor:
 
         sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
         chosen = (rules, choose, sharded)
-        measured = self._statistics.measure(family, tensors, select, chosen, reference=reference)
-        for rows in measured:
-            collector.add(rows.binding, rows.outputs, unless=unless)
-        return measured
+        return self._statistics.measure(family, tensors, select, chosen, reference=reference)
 
     def end_step(self, collector: StepCollector | None) -> None:
         """Record the norms of the step; without a collector, forget them."""
         squares, self._squares = self._squares, {}
+        self.written_later.forget()
         if collector is None:
             return
         for total, parts in squares.items():
@@ -199,6 +266,11 @@ class ParameterMonitor:
                     self._blocks[name] = block_of(self.module, name)
             blocks = list(dict.fromkeys(self._blocks[name] for name in names))
             places = [blocks.index(self._blocks[name]) for name in names]
+            family = total.removeprefix("step/").replace("gradient_norm", "gradient")
+            for block in ("", *blocks):
+                own = (name for name in names if block in ("", self._blocks[name]))
+                key = f"{total}/{block}" if block else total
+                self._registry.derive(key, (f"{family}/{name}" for name in own))
             known = _Norms(
                 names,
                 (total, *(f"{total}/{block}" for block in blocks)),
@@ -206,14 +278,6 @@ class ParameterMonitor:
             )
             self._norms[total] = known
         return known
-
-    @staticmethod
-    def _squares_of(tensors: Tensors) -> Iterator[tuple[Names, torch.Tensor]]:
-        by_device: dict[torch.device, list[str]] = {}
-        for name, tensor in tensors.items():
-            by_device.setdefault(tensor.device, []).append(name)
-        for names in by_device.values():
-            yield tuple(names), sum_of_squares([tensors[name] for name in names])
 
 
 def _of_new_names(

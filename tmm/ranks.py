@@ -52,15 +52,17 @@ class TensorParallel:
 class Ranks:
     """The place of this process among those whose rows are joined.
 
-    ``averaged`` is over how many ranks the gradients of parameters are averaged, as by
-    ``DistributedDataParallel``: the loss of the whole batch is the mean of their losses, so that
-    gradients of activations are divided by it. ``copies`` are meshes, by their ranks, that hold
-    the same parameters as those of earlier ranks.
+    ``averaged`` is of how many ranks' losses the loss of the whole batch is the mean, so that
+    gradients of activations are divided by it: those that begin with equal parameters, where
+    no wrapper says more. ``averages`` is whether a wrapper in the model, such as
+    ``DistributedDataParallel``, is known to average the gradients of parameters so. ``copies`` are
+    meshes, by their ranks, that hold the same parameters as those of earlier ranks.
     """
 
     rank: int = 0
     size: int = 1
     averaged: float = 1.0
+    averages: bool = True
     tensor_parallel: TensorParallel | None = None
     copies: frozenset[tuple[int, ...]] = field(default=frozenset())
 
@@ -80,7 +82,11 @@ class Ranks:
             for name, parameter in parameters.items()
             if is_distributed(parameter)
         }
-        values = {name: _fingerprint(p) for name, p in parameters.items()} if meshes else {}
+        averaged, size = _averaged(module), dist.get_world_size()
+        averages = averaged is not None
+        values: dict[str, object] = {}
+        if meshes or not averages:
+            values = {name: _fingerprint(p) for name, p in parameters.items()}
         everywhere = exchange((held, values))
         first: dict[str, tuple[int, ...]] = {}
         for others, _ in everywhere:
@@ -97,10 +103,22 @@ class Ranks:
             is_first = all(set(mesh.get_coordinate() or ()) == {0} for mesh in meshes)
             declared = tuple((placements or {}).items())
             tensor_parallel = TensorParallel(around, is_first, frozenset(equal), declared)  # type: ignore[arg-type]
+        if averaged is None:
+            # Whoever averages gradients: models that are equal have parts of one batch.
+            are_equal = meshes or all(theirs == values for _, theirs in everywhere)
+            averaged = float(size // max(len(around), 1)) if are_equal else 1.0
         return cls(
-            *(dist.get_rank(), dist.get_world_size(), _averaged(module), tensor_parallel),
+            *(dist.get_rank(), size, averaged, averages, tensor_parallel),
             frozenset(ranks for name, ranks in held.items() if ranks != first[name]),
         )
+
+    def notes(self, family: str) -> str:
+        """What readers of the rows of ``family`` should know, in a few words."""
+        if family != "activation_gradient" or self.averages:
+            return ""
+        if self.averaged != 1.0:
+            return "of the mean of the ranks' losses"
+        return "of each rank's own loss" if self.tensor_parallel is None else ""
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether this rank measures the tensor, or the part of it that it holds.
@@ -280,10 +298,11 @@ def _fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
             yield group
 
 
-def _averaged(module: torch.nn.Module) -> float:
+def _averaged(module: torch.nn.Module) -> float | None:
+    """Over how many ranks a wrapper in the model averages gradients; None without one."""
     for child in module.modules():
         if isinstance(child, DistributedDataParallel):
             return float(dist.get_world_size(child.process_group))
     for group in _fsdp_groups(module):
         return float(group.gradient_divide_factor or group.mesh_info.mesh.size())
-    return 1.0
+    return None

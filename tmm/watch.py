@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from tmm.optimizers import OpenCollector, WatchedOptimizer, WatchedScaler
+from tmm.gaps import Gaps
+from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
+from tmm.optimizers import OpenCollector, WatchedScaler
 from tmm.parameters import ParameterMonitor
 from tmm.runtime.collector import StepCollector
+from tmm.watched_optimizer import Steps, WatchedOptimizer
+
+_AROUND_STEPS = ("gradient", "update", "optimizer_state")
+"""The families that are measured around the steps of optimizers."""
 
 
 class Watch:
-    """The optimizers and scalers of one model, and the measurements that they set off."""
+    """The optimizers and scalers of one model, and the measurements that they set off.
+
+    An optimizer that holds parameters of one that is watched is watched from its next step on: it
+    may take the steps of the other one, or its place.
+    """
 
     def __init__(self, parameters: ParameterMonitor, collector: OpenCollector) -> None:
         self.parameters = parameters
         self._collector = collector
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
+        self._steps: Steps = OpenSteps()
+        self._others: WeakSet[Optimizer] = WeakSet()  # have stepped, and hold parameters
+        self._handle: RemovableHandle | None = None
+        if any(map(parameters.wants, _AROUND_STEPS)):
+            # Here, for hooks must not be added while they run; without keeping this alive.
+            self._handle = register_optimizer_step_pre_hook(_looking(weakref.WeakMethod(self.look)))
+            weakref.finalize(self, self._handle.remove)
 
-    def add(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
+    def add(self, optimizer: object, scaler: GradScaler | None, *, is_found: bool = False) -> None:
         """Watch an optimizer; errors as of ``Monitor.watch``."""
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer")
+        inside = unwrapped(optimizer)
+        if not inside:
+            raise TypeError(
+                f"optimizer= of type {type(optimizer).__name__} is not a torch.optim.Optimizer that"
+                " calls its step hooks, and keeps none in its attributes; hand over the optimizer"
+                " whose step changes the parameters"
+            )
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
-        if any(watched.optimizer is optimizer for watched in self._optimizers):
-            raise ValueError("the optimizer is watched already")
         names = self.parameters.names()
-        if not any(p in names for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError("the optimizer holds no parameter of the instrumented model")
+        found = [o for o in inside if parameters_of(o, names)]
+        if not found:
+            raise ValueError(
+                "the optimizer holds no parameter of the instrumented model; what trains copies of"
+                " them, such as master weights, cannot be measured"
+            )
+        known = {watched.optimizer: watched for watched in self._optimizers}
+        if all(o in known and not known[o].is_found for o in found):
+            raise ValueError("the optimizer is watched already")
         others = [watched for watched in self._scalers if watched.scaler is not scaler]
         if scaler is not None and others and self.parameters.wants("activation_gradient"):
             raise ValueError(
@@ -38,15 +72,52 @@ class Watch:
                 " the factor of one scaler only"
             )
         watched_scaler = None if scaler is None else self._watched(scaler)
-        self._optimizers.append(
-            WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
-        )
+        for each in found:
+            if each not in known:
+                self._optimizers.append(
+                    WatchedOptimizer(
+                        *(each, watched_scaler, self.parameters, self._collector, self._steps),
+                        is_found=is_found,
+                    )
+                )
+            elif known[each].is_found:
+                known[each].is_found = is_found
+                if watched_scaler is not None:
+                    known[each].use_scaler(watched_scaler)
+
+    def expect(self, scaler: GradScaler) -> None:
+        """The loss is scaled by it, whichever optimizers are watched later."""
+        if not isinstance(scaler, GradScaler):
+            raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")
+        self._watched(scaler)
+
+    def knows(self, scaler: GradScaler) -> bool:
+        """Whether the factor of a scaler is taken out already."""
+        return any(watched.scaler is scaler for watched in self._scalers)
 
     def may_watch(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer holds parameters of the model and is not watched yet."""
-        names = self.parameters.names()
-        holds = any(p in names for group in optimizer.param_groups for p in group["params"])
+        holds = bool(parameters_of(optimizer, self.parameters.names()))
         return holds and all(watched.optimizer is not optimizer for watched in self._optimizers)
+
+    def look(self, optimizer: Optimizer) -> None:
+        """An optimizer, any one, is about to step."""
+        if not self._optimizers or self._collector() is None:
+            return
+        for watched in self._optimizers:
+            if watched.optimizer is optimizer:
+                watched.be_last()
+                return
+        names = self.parameters.names()
+        held = parameters_of(optimizer, names)
+        for watched in self._optimizers if held else ():
+            if not held.isdisjoint(parameters_of(watched.optimizer, names)):
+                # Its own hooks run after those of all optimizers: it is measured in this step.
+                scaler = None if watched.scaler is None else watched.scaler.scaler
+                self.add(optimizer, scaler, is_found=True)
+                return
+        if held:
+            self._others.add(optimizer)  # unless somebody watches it from now on
 
     @property
     def has_scaler(self) -> bool:
@@ -80,20 +151,84 @@ class Watch:
                 self.parameters.unmeasured[f"gradient of {name}"] = "its optimizer is not watched"
             gradients = {}
         gradients |= dict(watched)
-        self.parameters.add_gradients(collector, gradients, before_clip=before_clip)
+        measured = self.parameters.measure_gradients(gradients, before_clip=before_clip)
+        self.parameters.add_gradients(collector, measured, before_clip=before_clip)
 
-    def end_step(self, collector: StepCollector) -> None:
-        """Measure what is measured when a step ends."""
+    def end_step(self, collector: StepCollector, gaps: Gaps) -> None:
+        """Measure what is measured when a step ends, and warn of what is missing."""
+        parameters = self.parameters
         if collector.monitored and self._optimizers and not collector.has_parameters:
-            self.parameters.add_parameters(collector)
-        self.parameters.end_step(collector)
+            parameters.add_parameters(collector)
+        if collector.monitored:
+            self._look_for_gaps(collector, gaps)
+            parameters.compare_ranks(collector)
+        self._steps.forget()
+        parameters.end_step(collector)
+
+    def _look_for_gaps(self, collector: StepCollector, gaps: Gaps) -> None:
+        written = self.parameters.written_later.found()
+        if written is not None:
+            text = (
+                f"something wrote to parameters after the step of their optimizer, such as to"
+                f" {written} in step {collector.step}: update/ is what the optimizer did, without"
+                " that"
+            )
+            self.parameters.remarks.setdefault("update", text)
+            gaps.warn_once("written later", text)
+        self._look_at_others(collector, gaps)
+        missing = [
+            family
+            for family in _AROUND_STEPS
+            if self.parameters.wants(family)
+            and not (family == "gradient" and collector.has_gradients)
+        ]
+        is_over = collector.has_stepped or collector.skipped or collector.failed
+        is_expected = collector.ran_forward and self.parameters.plan.spec.is_strict
+        if missing and is_expected and not is_over:
+            fix = "End a step after optimizer.step(); if another optimizer steps, watch that one"
+            if not self._optimizers:
+                fix = "Call monitor.watch(optimizer), or run.watch(model), which finds it"
+            reason = f"no watched optimizer stepped in step {collector.step}"
+            self.parameters.unmeasured.setdefault(", ".join(missing), reason)
+            gaps.warn_once(
+                "no step", f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}"
+            )
+
+    def _look_at_others(self, collector: StepCollector, gaps: Gaps) -> None:
+        """Name the parameters of optimizers that stepped, and that nobody watches."""
+        watched = {held.optimizer for held in self._optimizers}
+        others = [optimizer for optimizer in self._others if optimizer not in watched]
+        self._others.clear()
+        for optimizer in others:
+            names = self.parameters.names()
+            held = parameters_of(optimizer, names)
+            plan = self.parameters.plan
+            unmeasured = [
+                name
+                for parameter, name in names.items()
+                if parameter in held and any(plan.metrics(name, family) for family in _AROUND_STEPS)
+            ]
+            for name in unmeasured:
+                reason = "its optimizer is not watched"
+                self.parameters.unmeasured.setdefault(f"gradient and update of {name}", reason)
+            if unmeasured:
+                gaps.warn_once(
+                    "unwatched",
+                    f"an optimizer that is not watched stepped in step {collector.step}: gradients"
+                    f" and updates of its {len(unmeasured)} parameters have no rows, such as"
+                    f" {unmeasured[0]}. Call monitor.watch(optimizer) for each optimizer",
+                )
 
     def drop_step(self) -> None:
         """Forget what belongs to the step."""
+        self._others.clear()
+        self._steps.forget()
         self.parameters.end_step(None)
 
     def close(self) -> None:
         """Take all hooks off."""
+        if self._handle is not None:
+            self._handle.remove()
         for optimizer in self._optimizers:
             optimizer.remove()
         for scaler in self._scalers:
@@ -107,3 +242,15 @@ class Watch:
                 return watched
         self._scalers.append(WatchedScaler(scaler, self._collector))
         return self._scalers[-1]
+
+
+def _looking(look: weakref.WeakMethod[Callable[[Optimizer], None]]) -> Callable[..., None]:
+    """A hook of all optimizers that calls a method as long as its object lives."""
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        method = look()
+        if method is not None:
+            method(optimizer)
+
+    return hook  # type: ignore[no-any-return]

@@ -74,6 +74,7 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         "recorded": explanation.recorded,
         "eager": _grouped(explanation.eager),
         "unmeasured": _grouped(explanation.unmeasured),
+        "notes": _grouped(explanation.notes),
         "graphs": [_graph(graph, frozenset(names)) for graph in explanation.graphs],
     }
 

@@ -135,6 +135,9 @@ function showOverview() {
     "Nothing is compiled.",
   );
   card("Measured eagerly, and why", reasons(data.eager), ran ? "Nothing." : unknown);
+  if (data.notes.length) {
+    card("To be known of rows", reasons(data.notes));
+  }
   card("Not measured, and why", reasons(data.unmeasured), ran ? "Nothing." : unknown);
   if (data.recorded.length) {
     const names = data.recorded.map((name) => element("span", { className: "name" }, name));

@@ -63,6 +63,7 @@ def explanation_card(explanation: Explanation) -> str:
         rows.append(("recorded by the model", ", ".join(explanation.recorded)))
     folded = {
         f"measured eagerly: {len(explanation.eager):,}": _lines(explanation.eager),
+        f"to be known of rows: {len(explanation.notes):,}": _lines(explanation.notes),
         f"not measured: {len(explanation.unmeasured):,}": _lines(explanation.unmeasured),
         f"sites: {len(explanation.sites):,}": _lines(
             {site: ", ".join(metrics) for site, metrics in explanation.sites.items()}

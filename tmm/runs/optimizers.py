@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
+import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -18,16 +20,19 @@ class OptimizerFinder:
     def __init__(self, monitor: Monitor, scaler: GradScaler | None) -> None:
         self._monitor = monitor
         self._scaler = scaler
-        self._looked_at: set[int] = set()
+        if scaler is not None:
+            monitor.expect_scaler(scaler)
+        self._looked_at: WeakSet[Optimizer] = WeakSet()  # another one may have its number later
         self._handle = register_optimizer_step_pre_hook(self._look)
 
     def stop(self) -> None:
         """Look no longer."""
         self._handle.remove()
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _look(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-        if id(optimizer) not in self._looked_at:
-            self._looked_at.add(id(optimizer))
+        if optimizer not in self._looked_at:
+            self._looked_at.add(optimizer)
             if self._monitor.trains(optimizer):
                 # Its own hooks run after those of all optimizers: it is measured in this step.
                 self._monitor.watch(optimizer, self._scaler)

@@ -38,6 +38,12 @@ from tmm.twin.outputs import tensors_in
 Frames = Sequence[torch.nn.Module]
 """The modules whose forward is running, the innermost last."""
 
+_IF_EQUAL = (
+    "nothing in the model is known to average gradients over ranks: where they are equal on all"
+    " ranks, they are those of the whole batch; where not, rows are of this rank alone (rank 0),"
+    " and the notes of their keys say so"
+)
+
 
 class Attribution:
     """Names the rows of graphs and of eager calls, for the modules of one model.
@@ -47,7 +53,7 @@ class Attribution:
 
     ``rows`` are all measurements so far, with names as in keys; ``unmeasured`` are the sites that
     were asked for and have none, with the reason; ``by_rank`` those whose rows of several ranks
-    are not joined.
+    are not joined; ``remarks`` is what else is to be known of rows.
     """
 
     def __init__(
@@ -59,11 +65,24 @@ class Attribution:
         self.names = relative_names(root)
         self.unmeasured: dict[str, str] = {}
         self.by_rank: dict[str, str] = {}
+        self.remarks: dict[str, str] = {}
         self._registry = registry
         self._bindings: dict[tuple[int, torch.nn.Module, bool], Binding | None] = {}
         self._eager: dict[Measurement, Binding] = {}
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is to be known of rows beyond their names: of families, sites and the rest."""
+        of_families = {rule.family: self.ranks.notes(rule.family) for rule in self.plan.spec.rules}
+        noted = {family: note for family, note in of_families.items() if note}
+        if "gradient" in of_families and not self.ranks.averages:
+            noted["gradient"] = _IF_EQUAL
+        for site, note in self._registry.site_notes.items():
+            if site.partition("/")[0].removesuffix("_before_clip") in of_families:
+                noted[site] = note
+        return noted | self.remarks
 
     def refresh(self) -> None:
         """Learn of modules that were added to the model."""
