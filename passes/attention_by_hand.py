@@ -6,6 +6,7 @@ that are regrouped, products that do not weigh values.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +16,16 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.passes.attention_parts import FoundAttention, Mask, MaskKind, Unmatched
+from tmm.kernels.attention_call import forbidden_up_to
+from tmm.passes.attention_parts import (
+    FoundAttention,
+    Mask,
+    MaskKind,
+    Unmatched,
+    hide_by_themselves,
+)
 from tmm.passes.edits import storages
+from tmm.passes.filled_scores import FilledMask, FilledScores
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.origin import sites_of
 
@@ -30,7 +39,6 @@ _CONVERSIONS = (
 )
 _RESHAPES = ("view", "reshape")
 _DROPOUTS = (functional.dropout, torch.dropout)
-_FORBIDDING = -9999.0  # models write -inf, finfo.min or -10000
 
 
 class _UnknownError(Exception):
@@ -101,12 +109,27 @@ def _match(
     if _example(key).dim() < 3:
         raise _UnknownError("all heads have the same keys")
     _refuse_overwritten(module, logits, (query, key), softmax)
-    return FoundAttention(
+    heads = int(probabilities.shape[1]) if logits.is_divided else None
+    found = FoundAttention(
         *(product, softmax, query, key, value, weighing),
         masks=logits.masks,
         scale=logits.scale,
         key_is_turned=True,
-        heads=int(probabilities.shape[1]) if logits.is_divided else None,
+        heads=heads,
+    )
+    if hide_by_themselves(logits.masks):
+        return found
+    filled = tuple(
+        FilledMask(mask.kind, mask.value, heads if mask.has_joined_heads else None)
+        for mask in logits.masks
+    )
+    dtypes = [_example(mask.tensor).dtype for mask in logits.masks]
+    hidden_up_to = max(forbidden_up_to(d) for d in (*dtypes, torch.float64) if d.is_floating_point)
+    return replace(
+        found,
+        masks=(),
+        scores=FilledScores(filled, hidden_up_to),
+        tensors=tuple(mask.tensor for mask in logits.masks),
     )
 
 
@@ -179,6 +202,8 @@ def _sum_with_product(node: Node) -> _Logits:
 
 
 def _conversion(node: Node) -> _Logits:
+    if not _example(node).is_floating_point():
+        raise _UnknownError("its logits are rounded")
     return _follow(_operand(node, 0))
 
 
@@ -220,13 +245,15 @@ def _try_to_follow(node: Node) -> _Logits | str:
         return str(error)
 
 
-def _with_mask(logits: _Logits, mask: Node, kind: MaskKind) -> _Logits:
+def _with_mask(
+    logits: _Logits, mask: Node, kind: MaskKind, value: float = -math.inf
+) -> _Logits:
     example = _example(mask)
     joined = not logits.is_divided and _example(logits.product).dim() == 3
     if example.dim() > _example(logits.product).dim() + logits.is_divided:
         raise _UnknownError("a mask has more dimensions than its logits")
     joined = joined and example.dim() == 3 and example.shape[0] != 1
-    return replace(logits, masks=(*logits.masks, Mask(mask, kind, joined)))
+    return replace(logits, masks=(*logits.masks, Mask(mask, kind, joined, value)))
 
 
 def _multiplication(node: Node) -> _Logits:
@@ -251,7 +278,10 @@ def _scaled(node: Node, factor: Any, number: float) -> _Logits:
     if any(mask.kind == "added" for mask in logits.masks) and number != 1:
         raise _UnknownError("its logits are scaled after a mask was added")
     constants = (factor,) if isinstance(factor, Node) else ()
-    return replace(logits, scale=logits.scale * number, chain=(*logits.chain, *constants))
+    masks = tuple(replace(mask, value=mask.value * number) for mask in logits.masks)
+    return replace(
+        logits, scale=logits.scale * number, masks=masks, chain=(*logits.chain, *constants)
+    )
 
 
 def _fill(node: Node) -> _Logits:
@@ -269,13 +299,11 @@ def _choice(node: Node) -> _Logits:
 
 def _forbid(logits: Any, mask: Any, value: Any, kind: MaskKind) -> _Logits:
     number = _number(value)
-    if number is None or number > _FORBIDDING:
-        raise _UnknownError(
-            "its logits are replaced by something else than a large negative number"
-        )
+    if number is None:
+        raise _UnknownError("its logits are replaced by something else than a number")
     if not isinstance(logits, Node) or not isinstance(mask, Node):
         raise _UnknownError("its logits are replaced where no tensor says")
-    followed = _with_mask(_follow(logits), mask, kind)
+    followed = _with_mask(_follow(logits), mask, kind, number)
     constants = (value,) if isinstance(value, Node) else ()
     return replace(followed, chain=(*followed.chain, *constants))
 

@@ -178,8 +178,9 @@ class _Heads:
             query: torch.Tensor, key: torch.Tensor, *tensors: torch.Tensor
         ) -> torch.Tensor:
             assert found.scores is not None
+            query, key = _split(query, found.heads), _turn(key, found.key_is_turned)
             stride = stride_of(query, request.queries)
-            call = arrange(query, key, None, False, found.scale, stride)
+            call = arrange(query, _split(key, found.heads), None, False, found.scale, stride)
             scores = found.scores
 
             def modify(logits: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
