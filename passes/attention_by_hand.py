@@ -38,6 +38,11 @@ _CONVERSIONS = (
     *("to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"),
 )
 _RESHAPES = ("view", "reshape")
+_SOFTMAXES = (functional.softmax, torch.softmax, torch.special.softmax, "softmax")
+_LOGARITHMS = (
+    *(functional.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax"),
+)
+_EXPONENTIALS = (torch.exp, "exp")
 _DROPOUTS = (functional.dropout, torch.dropout)
 
 
@@ -68,25 +73,38 @@ class _Logits:
 
 
 def is_softmax(node: Node) -> bool:
-    """Whether a node is a softmax of any dimension."""
-    return node.target in (functional.softmax, torch.softmax, "softmax")
+    """Whether a node gives the softmax of any dimension, be it as ``exp`` of its logarithm."""
+    if node.target in _EXPONENTIALS:
+        return _inner(node).target in _LOGARITHMS
+    return node.target in _SOFTMAXES
 
 
-def match_softmax(module: GraphModule, softmax: Node) -> FoundAttention | Unmatched | None:
-    """The attention that a softmax is a part of; None if it is none."""
+def _inner(node: Node) -> Node:
+    """The softmax of a node, or its logarithm, where the logits go in."""
+    source = _argument(node, 0, "input")
+    return source if node.target in _EXPONENTIALS and isinstance(source, Node) else node
+
+
+def match_softmax(
+    module: GraphModule, softmax: Node, *, may_be_one: bool = True
+) -> FoundAttention | Unmatched | None:
+    """The attention that a softmax is a part of; None if it is none.
+
+    Unless it ``may_be_one``, logits that are not understood are those of something else.
+    """
     probabilities = softmax.meta.get("example_value")
-    source = _argument(softmax, 0, "input")
+    source = _argument(_inner(softmax), 0, "input")
     weighing = _weighs(softmax)
     if not isinstance(source, Node) or not isinstance(probabilities, torch.Tensor):
         return None
-    is_product = weighing is not None
+    is_product = weighing is not None and may_be_one
     try:
         logits = _follow(source)
-        is_product = is_product or _example(_factors(logits.product)[1]).dim() > 2
+        is_product = weighing is not None or _example(_factors(logits.product)[1]).dim() > 2
         return _match(module, softmax, logits, weighing) if is_product else None
     except _UnknownError as error:
         if not is_product and not error.is_product:
-            return None  # some other softmax, as of a classifier
+            return None  # some other softmax, as of a classifier or a router
         return Unmatched(softmax, f"written out by hand; {error}")
 
 
@@ -96,7 +114,7 @@ def _match(
     probabilities, product = softmax.meta["example_value"], logits.product
     if probabilities.dim() < 3:
         return None
-    if _argument(softmax, 1, "dim") not in (-1, probabilities.dim() - 1):
+    if _argument(_inner(softmax), 1, "dim") not in (-1, probabilities.dim() - 1):
         raise _UnknownError("its softmax is not over the last dimension")
     if weighing is None:
         raise _UnknownError("what it weighs is not known")

@@ -98,7 +98,11 @@ class FoundAttention:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """What looks like an attention, and why its statistics are not known."""
+    """What looks like an attention, and why its statistics are not known.
+
+    ``is_numbered`` tells that it counts among the attentions that its module calls.
+    """
 
     caller: Node
     reason: str
+    is_numbered: bool = True

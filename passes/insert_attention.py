@@ -76,6 +76,9 @@ def _insert(
     module: GraphModule, options: AttentionOptions, calls: Counter[tuple[tuple[str, str], ...]]
 ) -> Iterator[tuple[Site, str]]:
     bodies = {call: body for call, body in nested_calls(module) if returns_body_outputs(call)}
+    for call, body in nested_calls(module):
+        if call not in bodies:
+            yield from _refuse(body, options, f"inside {call.target}")
     found = {_caller(attention): attention for attention in find_attention(module)}
     for node in list(module.graph.nodes):
         if node in bodies:
@@ -93,6 +96,9 @@ def _insert(
             if call is None and not options.begins_forward:
                 yield Site(name, " (attention)"), _NO_CALL
                 continue
+            if isinstance(attention, Unmatched) and not attention.is_numbered:
+                yield Site(name, " (attention)"), attention.reason
+                continue
             # Of this call of the module: with those of the modules that called it.
             stack = node.meta.get("nn_module_stack") or {}
             place = tuple((key, path) for key, (path, _) in stack.items())
@@ -107,6 +113,19 @@ def _insert(
             else:
                 for request in requests:
                     _Heads(module, attention, site, request, options.placements).insert()
+
+
+def _refuse(
+    module: GraphModule, options: AttentionOptions, reason: str
+) -> Iterator[tuple[Site, str]]:
+    """Name the attentions of a nested graph that has no place for rows."""
+    for attention in find_attention(module):
+        call = call_of(_caller(attention))
+        name = None if call is None else options.modules.get(int(call.partition("@")[0]))
+        if name is not None and options.select(name):
+            yield Site(name, " (attention)"), reason
+    for _, body in nested_calls(module):
+        yield from _refuse(body, options, reason)
 
 
 def _shown(
