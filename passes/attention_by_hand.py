@@ -263,9 +263,7 @@ def _try_to_follow(node: Node) -> _Logits | str:
         return str(error)
 
 
-def _with_mask(
-    logits: _Logits, mask: Node, kind: MaskKind, value: float = -math.inf
-) -> _Logits:
+def _with_mask(logits: _Logits, mask: Node, kind: MaskKind, value: float = -math.inf) -> _Logits:
     example = _example(mask)
     joined = not logits.is_divided and _example(logits.product).dim() == 3
     if example.dim() > _example(logits.product).dim() + logits.is_divided:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.layout import ATTENTION, AttentionRequest, Measurement, Share, Site
+from tmm.layout import ATTENTION, ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
 from tmm.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
 from tmm.operators import (
     attention_heads,
@@ -94,10 +94,10 @@ def _insert(
                 continue
             node.meta[_LOOKED_AT] = True
             if call is None and not options.begins_forward:
-                yield Site(name, " (attention)"), _NO_CALL
+                yield Site(name, ATTENTION_MARK), _NO_CALL
                 continue
             if isinstance(attention, Unmatched) and not attention.is_numbered:
-                yield Site(name, " (attention)"), attention.reason
+                yield Site(name, ATTENTION_MARK), attention.reason
                 continue
             # Of this call of the module: with those of the modules that called it.
             stack = node.meta.get("nn_module_stack") or {}
@@ -109,7 +109,7 @@ def _insert(
             if isinstance(attention, FoundAttention) and (reason := _why_unreadable(attention)):
                 attention = Unmatched(node, reason)
             if isinstance(attention, Unmatched):
-                yield Site(name, f"{site.path} (attention)"), attention.reason
+                yield Site(name, f"{site.path}{ATTENTION_MARK}"), attention.reason
             else:
                 for request in requests:
                     _Heads(module, attention, site, request, options.placements).insert()
@@ -123,7 +123,7 @@ def _refuse(
         call = call_of(_caller(attention))
         name = None if call is None else options.modules.get(int(call.partition("@")[0]))
         if name is not None and options.select(name):
-            yield Site(name, " (attention)"), reason
+            yield Site(name, ATTENTION_MARK), reason
     for _, body in nested_calls(module):
         yield from _refuse(body, options, reason)
 

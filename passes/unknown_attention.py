@@ -100,8 +100,7 @@ def _reason(weighing: Node, trail: _Trail) -> str:
 def _weights(
     node: Node, trails: dict[Node, _Trail], activations: Collection[Node]
 ) -> _Trail | None:
-    """The trail of the weights with which ``node`` weighs another activation; None if it does not.
-    """
+    """The trail of the weights, where ``node`` weighs another activation by some."""
     factors = _factors(node)
     if factors is None:
         return None
@@ -115,9 +114,7 @@ def _weights(
     return None
 
 
-def _trail(
-    node: Node, trails: dict[Node, _Trail], activations: Collection[Node]
-) -> _Trail | None:
+def _trail(node: Node, trails: dict[Node, _Trail], activations: Collection[Node]) -> _Trail | None:
     factors = _factors(node)
     if factors is not None and factors[1] in activations:
         return _Trail(node)

@@ -113,8 +113,8 @@ class WatchedScaler:
             found = self.scaler._found_inf_per_device(optimizer).values()
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
             collector.skipped.append(copy_to_host(skipped))
-            collector.log("step/skipped", (skipped > 0).float(), "max")
-            collector.log("step/grad_scale", scale, "max")
+            noted = torch.stack([(skipped > 0).to(scale.dtype), scale.detach()]).reshape(-1)
+            collector.add_numbers(("step/skipped", "step/grad_scale"), noted, "max")
 
     def _holds_old_gradients(self, optimizer: Optimizer) -> bool:
         """Whether the gradients are still those that a step has unscaled already."""
