@@ -6,6 +6,7 @@ that are regrouped, products that do not weigh values.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +16,16 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.passes.attention_parts import FoundAttention, Mask, MaskKind, Unmatched
+from tmm.kernels.attention_call import forbidden_up_to
+from tmm.passes.attention_parts import (
+    FoundAttention,
+    Mask,
+    MaskKind,
+    Unmatched,
+    hide_by_themselves,
+)
 from tmm.passes.edits import storages
+from tmm.passes.filled_scores import FilledMask, FilledScores
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.origin import sites_of
 
@@ -29,8 +38,12 @@ _CONVERSIONS = (
     *("to", "type", "float", "half", "bfloat16", "double", "type_as", "contiguous", "detach"),
 )
 _RESHAPES = ("view", "reshape")
+_SOFTMAXES = (functional.softmax, torch.softmax, torch.special.softmax, "softmax")
+_LOGARITHMS = (
+    *(functional.log_softmax, torch.log_softmax, torch.special.log_softmax, "log_softmax"),
+)
+_EXPONENTIALS = (torch.exp, "exp")
 _DROPOUTS = (functional.dropout, torch.dropout)
-_FORBIDDING = -9999.0  # models write -inf, finfo.min or -10000
 
 
 class _UnknownError(Exception):
@@ -60,25 +73,38 @@ class _Logits:
 
 
 def is_softmax(node: Node) -> bool:
-    """Whether a node is a softmax of any dimension."""
-    return node.target in (functional.softmax, torch.softmax, "softmax")
+    """Whether a node gives the softmax of any dimension, be it as ``exp`` of its logarithm."""
+    if node.target in _EXPONENTIALS:
+        return _inner(node).target in _LOGARITHMS
+    return node.target in _SOFTMAXES
 
 
-def match_softmax(module: GraphModule, softmax: Node) -> FoundAttention | Unmatched | None:
-    """The attention that a softmax is a part of; None if it is none."""
+def _inner(node: Node) -> Node:
+    """The softmax of a node, or its logarithm, where the logits go in."""
+    source = _argument(node, 0, "input")
+    return source if node.target in _EXPONENTIALS and isinstance(source, Node) else node
+
+
+def match_softmax(
+    module: GraphModule, softmax: Node, *, may_be_one: bool = True
+) -> FoundAttention | Unmatched | None:
+    """The attention that a softmax is a part of; None if it is none.
+
+    Unless it ``may_be_one``, logits that are not understood are those of something else.
+    """
     probabilities = softmax.meta.get("example_value")
-    source = _argument(softmax, 0, "input")
+    source = _argument(_inner(softmax), 0, "input")
     weighing = _weighs(softmax)
     if not isinstance(source, Node) or not isinstance(probabilities, torch.Tensor):
         return None
-    is_product = weighing is not None
+    is_product = weighing is not None and may_be_one
     try:
         logits = _follow(source)
-        is_product = is_product or _example(_factors(logits.product)[1]).dim() > 2
+        is_product = weighing is not None or _example(_factors(logits.product)[1]).dim() > 2
         return _match(module, softmax, logits, weighing) if is_product else None
     except _UnknownError as error:
         if not is_product and not error.is_product:
-            return None  # some other softmax, as of a classifier
+            return None  # some other softmax, as of a classifier or a router
         return Unmatched(softmax, f"written out by hand; {error}")
 
 
@@ -88,7 +114,7 @@ def _match(
     probabilities, product = softmax.meta["example_value"], logits.product
     if probabilities.dim() < 3:
         return None
-    if _argument(softmax, 1, "dim") not in (-1, probabilities.dim() - 1):
+    if _argument(_inner(softmax), 1, "dim") not in (-1, probabilities.dim() - 1):
         raise _UnknownError("its softmax is not over the last dimension")
     if weighing is None:
         raise _UnknownError("what it weighs is not known")
@@ -101,12 +127,27 @@ def _match(
     if _example(key).dim() < 3:
         raise _UnknownError("all heads have the same keys")
     _refuse_overwritten(module, logits, (query, key), softmax)
-    return FoundAttention(
+    heads = int(probabilities.shape[1]) if logits.is_divided else None
+    found = FoundAttention(
         *(product, softmax, query, key, value, weighing),
         masks=logits.masks,
         scale=logits.scale,
         key_is_turned=True,
-        heads=int(probabilities.shape[1]) if logits.is_divided else None,
+        heads=heads,
+    )
+    if hide_by_themselves(logits.masks):
+        return found
+    filled = tuple(
+        FilledMask(mask.kind, mask.value, heads if mask.has_joined_heads else None)
+        for mask in logits.masks
+    )
+    dtypes = [_example(mask.tensor).dtype for mask in logits.masks]
+    hidden_up_to = max(forbidden_up_to(d) for d in (*dtypes, torch.float64) if d.is_floating_point)
+    return replace(
+        found,
+        masks=(),
+        scores=FilledScores(filled, hidden_up_to),
+        tensors=tuple(mask.tensor for mask in logits.masks),
     )
 
 
@@ -179,6 +220,8 @@ def _sum_with_product(node: Node) -> _Logits:
 
 
 def _conversion(node: Node) -> _Logits:
+    if not _example(node).is_floating_point():
+        raise _UnknownError("its logits are rounded")
     return _follow(_operand(node, 0))
 
 
@@ -220,13 +263,13 @@ def _try_to_follow(node: Node) -> _Logits | str:
         return str(error)
 
 
-def _with_mask(logits: _Logits, mask: Node, kind: MaskKind) -> _Logits:
+def _with_mask(logits: _Logits, mask: Node, kind: MaskKind, value: float = -math.inf) -> _Logits:
     example = _example(mask)
     joined = not logits.is_divided and _example(logits.product).dim() == 3
     if example.dim() > _example(logits.product).dim() + logits.is_divided:
         raise _UnknownError("a mask has more dimensions than its logits")
     joined = joined and example.dim() == 3 and example.shape[0] != 1
-    return replace(logits, masks=(*logits.masks, Mask(mask, kind, joined)))
+    return replace(logits, masks=(*logits.masks, Mask(mask, kind, joined, value)))
 
 
 def _multiplication(node: Node) -> _Logits:
@@ -251,7 +294,10 @@ def _scaled(node: Node, factor: Any, number: float) -> _Logits:
     if any(mask.kind == "added" for mask in logits.masks) and number != 1:
         raise _UnknownError("its logits are scaled after a mask was added")
     constants = (factor,) if isinstance(factor, Node) else ()
-    return replace(logits, scale=logits.scale * number, chain=(*logits.chain, *constants))
+    masks = tuple(replace(mask, value=mask.value * number) for mask in logits.masks)
+    return replace(
+        logits, scale=logits.scale * number, masks=masks, chain=(*logits.chain, *constants)
+    )
 
 
 def _fill(node: Node) -> _Logits:
@@ -269,13 +315,11 @@ def _choice(node: Node) -> _Logits:
 
 def _forbid(logits: Any, mask: Any, value: Any, kind: MaskKind) -> _Logits:
     number = _number(value)
-    if number is None or number > _FORBIDDING:
-        raise _UnknownError(
-            "its logits are replaced by something else than a large negative number"
-        )
+    if number is None:
+        raise _UnknownError("its logits are replaced by something else than a number")
     if not isinstance(logits, Node) or not isinstance(mask, Node):
         raise _UnknownError("its logits are replaced where no tensor says")
-    followed = _with_mask(_follow(logits), mask, kind)
+    followed = _with_mask(_follow(logits), mask, kind, number)
     constants = (value,) if isinstance(value, Node) else ()
     return replace(followed, chain=(*followed.chain, *constants))
 

@@ -15,6 +15,7 @@ from tmm.passes.attention_parts import FoundAttention, Mask, Unmatched
 from tmm.passes.flexible_scores import FlexibleScores
 from tmm.passes.origin import all_nodes, sites_of
 from tmm.passes.shared_masks import bind
+from tmm.passes.unknown_attention import Products
 
 ATTENTION = functional.scaled_dot_product_attention
 MULTI_HEAD = functional.multi_head_attention_forward
@@ -24,7 +25,19 @@ def find_attention(module: GraphModule) -> Iterator[FoundAttention | Unmatched |
     """The attentions of a graph in order, without those of nested graphs.
 
     Calls of ``multi_head_attention_forward``, whose tensors are not in the graph, come as nodes.
+    What looks like an attention and is none that is known comes last.
     """
+    products = Products(module)
+    known: set[Node] = set()
+    for found in _find_known(module, products):
+        known.add(found if isinstance(found, Node) else found.caller)
+        yield found
+    yield from products.unknown_attention(known)
+
+
+def _find_known(
+    module: GraphModule, products: Products
+) -> Iterator[FoundAttention | Unmatched | Node]:
     for node in list(module.graph.nodes):
         if sites_of(node) or node.op not in ("call_function", "call_method"):
             continue
@@ -38,8 +51,23 @@ def find_attention(module: GraphModule) -> Iterator[FoundAttention | Unmatched |
             yield _flexible(module, node)
         elif "native_multi_head" in str(node.target) or "encoder_layer_fwd" in str(node.target):
             yield Unmatched(node, "torch's fused layer keeps its query and key to itself")
-        elif is_softmax(node) and (written_out := match_softmax(module, node)) is not None:
-            yield written_out
+        elif is_softmax(node):
+            may_be_one = any(source in products.made_of_product for source in node.all_input_nodes)
+            written_out = match_softmax(module, node, may_be_one=may_be_one)
+            if written_out is not None:
+                yield written_out
+        elif (name := _opaque(node)) is not None:
+            yield Unmatched(node, f"computed by {name}, which is not known", is_numbered=False)
+
+
+def _opaque(node: Node) -> str | None:
+    """The name of an operation that is an attention as a whole, by what it is called."""
+    name = str(getattr(node.target, "__name__", node.target))
+    example = node.meta.get("example_value")
+    outputs = example if isinstance(example, (tuple, list)) else (example,)
+    is_floating = isinstance(outputs[0], torch.Tensor) and outputs[0].is_floating_point()
+    is_attention = "attention" in name or "attn" in name
+    return name if is_floating and is_attention and "mask" not in name else None
 
 
 def shows_attention(module: GraphModule) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.layout import ATTENTION, AttentionRequest, Measurement, Share, Site
+from tmm.layout import ATTENTION, ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
 from tmm.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
 from tmm.operators import (
     attention_heads,
@@ -76,6 +76,9 @@ def _insert(
     module: GraphModule, options: AttentionOptions, calls: Counter[tuple[tuple[str, str], ...]]
 ) -> Iterator[tuple[Site, str]]:
     bodies = {call: body for call, body in nested_calls(module) if returns_body_outputs(call)}
+    for call, body in nested_calls(module):
+        if call not in bodies:
+            yield from _refuse(body, options, f"inside {call.target}")
     found = {_caller(attention): attention for attention in find_attention(module)}
     for node in list(module.graph.nodes):
         if node in bodies:
@@ -91,7 +94,10 @@ def _insert(
                 continue
             node.meta[_LOOKED_AT] = True
             if call is None and not options.begins_forward:
-                yield Site(name, " (attention)"), _NO_CALL
+                yield Site(name, ATTENTION_MARK), _NO_CALL
+                continue
+            if isinstance(attention, Unmatched) and not attention.is_numbered:
+                yield Site(name, ATTENTION_MARK), attention.reason
                 continue
             # Of this call of the module: with those of the modules that called it.
             stack = node.meta.get("nn_module_stack") or {}
@@ -103,10 +109,23 @@ def _insert(
             if isinstance(attention, FoundAttention) and (reason := _why_unreadable(attention)):
                 attention = Unmatched(node, reason)
             if isinstance(attention, Unmatched):
-                yield Site(name, f"{site.path} (attention)"), attention.reason
+                yield Site(name, f"{site.path}{ATTENTION_MARK}"), attention.reason
             else:
                 for request in requests:
                     _Heads(module, attention, site, request, options.placements).insert()
+
+
+def _refuse(
+    module: GraphModule, options: AttentionOptions, reason: str
+) -> Iterator[tuple[Site, str]]:
+    """Name the attentions of a nested graph that has no place for rows."""
+    for attention in find_attention(module):
+        call = call_of(_caller(attention))
+        name = None if call is None else options.modules.get(int(call.partition("@")[0]))
+        if name is not None and options.select(name):
+            yield Site(name, ATTENTION_MARK), reason
+    for _, body in nested_calls(module):
+        yield from _refuse(body, options, reason)
 
 
 def _shown(
@@ -178,8 +197,9 @@ class _Heads:
             query: torch.Tensor, key: torch.Tensor, *tensors: torch.Tensor
         ) -> torch.Tensor:
             assert found.scores is not None
+            query, key = _split(query, found.heads), _turn(key, found.key_is_turned)
             stride = stride_of(query, request.queries)
-            call = arrange(query, key, None, False, found.scale, stride)
+            call = arrange(query, _split(key, found.heads), None, False, found.scale, stride)
             scores = found.scores
 
             def modify(logits: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tmm.passes.attention_parts import FoundAttention, Mask
 from tmm.passes.origin import add_site
 from tmm.passes.shared_masks import Arguments, bind, multi_head
 
-VERSION = "1"
+VERSION = "2"
 """To be changed with what ``parts_of_multi_head`` computes: compiled graphs with it are cached."""
 
 
@@ -76,9 +76,14 @@ def _arguments_of_attention(arguments: dict[str, Any]) -> Arguments:
             return args[0]  # dropout of the probabilities
         raise _ReachedError(bind(function, args, kwargs))
 
+    settings = arguments | {"need_weights": False}
+    if arguments.get("need_weights", True):
+        # The weights follow the mask that is given; `is_causal` then only says what it looks like,
+        # and does not know of the keys that `bias_k` and `add_zero_attn` append.
+        settings["is_causal"] = False
     try:
         # Without weights, torch's own function is called, with what the weights are computed from.
-        multi_head(reach)(**(arguments | {"need_weights": False}))
+        multi_head(reach)(**settings)
     except _ReachedError as reached:
         return reached.arguments
     raise AssertionError("no attention was reached")

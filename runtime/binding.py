@@ -21,6 +21,7 @@ from tmm.layout import (
     Site,
 )
 from tmm.metrics import FloatArray, KnownMetric, Reduction
+from tmm.runtime.key_owners import KeyOwners, owner_of
 
 Resolve = Callable[[Measurement], Site | None]
 """A measurement's site with an absolute name, or None for one that is not to be recorded."""
@@ -97,7 +98,10 @@ def _whole_name(family: str, site: Site) -> str | None:
 
 
 class KeyRegistry:
-    """Names sites and keys, and keeps the order in which sites were first executed."""
+    """Names sites and keys, and keeps the order in which sites were first executed.
+
+    A key has one owner (see ``owners``): what would have that of another one is not named.
+    """
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class KeyRegistry:
         """
         self._notes = notes
         self._site_name = site_name
+        self.owners = KeyOwners()
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
         self._keys: dict[int, tuple[tuple[KeyInfo, ...], KeysView[str]]] = {}
@@ -130,7 +135,7 @@ class KeyRegistry:
         self._made_of[key] = frozenset(sites)
 
     def bind(self, layout: PackedLayout, resolve: Resolve) -> Binding:
-        """Name the sites of ``layout``."""
+        """Name the sites of ``layout``, those that are recorded."""
         rounds: dict[
             tuple[int, Reduction, KnownMetric | None, int], list[tuple[str, Sequence[int]]]
         ] = {}
@@ -139,10 +144,9 @@ class KeyRegistry:
         for row in layout.rows:
             family, reduction = row.measurement.family, row.measurement.reduction
             found = resolve(row.measurement)
-            name = None if found is None else self._name(family, found)
-            if name is None:
+            site = None if found is None else self.claim(family, found, reduction)
+            if site is None:
                 continue
-            site = _join(family, name)
             self._positions.setdefault(site, len(self._positions))
             if not row.indices:
                 is_pair = family == DIFFERENCE
@@ -165,21 +169,24 @@ class KeyRegistry:
         )
         return Binding(groups, tuple(whole))
 
-    def _name(self, family: str, site: Site) -> str | None:
+    def claim(self, family: str, site: Site, reduction: Reduction) -> str | None:
+        """What the keys of a site begin with; None for one that is not recorded.
+
+        The site's module is named as in patterns. Keys that belong to another owner are refused.
+        """
         name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
-        return None if name is None else site.named(name)
+        if name is None:
+            return None
+        start = _join(family, site.named(name))
+        keys = (_key(start, metric, reduction) for metric in reduction.metrics)
+        return start if self.owners.claim(keys, owner_of(family, site, name), start) else None
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""
         known = self._infos.get((reduction, sites))
         if known is None:
             known = tuple(
-                self._info(
-                    # The family of a statistic of attention names it.
-                    site if reduction.is_of_attention else _join(site, metric),
-                    site,
-                    reduction.aggregate_name,
-                )
+                self._info(_key(site, metric, reduction), site, reduction.aggregate_name)
                 for site in sites
                 for metric in reduction.metrics
             )
@@ -216,6 +223,11 @@ class KeyRegistry:
 
 def _together(*notes: str) -> str:
     return "; ".join(filter(None, notes))
+
+
+def _key(site: str, metric: str, reduction: Reduction) -> str:
+    """The key of a metric; the family of a statistic of attention names it already."""
+    return site if reduction.is_of_attention else _join(site, metric)
 
 
 def _join(*parts: str) -> str:

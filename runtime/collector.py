@@ -15,8 +15,12 @@ from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
 from tmm.runtime.eager import apply_function
-from tmm.runtime.joined_step import Gathered, Rows, contribution_of, of_all_ranks, together
+from tmm.runtime.joined_step import Gathered, Logged, Rows, contribution_of, of_all_ranks, together
 from tmm.runtime.joining import join
+from tmm.runtime.key_owners import LOGGED_BY_HAND, LOGGED_FOR_RUN, MEASURED
+
+Copies = tuple[Aggregate, list["HostCopy"]]
+"""How the values of a key are joined, and the values on their way."""
 
 _FEW = 4  # parts that are evaluated one by one
 
@@ -63,6 +67,7 @@ class StepCollector:
         self.registry = registry
         self.events: tuple[Event, ...] = ()
         self.failed = False
+        self.raises_clashes = False
         self.ran_forward = False
         self.expects_forward = monitored
         self.has_parameters = False
@@ -72,8 +77,10 @@ class StepCollector:
         self.has_stepped = False  # an optimizer that is watched
         self.skipped: list[HostCopy] = []
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
-        self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
-        self._own: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
+        self._logged: dict[str, Copies] = {}
+        self._measured: dict[str, Copies] = {}
+        self._own: dict[str, Copies] = {}
+        self._clashes: list[str] = []
         self._turn: Turn[StepCollector] | None = None
         self._sent: Gathered | None = None
         self._record: StepRecord | None = None
@@ -114,10 +121,13 @@ class StepCollector:
         logged = self._logged if of_all_ranks else self._own
         logged.setdefault(key, (aggregate, []))[1].append(copied)
 
-    def log_each(self, keys: Sequence[str], values: torch.Tensor, aggregate: Aggregate) -> None:
-        """``log`` one element of ``values``, which nobody changes, under each of the keys."""
+    def add_numbers(self, keys: Sequence[str], values: torch.Tensor, aggregate: Aggregate) -> None:
+        """Take numbers that tmm itself measures: one element of ``values`` for each of the keys.
+
+        Nobody changes ``values`` afterwards.
+        """
         for key, copied in zip(keys, copy_to_host(values).elements(), strict=True):
-            self._logged.setdefault(key, (aggregate, []))[1].append(copied)
+            self._measured.setdefault(key, (aggregate, []))[1].append(copied)
 
     def take_logged(self, other: StepCollector) -> None:
         """Take what was logged in ``other``, of the same step, which is given up."""
@@ -137,13 +147,13 @@ class StepCollector:
     @property
     def holds_values(self) -> bool:
         """Whether anything arrived."""
-        return bool(self._arrivals or self._logged or self._own)
+        return bool(self._arrivals or self._logged or self._measured or self._own)
 
     @property
     def is_on_host(self) -> bool:
         """Whether everything can be read without waiting for an accelerator or other ranks."""
         copies = [arrived for _, arrived, _ in self._arrivals]
-        for logged in (self._logged, self._own):
+        for logged in (self._logged, self._measured, self._own):
             copies += [values for _, values in logged.values()]
         return self._turn is None and all(copy.ready is None for some in copies for copy in some)
 
@@ -168,6 +178,7 @@ class StepCollector:
                 self._record = self._evaluate()
                 self._arrivals.clear()
                 self._logged.clear()
+                self._measured.clear()
                 self._own.clear()
             return self._record
 
@@ -193,7 +204,33 @@ class StepCollector:
                     )
 
         rows = {reduction: some.few_parts() for reduction, some in accumulators.items()}
-        return Gathered(rows, collected, _read(self._logged))
+        logged = self._claimed(self._measured, MEASURED)
+        # That of the run counts, should a key be in both.
+        for key in self._own:
+            self.registry.owners.claim((key,), LOGGED_FOR_RUN, key)
+        return Gathered(rows, collected, logged | self._claimed(self._logged, LOGGED_BY_HAND))
+
+    def _numbers(
+        self, info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
+    ) -> dict[str, tuple[KeyInfo, float]]:
+        """The number of a key, or those that an aggregate gives instead, with keys of their own."""
+        numbers = join(info.key, aggregate, values)
+        owner = f"a number that the aggregate of {info.key!r} gives"
+        return {
+            key: (info if key == info.key else replace(info, key=key), number)
+            for key, number in numbers.items()
+            if key == info.key or self.registry.owners.claim((key,), owner, key)
+        }
+
+    def _claimed(self, logged: Mapping[str, Copies], owner: str) -> Logged:
+        """What was logged, without the keys that hold something else."""
+        taken = {}
+        for key, (aggregate, copies) in logged.items():
+            if self.registry.owners.claim((key,), owner, key):
+                taken[key] = aggregate, [copy.read() for copy in copies]
+            elif self.registry.owners.of(key) not in (LOGGED_FOR_RUN, LOGGED_BY_HAND):
+                self._clashes.append(key)
+        return taken
 
     def _evaluate(self) -> StepRecord:
         if self._turn is None:
@@ -216,18 +253,16 @@ class StepCollector:
         extra: dict[str, tuple[KeyInfo, float]] = {}
         for (reduction, site), tensors in gathered.collected.items():
             info = self.registry.infos(reduction, (site,))[0]
-            extra.update(_joined(info, reduction.aggregate, tensors))
+            extra.update(self._numbers(info, reduction.aggregate, tensors))
         logged: dict[str, tuple[KeyInfo, float]] = {}
-        for key, (aggregate, tensors) in (gathered.logged | _read(self._own)).items():
+        own = self._claimed(self._own, LOGGED_FOR_RUN)
+        for key, (aggregate, tensors) in (gathered.logged | own).items():
             name = aggregate if isinstance(aggregate, str) else "function"
-            logged.update(_joined(self.registry.logged(key, name), aggregate, tensors))
-        clash = logged.keys() & extra.keys() if logged else set()
-        for table in scalars if logged else ():
-            clash |= logged.keys() & table.keys
-        if clash:
+            logged.update(self._numbers(self.registry.logged(key, name), aggregate, tensors))
+        if self._clashes and self.raises_clashes:
             raise ValueError(
-                f"{min(clash)!r} was recorded by the model and logged by hand in step {self.step};"
-                " log it under another name"
+                f"{min(self._clashes)!r} was recorded by the model and logged by hand in step"
+                f" {self.step}; log it under another name"
             )
         if extra or logged:
             scalars.append(_table([*extra.values(), *logged.values()]))
@@ -298,25 +333,6 @@ def _table_of(
 
 def _is_nonzero(copy: HostCopy) -> bool:
     return bool(copy.read().item() != 0)
-
-
-def _read(
-    logged: Mapping[str, tuple[Aggregate, list[HostCopy]]],
-) -> dict[str, tuple[Aggregate, list[torch.Tensor]]]:
-    return {
-        key: (aggregate, [copy.read() for copy in copies])
-        for key, (aggregate, copies) in logged.items()
-    }
-
-
-def _joined(
-    info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
-) -> dict[str, tuple[KeyInfo, float]]:
-    numbers = join(info.key, aggregate, values)
-    return {
-        key: (info if key == info.key else replace(info, key=key), number)
-        for key, number in numbers.items()
-    }
 
 
 def _table(items: list[tuple[KeyInfo, float]]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tmm.naming import ParameterNames, display_name, relative_names
+from tmm.naming import ParameterNames, display_name, relative_names, unwrapped_names
 
 
 class Wrapper(nn.Module):
@@ -52,6 +52,34 @@ def test_wrapper_components_are_removed_and_wrappers_have_no_name() -> None:
 def test_whole_components_only() -> None:
     module = Wrapper("my_module", Wrapper("module", nn.Linear(1, 1)))
     assert names(module) == ["[root module]", "my_module", "my_module.module"]
+
+
+class WithMore(Wrapper):
+    """A wrapper that has a module of its own besides."""
+
+    def __init__(self, attribute: str, module: nn.Module, name: str, own: nn.Module) -> None:
+        super().__init__(attribute, module)
+        self.add_module(name, own)
+
+
+def test_components_of_wrappers_stay_where_names_would_be_equal() -> None:
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
+        inner = nn.Sequential(nn.Sequential(nn.ReLU()), nn.Tanh())
+        module = nn.Sequential(WithMore(attribute, inner, "0", nn.Linear(1, 1)))
+        whole = f"0.{attribute}.0"
+        assert names(module) == ["[root module]", "0", whole, f"{whole}.0", "0.1", "0.0"]
+        assert [name for name, _ in ParameterNames(module)().items()] == list(module.parameters())
+        state = unwrapped_names(["module.0.0.weight", f"module.{whole}.weight", "0.1.bias"])
+        assert list(state.values()) == ["0.0.weight", f"{whole}.weight", "0.1.bias"]
+    parallel = nn.DataParallel(nn.Sequential(nn.ReLU()))
+    parallel.add_module("0", nn.Tanh())
+    assert names(parallel) == ["[root module]", "module.0", "0"]
+
+
+def test_a_module_that_is_called_like_the_root_is_numbered() -> None:
+    module = nn.Module()
+    module.add_module("[root module]", nn.Sequential(nn.ReLU()))
+    assert names(module) == ["[root module]", "[root module] (2)", "[root module] (2).0"]
 
 
 def test_a_shared_module_has_its_first_name() -> None:

@@ -41,6 +41,55 @@ def test_paths() -> None:
     assert tensors_in(None) == tensors_in("text") == tensors_in(Output) == []
 
 
+class Odd:
+    """An object that says no more than its type."""
+
+    def __repr__(self) -> str:
+        return "Odd"
+
+
+@pytest.mark.parametrize(
+    ("output", "paths"),
+    [
+        ({0: 1.0, "0": 2.0}, ["[0]", "['0']"]),
+        ({"0": 1.0, 0: 2.0, "1": 3.0}, ["['0']", "[0]", "[1]"]),
+        ({None: 1.0, "None": 2.0}, ["[None]", "['None']"]),
+        ({1.5: 1.0, "1.5": 2.0}, ["[1.5]", "['1.5']"]),
+        ({(1, 2): 1.0, "(1, 2)": 2.0}, ["[(1, 2)]", "['(1, 2)']"]),
+        ({"a][b": 1.0, "a": {"b": 2.0}}, ["['a][b']", "['a']['b']"]),
+        ([{0: {"x": 1.0}, "0": {"x": 2.0}}], ["[0][0]['x']", "[0]['0']['x']"]),
+        ({0: 1.0, "0": 2.0, "'0'": 3.0}, ["[0]", "['0']", "[\"'0'\"]"]),
+        ({"a/b": 1.0, "a": {"/b": 2.0}, "a.b": 3.0}, ["[a/b]", "[a][/b]", "[a.b]"]),
+        ({Odd(): 1.0, Odd(): 2.0}, ["[Odd]", "[Odd] (2)"]),
+    ],
+)
+def test_paths_of_different_tensors_differ(output: Any, paths: list[str]) -> None:
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        return torch.full((2,), value)
+
+    found = {path: float(tensor[0]) for path, tensor in tensors_in(filled(output))}
+    assert list(found) == paths
+    assert sorted(found.values()) == list(map(float, range(1, len(paths) + 1)))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tensors_under_the_keys_0_and_text_0_have_rows_of_their_own(compiled: bool) -> None:
+    module = Calls(lambda _, x: {0: x, "0": x * 2, "other": x * 3})
+    callee = torch.compile(module, backend="eager") if compiled else torch.compiler.disable(module)
+    model = tmm.instrument(callee, tmm.Spec(tmm.activation("mean")))
+    with tmm.monitor(model).step(0):
+        model(torch.ones(3, 4))
+    assert tmm.monitor(model).get_step_metrics() == {
+        "activation/[root module][0]/mean": 1,
+        "activation/[root module]['0']/mean": 2,
+        "activation/[root module][other]/mean": 3,
+    }
+
+
 class Calls(nn.Module):
     """A layer and what is done with it."""
 

@@ -113,7 +113,10 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
+            unmeasured=attribution.unmeasured
+            | twin.recorder.registry.owners.refused
+            | _compiled_methods(twin)
+            | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
         )

@@ -28,6 +28,9 @@ ALONE = "of this rank alone (rank 0): what the others have differs"
 ATTENTION = "attention"
 """What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
 
+ATTENTION_MARK = " (attention)"
+"""What the paths of attentions that have no rows end with."""
+
 FAMILIES = (
     *("activation", "activation_difference", "activation_gradient"),
     *("gradient", "gradient_before_clip", "update", "optimizer_state"),

@@ -16,6 +16,7 @@ from tmm.alerts import Alerts, alert_events
 from tmm.gaps import CALL_THE_MODEL, Gaps, OnError
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
+from tmm.notices import Notices
 from tmm.parameters import ParameterMonitor
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.ranks import Ranks
@@ -74,6 +75,7 @@ class Monitor:
         self._ranks = ranks
         self._averaged = 1.0
         self._gaps = Gaps(on_error)
+        self._notices = Notices()
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
         self._watch: Watch | None = None
@@ -156,6 +158,7 @@ class Monitor:
         self.current_step = step
         self._finished = None
         self._open = StepCollector(step, self.registry, monitored=monitored)
+        self._open.raises_clashes = self._gaps.are_raised
         self.recording = monitored
         if earlier is not None:
             self._open.take_logged(earlier)
@@ -200,6 +203,8 @@ class Monitor:
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
         self._gaps.close()
+        if finished.ran_forward:
+            self._notices.give(self._require_twin())
         self._look_at(finished)
 
     def discard_step(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +38,9 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
     """Dotted names of ``module`` (empty) and its descendants, in the order of ``named_modules``.
 
-    A wrapper and the module that it wraps have one name; it is given to the wrapped one. A module
-    that occurs several times has the first of its names. Modules with a hash of their own, which
+    A wrapper and the module that it wraps have one name; it is given to the wrapped one. Where two
+    modules would have one name without the wrappers' components, these stay. A module that occurs
+    several times has the first of its names. Modules with a hash of their own, which
     may change, are left out, with what is inside: such are the metrics of torchmetrics.
     """
     names: dict[torch.nn.Module, str] = {}
@@ -62,6 +65,51 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
                 visit(child, f"{name}.{child_name}" if name else child_name)
 
     visit(module, "")
+    counts = Counter(names.values())
+    if len(counts) < len(names) or ROOT_NAME in counts:
+        names = _names_told_apart(module, {name for name, count in counts.items() if count > 1})
+    return names
+
+
+def _names_told_apart(
+    module: torch.nn.Module, ambiguous: Container[str]
+) -> dict[torch.nn.Module, str]:
+    """``relative_names`` where some are ``ambiguous``, or that of the root.
+
+    What has an ambiguous name gets that of ``named_modules`` instead, and a number where even that
+    is taken.
+    """
+    names: dict[torch.nn.Module, str] = {}
+    taken = {ROOT_NAME}
+    seen: set[torch.nn.Module] = set()
+
+    def visit(current: torch.nn.Module, name: str, whole: str, shown: str) -> None:
+        if current is not module and type(current).__hash__ is not torch.nn.Module.__hash__:
+            return
+        if current in seen:
+            return
+        seen.add(current)
+        inner = wrapped_module(current)
+        if name in ambiguous and name:
+            shown = whole
+        if inner is None:
+            plain, number = shown, 2
+            while shown in taken:
+                shown, number = f"{plain} ({number})", number + 1
+            taken.add(shown)
+            names[current] = shown
+        both = name, shown
+        for child_name, child in current._modules.items():
+            if child is None:
+                continue
+            of_child = f"{whole}.{child_name}" if whole else child_name
+            if child is inner:
+                visit(child, name, of_child, shown)
+            else:
+                plain, told = (f"{start}.{child_name}" if start else child_name for start in both)
+                visit(child, plain, of_child, told)
+
+    visit(module, "", "", "")
     return names
 
 
@@ -140,7 +188,15 @@ def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
     return names
 
 
-def unwrapped_name(name: str) -> str:
-    """A name in a state dict without the components of wrappers."""
-    parts = name.removeprefix("module.").split(".")
-    return ".".join(part for part in parts if part not in _WRAPPED)
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Names in a state dict, and what they are without the components of wrappers.
+
+    Names that are equal without them keep them.
+    """
+    whole = {name: name.removeprefix("module.") for name in names}
+    without = {
+        name: ".".join(part for part in stripped.split(".") if part not in _WRAPPED)
+        for name, stripped in whole.items()
+    }
+    counts = Counter(without.values())
+    return {name: plain if counts[plain] == 1 else whole[name] for name, plain in without.items()}

@@ -117,8 +117,8 @@ class WatchedScaler:
             found = self.scaler._found_inf_per_device(optimizer).values()
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
             collector.skipped.append(copy_to_host(skipped))
-            collector.log("step/skipped", (skipped > 0).float(), "max")
-            collector.log("step/grad_scale", scale, "max")
+            noted = torch.stack([(skipped > 0).to(scale.dtype), scale.detach()]).reshape(-1)
+            collector.add_numbers(("step/skipped", "step/grad_scale"), noted, "max")
 
     def _is_around(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer that is not known yet, for it skips its first step, is one of ours.

@@ -256,7 +256,7 @@ class ParameterMonitor:
             of_blocks = values.new_zeros(len(norms.keys) - 1)
             of_blocks.index_add_(0, norms.places, values)
             sums = torch.cat([values.sum().reshape(1), of_blocks])
-            collector.log_each(norms.keys, sums.sqrt_(), "norm")
+            collector.add_numbers(norms.keys, sums.sqrt_(), "norm")
 
     def _norms_of(self, total: str, names: Names, device: torch.device) -> _Norms:
         known = self._norms.get(total)  # those of the last step, which most steps have again
@@ -316,5 +316,8 @@ def block_of(module: torch.nn.Module, parameter: str) -> str:
         is_list = isinstance(unwrapped(module), (torch.nn.ModuleList, torch.nn.Sequential))
         if is_list:
             return ".".join(parts[: depth + 1])
-        module = getattr(unwrapped(module), part)
+        children = unwrapped(module)._modules
+        if children.get(part) is None:
+            break  # a name that tells modules apart which wrappers give the same one
+        module = children[part]
     return parts[0] if parts else parameter

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tmm.naming import buffer_names, parameter_names, unwrapped_name
+from tmm.naming import buffer_names, parameter_names, unwrapped_names
 from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Plan, ReferenceSource
 
@@ -134,11 +134,9 @@ def _tensors(
         return parameters | {name: buffer for buffer, name in buffer_names(reference).items()}
     if isinstance(reference, (str, os.PathLike)):
         reference = _read(Path(reference))
-    return {
-        unwrapped_name(name): value.detach()
-        for name, value in reference.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: v for name, v in reference.items() if isinstance(v, torch.Tensor)}
+    names = unwrapped_names(tensors)
+    return {names[name]: value.detach() for name, value in tensors.items()}
 
 
 def _read(path: Path) -> Mapping[str, torch.Tensor]:

@@ -226,6 +226,7 @@ class LiveRun:
                 " into one module"
             )
         self.monitor = monitor
+        self._registry = monitor.registry  # a key has one owner, wherever it is logged
 
     def has_opened(self, collector: StepCollector) -> bool:
         """Whether the step of the monitor was opened by this run; called by the monitor."""

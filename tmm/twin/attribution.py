@@ -10,6 +10,7 @@ import torch
 
 from tmm.layout import (
     ATTENTION,
+    ATTENTION_MARK,
     DIFFERENCE,
     OUTSIDE,
     ROOT_NAME,
@@ -52,8 +53,9 @@ class Attribution:
     whose frame is running, as a parameter among the graph's inputs confirms.
 
     ``rows`` are all measurements so far, with names as in keys; ``unmeasured`` are the sites that
-    were asked for and have none, with the reason; ``by_rank`` those whose rows of several ranks
-    are not joined; ``remarks`` is what else is to be known of rows.
+    were asked for and have none, with the reason, and ``lost_attention`` the attentions among them;
+    ``by_rank`` those whose rows of several ranks are not joined; ``remarks`` is what else is to be
+    known of rows.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Attribution:
         self.ranks = ranks
         self.names = relative_names(root)
         self.unmeasured: dict[str, str] = {}
+        self.lost_attention: dict[str, str] = {}
         self.by_rank: dict[str, str] = {}
         self.remarks: dict[str, str] = {}
         self._registry = registry
@@ -162,7 +165,10 @@ class Attribution:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         resolve = self._resolver(owner)
         for site, reason in unmeasured:
-            self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
+            name = (resolve(site.module) or site.module) + site.path
+            self.unmeasured[name] = reason
+            if site.path.endswith(ATTENTION_MARK):
+                self.lost_attention[name] = reason
 
     def bind(
         self,
@@ -231,7 +237,8 @@ class Attribution:
     def _placed(self, measurement: Measurement) -> Site | None:
         """Where this rank records a measurement, whose site is named as in keys."""
         site = self.ranks.placed(measurement, self.by_rank)
-        if site is not None:
+        family, reduction = measurement.family, measurement.reduction
+        if site is not None and self._registry.claim(family, site, reduction) is not None:
             self.rows[replace(measurement, site=site)] = None
         return site
 

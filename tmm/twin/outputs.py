@@ -11,27 +11,48 @@ def tensors_in(output: object) -> list[tuple[str, torch.Tensor]]:
     """Each tensor in ``output`` with its path: empty for a tensor, else ``"[0]"``, ``"[a][b]"``.
 
     Tuples and lists are walked by position, dicts by key and dataclasses by field; whatever else
-    is no tensor is skipped. Also traced by Dynamo, hence so plain.
+    is no tensor is skipped. Where two paths would be equal, as of the keys 0 and ``"0"``, keys are
+    written as in Python: ``"['0']"``. Also traced by Dynamo, hence so plain.
     """
     found: list[tuple[str, torch.Tensor]] = []
-    _walk(output, "", found)
+    _walk(output, "", found, False)
+    paths = [path for path, _ in found]
+    if len(set(paths)) < len(paths):
+        return _told_apart(output, found)
     return found
 
 
-def _walk(value: object, path: str, found: list[tuple[str, torch.Tensor]]) -> None:
+def _told_apart(
+    output: object, found: list[tuple[str, torch.Tensor]]
+) -> list[tuple[str, torch.Tensor]]:
+    """The same tensors with paths that differ, those that differ already as they are."""
+    exact: list[tuple[str, torch.Tensor]] = []
+    _walk(output, "", exact, True)
+    plain = [path for path, _ in found]
+    paths = [exact[place][0] if plain.count(path) > 1 else path for place, path in enumerate(plain)]
+    if len(set(paths)) < len(paths):
+        paths = [path for path, _ in exact]
+    told: list[tuple[str, torch.Tensor]] = []
+    for place, path in enumerate(paths):
+        before = paths[:place].count(path)
+        told.append((f"{path} ({before + 1})" if before else path, found[place][1]))
+    return told
+
+
+def _walk(value: object, path: str, found: list[tuple[str, torch.Tensor]], is_exact: bool) -> None:
     if isinstance(value, torch.Tensor):
         found.append((path, value))
     elif isinstance(value, dict):
         for key, item in value.items():
-            _walk(item, f"{path}[{key}]", found)
+            _walk(item, f"{path}[{key!r}]" if is_exact else f"{path}[{key}]", found, is_exact)
     elif isinstance(value, (tuple, list)):
         for position, item in enumerate(value):
-            _walk(item, f"{path}[{position}]", found)
+            _walk(item, f"{path}[{position}]", found, is_exact)
     elif value is None or isinstance(value, (int, float, str, type)):
         pass  # Dynamo cannot ask a symbolic number for its attributes
     elif hasattr(value, "__dataclass_fields__"):
         for name in value.__dataclass_fields__:
-            _walk(getattr(value, name), f"{path}[{name}]", found)
+            _walk(getattr(value, name), f"{path}[{name}]", found, is_exact)
 
 
 def mark_outputs(module: torch.nn.Module, arguments: object, output: object) -> None:

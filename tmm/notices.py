@@ -1,0 +1,53 @@
+"""Warnings of what a rule asks for and has no rows; ``tmm.explain`` has the reasons as well."""
+
+from __future__ import annotations
+
+import warnings
+
+from tmm.gaps import MonitoringWarning
+from tmm.layout import ATTENTION
+from tmm.twin.twin import Twin
+
+_SHOWN = 3  # names in a warning
+
+
+class Notices:
+    """Says once, at the end of a step, what it found that is not measured.
+
+    That is what had the key of something else, and attentions.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, None] = {}
+        self._known = -1
+
+    def give(self, twin: Twin) -> None:
+        """Warn of what is new since the last call."""
+        refused, lost = twin.recorder.registry.owners.refused, twin.attribution.lost_attention
+        if len(refused) + len(lost) == self._known:
+            return
+        is_first, self._known = self._known < 0, len(refused) + len(lost)
+        found = {**refused, **lost}
+        if is_first and not lost and twin.plan.spec.measures(ATTENTION):
+            found |= _attention_nowhere(twin)
+        new = {name: reason for name, reason in found.items() if name not in self._said}
+        self._said |= dict.fromkeys(new)
+        if new:
+            listed = "; ".join(f"{name}: {new[name]}" for name in list(new)[:_SHOWN])
+            more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+            warnings.warn(
+                f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)",
+                MonitoringWarning,
+                stacklevel=4,
+            )
+
+
+def _attention_nowhere(twin: Twin) -> dict[str, str]:
+    """The rules of attention, where nothing was found that they could measure."""
+    if any(measurement.is_of_attention for measurement in twin.attribution.rows):
+        return {}
+    return {
+        str(rule): f"no attention that is known was found in the {len(names)} modules it matches"
+        for rule, names in twin.plan.matched.items()
+        if rule.family == ATTENTION
+    }
