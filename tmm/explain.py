@@ -62,6 +62,7 @@ class Explanation:
         unmeasured: what has no rows, with the reason.
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
+        notes: what could not be told of the model, with the reason; rows do not depend on it.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -74,6 +75,7 @@ class Explanation:
     eager: dict[str, str]
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -113,6 +115,7 @@ class Explanation:
             eager=eager,
             unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
+            notes=tuple(twin.notes.texts),
         )
 
     def __str__(self) -> str:
@@ -125,6 +128,8 @@ class Explanation:
         lines += _listed("measured eagerly, outside of graphs:", self.eager)
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("not measured:", self.unmeasured)
+        if self.notes:
+            lines += ["not told here:", *(f"    {note}" for note in self.notes)]
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
         return "\n".join(lines)
 

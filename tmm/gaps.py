@@ -62,11 +62,11 @@ class Gaps:
     def add_failure(self, step: int, error: Exception) -> None:
         """A step is not recorded because monitoring failed; warns of the first one in a row."""
         self._failures += 1
-        self.add(step, f"monitoring failed: {type(error).__name__}: {error}")
+        self.add(step, f"monitoring failed: {words(error)}")
         if self._failures == 1:
             warnings.warn(
                 f"monitoring failed on step {step}, which is not recorded; the training goes on."
-                f" {type(error).__name__}: {error}",
+                f" {words(error)}",
                 MonitoringWarning,
                 stacklevel=4,
             )
@@ -81,3 +81,11 @@ class Gaps:
                 MonitoringWarning,
                 stacklevel=4,
             )
+
+
+def words(error: BaseException) -> str:
+    """Type and message of an error, also of one whose message cannot be written."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # the __str__ of a user's exception may fail
+        return f"{type(error).__name__}, whose message cannot be written"

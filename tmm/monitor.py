@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
-from tmm.gaps import CALL_THE_MODEL, Gaps, OnError
+from tmm.gaps import CALL_THE_MODEL, Gaps, OnError, words
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.parameters import ParameterMonitor
@@ -236,7 +236,7 @@ class Monitor:
         try:
             yield yield_value
         except BaseException as error:
-            self._drop_step(f"ended by {type(error).__name__}: {error}")
+            self._drop_step(f"ended by {words(error)}")
             raise
         self.end_step()
 
@@ -572,8 +572,11 @@ class Monitor:
             self._alerts.act(finished.step, found)
 
     def _save_explanation(self) -> None:
-        if self._writer is not None and self._explain is not None:
-            self._writer.write_text("explain.txt", self._explain())
+        if self._writer is None or self._explain is None:
+            return
+        writer, explain = self._writer, self._explain
+        notes = self._require_twin().notes  # a full disk raises where what was measured is written
+        notes.attempt("explain.txt", lambda: writer.write_text("explain.txt", explain()), None)
 
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:

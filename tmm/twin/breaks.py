@@ -72,9 +72,9 @@ def _counts() -> Counter[str]:
     return counts
 
 
-def _summary(reason: str) -> str:
+def _summary(reason: object) -> str:
     """Title and explanation of one of Dynamo's messages, on one line."""
-    title, _, rest = reason.partition("\n")
+    title, _, rest = str(reason).partition("\n")
     explanation = rest.strip().partition("\n")[0].removeprefix("Explanation: ")
     text = f"{title}: {explanation}" if explanation else title
     return re.sub(r" at 0x[0-9a-f]+", "", text)

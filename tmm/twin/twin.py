@@ -36,6 +36,7 @@ from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.notes import Notes
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -102,6 +103,7 @@ class Twin:
         self.attribution = Attribution(module, plan, recorder.registry, ranks or Ranks())
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
+        self.notes = Notes()
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
         self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
