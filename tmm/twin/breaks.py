@@ -33,6 +33,10 @@ class GraphBreaks:
             self.reasons.setdefault(module, {})[_summary(reason)] = None
         self._seen = now
 
+    def add(self, module: torch.nn.Module, reason: str) -> None:
+        """Credit a reason of ours to ``module``."""
+        self.reasons.setdefault(module, {})[reason] = None
+
     def of(self, *modules: torch.nn.Module | None) -> str:
         """The reasons of the first of ``modules`` that has any."""
         for module in modules:

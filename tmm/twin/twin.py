@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
@@ -35,7 +37,7 @@ from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
-from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.notes import Notes
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
@@ -106,7 +108,7 @@ class Twin:
         self.notes = Notes()
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
-        self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
+        self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
         self._backends: list[MeasuringBackend] = []
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
@@ -164,6 +166,8 @@ class Twin:
             if not self._in_program:
                 call = region.callee if module is None else module._call_impl
                 return call(*args, **kwargs)
+            if module is not None and _runs_hooks_outside(region, module):
+                return self._run_between_hooks(region, module, *args, **kwargs)
             self._entering = module
             return self._program(region)(region.callee, *args, **kwargs)
         except (BackendCompilerFailed, InternalTorchDynamoError) as error:
@@ -175,11 +179,24 @@ class Twin:
             del self._frames[depth:]
             self._entering, self._in_program = entering, in_program
 
-    def _program(self, region: Region) -> Callable[..., Any]:
+    def _run_between_hooks(
+        self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run hooks as they are, and what lies between them in graphs, as the user's program."""
+        self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
+        program = self._program(region, is_traced=False)
+        if region.entry == "call":
+            return program(module._call_impl, *args, **kwargs)
+        forward = getattr(module.forward, "__func__", module.forward)
+        with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
+            return module._call_impl(*args, **kwargs)
+
+    def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
         settings = region.settings
         assert settings is not None
-        for kind, known, program in self._programs:
-            if kind is type(region.callee) and known == settings:
+        key = (type(region.callee), settings, is_traced)
+        for known, program in self._programs:
+            if known == key:
                 return program
         sampling = None
         if (kept := self.plan.spec.reference_samples) is not None:
@@ -187,9 +204,10 @@ class Twin:
         backend = MeasuringBackend(self, settings, sampling)
         self._backends.append(backend)
         program = compile_separately(
-            *(_traced, settings, backend.compiler(), _keep_guards, region.callee)
+            *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
+            is_traced=is_traced,
         )
-        self._programs.append((type(region.callee), settings, program))
+        self._programs.append((key, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
 
@@ -445,6 +463,34 @@ def _reduce_gradient(
     if factor is not None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
     sink(binding, [reduce_eagerly(gradient, reduction)])
+
+
+def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
+    """Whether Dynamo, given ``module`` as a whole, would trace more than the user's program does.
+
+    That begins with the forward: neither hooks nor a ``__call__`` of the user's are in its graphs.
+    """
+    if region.entry == "callee":
+        return False
+    return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
+
+
+def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
+    return MethodType(function, module) if isinstance(function, FunctionType) else function
+
+
+@contextmanager
+def _shadowed(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module`` run ``forward`` in the place of its own, where that is compiled."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
