@@ -212,12 +212,13 @@ def _sites(twin: Twin) -> dict[str, tuple[str, ...]]:
 
 def _compiled_methods(twin: Twin) -> dict[str, str]:
     """Methods that are compiled by themselves, of modules whose forward runs outside of graphs."""
+    measured = {(region.module, "forward") for region in (twin.root, *twin.regions)}
     return {
         f"{twin.attribution.name(module)}.{name}": "compiled by itself: what it calls has no rows"
         for module in twin.eager_modules
         for kind in type(module).__mro__
         for name, value in vars(kind).items()
-        if settings_of(value) is not None
+        if settings_of(value) is not None and (module, name) not in measured
     }
 
 

@@ -183,10 +183,11 @@ class Twin:
         self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
         """Run hooks as they are, and what lies between them in graphs, as the user's program."""
-        self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
         program = self._program(region, is_traced=False)
         if region.entry == "call":
+            self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
             return program(module._call_impl, *args, **kwargs)
+        self.breaks.add(module, "its forward alone is compiled")
         forward = getattr(module.forward, "__func__", module.forward)
         with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
             return module._call_impl(*args, **kwargs)
@@ -470,9 +471,9 @@ def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
 
     That begins with the forward: neither hooks nor a ``__call__`` of the user's are in its graphs.
     """
-    if region.entry == "callee":
-        return False
-    return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
+    if region.entry == "call":
+        return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
+    return region.entry == "forward"
 
 
 def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
