@@ -82,6 +82,16 @@ class Gaps:
                 stacklevel=4,
             )
 
+    def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
+        """Warn that a forward pass was traced or transformed instead of trained on."""
+        warnings.warn(
+            f"a forward pass of the instrumented model in the monitored step {step} ran under"
+            f" {foreign}; tmm runs such passes as they are and measures nothing of them. Put them"
+            " into a block `with monitor.no_monitor():` to say that this is meant",
+            MonitoringWarning,
+            stacklevel=4,
+        )
+
 
 def words(error: BaseException) -> str:
     """Type and message of an error, also of one whose message cannot be written."""

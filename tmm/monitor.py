@@ -28,6 +28,7 @@ from tmm.runtime.segment import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import ReferenceSource, Spec, check_reference
+from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
 from tmm.watch import Watch
@@ -477,13 +478,16 @@ class Monitor:
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
 
-        A fault of the monitoring is raised until a first step has succeeded (unless
+        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the monitoring is raised until a first step has succeeded (unless
         ``on_error="warn"``). After that the user's own program runs in its place, from the same
         random state, and the step is dropped with a warning and an event in the run.
         """
         collector, twin = self._open, self._twin
         assert twin is not None
         assert collector is not None
+        if (foreign := foreign_inputs(args, kwargs)) is not None:
+            self.pass_by(foreign)
+            return plain(*args, **kwargs)
         collector.ran_forward = True
         if self._gaps.are_certain:
             collector.failed = True
@@ -502,6 +506,16 @@ class Monitor:
             collector.failed = True
             self._gaps.add_failure(collector.step, error)
             return output
+
+    def pass_by(self, foreign: str) -> None:
+        """Say, once, that a pass which is ``foreign`` (``torch.export``, say) is not measured."""
+        assert self._open is not None
+        self._open.expects_forward = False  # that none was measured is said here
+        unmeasured = self._require_twin().attribution.unmeasured
+        name = f"[root module], under {foreign}"
+        if name not in unmeasured:
+            unmeasured[name] = PASSED_BY
+            self._gaps.warn_of_foreign_pass(self._open.step, foreign)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile the monitored program for these arguments of the model, ahead of its first step.

@@ -37,6 +37,7 @@ from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
+from tmm.twin.foreign import PASSED_BY
 from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.notes import Notes
 from tmm.twin.regions import Region
@@ -145,6 +146,17 @@ class Twin:
             return self.run(region, *args, **kwargs)
         finally:
             self._discarding = discarding
+
+    @contextmanager
+    def set_aside(self, region: Region, foreign: str) -> Iterator[None]:
+        """Let the user's program run inside of a forward pass of the twin, which is ``foreign``."""
+        name = self.attribution.name(self.frame if region.module is None else region.module)
+        self.attribution.unmeasured[f"{name}, under {foreign}"] = PASSED_BY
+        self._hooks.remove()
+        try:
+            yield
+        finally:
+            self._hooks.watch()
 
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
