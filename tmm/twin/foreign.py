@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch._C import _TorchDispatchModeKey as ModeKey
+from torch._C._functorch import TransformType
 from torch._subclasses import FakeTensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
@@ -22,12 +23,21 @@ _MODES = {
 }
 
 
+_TRANSFORMS = {
+    TransformType.Vmap: "vmap",
+    TransformType.Functionalize: "functionalize",
+}
+
+
 def transform() -> str | None:
-    """The transform of ``torch.func`` that is at work, if one is."""
-    if not torch._C._are_functorch_transforms_active():
-        return None
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return f"torch.func ({'' if interpreter is None else interpreter.key().name.lower()})"
+    """The transform of ``torch.func`` that gives no numbers of the model itself, if one is at work.
+
+    Derivatives do: their forward passes compute what those of a training compute.
+    """
+    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+        if interpreter.key() in _TRANSFORMS:
+            return f"torch.func.{_TRANSFORMS[interpreter.key()]}"
+    return None
 
 
 def foreign_pass() -> str | None:
@@ -46,12 +56,17 @@ def foreign_pass() -> str | None:
 
 
 def foreign_inputs(args: Iterable[object], kwargs: Mapping[str, object]) -> str | None:
-    """Why what a pass is called with holds no numbers; None where it does."""
+    """What a pass is for, judged by what it is called with; None for one that just runs.
+
+    Derivatives by the inputs are not those of a training, which are by the parameters.
+    """
     for value in (*_leaves(args), *_leaves(kwargs)):
         if isinstance(value, FakeTensor):
             return "fake tensors"
         if value.is_meta:
             return "tensors on the meta device"
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return "a derivative by its inputs (torch.func)"
     return None
 
 

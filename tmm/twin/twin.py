@@ -152,11 +152,13 @@ class Twin:
         """Let the user's program run inside of a forward pass of the twin, which is ``foreign``."""
         name = self.attribution.name(self.frame if region.module is None else region.module)
         self.attribution.unmeasured[f"{name}, under {foreign}"] = PASSED_BY
+        outer = _running.set(None)
         self._hooks.remove()
         try:
             yield
         finally:
             self._hooks.watch()
+            _running.reset(outer)
 
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
