@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import pass_of, sites_of
 
 _CONSTANT_LIMIT = 4096  # elements of a constant that are written out
+_NUMPY_WRAPPERS = ("numpy_to_tensor_wrapper", "numpy_method_wrapper", "numpy_operator_wrapper")
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ def node_lines(
 def runnable_code(module: GraphModule) -> str:
     """Python source that defines ``graph``, a module that computes what ``module`` does.
 
-    Constants of more than 4096 elements are left for the reader to fill in.
+    Constants of more than 4096 elements are left for the reader to fill in, and so is a callable
+    that has no name to import it by.
     """
-    imports = {"import torch", "import tmm"}
-    classes = "\n\n\n".join(_classes(module, "Graph", imports))
-    return "\n".join(sorted(imports)) + f"\n\n\n{classes}\n\n\ngraph = Graph()\n"
+    needs = Needs({"import torch", "import tmm"}, {})
+    classes = "\n\n\n".join(_classes(module, "Graph", needs))
+    head = "\n".join([*sorted(needs.imports), *needs.definitions])
+    return f"{head}\n\n\n{classes}\n\n\ngraph = Graph()\n"
 
 
 def _line(node: Node, names: Mapping[int, str], indent: str) -> NodeLine:
@@ -89,9 +94,24 @@ def _line(node: Node, names: Mapping[int, str], indent: str) -> NodeLine:
     elif node.op == "call_method":
         text = f"{result}.{node.target}({arguments})"
     else:
-        text = f"{result}{node._pretty_print_target(node.target)}({arguments})"
+        text = f"{result}{_target(node)}({arguments})"
     measures = dict.fromkeys(site_label(family, site) for family, site in sites_of(node))
     return NodeLine(indent + text, _module(node, names), pass_of(node) or "", tuple(measures))
+
+
+def _target(node: Node) -> str:
+    try:
+        return str(node._pretty_print_target(node.target))
+    except Exception:  # it asks for names, which not every callable has
+        return _written(node.target)
+
+
+def _written(value: object) -> str:
+    """``repr``, or the type of an object whose own one fails."""
+    try:
+        return repr(value)
+    except Exception:  # an object of the user's
+        return f"<a {type(value).__name__}>"
 
 
 def _argument(value: object) -> str:
@@ -103,8 +123,9 @@ def _argument(value: object) -> str:
             return f"[{items}]"
         return f"({items},)" if len(value) == 1 else f"({items})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_argument(item)}" for key, item in value.items()) + "}"
-    return repr(value)
+        items = ", ".join(f"{_written(key)}: {_argument(item)}" for key, item in value.items())
+        return "{" + items + "}"
+    return _written(value)
 
 
 def _type(example: object) -> str:
@@ -128,7 +149,15 @@ def site_label(family: str, site: Site) -> str:
     return f"{family}/{name or '[this module]'}" if family else f"record {name!r}"
 
 
-def _classes(module: GraphModule, name: str, imports: set[str]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Needs:
+    """What the text of a graph refers to: lines that import it, and then lines that define it."""
+
+    imports: set[str]
+    definitions: dict[str, None]
+
+
+def _classes(module: GraphModule, name: str, needs: Needs) -> Iterator[str]:
     fields = []
     for node in module.graph.nodes:
         if node.op not in ("get_attr", "call_module"):
@@ -136,7 +165,7 @@ def _classes(module: GraphModule, name: str, imports: set[str]) -> Iterator[str]
         target = str(node.target)
         value = getattr(module, target)
         if isinstance(value, GraphModule):
-            yield from _classes(value, f"{name}_{target}", imports)
+            yield from _classes(value, f"{name}_{target}", needs)
             # Higher-order operators take graphs only.
             fields.append(f"        self.{target} = torch.fx.symbolic_trace({name}_{target}())")
         else:
@@ -145,18 +174,65 @@ def _classes(module: GraphModule, name: str, imports: set[str]) -> Iterator[str]
     if fields:
         lines += ["    def __init__(self):", "        super().__init__()"]
         lines += [*dict.fromkeys(fields), ""]
-    lines += ["    " + line if line.strip() else "" for line in _forward(module.graph, imports)]
+    lines += ["    " + line if line.strip() else "" for line in _forward(module.graph, needs)]
     yield "\n".join(lines)
 
 
-def _forward(graph: Graph, imports: set[str]) -> list[str]:
+def _forward(graph: Graph, needs: Needs) -> list[str]:
     code = graph.python_code("self")
     for name, value in code.globals.items():
         if name in _custom_builtins:
-            imports.add(_custom_builtins[name].import_str)
+            needs.imports.add(_custom_builtins[name].import_str)
         elif name not in ("torch", "tmm"):
-            imports.add(f"from {value.__module__} import {value.__qualname__} as {name}")
+            _define(name, value, needs)
     return code.src.strip().splitlines()
+
+
+def _define(name: str, value: object, needs: Needs) -> None:
+    place = _place(value)
+    if place is not None and "." not in place[1]:
+        needs.imports.add(f"from {place[0]} import {place[1]} as {name}")
+        return
+    expression = _expression(value, needs)
+    if expression is None:
+        expression = f"None  # fill in: {' '.join(_written(value).split())}"
+    needs.definitions[f"{name} = {expression}"] = None
+
+
+def _expression(value: object, needs: Needs) -> str | None:
+    """Python that gives the callable ``value``; None for one that cannot be had by any name."""
+    if (place := _place(value)) is not None:
+        needs.imports.add(f"import {place[0]}")
+        return ".".join(place)
+    if isinstance(value, functools.partial):
+        inner, bound = value.func, [*map(_argument, value.args)]
+        bound += [f"{name}={_argument(item)}" for name, item in value.keywords.items()]
+        maker = "functools.partial"
+    elif type(value).__name__ in _NUMPY_WRAPPERS:
+        inner, bound = next(iter(vars(value).values())), []
+        maker = f"torch._dynamo.utils.{type(value).__name__}"
+    else:
+        return None
+    wrapped = repr(inner) if isinstance(inner, str) else _expression(inner, needs)
+    if wrapped is None:
+        return None
+    needs.imports.add(f"import {maker.rpartition('.')[0]}")
+    return f"{maker}({', '.join([wrapped, *bound])})"
+
+
+def _place(value: object) -> tuple[str, str] | None:
+    """Module and qualified name under which ``value`` itself is found; None if it is not."""
+    try:
+        owner = getattr(value, "__objclass__", value)  # of what C defines: torch.Tensor.to
+        module, name = owner.__module__, value.__qualname__  # type: ignore[attr-defined]
+        found: object = sys.modules[module]
+        if owner is not value:
+            name = f"{owner.__qualname__}.{value.__name__}"  # type: ignore[attr-defined]
+        for part in name.split("."):
+            found = getattr(found, part)
+    except Exception:  # not every callable has these names, and some fail when they are asked
+        return None
+    return (module, name) if found is value else None
 
 
 def _constant(value: object) -> str:

@@ -63,6 +63,7 @@ class Explanation:
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
         notes: what rows are of, where their names do not tell it: those of a family, or of a site.
+        untold: what could not be told of the model, with the reason; rows do not depend on it.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -76,6 +77,7 @@ class Explanation:
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    untold: tuple[str, ...] = ()
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -119,6 +121,7 @@ class Explanation:
             | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
+            untold=tuple(twin.notes.texts),
         )
 
     def __str__(self) -> str:
@@ -132,6 +135,8 @@ class Explanation:
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("to be known of rows:", _together(self.notes))
         lines += _listed("not measured:", self.unmeasured)
+        if self.untold:
+            lines += ["not told here:", *(f"    {note}" for note in self.untold)]
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
         return "\n".join(lines)
 
@@ -227,12 +232,13 @@ def _sites(twin: Twin) -> dict[str, tuple[str, ...]]:
 
 def _compiled_methods(twin: Twin) -> dict[str, str]:
     """Methods that are compiled by themselves, of modules whose forward runs outside of graphs."""
+    measured = {(region.module, "forward") for region in (twin.root, *twin.regions)}
     return {
         f"{twin.attribution.name(module)}.{name}": "compiled by itself: what it calls has no rows"
         for module in twin.eager_modules
         for kind in type(module).__mro__
         for name, value in vars(kind).items()
-        if settings_of(value) is not None
+        if settings_of(value) is not None and (module, name) not in measured
     }
 
 

@@ -63,11 +63,11 @@ class Gaps:
     def add_failure(self, step: int, error: Exception) -> None:
         """A step is not recorded because monitoring failed; warns of the first one in a row."""
         self._failures += 1
-        self.add(step, f"monitoring failed: {type(error).__name__}: {error}")
+        self.add(step, f"monitoring failed: {words(error)}")
         if self._failures == 1:
             warnings.warn(
                 f"monitoring failed on step {step}, which is not recorded; the training goes on."
-                f" {type(error).__name__}: {error}",
+                f" {words(error)}",
                 MonitoringWarning,
                 stacklevel=4,
             )
@@ -88,3 +88,21 @@ class Gaps:
         if kind not in self._told:
             self._told.add(kind)
             warnings.warn(text, MonitoringWarning, stacklevel=4)
+
+    def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
+        """Warn that a forward pass was traced or transformed instead of trained on."""
+        warnings.warn(
+            f"a forward pass of the instrumented model in the monitored step {step} ran under"
+            f" {foreign}; tmm runs such passes as they are and measures nothing of them. Put them"
+            " into a block `with monitor.no_monitor():` to say that this is meant",
+            MonitoringWarning,
+            stacklevel=4,
+        )
+
+
+def words(error: BaseException) -> str:
+    """Type and message of an error, also of one whose message cannot be written."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # the __str__ of a user's exception may fail
+        return f"{type(error).__name__}, whose message cannot be written"

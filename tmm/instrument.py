@@ -232,7 +232,7 @@ def _root(
 ) -> Region:
     """The region that a call of ``model`` enters."""
     holder = model if isinstance(model, torch.nn.Module) else None
-    settings = None
+    settings = region = None
     if holder is None:
         settings = settings_of(model)
     elif (region := region_of(holder)) is not None:
@@ -245,6 +245,8 @@ def _root(
             f"backend={backend!r} goes with a model that is not compiled; this one is, or a part"
             " of it, and is measured as it was compiled"
         )
+    if region is not None:
+        return region
     if isinstance(holder, OptimizedModule):
         return Region(holder._orig_mod, settings, holder, "forward")
     return Region(model if holder is not None else innermost_fn(model), settings, holder)

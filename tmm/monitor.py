@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
-from tmm.gaps import CALL_THE_MODEL, Gaps, OnError
+from tmm.gaps import CALL_THE_MODEL, Gaps, OnError, words
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.notices import Notices
@@ -29,6 +29,7 @@ from tmm.runtime.segment import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import ReferenceSource, Spec, check_reference
+from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
 from tmm.watch import Watch
@@ -241,7 +242,7 @@ class Monitor:
         try:
             yield yield_value
         except BaseException as error:
-            self._drop_step(f"ended by {type(error).__name__}: {error}")
+            self._drop_step(f"ended by {words(error)}")
             raise
         self.end_step()
 
@@ -489,13 +490,16 @@ class Monitor:
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
 
-        A fault of the monitoring is raised until a first step has succeeded (unless
+        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the monitoring is raised until a first step has succeeded (unless
         ``on_error="warn"``). After that the user's own program runs in its place, from the same
         random state, and the step is dropped with a warning and an event in the run.
         """
         collector, twin = self._open, self._twin
         assert twin is not None
         assert collector is not None
+        if (foreign := foreign_inputs(args, kwargs)) is not None:
+            self.pass_by(foreign)
+            return plain(*args, **kwargs)
         collector.ran_forward = True
         if self._gaps.are_certain:
             collector.failed = True
@@ -514,6 +518,16 @@ class Monitor:
             collector.failed = True
             self._gaps.add_failure(collector.step, error)
             return output
+
+    def pass_by(self, foreign: str) -> None:
+        """Say, once, that a pass which is ``foreign`` (``torch.export``, say) is not measured."""
+        assert self._open is not None
+        self._open.expects_forward = False  # that none was measured is said here
+        unmeasured = self._require_twin().attribution.unmeasured
+        name = f"[root module], under {foreign}"
+        if name not in unmeasured:
+            unmeasured[name] = PASSED_BY
+            self._gaps.warn_of_foreign_pass(self._open.step, foreign)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Compile the monitored program for these arguments of the model, ahead of its first step.
@@ -586,8 +600,11 @@ class Monitor:
             self._alerts.act(finished.step, found)
 
     def _save_explanation(self) -> None:
-        if self._writer is not None and self._explain is not None:
-            self._writer.write_text("explain.txt", self._explain())
+        if self._writer is None or self._explain is None:
+            return
+        writer, explain = self._writer, self._explain
+        notes = self._require_twin().notes  # a full disk raises where what was measured is written
+        notes.attempt("explain.txt", lambda: writer.write_text("explain.txt", explain()), None)
 
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:

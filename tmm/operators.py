@@ -107,8 +107,11 @@ def why_unmeasurable(tensor: torch.Tensor) -> str | None:
 
 def why_unreadable(tensor: torch.Tensor) -> str | None:
     """Why the elements of a tensor of any dtype cannot be reduced; None if they can."""
-    if torch._C._functorch.is_batchedtensor(tensor):
-        return "inside torch.func.vmap"
+    inner = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            return "inside torch.func.vmap"
+        inner = torch._C._functorch.get_unwrapped(inner)
     if tensor.layout not in (torch.strided, torch.jagged) or (
         tensor.is_nested and tensor.layout is torch.strided
     ):

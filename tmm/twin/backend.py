@@ -37,6 +37,7 @@ from tmm.passes.shared_masks import draws_random_numbers
 from tmm.reference import Reference
 from tmm.twin.breaks import begins_forward, end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
+from tmm.twin.notes import Notes
 from tmm.twin.sampling import LOST_ITEMS, Sampling
 from tmm.twin.trace import TraceFolder
 
@@ -79,6 +80,7 @@ class Host(Protocol):
 
     graphs: list[MeasuredGraph]
     trace: TraceFolder | None
+    notes: Notes
 
     @property
     def comparing(self) -> Comparing | None:
@@ -286,9 +288,12 @@ class MeasuringBackend:
             bound = (scope, scope.comparison, comparing.reference, is_part, samples, refusal)
             reference = partial(_reference_options, *bound)
         index = len(self.host.graphs)
+        notes, subject = self.host.notes, f"graph {index}, of {scope.owner_name}"
         watch = None
-        if self.host.trace is not None:
-            watch = self.host.trace.begin(index, module, scope.modules)
+        if (trace := self.host.trace) is not None:
+            folder = f"{trace.path}, {subject}"
+            begun = notes.attempt(folder, lambda: trace.begin(index, module, scope.modules), None)
+            watch = None if begun is None else notes.guarded(folder, begun)
         attention = None
         if scope.attention is not None or shows_attention(module):
             select = scope.attention or _ask_nothing
@@ -308,16 +313,18 @@ class MeasuringBackend:
         self.host.leave_out(scope.owner, rewritten.layout.unmeasured)
         report = GraphReport(
             owner=scope.owner_name,
-            settings=str(self.settings),
-            before=tuple(node_lines(module, scope.modules)),
-            after=tuple(node_lines(rewritten.module, scope.modules)),
-            code=runnable_code(rewritten.module),
+            settings=notes.attempt(subject, partial(str, self.settings), ""),
+            before=notes.attempt(subject, lambda: tuple(node_lines(module, scope.modules)), ()),
+            after=notes.attempt(
+                subject, lambda: tuple(node_lines(rewritten.module, scope.modules)), ()
+            ),
+            code=notes.attempt(subject, partial(runnable_code, rewritten.module), ""),
             rows=len(rewritten.layout.rows)
             + sum(len(row_input.layout.rows) for row_input in rewritten.row_inputs),
             outputs=rewritten.layout.outputs,
-            bytes=_extra_bytes(rewritten),
+            bytes=notes.attempt(subject, partial(_extra_bytes, rewritten), 0),
             seconds=rewritten.seconds,
-            ended_by=end_of_graph(module),
+            ended_by=notes.attempt(subject, partial(end_of_graph, module), ""),
             index=index,
         )
         witness = _find_witness(module, scope.owner)

@@ -33,6 +33,10 @@ class GraphBreaks:
             self.reasons.setdefault(module, {})[_summary(reason)] = None
         self._seen = now
 
+    def add(self, module: torch.nn.Module, reason: str) -> None:
+        """Credit a reason of ours to ``module``."""
+        self.reasons.setdefault(module, {})[reason] = None
+
     def of(self, *modules: torch.nn.Module | None) -> str:
         """The reasons of the first of ``modules`` that has any."""
         for module in modules:
@@ -72,9 +76,9 @@ def _counts() -> Counter[str]:
     return counts
 
 
-def _summary(reason: str) -> str:
+def _summary(reason: object) -> str:
     """Title and explanation of one of Dynamo's messages, on one line."""
-    title, _, rest = reason.partition("\n")
+    title, _, rest = str(reason).partition("\n")
     explanation = rest.strip().partition("\n")[0].removeprefix("Explanation: ")
     text = f"{title}: {explanation}" if explanation else title
     return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo import trace_rules
 from torch._dynamo.eval_frame import (
     DisableContext,
     OptimizedModule,
     _TorchDynamoContext,
     innermost_backend,
+    skip_code,
 )
 from torch._dynamo.exc import InvalidBackend
-from torch._dynamo.types import GuardFilterEntry
+from torch._dynamo.types import ConvertFrameReturn, GuardFilterEntry
 
 HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """Whether programs that run the same frames can keep what they compile apart (torch 2.13)."""
@@ -96,11 +98,16 @@ def compile_separately(
     backend: CompilerFunction,
     guard_filter: GuardFilter,
     callee: Callable[..., Any],
+    has_hooks: Callable[[torch.nn.Module], bool] | None = None,
+    *,
+    is_traced: bool = True,
 ) -> Callable[..., Any]:
     """Compile ``function`` as the user compiled ``callee``, which it calls, but by ``backend``.
 
     What it compiles is kept apart from what the user's own program compiles, also in frames that
     both run after a graph break. A guard is kept only if the user's filter keeps it as well.
+    ``has_hooks`` tells whether a module has hooks of the user's, where it may have others, too.
+    Where ``function`` is not to be traced, graphs begin in what it calls.
     """
 
     def keep(entries: Sequence[GuardFilterEntry]) -> list[bool]:
@@ -125,14 +132,42 @@ def compile_separately(
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=f"{function.__name__}_{_fingerprint(callee):08x}")
     own = types.FunctionType(code, function.__globals__, function.__name__)
-    compiled: Callable[..., Any] = torch._dynamo.optimize(
+    if not is_traced:
+        skip_code(code)
+    context = torch._dynamo.optimize(
         backend=backend,
         nopython=settings.fullgraph,
         dynamic=settings.dynamic,
         guard_filter_fn=keep,
         **limits,
-    )(own)
+    )
+    if has_hooks is not None:
+        context.callback = UsersFrames(context.callback, has_hooks)
+    compiled: Callable[..., Any] = context(own)
     return room_for_two(compiled)
+
+
+class UsersFrames:
+    """Dynamo's callback for frames, such that it compiles those that the user's program compiles.
+
+    Dynamo compiles the ``forward`` of a module of torch itself that has hooks, and runs it as it is
+    otherwise. Hooks that only monitored steps have are not to count.
+    """
+
+    def __init__(
+        self, callback: Callable[..., Any], has_hooks: Callable[[torch.nn.Module], bool]
+    ) -> None:
+        self._torchdynamo_orig_backend = callback  # Dynamo follows this name to the backend
+        self._has_hooks = has_hooks
+
+    def __call__(self, frame: types.FrameType, *state: Any) -> Any:
+        """What is to run in place of ``frame``."""
+        code = frame.f_code
+        module = frame.f_locals.get("self") if code.co_name == "forward" else None
+        if isinstance(module, torch.nn.Module) and not self._has_hooks(module):
+            if trace_rules.check(code):
+                return ConvertFrameReturn()
+        return self._torchdynamo_orig_backend(frame, *state)
 
 
 def _fingerprint(callee: Callable[..., Any]) -> int:

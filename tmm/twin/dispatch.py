@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
+from tmm.twin.foreign import foreign_pass, transform
 from tmm.twin.regions import COMPILED_CALL, Region, install
 from tmm.twin.twin import Twin, running_twin
 
@@ -64,9 +66,12 @@ class Dispatch:
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass inside of the backward pass. It must
             # save what the first one saved, and must not be counted again.
-            return self._repeat if self.ran_twin else self.plain
+            return self._repeat if self.ran_twin and transform() is None else self.plain
         running = running_twin()
         if running is None:
+            if self.monitor.is_monitoring() and (foreign := foreign_pass()) is not None:
+                self.monitor.pass_by(foreign)
+                return self.plain
             self.ran_twin = self.monitor.is_monitoring()
             return self._run_on_its_own if self.ran_twin else self.plain
         self.ran_twin = running is self.twin
@@ -77,11 +82,18 @@ class Dispatch:
         if self.twin.is_entering(self.region):
             assert self.region.module is not None
             return self.region.module._call_impl
+        if (foreign := foreign_pass()) is not None:
+            return partial(self._run_unmeasured, foreign)
         return self._run
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self.twin.run(self.region, *args, **kwargs)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _run_unmeasured(self, foreign: str, *args: Any, **kwargs: Any) -> Any:
+        with self.twin.set_aside(self.region, foreign):
+            return self.plain(*args, **kwargs)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _run_on_its_own(self, *args: Any, **kwargs: Any) -> Any:

@@ -82,6 +82,16 @@ class ModuleHooks:
             module.__dict__[COMPILED_CALL] = call
 
 
+def has_own_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks that are the user's, of its own or of all modules."""
+    own = (module._forward_pre_hooks, module._forward_hooks)
+    return (
+        any(len(hooks) > (_KEY in hooks) for hooks in own)
+        or bool(module._backward_hooks or module._backward_pre_hooks)
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
 def keep_guard(entry: GuardFilterEntry) -> bool:
     """Whether a guard of Dynamo depends on the user's program, and not on these hooks."""
     ours = any(entry.value is hook for hook in (mark_outputs, mark_inputs, mark_nothing))

@@ -6,7 +6,7 @@ import gc
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._dynamo import trace_rules
@@ -18,18 +18,30 @@ COMPILED_CALL = "_compiled_call_impl"
 """Where ``module.compile()`` puts what ``module(...)`` then calls. Copies do not carry it."""
 
 
+Entry = Literal["callee", "call", "forward"]
+"""What of a region the user compiled: all of it, a call that torch begins, or a forward."""
+
+_BEGUN_BY_TORCH = (
+    torch.nn.Module._call_impl.__code__,
+    torch.nn.Module._wrapped_call_impl.__code__,
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Region:
     """A module or function that is called as a whole.
 
     ``holder.attribute`` is what a call of it runs; a function has no holder. Without settings the
-    region is not compiled, and only the regions inside of it are.
+    region is not compiled, and only the regions inside of it are. Hooks of the module run inside of
+    the compiled program only where the ``entry`` is ``"callee"``: Dynamo leaves torch's own code of
+    a call alone, and begins with the forward.
     """
 
     callee: Callable[..., Any]
     settings: CompileSettings | None
     holder: torch.nn.Module | None = None
     attribute: str = COMPILED_CALL
+    entry: Entry = "callee"
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -42,12 +54,22 @@ def region_of(module: torch.nn.Module) -> Region | None:
     if isinstance(module, OptimizedModule):
         inner: torch.nn.Module = module._orig_mod
         settings = settings_of(module)
-        return None if settings is None else Region(inner, settings, module, "forward")
-    settings = settings_of(behind_dispatches(module.__dict__.get(COMPILED_CALL)))
-    if settings is None:
-        # As by @torch.compile on the method, or model.forward = torch.compile(model.forward).
-        settings = settings_of(getattr(module.forward, "__func__", module.forward))
-    return None if settings is None else Region(module, settings, module)
+        if settings is None:
+            return None
+        # A lazy module is initialized by what stands there, before this.
+        call = vars(module).get("_forward", vars(module).get("forward"))
+        return Region(inner, settings, module, "forward", _entry(call))
+    call = behind_dispatches(module.__dict__.get(COMPILED_CALL))
+    if (settings := settings_of(call)) is not None:
+        return Region(module, settings, module, entry=_entry(call))
+    # As by @torch.compile on the method, or model.forward = torch.compile(model.forward).
+    settings = settings_of(getattr(module.forward, "__func__", module.forward))
+    return None if settings is None else Region(module, settings, module, entry="forward")
+
+
+def _entry(compiled: object) -> Entry:
+    inner = getattr(behind_dispatches(compiled), "_torchdynamo_orig_callable", None)
+    return "call" if getattr(inner, "__code__", None) in _BEGUN_BY_TORCH else "callee"
 
 
 def is_left_uncompiled(model: object) -> bool:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
@@ -35,7 +37,9 @@ from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
-from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.foreign import PASSED_BY
+from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
+from tmm.twin.notes import Notes
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -102,9 +106,10 @@ class Twin:
         self.attribution = Attribution(module, plan, recorder.registry, ranks or Ranks())
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
+        self.notes = Notes()
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
-        self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
+        self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
         self._backends: list[MeasuringBackend] = []
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
@@ -142,6 +147,19 @@ class Twin:
         finally:
             self._discarding = discarding
 
+    @contextmanager
+    def set_aside(self, region: Region, foreign: str) -> Iterator[None]:
+        """Let the user's program run inside of a forward pass of the twin, which is ``foreign``."""
+        name = self.attribution.name(self.frame if region.module is None else region.module)
+        self.attribution.unmeasured[f"{name}, under {foreign}"] = PASSED_BY
+        outer = _running.set(None)
+        self._hooks.remove()
+        try:
+            yield
+        finally:
+            self._hooks.watch()
+            _running.reset(outer)
+
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
         return _running.get() is self
@@ -162,6 +180,8 @@ class Twin:
             if not self._in_program:
                 call = region.callee if module is None else module._call_impl
                 return call(*args, **kwargs)
+            if module is not None and _runs_hooks_outside(region, module):
+                return self._run_between_hooks(region, module, *args, **kwargs)
             self._entering = module
             return self._program(region)(region.callee, *args, **kwargs)
         except (BackendCompilerFailed, InternalTorchDynamoError) as error:
@@ -173,11 +193,25 @@ class Twin:
             del self._frames[depth:]
             self._entering, self._in_program = entering, in_program
 
-    def _program(self, region: Region) -> Callable[..., Any]:
+    def _run_between_hooks(
+        self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run hooks as they are, and what lies between them in graphs, as the user's program."""
+        program = self._program(region, is_traced=False)
+        if region.entry == "call":
+            self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
+            return program(module._call_impl, *args, **kwargs)
+        self.breaks.add(module, "its forward alone is compiled")
+        forward = getattr(module.forward, "__func__", module.forward)
+        with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
+            return module._call_impl(*args, **kwargs)
+
+    def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
         settings = region.settings
         assert settings is not None
-        for kind, known, program in self._programs:
-            if kind is type(region.callee) and known == settings:
+        key = (type(region.callee), settings, is_traced)
+        for known, program in self._programs:
+            if known == key:
                 return program
         sampling = None
         if (kept := self.plan.spec.reference_samples) is not None:
@@ -185,9 +219,10 @@ class Twin:
         backend = MeasuringBackend(self, settings, sampling)
         self._backends.append(backend)
         program = compile_separately(
-            *(_traced, settings, backend.compiler(), _keep_guards, region.callee)
+            *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
+            is_traced=is_traced,
         )
-        self._programs.append((type(region.callee), settings, program))
+        self._programs.append((key, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
 
@@ -443,6 +478,34 @@ def _reduce_gradient(
     if factor is not None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
     sink(binding, [reduce_eagerly(gradient, reduction)])
+
+
+def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
+    """Whether Dynamo, given ``module`` as a whole, would trace more than the user's program does.
+
+    That begins with the forward: neither hooks nor a ``__call__`` of the user's are in its graphs.
+    """
+    if region.entry == "call":
+        return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
+    return region.entry == "forward"
+
+
+def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
+    return MethodType(function, module) if isinstance(function, FunctionType) else function
+
+
+@contextmanager
+def _shadowed(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module`` run ``forward`` in the place of its own, where that is compiled."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
