@@ -34,6 +34,7 @@ class Gaps:
         self._on_error = on_error
         self._failures = 0
         self._missed_forward = False
+        self._doubts: set[str] = set()
         self._events: list[Event] = []
 
     @property
@@ -81,3 +82,9 @@ class Gaps:
                 MonitoringWarning,
                 stacklevel=4,
             )
+
+    def warn_of_doubt(self, doubt: str) -> None:
+        """Warn, once each, of what could not be known of the forward passes of a step."""
+        if doubt not in self._doubts:
+            self._doubts.add(doubt)
+            warnings.warn(doubt, MonitoringWarning, stacklevel=4)

@@ -106,6 +106,9 @@ class Host(Protocol):
     ) -> None:
         """Take what one call of ``graph`` measured."""
 
+    def follow(self, outputs: Sequence[object]) -> None:
+        """Take the outputs of one call of a graph, from which a backward pass may come back."""
+
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
     ) -> torch.Tensor:
@@ -199,6 +202,7 @@ class MeasuredGraph:
         if comparing is not None and self.loses_reference:
             comparing.end()
         self.host.collect(self, inputs, outputs[len(outputs) - extra :])
+        self.host.follow(outputs[:own])
         return outputs[:own]
 
     def outside(self, measurement: Measurement) -> bool:

@@ -67,8 +67,11 @@ class Dispatch:
             return self._repeat if self.ran_twin else self.plain
         running = running_twin()
         if running is None:
-            self.ran_twin = self.monitor.is_monitoring()
-            return self._run_on_its_own if self.ran_twin else self.plain
+            is_monitored = self.monitor.is_monitoring()
+            if torch.is_grad_enabled():
+                # An evaluation, which nobody repeats, may come before the backward pass.
+                self.ran_twin = is_monitored
+            return self._run_on_its_own if is_monitored else self.plain
         self.ran_twin = running is self.twin
         if not self.ran_twin:
             return self.plain  # the forward pass is another model's, which shares the module

@@ -59,6 +59,15 @@ class Recorder(Protocol):
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
 
+    def begin_pass(self, module: torch.nn.Module | None, inputs: object) -> None:
+        """A step function calls a module."""
+
+    def end_pass(self, output: object) -> None:
+        """The module that a step function called has given ``output``."""
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """A graph of a step function has given ``outputs``."""
+
     def gradient_sink(self) -> GradientSink | None:
         """What takes the rows of gradients of the step that is open; None if none is wanted."""
 
@@ -110,6 +119,7 @@ class Twin:
         self._entering: torch.nn.Module | None = None
         self._tracing = False
         self._in_program = False
+        self._function_depth = 0  # frames of a step function that is running, and outside of it
         self._isolation_ids: set[int] = set()
         self._discarding = False
         self._hooks = ModuleHooks(
@@ -122,7 +132,12 @@ class Twin:
     def run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         """Run a region, measured."""
         if self.is_running():
-            return self._run(region, *args, **kwargs)
+            if not self._is_in_function():
+                return self._run(region, *args, **kwargs)
+            self.recorder.begin_pass(region.module, (args, kwargs))
+            output = self._run(region, *args, **kwargs)
+            self.recorder.end_pass(output)
+            return output
         comparing = self.comparing
         if comparing is not None and region.callee in (self.attribution.root, self.root.callee):
             module = region.module
@@ -156,7 +171,10 @@ class Twin:
     def _run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         module = region.module
         depth, entering, in_program = len(self._frames), self._entering, self._in_program
+        function_depth = self._function_depth
         self._frames.append(unwrapped(self.module if module is None else module))
+        if module is None:
+            self._function_depth = len(self._frames)
         try:
             self._in_program = region.settings is not None
             if not self._in_program:
@@ -172,6 +190,7 @@ class Twin:
             self.breaks.note(self._frames[depth])
             del self._frames[depth:]
             self._entering, self._in_program = entering, in_program
+            self._function_depth = function_depth
 
     def _program(self, region: Region) -> Callable[..., Any]:
         settings = region.settings
@@ -272,6 +291,8 @@ class Twin:
     ) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
+        if self._is_in_function():
+            self.recorder.begin_pass(module, (arguments, keywords))
         self._frames.append(module)
         if self.comparing is not None:
             self.comparing.enter(module, arguments, keywords)
@@ -290,8 +311,19 @@ class Twin:
             self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
             self._probe_eagerly(module, output)
+        if self._is_in_function():
+            self.recorder.end_pass(output)
+
+    def _is_in_function(self) -> bool:
+        """Whether a step function is running, and no module that it calls."""
+        return len(self._frames) == self._function_depth and not self._discarding
 
     # Measuring
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """Tell of the outputs of a graph that a step function has run."""
+        if self._is_in_function():
+            self.recorder.follow(outputs)
 
     def collect(
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
