@@ -120,7 +120,7 @@ class ForwardPasses:
         trained = [p.module for p in self._passes if p.evidence >= _TRAINING_MODE]
         if opened_by_run:
             trained += self._trained
-        if not any(_overlap(module, other) for other in trained) or _is_in_autograd_function():
+        if not any(_overlap(module, other) for other in trained) or is_in_autograd_function():
             return False
         self._unmeasured += 1
         return True
@@ -141,7 +141,7 @@ class ForwardPasses:
             function = function.function  # the pass before it was left by an exception
         mode = self._module if module is None else module
         begun = ForwardPass(module, mode.training, torch.is_grad_enabled(), function)
-        if not begun.has_gradients and _is_in_autograd_function():
+        if not begun.has_gradients and is_in_autograd_function():
             # A reentrant checkpoint: gradients are enabled around it, and it is run once more.
             begun.has_gradients = True
             begun.backward = _PARAMETERS if begun.is_training else 0
@@ -273,7 +273,7 @@ def _is_reached(parameter: torch.Tensor) -> bool:
     return reached
 
 
-def _is_in_autograd_function() -> bool:
+def is_in_autograd_function() -> bool:
     """Whether an autograd function is running forward: it disables gradients, and has some."""
     frame = sys._getframe(1)
     while frame is not None:

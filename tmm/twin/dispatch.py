@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
+from tmm.forward_passes import is_in_autograd_function
 from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
 from tmm.twin.regions import COMPILED_CALL, Region, install
@@ -68,8 +69,8 @@ class Dispatch:
         running = running_twin()
         if running is None:
             is_monitored = self.monitor.is_monitoring()
-            if torch.is_grad_enabled():
-                # An evaluation, which nobody repeats, may come before the backward pass.
+            # An evaluation, which is not repeated, may come between a pass and its backward pass.
+            if torch.is_grad_enabled() or is_in_autograd_function():
                 self.ran_twin = is_monitored
             return self._run_on_its_own if is_monitored else self.plain
         self.ran_twin = running is self.twin

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -120,6 +121,7 @@ class Twin:
         self._tracing = False
         self._in_program = False
         self._function_depth = 0  # frames of a step function that is running, and outside of it
+        self._evaluations = 0
         self._isolation_ids: set[int] = set()
         self._discarding = False
         self._hooks = ModuleHooks(
@@ -277,11 +279,20 @@ class Twin:
                 "a graph was traced while another thread was compiling, so that its modules could"
                 " not be marked"
             )
-        return self.attribution.scope(self._frames[-1], self.values.reductions)
+        scope = self.attribution.scope(self._frames[-1], self.values.reductions)
+        is_step_function = len(self._frames) == self._function_depth
+        return replace(scope, is_step_function=True) if is_step_function else scope
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         self.attribution.leave_out(owner, unmeasured)
+
+    def leave_out_evaluations(self, count: int) -> None:
+        """Remember how many calls of the model a graph of a step function does not measure."""
+        self._evaluations += count
+        self.attribution.unmeasured["calls without gradients, in graphs of the step function"] = (
+            f"{self._evaluations} are not measured, as others of the same modules have gradients"
+        )
 
     # Calls between graphs
 
@@ -337,8 +348,15 @@ class Twin:
             *(graph, graph.layout, inputs, self._frames),
             compared=self.comparing is None or not self.comparing.lost,
         )
-        if binding is not None and not self._discarding:
+        if binding is None or self._discarding:
+            return
+        if not (graph.is_evaluation and self._is_in_function()):
             self.recorder.add(binding, extra)
+            return
+        with torch.no_grad():  # as the calls in the graph, whatever holds around it
+            self.recorder.begin_pass(None, ())
+        self.recorder.add(binding, extra)
+        self.recorder.end_pass(())
 
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
