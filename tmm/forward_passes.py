@@ -253,7 +253,10 @@ def _note_backward(
     followed: ForwardPass, module: torch.nn.Module
 ) -> Callable[[tuple[torch.Tensor, ...]], None]:
     def note(gradients: tuple[torch.Tensor, ...]) -> None:
-        if followed.backward != _PARAMETERS:
+        # Neither compiled autograd nor a transform of torch.func can tell where it goes.
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+            followed.backward = _PARAMETERS
+        elif followed.backward != _PARAMETERS:
             followed.backward = _PARAMETERS if _reaches_parameters(module) else _BACKWARD
 
     return note
