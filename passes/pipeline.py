@@ -67,9 +67,9 @@ def rewrite(
 
     With ``probes`` their gradients are measured as well; with ``reference``, which gives the
     options for the copy, they are compared; with ``attention`` attentions are measured; with
-    ``placements`` each measurement tells what this rank has of its tensor. The graph of a step
-    function may hold calls of the model that are left out, as those of an evaluation. The copy takes and
-    returns what ``module`` does, and then what ``Rewritten`` says.
+    ``placements`` each measurement tells what this rank has of its tensor. Of the graph of a step
+    function calls of the model that are an evaluation are left out. The copy takes and returns
+    what ``module`` does, and then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """

@@ -30,8 +30,8 @@ def remove_evaluations(module: GraphModule) -> int:
     """Erase the marks in calls without gradients, where the same modules are called with them, too.
 
     A call is one that the step function itself makes; as of a teacher that is the model itself, in
-    ``torch.no_grad()``. What runs without gradients only, such as a frozen encoder, stays. Afterwards
-    ``is_evaluation`` tells the nodes of those calls. Returns the number of such calls.
+    ``torch.no_grad()``. What runs without gradients only, such as a frozen encoder, stays.
+    Afterwards ``is_evaluation`` tells the nodes of those calls. Returns the number of such calls.
     """
     calls = _calls(module)
     trained = [call for call in calls if call.has_gradients]

@@ -138,7 +138,10 @@ def test_an_evaluation_after_the_last_step_makes_no_step(
 
 def test_a_forgotten_no_grad_and_eval_after_the_last_step_makes_no_step(tmp_path: Path) -> None:
     net = Net()
-    with tmm.start_run("p", root=tmp_path) as run:
+    with (
+        pytest.warns(MonitoringWarning, match="after the last run.step.*not recorded"),
+        tmm.start_run("p", root=tmp_path) as run,
+    ):
         model = run.watch(net, SPEC)
         model(X).sum().backward()
         run.step()
@@ -159,6 +162,20 @@ def test_a_step_whose_loss_was_skipped_is_recorded(tmp_path: Path) -> None:
     with tmm.open_run(run.path) as recorded:
         assert recorded.series(KEY)[0].tolist() == [0, 1, 2]
         assert recorded.series(KEY)[1][1] != recorded.series(KEY)[1][1]
+
+
+def test_a_step_that_an_exception_ends_is_recorded(tmp_path: Path) -> None:
+    net = Net()
+    with pytest.raises(FloatingPointError), tmm.start_run("p", root=tmp_path) as run:
+        model = run.watch(net, SPEC)
+        for step in range(3):
+            loss = model(X * torch.nan if step == 2 else X).sum()
+            if loss.isnan():
+                raise FloatingPointError
+            loss.backward()
+            run.step()
+    with tmm.open_run(run.path) as recorded:
+        assert recorded.series(KEY)[0].tolist() == [0, 1, 2]
 
 
 def test_inference_alone_is_recorded(tmp_path: Path) -> None:

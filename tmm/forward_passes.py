@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from tmm.autograd import (
+    has_storage,
+    is_in_autograd_function,
+    reaches_parameters,
+    tensors_within,
+)
 
 EVALUATIONS = "forward passes of evaluations"
 KEPT_APART = (
-    "{count} were kept apart from the monitored steps that they ran in: they had no gradients, or no"
-    " backward pass where others of the training had one"
+    "{count} were kept apart from the monitored steps that they ran in: they had no gradients, or"
+    " no backward pass where others of the training had one"
 )
 NO_PHASE = (
     "a step holds forward passes in training mode and in evaluation mode, none with a backward"
     " pass{detail}: those in {counted} count. Whether the others belong to the training cannot be"
     " known; run an evaluation in `with monitor.no_monitor():`"
+)
+NO_BACKWARD = (
+    "after the last run.step() there was a forward pass with gradients that no backward pass went"
+    " through. Whether it belongs to the training cannot be known: it is not recorded. If it does,"
+    " end its step by run.step(); run an evaluation in `with run.monitor.no_monitor():`"
 )
 HIDDEN_OUTPUT = (
     "a forward pass gave no tensor that tmm could find (in tuples, lists, dicts and attributes), so"
@@ -32,9 +40,6 @@ HIDDEN_OUTPUT = (
 
 # How much speaks for a pass to belong to the training.
 _EVALUATION, _WITHOUT_GRADIENTS, _EVALUATION_MODE, _TRAINING_MODE, _BACKWARD, _PARAMETERS = range(6)
-
-_DEPTH = 4  # of containers and objects that are looked into
-_ITEMS = 1000  # of each: lists of numbers may be long
 
 
 @dataclass(eq=False)
@@ -107,9 +112,7 @@ class ForwardPasses:
 
     # While a step is open
 
-    def is_surely_evaluation(
-        self, module: torch.nn.Module | None, *, opened_by_run: bool
-    ) -> bool:
+    def is_surely_evaluation(self, module: torch.nn.Module | None, *, opened_by_run: bool) -> bool:
         """Whether a pass that begins now cannot count, so that it need not be measured.
 
         It has no gradients, and the training runs the same modules: in this step, or in earlier
@@ -146,8 +149,8 @@ class ForwardPasses:
             begun.has_gradients = True
             begun.backward = _PARAMETERS if begun.is_training else 0
         if self._outputs:
-            for tensor in _tensors_in(inputs):
-                if _has_storage(tensor):
+            for tensor in tensors_within(inputs):
+                if has_storage(tensor):
                     made = self._outputs.get(tensor.untyped_storage()._cdata)
                     if made is not None:
                         begun.read.add(made[1])
@@ -159,9 +162,9 @@ class ForwardPasses:
         """The current pass has given ``output``."""
         ended = self.current
         assert ended is not None
-        tensors = list(_tensors_in(output))
+        tensors = list(tensors_within(output))
         for tensor in tensors:
-            if _has_storage(tensor):
+            if has_storage(tensor):
                 storage = StorageWeakRef(tensor.untyped_storage())
                 self._outputs[storage.cdata] = storage, ended
         is_followed = self.follow(tensors)
@@ -193,7 +196,8 @@ class ForwardPasses:
 
         Args:
             opened_by_run: nobody asked for this step but ``run.step`` and the like.
-            is_ended: somebody has said that it is over; not so where the run finishes.
+            is_ended: somebody has said that it is over, or an exception has ended it; not so where
+                the run finishes.
         """
         # What a step function measured outside of modules counts if it did measure something.
         passes = [p for p in self._passes if p.module is not None or p.has_rows]
@@ -202,6 +206,7 @@ class ForwardPasses:
         if not passes:
             self.count_apart += unmeasured
             return Verdict(frozenset(), counts_any=False)
+        doubt = ""
         best = max(p.evidence for p in passes)
         counted = {p for p in passes if p.evidence == best}
         if best >= _BACKWARD:
@@ -210,13 +215,15 @@ class ForwardPasses:
             hidden = {p for p in passes if p.is_hidden and p.is_training} - counted
             counted |= hidden
         elif opened_by_run and self._trained:
-            counted = {p for p in counted if is_ended and self._is_like_training(p)}
+            counted = {p for p in counted if self._is_like_training(p)}
+            if counted and not is_ended:
+                counted, doubt = set(), NO_BACKWARD
         for earlier in reversed(passes):
             if earlier not in counted and _belongs_to(earlier, counted):
                 counted.add(earlier)
         apart = frozenset(passes) - counted
         self.count_apart += unmeasured + len(apart)
-        return Verdict(apart, bool(counted), _doubt(best, counted, apart))
+        return Verdict(apart, bool(counted), doubt or _doubt(best, counted, apart))
 
     def _is_like_training(self, forward_pass: ForwardPass) -> bool:
         """Whether a pass may be one of a training whose backward pass was left out this time."""
@@ -253,40 +260,10 @@ def _note_backward(
     followed: ForwardPass, module: torch.nn.Module
 ) -> Callable[[tuple[torch.Tensor, ...]], None]:
     def note(gradients: tuple[torch.Tensor, ...]) -> None:
-        # Neither compiled autograd nor a transform of torch.func can tell where it goes.
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
-            followed.backward = _PARAMETERS
-        elif followed.backward != _PARAMETERS:
-            followed.backward = _PARAMETERS if _reaches_parameters(module) else _BACKWARD
+        if followed.backward != _PARAMETERS:
+            followed.backward = _PARAMETERS if reaches_parameters(module) else _BACKWARD
 
     return note
-
-
-def _reaches_parameters(module: torch.nn.Module) -> bool:
-    """Whether the backward pass that is running goes on to any parameter of ``module``."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return not trained or any(map(_is_reached, trained))
-
-
-def _is_reached(parameter: torch.Tensor) -> bool:
-    try:
-        reached: bool = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
-    except RuntimeError:
-        return True  # torch's way to say that torch.autograd.grad was asked for this one
-    return reached
-
-
-def is_in_autograd_function() -> bool:
-    """Whether an autograd function is running forward: it disables gradients, and has some."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def _overlap(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
@@ -295,24 +272,3 @@ def _overlap(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool
         return True
     parts = set(one.modules())
     return any(part in parts for part in other.modules())
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    return torch._C._has_storage(tensor)
-
-
-def _tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
-    """The tensors in containers and in attributes of objects."""
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if depth == 0 or isinstance(value, (torch.nn.Module, type, str)):
-        return
-    if isinstance(value, dict):
-        items: Collection[Any] = value.values()
-    elif isinstance(value, (tuple, list, set, frozenset)):
-        items = value
-    else:
-        items = getattr(value, "__dict__", {}).values()
-    for item in islice(items, _ITEMS):
-        yield from _tensors_in(item, depth - 1)

@@ -219,7 +219,7 @@ class Monitor:
     def settle(self, *, is_ended: bool) -> None:
         """Keep the forward passes of evaluations apart, now that the step is about to end.
 
-        ``is_ended`` tells that somebody has said so: not where a run finishes.
+        ``is_ended`` tells that somebody has said so, or an exception: not where a run finishes.
         """
         collector = self._open
         if collector is None or not collector.monitored or not self.keeps_evaluations_apart:
@@ -613,9 +613,7 @@ class Monitor:
 
     def _is_opened_by_run(self) -> bool:
         """Whether the open step is one that nobody asked for but ``run.step`` and the like."""
-        return (
-            self._run is not None and self._open is not None and self._run.has_opened(self._open)
-        )
+        return self._run is not None and self._open is not None and self._run.has_opened(self._open)
 
     def _release_reference(self) -> None:
         if self._twin is not None and self._twin.comparing is not None:

@@ -320,7 +320,7 @@ class LiveRun:
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
-            self._close()
+            self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure
@@ -349,7 +349,7 @@ class LiveRun:
         else:
             self.fail(error)
 
-    def _close(self) -> None:
+    def _close(self, *, is_ended: bool) -> None:
         if self._finder is not None:
             self._finder.stop()
         if self._system is not None:
@@ -357,7 +357,7 @@ class LiveRun:
         try:
             if self.monitor is not None:
                 if self._opened is not None:
-                    self._end_step(is_ended=False)
+                    self._end_step(is_ended=is_ended)
                 self.monitor.close()
             self._flush_own()
         finally:

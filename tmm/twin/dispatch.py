@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from tmm.forward_passes import is_in_autograd_function
+from tmm.autograd import is_in_autograd_function
 from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
 from tmm.twin.regions import COMPILED_CALL, Region, install
