@@ -25,8 +25,8 @@ def is_in_autograd_function() -> bool:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount:
             context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
-                return True
+            if isinstance(context, FunctionCtx):
+                return any(context.needs_input_grad)  # type: ignore[attr-defined]
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
