@@ -34,6 +34,7 @@ from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
 from tmm.passes.placed import is_distributed
 from tmm.passes.placements import Placements
+from tmm.passes.remove_evaluations import is_evaluation
 from tmm.passes.trace_function import insert_traced, trace
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
@@ -85,7 +86,7 @@ def _insert(
             yield from _insert(bodies[node], options, calls)
         elif node.target is tap_attention:
             yield from _shown(module, node, found[node], options)
-        elif (attention := found.get(node)) is not None:
+        elif (attention := found.get(node)) is not None and not is_evaluation(node):
             call = call_of(node)
             # Without a call, it is the module's whose frame was left and is gone on with.
             name = "" if call is None else options.modules.get(int(call.partition("@")[0]))

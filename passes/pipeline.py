@@ -20,6 +20,7 @@ from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.placements import PlacementOptions, find_placements
+from tmm.passes.remove_evaluations import remove_evaluations
 from tmm.passes.remove_taps import remove_taps
 
 Result = TypeVar("Result")
@@ -33,6 +34,8 @@ class PassError(RuntimeError):
 class Rewritten:
     """A rewritten graph, what its extra inputs and outputs hold, and the seconds of each pass.
 
+    ``evaluations`` is how many calls of the model were left out as those of an evaluation.
+
     Extra inputs are those of the reference, then ``row_inputs``; extra outputs those of the
     reference, then those of ``layout``.
     """
@@ -42,6 +45,7 @@ class Rewritten:
     reference: ReferenceEnds
     row_inputs: tuple[RowInput, ...]
     seconds: dict[str, float]
+    evaluations: int = 0
 
 
 Watch = Callable[[str, GraphModule, float], None]
@@ -56,14 +60,16 @@ def rewrite(
     attention: AttentionOptions | None = None,
     *,
     placements: PlacementOptions | None = None,
+    is_step_function: bool = False,
     watch: Watch | None = None,
 ) -> Rewritten:
     """Measure the marked tensors of ``module`` in a copy of it.
 
     With ``probes`` their gradients are measured as well; with ``reference``, which gives the
     options for the copy, they are compared; with ``attention`` attentions are measured; with
-    ``placements`` each measurement tells what this rank has of its tensor. The copy takes and
-    returns what ``module`` does, and then what ``Rewritten`` says.
+    ``placements`` each measurement tells what this rank has of its tensor. Of the graph of a step
+    function calls of the model that are an evaluation are left out. The copy takes and returns
+    what ``module`` does, and then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -87,6 +93,9 @@ def rewrite(
         return result
 
     rewritten = copy_graph(module)
+    evaluations = 0
+    if is_step_function:
+        evaluations = run("remove_evaluations", lambda: remove_evaluations(rewritten))
     if placements is not None:
         found = run("find_placements", lambda: find_placements(rewritten, options=placements))
         options = replace(options, share=found.share)
@@ -114,4 +123,4 @@ def rewrite(
     run("lift_rows", lambda: lift_rows(rewritten))
     layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))
     rewritten.recompile()
-    return Rewritten(rewritten, layout, ends, row_inputs, seconds)
+    return Rewritten(rewritten, layout, ends, row_inputs, seconds, evaluations)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +55,15 @@ def copy_to_host(tensor: torch.Tensor) -> HostCopy:
     return HostCopy(host, ready)
 
 
+class _Arrival(NamedTuple):
+    """The extra outputs of one call of a graph, and what made them."""
+
+    binding: Binding
+    copies: list[HostCopy]
+    unless: Callable[[], bool] | None
+    source: object
+
+
 class StepCollector:
     """Gathers what arrives during one step and turns it into a ``StepRecord``, once.
 
@@ -76,7 +86,7 @@ class StepCollector:
         self.has_watched_gradients = False
         self.has_stepped = False  # an optimizer that is watched
         self.skipped: list[HostCopy] = []
-        self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
+        self._arrivals: list[_Arrival] = []
         self._logged: dict[str, Copies] = {}
         self._measured: dict[str, Copies] = {}
         self._own: dict[str, Copies] = {}
@@ -92,10 +102,12 @@ class StepCollector:
         outputs: Sequence[torch.Tensor],
         *,
         unless: torch.Tensor | Callable[[], bool] | None = None,
+        source: object = None,
     ) -> None:
         """Take the extra outputs of one call of a graph.
 
-        They do not count if ``unless``, one element or a test, holds when the step is evaluated.
+        They do not count if ``unless``, one element or a test, holds when the step is evaluated, or
+        if their ``source`` is left out.
         """
         # What leaves a reentrant checkpoint requires a gradient, even a row. Others are kept as
         # they are: autograd adds later gradients in place to one that nobody else refers to.
@@ -108,7 +120,11 @@ class StepCollector:
                 arrived[whole.output] = copy_to_host(apply_function(whole.reduction, *tensors))
         if isinstance(unless, torch.Tensor):
             unless = partial(_is_nonzero, copy_to_host(unless.detach().clone()))
-        self._arrivals.append((binding, arrived, unless))
+        self._arrivals.append(_Arrival(binding, arrived, unless, source))
+
+    def leave_out(self, sources: Collection[object]) -> None:
+        """Forget what came from any of ``sources``."""
+        self._arrivals = [some for some in self._arrivals if some.source not in sources]
 
     def log(
         self, key: str, values: torch.Tensor, aggregate: Aggregate, *, of_all_ranks: bool = True
@@ -152,7 +168,7 @@ class StepCollector:
     @property
     def is_on_host(self) -> bool:
         """Whether everything can be read without waiting for an accelerator or other ranks."""
-        copies = [arrived for _, arrived, _ in self._arrivals]
+        copies = [arrival.copies for arrival in self._arrivals]
         for logged in (self._logged, self._measured, self._own):
             copies += [values for _, values in logged.values()]
         return self._turn is None and all(copy.ready is None for some in copies for copy in some)
@@ -185,10 +201,10 @@ class StepCollector:
     def _gathered(self) -> Gathered:
         accumulators: dict[Reduction, Accumulator] = {}
         collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
-        for binding, arrived, unless in self._arrivals:
-            if unless is not None and unless():
+        for arrival in self._arrivals:
+            if arrival.unless is not None and arrival.unless():
                 continue
-            tensors = [copy.read() for copy in arrived]
+            binding, tensors = arrival.binding, [copy.read() for copy in arrival.copies]
             for group in binding.groups:
                 packed = tensors[group.output].numpy().astype(np.float64, copy=False)
                 accumulator = accumulators.setdefault(group.reduction, Accumulator(group.reduction))

@@ -17,9 +17,15 @@ from tmm.twin.outputs import mark_inputs, mark_outputs
 
 
 def trace(
-    module: torch.nn.Module, *inputs: torch.Tensor, inputs_marked: bool = False
+    module: torch.nn.Module,
+    *inputs: torch.Tensor,
+    inputs_marked: bool = False,
+    step: Callable[..., object] | None = None,
 ) -> GraphModule:
-    """The graph that Dynamo hands to a backend, with every module's outputs marked."""
+    """The graph that Dynamo hands to a backend, with every module's outputs marked.
+
+    It is that of ``step``, a function of the module and the inputs, if there is one.
+    """
     torch._dynamo.reset()
     graphs: list[GraphModule] = []
 
@@ -38,7 +44,7 @@ def trace(
             child.register_forward_pre_hook(mark_inputs, with_kwargs=True)
             for child in module.modules()
         ]
-    torch.compile(call, backend=keep, fullgraph=True)(module, *inputs)
+    torch.compile(step or call, backend=keep, fullgraph=True)(module, *inputs)
     for handle in handles:
         handle.remove()
     (graph,) = graphs

@@ -602,6 +602,34 @@ def test_a_wrong_spec_ends_the_training(tmp_path: Path) -> None:
 # Manual optimization
 
 
+class Examining(Certain):
+    """Evaluates itself in its training step, before and after what it trains on."""
+
+    def training_step(self, batch: Batch) -> torch.Tensor:
+        self.examine()
+        loss = super().training_step(batch)
+        self.examine()
+        return loss
+
+    def examine(self) -> None:
+        self.eval()
+        with torch.no_grad():
+            self.net(torch.full((2, 4), 1e4))
+            self(torch.full((2, 4), 1e4))
+        self.train()
+
+
+@pytest.mark.parametrize("way", ["uncompiled", "children called", "compiled in place"])
+def test_an_evaluation_in_a_training_step_is_kept_apart(way: str, tmp_path: Path) -> None:
+    steps = []
+    for kind in (Certain, Examining):
+        root = tmp_path / kind.__name__
+        model, _ = new_model(way, kind)
+        new_trainer(new_callback(root), accumulate_grad_batches=2).fit(model, batches(3))
+        steps.append(recorded(root))
+    assert steps[0] == steps[1]
+
+
 class Adversaries(pl.LightningModule):
     def __init__(self, way: str) -> None:
         super().__init__()

@@ -24,6 +24,11 @@ from tmm.passes.origin import all_nodes, pass_of, sites_of
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.pipeline import PassError, rewrite
 from tmm.passes.probe import probe
+from tmm.passes.remove_evaluations import (
+    is_evaluation,
+    remove_evaluations,
+    runs_without_gradients,
+)
 from tmm.passes.remove_taps import remove_taps
 from tmm.passes.trace_function import MetricFunctionError
 
@@ -398,3 +403,72 @@ def test_the_gradient_of_the_extra_input_holds_the_rows() -> None:
         assert values["count"] == gradient.numel()
         assert values["sum_squares"] == pytest.approx(gradient.square().sum().item())
         assert values["maximum"] == gradient.max()
+
+
+def distilled() -> nn.ModuleDict:
+    return nn.ModuleDict({"encoder": nn.Linear(2, 2), "model": Checkpointed()})
+
+
+def distill(parts: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        features = parts["encoder"](x)
+        target = parts["model"](features)
+    output: torch.Tensor = parts["model"](features) - target
+    return output
+
+
+def measured(graph: GraphModule, module: nn.Module) -> list[str]:
+    insert_reductions(graph, options=measure(module, "rms"))
+    rows = [node for node in all_nodes(graph) if MEASUREMENTS in node.meta]
+    return [m.site.module for row in rows for m in row.meta[MEASUREMENTS]]
+
+
+def test_remove_evaluations_golden() -> None:
+    graph = trace(distilled(), X, step=distill)
+    before = text(graph)
+    assert remove_evaluations(graph) == 1
+    check_golden("remove_evaluations", before + "\n# becomes\n\n" + text(graph))
+
+
+def test_remove_evaluations_leaves_what_runs_without_gradients_only() -> None:
+    module = distilled()
+    graph = trace(module, X, step=distill)
+    remove_evaluations(graph)
+    assert sorted(measured(graph, module)) == ["encoder", "model", "model.fc"]
+    modes = [is_evaluation(node) for node in graph.graph.nodes if node.op == "call_function"]
+    assert any(modes)
+    assert not all(modes)
+
+
+def test_remove_evaluations_knows_inference_mode() -> None:
+    def infer(parts: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            target = parts["encoder"](x)
+        output: torch.Tensor = parts["encoder"](x) - target.clone()
+        return output
+
+    assert remove_evaluations(trace(distilled(), X, step=infer)) == 1
+
+
+def test_remove_evaluations_leaves_the_rest_alone() -> None:
+    def infer(parts: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            output: torch.Tensor = parts["encoder"](parts["encoder"](x))
+        return output
+
+    for graph in (trace(distilled(), X, step=infer), trace(in_place(), X)):
+        before = text(graph)
+        assert remove_evaluations(graph) == 0
+        assert text(graph) == before
+    assert runs_without_gradients(trace(distilled(), X, step=infer))
+    assert not runs_without_gradients(trace(in_place(), X))
+
+
+def test_remove_evaluations_is_idempotent_and_keeps_metadata() -> None:
+    graph = trace(distilled(), X, step=distill)
+    known = {node: dict(node.meta) for node in graph.graph.nodes}
+    remove_evaluations(graph)
+    once = text(graph)
+    remove_evaluations(graph)
+    assert text(graph) == once
+    assert all(known[node].items() <= node.meta.items() for node in graph.graph.nodes)

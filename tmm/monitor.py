@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
+from tmm.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.gaps import CALL_THE_MODEL, Gaps, OnError, words
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
@@ -47,11 +48,13 @@ class Monitor:
     """Runs the steps of one instrumented model; ``tmm.monitor(model)`` gives it.
 
     A step is open from ``begin_step`` to ``end_step``; ``with monitor.step(n):`` is both. Forward
-    passes in an open, monitored step are measured, and all of them together make the values of
-    the step. Whatever runs outside of a step runs the user's own compiled program.
+    passes in an open, monitored step are measured, and those of the training together make the
+    values of the step; see ``ForwardPasses``. Whatever runs outside of a step runs the user's own
+    compiled program.
 
     ``keeps_history`` tells whether the steps stay in memory for ``get_all_metrics``; those of a run
-    are in its files. ``hint`` tells a user what to call, where nothing measured ran in a step.
+    are in its files. ``keeps_evaluations_apart`` tells whether forward passes of evaluations are
+    left out of a step. ``hint`` tells a user what to call, where nothing measured ran in a step.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Monitor:
         self.recording = False
         self.current_step: int | None = None
         self.keeps_history = writer is None
+        self.keeps_evaluations_apart = True
         self.hint = CALL_THE_MODEL
         self._writer = writer
         self._run = run
@@ -77,6 +81,7 @@ class Monitor:
         self._averaged = 1.0
         self._gaps = Gaps(on_error)
         self._notices = Notices()
+        self._passes = ForwardPasses(module)
         self._twin: Twin | None = None
         self._explain: Callable[[], str] | None = None
         self._watch: Watch | None = None
@@ -145,7 +150,8 @@ class Monitor:
                 " decrease"
             )
         earlier = None
-        if self._run is not None and self._open is not None and self._run.has_opened(self._open):
+        if self._open is not None and self._is_opened_by_run():
+            self.settle(is_ended=False)
             if self._open.step == step or not self.has_content:
                 earlier = self._open
                 self.discard_step()
@@ -177,6 +183,7 @@ class Monitor:
             tmm.AlertError: for what goes wrong in the step, where the spec says so.
         """
         finished = self._require_step("end_step")
+        self.settle(is_ended=True)
         self.after_micro_batch()
         self._require_watch().end_step(finished, self._gaps)
         if self._run is not None:
@@ -211,8 +218,28 @@ class Monitor:
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
         self._open, self.recording = None, False
+        self._passes.forget()
         self._require_watch().drop_step()
         self._release_reference()
+
+    def settle(self, *, is_ended: bool) -> None:
+        """Keep the forward passes of evaluations apart, now that the step is about to end.
+
+        ``is_ended`` tells that somebody has said so, or an exception: not where a run finishes.
+        """
+        collector = self._open
+        if collector is None or not collector.monitored or not self.keeps_evaluations_apart:
+            return
+        verdict = self._passes.settle(opened_by_run=self._is_opened_by_run(), is_ended=is_ended)
+        if verdict.apart:
+            collector.leave_out(verdict.apart)
+        if verdict.apart and not verdict.counts_any:
+            collector.ran_forward = collector.expects_forward = False
+        if verdict.doubt:
+            self._gaps.warn_once(verdict.doubt, verdict.doubt)
+        if self._passes.count_apart:
+            remark = KEPT_APART.format(count=self._passes.count_apart)
+            self._require_twin().attribution.unmeasured[EVALUATIONS] = remark
 
     @property
     def is_step_open(self) -> bool:
@@ -459,19 +486,37 @@ class Monitor:
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
         if self._open is not None and self.recording:
-            self._open.add(binding, outputs)
+            source = self._passes.current
+            if source is not None:
+                source.has_rows = True
+            self._open.add(binding, outputs, source=source)
 
     def gradient_sink(self) -> Callable[[Binding, Sequence[torch.Tensor]], None] | None:
         """Takes rows of gradients of the forward passes of this step, as long as it is open."""
-        collector = self._open_collector()
+        collector, source = self._open_collector(), self._passes.current
         if collector is None:
             return None
 
         def take(binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
             if self._open is collector:
-                collector.add(binding, outputs, unless=collector.was_skipped)
+                collector.add(binding, outputs, unless=collector.was_skipped, source=source)
 
         return take
+
+    def begin_pass(self, module: torch.nn.Module | None, inputs: object) -> None:
+        """A step function calls a module, which is a forward pass of its own."""
+        if self._passes.current is not None:
+            self._passes.begin(module, inputs)
+
+    def end_pass(self, output: object) -> None:
+        """What ``begin_pass`` told of has given ``output``."""
+        if self._passes.current is not None:
+            self._passes.end(output)
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """A graph of a step function has given ``outputs``."""
+        if self._passes.current is not None:
+            self._passes.follow([o for o in outputs if isinstance(o, torch.Tensor)])
 
     @property
     def scales_gradients(self) -> bool:
@@ -488,18 +533,37 @@ class Monitor:
         return factor / self._averaged
 
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward pass of a monitored step.
+        """Run a forward pass of a monitored step; the user's own program, if it is an evaluation.
 
-        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the monitoring is raised until a first step has succeeded (unless
-        ``on_error="warn"``). After that the user's own program runs in its place, from the same
-        random state, and the step is dropped with a warning and an event in the run.
+        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the
+        monitoring is raised until a first step has succeeded (unless ``on_error="warn"``). After
+        that the user's own program runs in its place, from the same random state, and the step is
+        dropped with a warning and an event in the run.
         """
-        collector, twin = self._open, self._twin
-        assert twin is not None
+        collector, passes, module = self._open, self._passes, region.module
         assert collector is not None
         if (foreign := foreign_inputs(args, kwargs)) is not None:
             self.pass_by(foreign)
             return plain(*args, **kwargs)
+        if not self.keeps_evaluations_apart:
+            return self._run_forward(collector, region, plain, args, kwargs)
+        if passes.is_surely_evaluation(module, opened_by_run=self._is_opened_by_run()):
+            with self.no_monitor():  # nor the parts that are compiled on their own
+                return plain(*args, **kwargs)
+        with passes.running(module, (args, kwargs)):
+            output = self._run_forward(collector, region, plain, args, kwargs)
+            passes.end(output)
+            return output
+
+    def _run_forward(
+        self,
+        collector: StepCollector,
+        region: Region,
+        plain: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        twin = self._require_twin()
         collector.ran_forward = True
         if self._gaps.are_certain:
             collector.failed = True
@@ -576,6 +640,10 @@ class Monitor:
     def _open_collector(self) -> StepCollector | None:
         return self._open if self.is_monitoring() else None
 
+    def _is_opened_by_run(self) -> bool:
+        """Whether the open step is one that nobody asked for but ``run.step`` and the like."""
+        return self._run is not None and self._open is not None and self._run.has_opened(self._open)
+
     def _release_reference(self) -> None:
         if self._twin is not None and self._twin.comparing is not None:
             self._twin.comparing.reference.release()
@@ -616,6 +684,7 @@ class Monitor:
                     self._open.failed = True
                     self._open.join_ranks(self._ranks)
             self._open, self.recording = None, False
+            self._passes.forget()
             self._require_watch().drop_step()
             self._release_reference()
 

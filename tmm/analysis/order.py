@@ -73,6 +73,6 @@ def _part(info: KeyInfo, end: int) -> int:
         return GRADIENT
     if not is_family(info.kind):
         # Recorded by the model, or logged; runs of others do not say.
-        is_logged = info.notes == LOGGED or info.position >= end
+        is_logged = info.notes.partition("; ")[0] == LOGGED or info.position >= end
         return REST if is_logged else FORWARD
     return _PARTS.get(info.kind, REST)

@@ -58,6 +58,7 @@ class Measuring:
         self._attach(others)
         self.core = monitor_of(self._callee)
         self.core.keeps_history = False
+        self.core.keeps_evaluations_apart = False  # as torch-module-monitor does
         self.core.hint = (
             "Call the module that was given to set_module, or what torch.compile made of it, not"
             " its parts; inside of a function or module that is compiled itself it is not measured."

@@ -152,7 +152,7 @@ class LiveRun:
         if self.monitor is not None:
             self.monitor.open_collector()
         self._timing = self._clock.mark(*counts)
-        self._end_step()
+        self._end_step(is_ended=True)
         self.current_step += 1
         if self.monitor is not None:
             self._begin_monitored()
@@ -321,7 +321,7 @@ class LiveRun:
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
-            self._close()
+            self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure
@@ -350,7 +350,7 @@ class LiveRun:
         else:
             self.fail(error)
 
-    def _close(self) -> None:
+    def _close(self, *, is_ended: bool) -> None:
         if self._finder is not None:
             self._finder.stop()
         if self._system is not None:
@@ -358,7 +358,7 @@ class LiveRun:
         try:
             if self.monitor is not None:
                 if self._opened is not None:
-                    self._end_step()
+                    self._end_step(is_ended=is_ended)
                 self.monitor.close()
             self._flush_own()
         finally:
@@ -385,7 +385,7 @@ class LiveRun:
                     f"step={step} is not the step {self.current_step} that the monitor has open;"
                     " leave out step="
                 )
-            self._end_step()
+            self._end_step(is_ended=True)
             self.current_step = int(step)
             if self.monitor is not None:
                 self._begin_monitored()
@@ -395,7 +395,9 @@ class LiveRun:
         self.monitor.begin_step(self.current_step)
         self._opened = self.monitor.open_collector()
 
-    def _end_step(self) -> None:
+    def _end_step(self, *, is_ended: bool) -> None:
+        if self.monitor is not None:
+            self.monitor.settle(is_ended=is_ended)
         if self.monitor is None:
             self._flush_own()
         elif self.monitor.has_content:

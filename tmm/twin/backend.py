@@ -30,6 +30,7 @@ from tmm.passes.pipeline import Rewritten, rewrite
 from tmm.passes.placements import PlacementOptions
 from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
+from tmm.passes.remove_evaluations import runs_without_gradients
 from tmm.passes.samples import Samples
 from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
@@ -60,7 +61,8 @@ class Scope:
     ``values`` says how what the model records by name is reduced, ``select_gradient`` which
     gradients of outputs are measured, ``comparison`` what is compared and ``attention`` what is
     asked of attentions (None if nothing is), ``placements`` how ranks share the model, if they do;
-    ``is_root`` tells that the owner is the whole model.
+    ``is_root`` tells that the owner is the whole model, ``is_step_function`` that the frame is that
+    of a function that calls it.
     """
 
     owner: torch.nn.Module
@@ -73,6 +75,7 @@ class Scope:
     attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None
     placements: PlacementOptions | None = None
     is_root: bool = False
+    is_step_function: bool = False
 
 
 class Host(Protocol):
@@ -100,6 +103,9 @@ class Host(Protocol):
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
 
+    def leave_out_evaluations(self, count: int) -> None:
+        """Remember how many calls of the model a graph of a step function does not measure."""
+
     def collect(
         self,
         graph: MeasuredGraph,
@@ -107,6 +113,9 @@ class Host(Protocol):
         extra: Sequence[torch.Tensor],
     ) -> None:
         """Take what one call of ``graph`` measured."""
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """Take the outputs of one call of a graph, from which a backward pass may come back."""
 
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
@@ -166,6 +175,7 @@ class MeasuredGraph:
         examples: Sequence[object],
         has_own_randomness: bool,
         loses_reference: bool,
+        is_evaluation: bool = False,
     ) -> None:
         self.run = run
         self.examples = examples
@@ -174,6 +184,7 @@ class MeasuredGraph:
         self.reference = rewritten.reference
         self.has_own_randomness = has_own_randomness
         self.loses_reference = loses_reference
+        self.is_evaluation = is_evaluation
         self.report = report
         self.owner = owner
         self.witness = witness
@@ -201,6 +212,7 @@ class MeasuredGraph:
         if comparing is not None and self.loses_reference:
             comparing.end()
         self.host.collect(self, inputs, outputs[len(outputs) - extra :])
+        self.host.follow(outputs[:own])
         return outputs[:own]
 
     def outside(self, measurement: Measurement) -> bool:
@@ -301,8 +313,11 @@ class MeasuringBackend:
         rewritten = rewrite(
             *(module, options, probes, reference, attention),
             placements=scope.placements,
+            is_step_function=scope.is_step_function,
             watch=watch,
         )
+        if rewritten.evaluations:
+            self.host.leave_out_evaluations(rewritten.evaluations)
         if samples is not None:
             assert self.sampling is not None
             assert comparing is not None
@@ -343,6 +358,7 @@ class MeasuringBackend:
             examples=examples,
             has_own_randomness=own,
             loses_reference=samples is not None and not whole,
+            is_evaluation=scope.is_step_function and runs_without_gradients(module),
         )
         self.host.graphs.append(graph)
         self.handles.append(Handle(graph))

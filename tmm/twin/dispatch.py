@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
+from tmm.autograd import is_in_autograd_function
 from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
 from tmm.twin.foreign import foreign_pass, transform
@@ -69,11 +70,14 @@ class Dispatch:
             return self._repeat if self.ran_twin and transform() is None else self.plain
         running = running_twin()
         if running is None:
-            if self.monitor.is_monitoring() and (foreign := foreign_pass()) is not None:
+            is_monitored = self.monitor.is_monitoring()
+            if is_monitored and (foreign := foreign_pass()) is not None:
                 self.monitor.pass_by(foreign)
                 return self.plain
-            self.ran_twin = self.monitor.is_monitoring()
-            return self._run_on_its_own if self.ran_twin else self.plain
+            # An evaluation, which is not repeated, may come between a pass and its backward pass.
+            if torch.is_grad_enabled() or is_in_autograd_function():
+                self.ran_twin = is_monitored
+            return self._run_on_its_own if is_monitored else self.plain
         self.ran_twin = running is self.twin
         if not self.ran_twin:
             return self.plain  # the forward pass is another model's, which shares the module

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Protocol
@@ -63,6 +64,15 @@ class Recorder(Protocol):
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
 
+    def begin_pass(self, module: torch.nn.Module | None, inputs: object) -> None:
+        """A step function calls a module."""
+
+    def end_pass(self, output: object) -> None:
+        """The module that a step function called has given ``output``."""
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """A graph of a step function has given ``outputs``."""
+
     def gradient_sink(self) -> GradientSink | None:
         """What takes the rows of gradients of the step that is open; None if none is wanted."""
 
@@ -115,6 +125,8 @@ class Twin:
         self._entering: torch.nn.Module | None = None
         self._tracing = False
         self._in_program = False
+        self._function_depth = 0  # frames of a step function that is running, and outside of it
+        self._evaluations = 0
         self._isolation_ids: set[int] = set()
         self._discarding = False
         self._hooks = ModuleHooks(
@@ -127,7 +139,12 @@ class Twin:
     def run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         """Run a region, measured."""
         if self.is_running():
-            return self._run(region, *args, **kwargs)
+            if not self._is_in_function():
+                return self._run(region, *args, **kwargs)
+            self.recorder.begin_pass(region.module, (args, kwargs))
+            output = self._run(region, *args, **kwargs)
+            self.recorder.end_pass(output)
+            return output
         comparing = self.comparing
         if comparing is not None and region.callee in (self.attribution.root, self.root.callee):
             module = region.module
@@ -174,7 +191,10 @@ class Twin:
     def _run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         module = region.module
         depth, entering, in_program = len(self._frames), self._entering, self._in_program
+        function_depth = self._function_depth
         self._frames.append(unwrapped(self.module if module is None else module))
+        if module is None:
+            self._function_depth = len(self._frames)
         try:
             self._in_program = region.settings is not None
             if not self._in_program:
@@ -192,6 +212,7 @@ class Twin:
             self.breaks.note(self._frames[depth])
             del self._frames[depth:]
             self._entering, self._in_program = entering, in_program
+            self._function_depth = function_depth
 
     def _run_between_hooks(
         self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
@@ -293,11 +314,20 @@ class Twin:
                 "a graph was traced while another thread was compiling, so that its modules could"
                 " not be marked"
             )
-        return self.attribution.scope(self._frames[-1], self.values.reductions)
+        scope = self.attribution.scope(self._frames[-1], self.values.reductions)
+        is_step_function = len(self._frames) == self._function_depth
+        return replace(scope, is_step_function=True) if is_step_function else scope
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         self.attribution.leave_out(owner, unmeasured)
+
+    def leave_out_evaluations(self, count: int) -> None:
+        """Remember how many calls of the model a graph of a step function does not measure."""
+        self._evaluations += count
+        self.attribution.unmeasured["calls without gradients, in graphs of the step function"] = (
+            f"{self._evaluations} are not measured, as others of the same modules have gradients"
+        )
 
     # Calls between graphs
 
@@ -307,6 +337,8 @@ class Twin:
     ) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
+        if self._is_in_function():
+            self.recorder.begin_pass(module, (arguments, keywords))
         self._frames.append(module)
         if self.comparing is not None:
             self.comparing.enter(module, arguments, keywords)
@@ -325,8 +357,19 @@ class Twin:
             self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
             self._probe_eagerly(module, output)
+        if self._is_in_function():
+            self.recorder.end_pass(output)
+
+    def _is_in_function(self) -> bool:
+        """Whether a step function is running, and no module that it calls."""
+        return len(self._frames) == self._function_depth and not self._discarding
 
     # Measuring
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """Tell of the outputs of a graph that a step function has run."""
+        if self._is_in_function():
+            self.recorder.follow(outputs)
 
     def collect(
         self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
@@ -340,8 +383,15 @@ class Twin:
             *(graph, graph.layout, inputs, self._frames),
             compared=self.comparing is None or not self.comparing.lost,
         )
-        if binding is not None and not self._discarding:
+        if binding is None or self._discarding:
+            return
+        if not (graph.is_evaluation and self._is_in_function()):
             self.recorder.add(binding, extra)
+            return
+        with torch.no_grad():  # as the calls in the graph, whatever holds around it
+            self.recorder.begin_pass(None, ())
+        self.recorder.add(binding, extra)
+        self.recorder.end_pass(())
 
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput

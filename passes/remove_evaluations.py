@@ -1,0 +1,97 @@
+"""Leave out of a step function's graph the calls of a model that are those of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd import grad_mode
+from torch.fx import GraphModule, Node
+
+from tmm.passes.marks import is_mark
+from tmm.passes.nesting import nested_calls
+from tmm.passes.origin import all_nodes
+
+_EVALUATION = "tmm_evaluation"
+_PLACES = ("placeholder", "get_attr", "output")
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a module by the step function: its nodes, and all modules that ran in it."""
+
+    nodes: list[Node] = field(default_factory=list)
+    modules: set[str] = field(default_factory=set)
+    has_gradients: bool = False
+
+
+def remove_evaluations(module: GraphModule) -> int:
+    """Erase the marks in calls without gradients, where the same modules are called with them, too.
+
+    A call is one that the step function itself makes; as of a teacher that is the model itself, in
+    ``torch.no_grad()``. What runs without gradients only, such as a frozen encoder, stays.
+    Afterwards ``is_evaluation`` tells the nodes of those calls. Returns the number of such calls.
+    """
+    calls = _calls(module)
+    trained = [call for call in calls if call.has_gradients]
+    evaluations = [
+        call
+        for call in calls
+        if not call.has_gradients and any(call.modules & other.modules for other in trained)
+    ]
+    bodies: dict[Node, list[GraphModule]] = {}
+    for caller, body in nested_calls(module):
+        bodies.setdefault(caller, []).append(body)
+    for call in evaluations:
+        for node in call.nodes:
+            _leave_out(node)
+            for body in bodies.get(node, ()):
+                for inner in list(all_nodes(body)):
+                    _leave_out(inner)
+    return len(evaluations)
+
+
+def runs_without_gradients(module: GraphModule) -> bool:
+    """Whether the graph calls modules, and none of them with gradients."""
+    calls = _calls(module)
+    return bool(calls) and not any(call.has_gradients for call in calls)
+
+
+def is_evaluation(node: Node) -> bool:
+    """Whether ``node`` lies in a call that is left out."""
+    return bool(node.meta.get(_EVALUATION))
+
+
+def _calls(module: GraphModule) -> list[_Call]:
+    calls: dict[str, _Call] = {}
+    for node, has_gradients in _with_modes(module):
+        stack = list(node.meta.get("nn_module_stack") or ())
+        if stack and node.op not in _PLACES:
+            call = calls.setdefault(stack[0], _Call())
+            call.nodes.append(node)
+            call.modules |= {key.partition("@")[0] for key in stack}
+            call.has_gradients |= has_gradients
+    return list(calls.values())
+
+
+def _with_modes(module: GraphModule) -> Iterator[tuple[Node, bool]]:
+    """Each node, and whether gradients are enabled where it runs; at first they are."""
+    enabled, inferences = True, set[Node]()
+    for node in module.graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+        elif node.target is grad_mode._enter_inference_mode and node.args[0]:
+            inferences.add(node)
+        elif node.target is grad_mode._exit_inference_mode:
+            inferences.discard(node.args[0])
+        yield node, enabled and not inferences
+
+
+def _leave_out(node: Node) -> None:
+    node.meta[_EVALUATION] = True
+    if is_mark(node):
+        marked = node.args[0]
+        assert isinstance(marked, Node)
+        node.replace_all_uses_with(marked)
+        node.graph.erase_node(node)
