@@ -11,7 +11,7 @@ import torch
 from tmm.naming import unwrapped_name
 from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Plan, ReferenceSource
-from tmm.state import ModelState
+from tmm.state import ModelState, is_plain
 
 DIFFERENCE = "parameter_difference"
 
@@ -33,6 +33,8 @@ class Reference:
         self._kept = dict(kept)
         self._names: dict[int, tuple[str, torch.Tensor]] = {}  # keeps the ids valid
         self._here: dict[int, torch.Tensor] = {}
+        self._memory = {_memory(tensor) for tensor in self._kept.values()}
+        self._places: dict[int, list[torch.Tensor]] = {}
         self.look()
 
     def look(self) -> None:
@@ -45,6 +47,7 @@ class Reference:
             for key in replaced:
                 del self._here[key]
         self._names = names
+        self._places.clear()
 
     def of(self, own: object) -> torch.Tensor | None:
         """The counterpart of a tensor that the model holds, with its device and dtype, or None."""
@@ -61,6 +64,7 @@ class Reference:
         if kept.device == own.device and kept.dtype == own.dtype:
             return kept
         self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
+        self._memory.add(_memory(self._here[key]))
         return self._here[key]
 
     def holds(self, own: object) -> bool:
@@ -76,6 +80,19 @@ class Reference:
             return f"the model has {name}, which the reference does not have"
         return f"{name} has shape {tuple(tensor.shape)}, in the reference {tuple(kept.shape)}"
 
+    def keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a counterpart, which nothing may overwrite."""
+        return tensor.untyped_storage()._cdata in self._memory
+
+    def lying_in(self, storage: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The model's tensors that lie in a piece of memory, with their counterparts."""
+        if not self._places:
+            for _, own in self._names.values():
+                if is_plain(own):
+                    self._places.setdefault(own.untyped_storage()._cdata, []).append(own)
+        held = ((own, self.of(own)) for own in self._places.get(storage, ()))
+        return [(own, kept) for own, kept in held if kept is not None]
+
     def lacking(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the model holds without a counterpart."""
         return ((name, own) for name, own in self._names.values() if self.of(own) is None)
@@ -83,10 +100,16 @@ class Reference:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a copy of ``tensor`` as the counterpart of what the model holds under ``name``."""
         self._kept[name] = tensor.detach().clone()
+        self._memory.add(_memory(self._kept[name]))
 
     def release(self) -> None:
         """Give up what was brought over."""
+        self._memory -= {_memory(tensor) for tensor in self._here.values()}
         self._here.clear()
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if is_plain(tensor) else 0
 
 
 def load_reference(

@@ -139,6 +139,10 @@ class Attribution:
         )
         return PlacementOptions(shared.ranks, shared.is_first, frozenset(equal))
 
+    def lose(self, site: Site, reason: str) -> None:
+        """A site, named as in keys, is not compared with the reference in a forward pass."""
+        self.unmeasured[f"{site.module}{site.path}, compared with the reference"] = reason
+
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         resolve = self._resolver(owner)
@@ -152,19 +156,19 @@ class Attribution:
         inputs: Sequence[object],
         frames: Frames,
         *,
-        compared: bool = True,
+        lost: str = "",
     ) -> Binding | None:
         """The rows of a call of ``graph``, named; None if it is not known which module ran it.
 
-        Without ``compared``, those of the reference are left out.
+        ``lost`` tells why those of the reference are left out, if they are.
         """
         owner = self._owner(graph, inputs, frames)
         if owner is None:
             self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
             return None
-        key = (id(layout), owner, compared)
+        key = (id(layout), owner, not lost)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, layout, owner, compared=compared)
+            self._bindings[key] = self._bind(graph, layout, owner, lost)
         return self._bindings[key]
 
     def _owner(
@@ -183,7 +187,7 @@ class Attribution:
         return owner if owner is graph.owner else None
 
     def _bind(
-        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, *, compared: bool
+        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, lost: str
     ) -> Binding | None:
         if type(owner) is not type(graph.owner):
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
@@ -193,8 +197,6 @@ class Attribution:
         def resolve(measurement: Measurement) -> Site | None:
             if measurement.family == VALUE_FAMILY:
                 return self._placed(measurement)
-            if not compared and rule_family(measurement.family) in BRANCH_FAMILIES:
-                return None
             name = absolute(measurement.site.module)
             if name is None:
                 return None
@@ -202,6 +204,9 @@ class Attribution:
             if not site.is_shown and graph.outside(measurement) and owner is not graph.owner:
                 return None
             if not self._is_wanted(replace(measurement, site=site)):
+                return None
+            if lost and rule_family(measurement.family) in BRANCH_FAMILIES:
+                self.lose(site, lost)
                 return None
             self._measured.setdefault(name, {})["graph"] = None
             return self._placed(replace(measurement, site=site))

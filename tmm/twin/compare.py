@@ -30,7 +30,6 @@ from tmm.runtime.eager import reduce_pair_eagerly
 from tmm.twin.attribution import Attribution, checked_module
 from tmm.twin.follow import Follower
 from tmm.twin.outputs import tensors_in
-from tmm.twin.sampling import LOST_ITEMS
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
@@ -119,12 +118,7 @@ class EagerComparison:
         """Measure a tensor against its counterpart, which is given back; None if it is lost."""
         reference = self._follower.counterpart(tensor)
         if reference is None:
-            name = f"{site.module}{site.path}, compared with the reference"
-            self._attribution.unmeasured[name] = (
-                LOST_ITEMS
-                if self._follower.is_lost
-                else "it was computed on a way that tmm does not see"
-            )
+            self._attribution.lose(site, self._follower.why_unknown(tensor))
             return None
         with torch.no_grad(), self._follower.paused():
             for reduction in reductions:

@@ -23,7 +23,7 @@ class Comparing:
     """Follows the reference through one forward pass after the other.
 
     ``batch`` is what the running one was given, where only some of its items are compared; ``lost``
-    tells that the graph that runs cannot be compared this time; ``inputs`` are those of the
+    tells why the graph that runs cannot be compared this time; ``inputs`` are those of the
     reference where they are not the model's.
     """
 
@@ -31,7 +31,7 @@ class Comparing:
         spec = attribution.plan.spec
         self.reference = reference
         self.batch: Batch | None = None
-        self.lost = False
+        self.lost = ""
         self.inputs = ReferenceInputs()
         self._attribution = attribution
         self._follower = Follower(reference)
@@ -69,35 +69,64 @@ class Comparing:
         self, ends: ReferenceEnds, inputs: Sequence[object], owner: torch.nn.Module
     ) -> list[torch.Tensor]:
         """What the reference's branch of a graph takes for these inputs."""
-        self.lost = False
+        self.lost = self._follower.lost
         found = []
-        for position in (*ends.parameters, *ends.inputs):
-            tensor = inputs[position]
-            assert isinstance(tensor, torch.Tensor)
-            counterpart = self._follower.counterpart(tensor)
-            if counterpart is None:
-                self.lost = True
-                where = self._attribution.name(owner)
-                self._attribution.unmeasured[f"{where}, compared with the reference"] = (
-                    "a tensor came to a graph of it on a way that tmm does not see"
-                )
-                counterpart = tensor.detach()
-            found.append(counterpart)
+        with self._follower.paused():
+            for position in (*ends.parameters, *ends.inputs):
+                tensor = inputs[position]
+                assert isinstance(tensor, torch.Tensor)
+                counterpart = self._follower.counterpart(tensor)
+                if counterpart is None:
+                    self.lost = self.lost or self._follower.why_unknown(tensor)
+                elif counterpart.shape != tensor.shape:
+                    self.lost = self.lost or (
+                        f"a graph takes a tensor of shape {tuple(tensor.shape)}, in the reference"
+                        f" of shape {tuple(counterpart.shape)}"
+                    )
+                    counterpart = None
+                found.append(tensor.detach() if counterpart is None else counterpart)
         return found
 
-    def pair(self, own: Sequence[torch.Tensor], counterparts: Sequence[torch.Tensor]) -> None:
-        """Take what the reference's branch of a graph gives to later ones."""
-        if not self.lost:
-            self._follower.pair(own, counterparts)
+    def take(
+        self,
+        ends: ReferenceEnds,
+        inputs: Sequence[object],
+        outputs: Sequence[Any],
+        added: Sequence[torch.Tensor],
+    ) -> None:
+        """Take what the reference's branch of a graph gives to later ones, in ``added``."""
+        if not ends.is_part:
+            return
+        follower = self._follower
+        returned = [outputs[position] for position in ends.outputs]
+        overwritten = [inputs[position] for position in ends.overwritten]
+        lost = {position: reason for position, reason in ends.lost_outputs}
+        if self.lost:
+            follower.forget((returned, overwritten), self.lost)
+        else:
+            follower.pair(returned, added[: len(returned)])
+            with torch.no_grad(), follower.paused():
+                for own, other in zip(overwritten, added[len(returned) :], strict=True):
+                    assert isinstance(own, torch.Tensor)
+                    follower.overwritten(own, other)
+        for position, output in enumerate(outputs):
+            if position in lost:
+                follower.forget(output, lost[position])
+            elif position not in ends.outputs:
+                follower.note_independent(output)
+        for position, reason in ends.lost_inputs:
+            follower.forget(inputs[position], reason)
+        if ends.end:
+            follower.lose(ends.end)
 
     @property
     def is_over(self) -> bool:
         """Whether the rest of the forward pass cannot be compared."""
-        return self._follower.is_lost
+        return bool(self._follower.lost)
 
-    def end(self) -> None:
+    def end(self, reason: str) -> None:
         """Compare nothing in the rest of the forward pass."""
-        self._follower.lose()
+        self._follower.lose(reason)
 
     # Between graphs
 

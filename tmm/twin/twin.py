@@ -303,7 +303,7 @@ class Twin:
             return
         binding = self.attribution.bind(
             *(graph, graph.layout, inputs, self._frames),
-            compared=self.comparing is None or not self.comparing.lost,
+            lost="" if self.comparing is None else self.comparing.lost,
         )
         if binding is not None and not self._discarding:
             self.recorder.add(binding, extra)
