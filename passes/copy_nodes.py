@@ -196,8 +196,9 @@ class Copier:
             return f"{name} draws random numbers that a second computation cannot share"
         if any(call is node for call, _ in nested_calls(self.module)):
             return None if returns_body_outputs(node) else f"inside {node.target}"
-        if free_unbacked_symbols(node.meta.get("example_value")):
-            return "its shape depends on values"
+        if free_unbacked_symbols(example := node.meta.get("example_value")):
+            is_number = not isinstance(example, torch.Tensor)
+            return f"{'a number' if is_number else 'a shape'} in it is read from tensors"
         if self.samples is not None and (reason := self._why_not_of_samples(node)) is not None:
             return reason
         target = overwritten_by(node)

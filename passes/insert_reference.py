@@ -95,7 +95,8 @@ class ReferenceEnds:
     model holds under names) and then ``inputs``. The extra outputs are those of the outputs at
     ``outputs``, and then, as they are afterwards, of the inputs at ``overwritten``. A graph that is
     a part of the model (``is_part``) also tells which outputs and overwritten inputs have none,
-    with the reason, and why nothing can be compared after it, in ``end``.
+    with the reason, and why nothing can be compared after it, in ``end``. ``independent`` outputs
+    depend on none of the extra inputs.
     """
 
     parameters: tuple[int, ...] = ()
@@ -106,6 +107,7 @@ class ReferenceEnds:
     lost_outputs: tuple[tuple[int, str], ...] = ()
     lost_inputs: tuple[tuple[int, str], ...] = ()
     end: str = ""
+    independent: tuple[int, ...] = ()
 
     @property
     def added(self) -> int:
@@ -149,7 +151,8 @@ def insert_reference(
         samples=options.samples,
         scrambled=frozenset() if options.samples is None else scrambled(module, options.samples),
     )
-    returned = _returned_tensors(module) if options.is_part else {}
+    tensors = _returned_tensors(module)
+    returned = tensors if options.is_part else {}
     written = {}
     if options.is_part:
         memory = storages(branch.overwritten())
@@ -182,6 +185,7 @@ def insert_reference(
         lost_outputs=_lost(returned, branch),
         lost_inputs=_lost(written, branch),
         end=_values_for_python(module, branch) if options.is_part else "",
+        independent=tuple(i for i, node in tensors.items() if node not in branch.dependent),
     ), refused
 
 

@@ -86,10 +86,15 @@ class WholeOutput:
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """A graph's layout with its sites named, as for one of the layers that the graph serves."""
+    """A graph's layout with its sites named, as for one of the layers that the graph serves.
+
+    Sites that are ``left_out`` could not be measured in this call, and so not in the whole step:
+    their rows of other calls would be those of a part.
+    """
 
     groups: tuple[RowGroup, ...]
     whole: tuple[WholeOutput, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def _whole_name(family: str, site: Site) -> str | None:
@@ -125,10 +130,9 @@ class KeyRegistry:
         for row in layout.rows:
             family, reduction = row.measurement.family, row.measurement.reduction
             found = resolve(row.measurement)
-            name = None if found is None else self._name(family, found)
-            if name is None:
+            site = None if found is None else self.site(family, found)
+            if site is None:
                 continue
-            site = _join(family, name)
             self._positions.setdefault(site, len(self._positions))
             if not row.indices:
                 is_pair = family == DIFFERENCE
@@ -151,9 +155,10 @@ class KeyRegistry:
         )
         return Binding(groups, tuple(whole))
 
-    def _name(self, family: str, site: Site) -> str | None:
+    def site(self, family: str, site: Site) -> str | None:
+        """The name of what is measured, with its family; None if it is not recorded."""
         name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
-        return None if name is None else site.named(name)
+        return None if name is None else _join(family, site.named(name))
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""

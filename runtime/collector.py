@@ -73,6 +73,7 @@ class StepCollector:
         self._arrivals: list[tuple[Binding, list[HostCopy], Callable[[], bool] | None]] = []
         self._logged: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
         self._own: dict[str, tuple[Aggregate, list[HostCopy]]] = {}
+        self._left_out: set[str] = set()
         self._turn: Turn[StepCollector] | None = None
         self._sent: Gathered | None = None
         self._record: StepRecord | None = None
@@ -85,10 +86,11 @@ class StepCollector:
         *,
         unless: torch.Tensor | Callable[[], bool] | None = None,
     ) -> None:
-        """Take the extra outputs of one call of a graph.
+        """Take the extra outputs of one call of a graph; what it left out has no row in the step.
 
         They do not count if ``unless``, one element or a test, holds when the step is evaluated.
         """
+        self._left_out.update(binding.left_out)
         # What leaves a reentrant checkpoint requires a gradient, even a row. Others are kept as
         # they are: autograd adds later gradients in place to one that nobody else refers to.
         outputs = [output.detach() if output.requires_grad else output for output in outputs]
@@ -192,7 +194,7 @@ class StepCollector:
                     )
 
         rows = {reduction: some.few_parts() for reduction, some in accumulators.items()}
-        return Gathered(rows, collected, _read(self._logged))
+        return Gathered(rows, collected, _read(self._logged), frozenset(self._left_out))
 
     def _evaluate(self) -> StepRecord:
         if self._turn is None:
@@ -206,6 +208,7 @@ class StepCollector:
             else:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)
+        gathered = gathered.complete()
         scalars: list[Table] = []
         histograms: list[Table] = []
         for reduction, parts in gathered.rows.items():

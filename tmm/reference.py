@@ -35,6 +35,7 @@ class Reference:
         self._here: dict[int, torch.Tensor] = {}
         self._memory = {_memory(tensor) for tensor in self._kept.values()}
         self._places: dict[int, list[torch.Tensor]] = {}
+        self._shared: dict[int, tuple[torch.Tensor, int]] = {}
         self.look()
 
     def look(self) -> None:
@@ -48,6 +49,7 @@ class Reference:
                 del self._here[key]
         self._names = names
         self._places.clear()
+        self._shared = {key: shared for key, shared in self._shared.items() if key in names}
 
     def of(self, own: object) -> torch.Tensor | None:
         """The counterpart of a tensor that the model holds, with its device and dtype, or None."""
@@ -56,11 +58,10 @@ class Reference:
             return self._here[key]
         name, _ = self._names.get(key, ("", None))
         kept = self._kept.get(name)
-        if kept is None:
-            return None
-        assert isinstance(own, torch.Tensor)
-        if kept.shape != own.shape:
-            return None
+        assert isinstance(own, torch.Tensor) or kept is None
+        if kept is None or kept.shape != own.shape:
+            shared, version = self._shared.get(key, (None, 0))
+            return shared.detach() if shared is own and own._version == version else None
         if kept.device == own.device and kept.dtype == own.dtype:
             return kept
         self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
@@ -93,14 +94,14 @@ class Reference:
         held = ((own, self.of(own)) for own in self._places.get(storage, ()))
         return [(own, kept) for own, kept in held if kept is not None]
 
-    def lacking(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def lacking(self) -> list[torch.Tensor]:
         """What the model holds without a counterpart."""
-        return ((name, own) for name, own in self._names.values() if self.of(own) is None)
+        return [own for _, own in self._names.values() if self.of(own) is None]
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a copy of ``tensor`` as the counterpart of what the model holds under ``name``."""
-        self._kept[name] = tensor.detach().clone()
-        self._memory.add(_memory(self._kept[name]))
+    def share(self, tensor: torch.Tensor) -> None:
+        """Let a tensor that depends on no parameter be its own counterpart, as long as it is."""
+        if not tensor.is_inference():  # those do not tell when they change
+            self._shared[id(tensor)] = tensor, tensor._version
 
     def release(self) -> None:
         """Give up what was brought over."""

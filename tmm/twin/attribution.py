@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from tmm.gaps import MonitoringWarning
 from tmm.layout import (
     ATTENTION,
     DIFFERENCE,
@@ -25,7 +27,7 @@ from tmm.naming import display_name, parameter_names, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_reference import CheckedModule
+from tmm.passes.insert_reference import BRANCH, CheckedModule
 from tmm.passes.placed import Placed, why_unsummed
 from tmm.passes.placements import PlacementOptions
 from tmm.ranks import Ranks, is_distributed
@@ -64,6 +66,7 @@ class Attribution:
         self._eager: dict[Measurement, Binding] = {}
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
+        self._has_warned = False
 
     def refresh(self) -> None:
         """Learn of modules that were added to the model."""
@@ -139,15 +142,38 @@ class Attribution:
         )
         return PlacementOptions(shared.ranks, shared.is_first, frozenset(equal))
 
-    def lose(self, site: Site, reason: str) -> None:
-        """A site, named as in keys, is not compared with the reference in a forward pass."""
-        self.unmeasured[f"{site.module}{site.path}, compared with the reference"] = reason
+    def lose(self, measurement: Measurement, reason: str) -> Binding:
+        """A site, named as in keys, is not compared with the reference in a forward pass.
+
+        Its row of the step is left out by the binding: other forward passes would be a part of it.
+        """
+        site = self.ranks.placed(measurement, self.by_rank)
+        lost = None if site is None else self._registry.site(measurement.family, site)
+        if lost is None:
+            return Binding((), ())
+        name = measurement.site.module + measurement.site.path
+        self.unmeasured[f"{name}, compared with the reference"] = reason
+        self._warn_once(name, reason)
+        return Binding((), (), (lost,))
+
+    def _warn_once(self, name: str, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{name} cannot be compared with the reference: {reason}. Where that is so it has"
+                " no rows; tmm.explain(model).unmeasured lists what has none, and why",
+                MonitoringWarning,
+                stacklevel=2,
+            )
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         resolve = self._resolver(owner)
         for site, reason in unmeasured:
-            self.unmeasured[(resolve(site.module) or site.module) + site.path] = reason
+            name = (resolve(site.module) or site.module) + site.path
+            self.unmeasured[name] = reason
+            if reason.startswith(BRANCH):
+                self._warn_once(name, reason.removeprefix(f"{BRANCH}: "))
 
     def bind(
         self,
@@ -193,6 +219,7 @@ class Attribution:
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
             return None
         absolute = self._resolver(owner)
+        left_out: list[str] = []
 
         def resolve(measurement: Measurement) -> Site | None:
             if measurement.family == VALUE_FAMILY:
@@ -206,13 +233,14 @@ class Attribution:
             if not self._is_wanted(replace(measurement, site=site)):
                 return None
             if lost and rule_family(measurement.family) in BRANCH_FAMILIES:
-                self.lose(site, lost)
+                left_out.extend(self.lose(replace(measurement, site=site), lost).left_out)
                 return None
             self._measured.setdefault(name, {})["graph"] = None
             return self._placed(replace(measurement, site=site))
 
         self.leave_out(owner, layout.unmeasured)
-        return self._registry.bind(layout, resolve)
+        binding = self._registry.bind(layout, resolve)
+        return replace(binding, left_out=tuple(left_out))
 
     def _placed(self, measurement: Measurement) -> Site | None:
         """Where this rank records a measurement, whose site is named as in keys."""

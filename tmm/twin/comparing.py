@@ -13,8 +13,10 @@ from tmm.passes.insert_reference import ReferenceEnds
 from tmm.reference import Reference
 from tmm.rules import BRANCH_FAMILIES
 from tmm.twin.attribution import Attribution
-from tmm.twin.compare import Add, EagerComparison
+from tmm.twin.compare import Add, EagerComparison, Lose
 from tmm.twin.follow import Follower
+from tmm.twin.kept_numbers import KeptNumbers
+from tmm.twin.reads import watched_reads
 from tmm.twin.reference_inputs import ReferenceInputs
 from tmm.twin.sampling import Batch
 
@@ -27,7 +29,9 @@ class Comparing:
     reference where they are not the model's.
     """
 
-    def __init__(self, reference: Reference, attribution: Attribution, add: Add) -> None:
+    def __init__(
+        self, reference: Reference, attribution: Attribution, add: Add, lose: Lose
+    ) -> None:
         spec = attribution.plan.spec
         self.reference = reference
         self.batch: Batch | None = None
@@ -37,7 +41,8 @@ class Comparing:
         self._follower = Follower(reference)
         self._runs_branch = any(map(spec.measures, BRANCH_FAMILIES))
         self._samples = spec.reference_samples
-        self._eager = EagerComparison(attribution, self._follower, add)
+        self._kept_numbers = KeptNumbers(attribution.root)
+        self._eager = EagerComparison(attribution, self._follower, add, lose)
 
     @contextmanager
     def forward(self, inputs: object) -> Iterator[None]:
@@ -46,18 +51,31 @@ class Comparing:
             yield
             return
         self._follower.begin(inputs)
+        if reason := self._kept_numbers.begin():
+            self._follower.lose(reason)
         for own, other in self.inputs.pairs:
             self._follower.pair(own, other)
         if self._samples is not None:
             self.batch = Batch.of(inputs)
         left_open = nullcontext() if self.batch is None else self.batch.left_open()
         try:
-            with self._follower, left_open:
+            with self._follower, watched_reads(), left_open:
                 yield
         finally:
+            self._look_back()
             self._follower.end()
             self.batch = None
             self.inputs.pairs = []
+
+    def _look_back(self) -> None:
+        """Learn of what the forward pass leaves on the model."""
+        self._kept_numbers.end(has_read=self._follower.has_read)
+        if self._follower.lost:
+            return
+        self.reference.look()
+        for tensor in self.reference.lacking():
+            if self._follower.is_independent(tensor):  # as constants are that are made when needed
+                self.reference.share(tensor)
 
     # Of graphs
 
@@ -95,12 +113,12 @@ class Comparing:
         added: Sequence[torch.Tensor],
     ) -> None:
         """Take what the reference's branch of a graph gives to later ones, in ``added``."""
+        follower = self._follower
+        follower.note_independent([outputs[position] for position in ends.independent])
         if not ends.is_part:
             return
-        follower = self._follower
         returned = [outputs[position] for position in ends.outputs]
         overwritten = [inputs[position] for position in ends.overwritten]
-        lost = {position: reason for position, reason in ends.lost_outputs}
         if self.lost:
             follower.forget((returned, overwritten), self.lost)
         else:
@@ -109,11 +127,8 @@ class Comparing:
                 for own, other in zip(overwritten, added[len(returned) :], strict=True):
                     assert isinstance(own, torch.Tensor)
                     follower.overwritten(own, other)
-        for position, output in enumerate(outputs):
-            if position in lost:
-                follower.forget(output, lost[position])
-            elif position not in ends.outputs:
-                follower.note_independent(output)
+        for position, reason in ends.lost_outputs:
+            follower.forget(outputs[position], reason)
         for position, reason in ends.lost_inputs:
             follower.forget(inputs[position], reason)
         if ends.end:

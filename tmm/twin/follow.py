@@ -25,6 +25,8 @@ Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype
 
 _STATISTICS = ("running_mean", "running_var")  # written to, though older schemas do not say so
 
+_READ = "the program read values of a tensor"
+
 UNSEEN = "it was computed on a way that tmm does not see"
 """Why a tensor that depends on parameters, and whose counterpart is not known, is not compared."""
 
@@ -36,7 +38,8 @@ class Follower(TorchDispatchMode):
     numbers. What depends on no parameter is its own counterpart. Tensors are known by the memory
     that they lie in, so that every view and alias of one is known with it. Where the program reads
     a value from a tensor that is another one in the reference, the reference would go on in
-    another way: the rest of the forward pass is ``lost``, for a reason that it tells.
+    another way: the rest of the forward pass is ``lost``, for a reason that it tells. ``has_read``
+    says that such a value was read, whether it was another one or not.
     """
 
     supports_higher_order_operators = True  # they run as they are, and are lost sight of
@@ -45,6 +48,7 @@ class Follower(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.reference = reference
         self.lost = ""
+        self.has_read = False
         self._pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unknown: dict[int, tuple[torch.Tensor, str]] = {}
@@ -60,7 +64,7 @@ class Follower(TorchDispatchMode):
     def begin(self, inputs: object) -> None:
         """Forget the last forward pass; ``inputs`` are what this one is given."""
         self.end()
-        self.lost = ""
+        self.lost, self.has_read = "", False
         given = [value for value in tree_flatten(inputs)[0] if _is_followed(value)]
         self._inputs = {_place(tensor) for tensor in given}
         self.reference.look()
@@ -135,6 +139,25 @@ class Follower(TorchDispatchMode):
             return f"a {type(tensor).__name__} of layout {tensor.layout} is not followed"
         return self._why_unknown(tensor)
 
+    def read(self, tensor: torch.Tensor) -> None:
+        """Python reads all values of a tensor."""
+        if self._paused or self.lost or not _is_followed(tensor):
+            return
+        with self.paused(), torch.no_grad():
+            if reason := self._why_unknown(tensor):
+                self.lose(f"{_READ} that has no counterpart: {reason}")
+            elif (known := self._known(tensor)) is not None:
+                self.has_read = True
+                if not torch.equal(tensor, known):
+                    self.lose(f"{_READ} that has others in the reference")
+
+    def is_independent(self, tensor: torch.Tensor) -> bool:
+        """Whether it is certain that a tensor depends on no parameter."""
+        with self.paused():
+            return _is_followed(tensor) and (
+                not self.depends(tensor) and tensor.untyped_storage()._cdata in self._independent
+            )
+
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor depends on a parameter, or may."""
         return bool(self.why_unknown(tensor)) or self._known(tensor) is not None
@@ -167,7 +190,8 @@ class Follower(TorchDispatchMode):
         if storage in self._storages:
             return
         known = self._known(tensor)
-        if known is None or self.reference.keeps(known):
+        is_shared = known is None or known.untyped_storage()._cdata == storage
+        if is_shared or self.reference.keeps(known):
             self._stop_sharing(tensor)
 
     def _stop_sharing(self, tensor: torch.Tensor) -> None:
@@ -225,6 +249,9 @@ class Follower(TorchDispatchMode):
         finally:
             if after is not None:
                 after.restore()
+        if not isinstance(result, torch.Tensor):
+            leaves = tree_flatten(result)[0]
+            self.has_read = self.has_read or not all(map(_is_followed, leaves))
         if difference := _difference(func, result, counterpart):
             self.lose(difference)
         elif not written or torch.Tag.inplace_view in func.tags:  # it lies elsewhere now
@@ -244,7 +271,8 @@ class Follower(TorchDispatchMode):
         """What an operation gave and wrote to has no counterpart."""
         leaves = tree_flatten(result)[0]
         if any(isinstance(leaf, (bool, int, float, complex)) for leaf in leaves):
-            self.lose(f"the program read a value of a tensor that has no counterpart: {reason}")
+            self.has_read = True
+            self.lose(f"{_READ} that has no counterpart: {reason}")
         self.forget(result, reason)
         if isinstance(func, torch._ops.OpOverload):
             self.forget([tensor for _, tensor in _written(func, args, kwargs)], reason)
@@ -271,7 +299,9 @@ def _difference(func: Any, result: object, counterpart: object) -> str:
     for value, other in zip(own, others, strict=True):
         if not isinstance(value, torch.Tensor):
             if value != other and not (value != value and other != other):
-                return f"the program read {value!r} from a tensor, which is {other!r} in the reference"
+                return (
+                    f"the program read {value!r} from a tensor, which is {other!r} in the reference"
+                )
         elif not _is_followed(value):
             return f"{func} gave a {type(value).__name__} of layout {value.layout}"
         elif (value.shape, value.dtype) != (other.shape, other.dtype):
