@@ -27,6 +27,7 @@ from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.item_order import scrambled
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
 from tmm.passes.masks import Masks
+from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
@@ -96,7 +97,7 @@ class ReferenceEnds:
     ``outputs``, and then, as they are afterwards, of the inputs at ``overwritten``. A graph that is
     a part of the model (``is_part``) also tells which outputs and overwritten inputs have none,
     with the reason, and why nothing can be compared after it, in ``end``. ``independent`` outputs
-    depend on none of the extra inputs.
+    depend on none of the extra inputs, ``constant`` ones on no tensor at all.
     """
 
     parameters: tuple[int, ...] = ()
@@ -108,6 +109,7 @@ class ReferenceEnds:
     lost_inputs: tuple[tuple[int, str], ...] = ()
     end: str = ""
     independent: tuple[int, ...] = ()
+    constant: tuple[int, ...] = ()
 
     @property
     def added(self) -> int:
@@ -186,7 +188,24 @@ def insert_reference(
         lost_inputs=_lost(written, branch),
         end=_values_for_python(module, branch) if options.is_part else "",
         independent=tuple(i for i, node in tensors.items() if node not in branch.dependent),
+        constant=tuple(_constants(module, tensors)),
     ), refused
+
+
+def _constants(module: GraphModule, returned: Mapping[int, Node]) -> Iterator[int]:
+    """The positions of returned tensors that no tensor among the inputs takes part in."""
+    depends: set[Node] = set()
+    for node in module.graph.nodes:
+        is_input = node.op == "placeholder" and isinstance(
+            node.meta.get("example_value"), torch.Tensor
+        )
+        if is_input or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            if (target := overwritten_by(node)) is not None:
+                depends.add(target)
+    for position, node in returned.items():
+        if node not in depends and not any(storages([node]) & storages([d]) for d in depends):
+            yield position
 
 
 def _lost(nodes: Mapping[int, Node], branch: Copier) -> tuple[tuple[int, str], ...]:

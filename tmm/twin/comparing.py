@@ -74,7 +74,7 @@ class Comparing:
             return
         self.reference.look()
         for tensor in self.reference.lacking():
-            if self._follower.is_independent(tensor):  # as constants are that are made when needed
+            if self._follower.is_constant(tensor):
                 self.reference.share(tensor)
 
     # Of graphs
@@ -114,7 +114,8 @@ class Comparing:
     ) -> None:
         """Take what the reference's branch of a graph gives to later ones, in ``added``."""
         follower = self._follower
-        follower.note_independent([outputs[position] for position in ends.independent])
+        for position in ends.independent:
+            follower.note_independent(outputs[position], is_constant=position in ends.constant)
         if not ends.is_part:
             return
         returned = [outputs[position] for position in ends.outputs]

@@ -52,7 +52,7 @@ class Follower(TorchDispatchMode):
         self._pairs: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         self._storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._unknown: dict[int, tuple[torch.Tensor, str]] = {}
-        self._independent: dict[int, StorageWeakRef] = {}
+        self._independent: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._inputs: set[Place] = set()
         self._paused = False
 
@@ -117,12 +117,13 @@ class Follower(TorchDispatchMode):
             if _is_followed(tensor):
                 self._unknown[tensor.untyped_storage()._cdata] = (tensor, reason)
 
-    def note_independent(self, tensors: object) -> None:
+    def note_independent(self, tensors: object, *, is_constant: bool) -> None:
         """These tensors, which may come to require a gradient, depend on no parameter."""
         for tensor in tree_flatten(tensors)[0]:
             if _is_followed(tensor):
                 storage = tensor.untyped_storage()
-                self._independent[storage._cdata] = StorageWeakRef(storage)
+                known = self._independent.get(storage._cdata, (None, True))[1]
+                self._independent[storage._cdata] = StorageWeakRef(storage), is_constant and known
 
     def counterpart(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The counterpart of a tensor; None where ``why_unknown`` gives a reason."""
@@ -151,12 +152,14 @@ class Follower(TorchDispatchMode):
                 if not torch.equal(tensor, known):
                     self.lose(f"{_READ} that has others in the reference")
 
-    def is_independent(self, tensor: torch.Tensor) -> bool:
-        """Whether it is certain that a tensor depends on no parameter."""
-        with self.paused():
-            return _is_followed(tensor) and (
-                not self.depends(tensor) and tensor.untyped_storage()._cdata in self._independent
-            )
+    def is_constant(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was made in this forward pass, of no other tensor."""
+        if self.lost or not _is_followed(tensor):
+            return False
+        storage = tensor.untyped_storage()._cdata
+        is_other = storage in self._storages or storage in self._unknown
+        _, is_constant = self._independent.get(storage, (None, False))
+        return is_constant and not is_other and _place(tensor) not in self._pairs
 
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor depends on a parameter, or may."""
@@ -224,7 +227,10 @@ class Follower(TorchDispatchMode):
         follows = any(self._known(tensor) is not None for tensor in given)
         if not follows or not is_operator or of_the_shape_only(func.overloadpacket):
             result = func(*args, **kwargs)
-            self.note_independent(result)
+            of = [self._independent.get(t.untyped_storage()._cdata, (None, False)) for t in given]
+            is_constant = all(constant for _, constant in of)
+            overwritten = [] if is_constant else [t for _, t in _written(func, args, kwargs)]
+            self.note_independent((result, overwritten), is_constant=is_constant)
             return result
         written = [t for name, t in _written(func, args, kwargs) if name not in _STATISTICS]
         for tensor in written:
@@ -274,8 +280,7 @@ class Follower(TorchDispatchMode):
             self.has_read = True
             self.lose(f"{_READ} that has no counterpart: {reason}")
         self.forget(result, reason)
-        if isinstance(func, torch._ops.OpOverload):
-            self.forget([tensor for _, tensor in _written(func, args, kwargs)], reason)
+        self.forget([tensor for _, tensor in _written(func, args, kwargs)], reason)
 
     def _argument(self, name: str, value: object) -> Any:
         """What stands for an argument of an operation."""
@@ -324,6 +329,8 @@ def _place(tensor: torch.Tensor) -> Place:
 
 def _written(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that an operation writes to, with the names of the arguments."""
+    if not isinstance(func, torch._ops.OpOverload):
+        return
     arguments = func._schema.arguments
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     for argument in arguments:
