@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -44,7 +44,8 @@ class Copier:
     ``substitutes`` maps nodes to what stands for them in the copy. What depends on none of them is
     not copied but shared, without its gradient. ``marks`` are the marks, here and in nested
     graphs, whose tensors are wanted; after ``copy``, ``found`` maps each to the counterpart of its
-    tensor and ``refused`` those that have none to the reason. ``family`` and ``site`` name what
+    tensor and ``refused`` those that have none to the reason; ``dependent`` is all that depends on
+    what is substituted. ``family`` and ``site`` name what
     the copies are made for. ``parameters`` are the substitutes that are parameters, by graph, and
     ``outer`` maps placeholders of nested graphs to those of the outermost one. With ``samples``
     the copy is of those items alone, and what it shares is narrowed to them, which is not possible
@@ -64,6 +65,7 @@ class Copier:
     copies: dict[Node, Node] = field(default_factory=dict)
     found: dict[Node, Node] = field(default_factory=dict)
     refused: dict[Node, str] = field(default_factory=dict)
+    dependent: set[Node] = field(default_factory=set)
     _lifted: dict[Node, dict[int, int]] = field(default_factory=dict)
     _shared: dict[Node, Argument] = field(default_factory=dict)
     _reasons: dict[Node, str] = field(default_factory=dict)
@@ -76,8 +78,10 @@ class Copier:
         nodes = list(self.module.graph.nodes if among is None else among)
         nodes = [node for node in nodes if ORIGIN not in node.meta and not sites_of(node)]
         self.copies |= self.substitutes
-        depends = self._dependent(nodes)
+        outputs = list(outputs)
+        depends = self.dependent = self._dependent(nodes)
         needed = self._needed(nodes, depends, outputs)
+        self._keep_inputs_apart([node for node in nodes if node in needed])
         for node in nodes:
             if is_mark(node):
                 self._find(node)
@@ -87,6 +91,24 @@ class Copier:
             self.copies.setdefault(output, output)
             if output in self._reasons:
                 self.refused[output] = self._reasons[output]
+
+    def overwritten(self) -> Iterator[Node]:
+        """What the program overwrites, of what depends on the substitutes or comes to."""
+        nodes = list(self.module.graph.nodes)
+        for node in self._dependent(nodes):
+            if (target := overwritten_by(node)) is not None:
+                yield target
+
+    def _keep_inputs_apart(self, nodes: Iterable[Node]) -> None:
+        """What the copies overwrite, in part or by another name, must not be an input."""
+        targets = (overwritten_by(node) for node in nodes)
+        memory = storages(target for target in targets if target is not None)
+        for node, substitute in self.substitutes.items():
+            if storages([node]) & memory:
+                with self.module.graph.inserting_after(_last_input(self.module, substitute)):
+                    clone = self.module.graph.call_method("clone", (substitute,))
+                self._describe(clone, node)
+                self.copies[node] = clone
 
     def _find(self, mark: Node) -> None:
         tensor = mark.args[0]
@@ -174,8 +196,9 @@ class Copier:
             return f"{name} draws random numbers that a second computation cannot share"
         if any(call is node for call, _ in nested_calls(self.module)):
             return None if returns_body_outputs(node) else f"inside {node.target}"
-        if free_unbacked_symbols(node.meta.get("example_value")):
-            return "its shape depends on values"
+        if free_unbacked_symbols(example := node.meta.get("example_value")):
+            is_number = not isinstance(example, torch.Tensor)
+            return f"{'a number' if is_number else 'a shape'} in it is read from tensors"
         if self.samples is not None and (reason := self._why_not_of_samples(node)) is not None:
             return reason
         target = overwritten_by(node)
@@ -229,13 +252,11 @@ class Copier:
         return False
 
     def _keep_apart(self, node: Node, target: Node) -> None:
-        """What ``node`` is about to overwrite must not be shared, nor be an input."""
-        counterpart = self.copies.get(target, target)
-        if counterpart is not target and counterpart.op != "placeholder":
+        """What ``node`` is about to overwrite must not be shared."""
+        if self.copies.get(target, target) is not target:
             return
         with self.module.graph.inserting_before(node):
-            shared = self._counterpart(target) if counterpart is target else counterpart
-            clone = self.module.graph.call_method("clone", (shared,))
+            clone = self.module.graph.call_method("clone", (self._counterpart(target),))
         self._describe(clone, target)
         self.copies[target] = clone
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tmm.layout import DIFFERENCE, Measurement, Site
 from tmm.metrics import Reduction
@@ -21,11 +22,12 @@ from tmm.pairs import (
     row_norms,
 )
 from tmm.passes.copy_nodes import ORIGIN, Copier
-from tmm.passes.edits import add_placeholder, example_like
+from tmm.passes.edits import add_placeholder, example_like, storages
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.item_order import scrambled
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
 from tmm.passes.masks import Masks
+from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
@@ -70,9 +72,10 @@ class ReferenceOptions:
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
     a module's output, of a given dtype, and its counterpart; ``check`` what the refined coordinate
-    check asks of a module. ``parameters`` gives the ``id`` of the parameter or buffer that a
-    placeholder is, for those that have a reference; ``is_part`` tells that the graph is not the
-    whole model: other inputs may have counterparts as well, and outputs are to have them.
+    check asks of a module. ``parameters`` gives the ``id`` of the tensor that a placeholder is, for
+    those that the model holds under a name: parameters, buffers and the like; ``is_part`` tells
+    that the graph is not the whole model: other inputs may have counterparts as well, and outputs
+    and what is overwritten are to have them.
     With ``samples`` those items alone are compared. ``refusal`` says why nothing can be.
     """
 
@@ -89,13 +92,29 @@ class ReferenceOptions:
 class ReferenceEnds:
     """Where the reference enters and leaves a graph.
 
-    The extra inputs are the counterparts of the inputs at the positions ``parameters`` (parameters
-    and buffers) and then ``inputs``; the extra outputs those of the outputs at ``outputs``.
+    The extra inputs are the counterparts of the inputs at the positions ``parameters`` (what the
+    model holds under names) and then ``inputs``. The extra outputs are those of the outputs at
+    ``outputs``, and then, as they are afterwards, of the inputs at ``overwritten``. A graph that is
+    a part of the model (``is_part``) also tells which outputs and overwritten inputs have none,
+    with the reason, and why nothing can be compared after it, in ``end``. ``independent`` outputs
+    depend on none of the extra inputs, ``constant`` ones on no tensor at all.
     """
 
     parameters: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+    overwritten: tuple[int, ...] = ()
+    is_part: bool = False
+    lost_outputs: tuple[tuple[int, str], ...] = ()
+    lost_inputs: tuple[tuple[int, str], ...] = ()
+    end: str = ""
+    independent: tuple[int, ...] = ()
+    constant: tuple[int, ...] = ()
+
+    @property
+    def added(self) -> int:
+        """The number of extra outputs."""
+        return len(self.outputs) + len(self.overwritten)
 
 
 def insert_reference(
@@ -134,19 +153,28 @@ def insert_reference(
         samples=options.samples,
         scrambled=frozenset() if options.samples is None else scrambled(module, options.samples),
     )
-    returned = _returned_tensors(module) if options.is_part else {}
-    branch.copy(returned.values())
+    tensors = _returned_tensors(module)
+    returned = tensors if options.is_part else {}
+    written = {}
+    if options.is_part:
+        memory = storages(branch.overwritten())
+        written = {i: node for i, node in enumerate(placeholders) if storages([node]) & memory}
+        written = {i: node for i, node in written.items() if node in substitutes}
+    branch.copy([*returned.values(), *written.values()])
     refused = tuple(_Rows(module, options, branch, parameters, set(wanted)).insert())
     outputs = tuple(
         position
         for position, node in returned.items()
         if node not in branch.refused and branch.copies[node] is not node
     )
-    if outputs:
+    overwritten = tuple(i for i, node in written.items() if node not in branch.refused)
+    further = [branch.copies[returned[position]] for position in outputs]
+    further += [branch.copies[written[position]] for position in overwritten]
+    if further:
         output = module.graph.output_node()
         (live,) = output.args
         assert isinstance(live, (tuple, list))
-        output.args = ((*live, *(branch.copies[returned[position]] for position in outputs)),)
+        output.args = ((*live, *further),)
     used = {node: substitute for node, substitute in substitutes.items() if substitute.users}
     for node in substitutes.keys() - used.keys():
         module.graph.erase_node(substitutes[node])
@@ -154,7 +182,44 @@ def insert_reference(
         tuple(i for i, node in enumerate(placeholders) if node in used and node in compared),
         tuple(i for i, node in enumerate(placeholders) if node in used and node in others),
         outputs,
+        overwritten,
+        is_part=options.is_part,
+        lost_outputs=_lost(returned, branch),
+        lost_inputs=_lost(written, branch),
+        end=_values_for_python(module, branch) if options.is_part else "",
+        independent=tuple(i for i, node in tensors.items() if node not in branch.dependent),
+        constant=tuple(_constants(module, tensors)),
     ), refused
+
+
+def _constants(module: GraphModule, returned: Mapping[int, Node]) -> Iterator[int]:
+    """The positions of returned tensors that no tensor among the inputs takes part in."""
+    depends: set[Node] = set()
+    for node in module.graph.nodes:
+        is_input = node.op == "placeholder" and isinstance(
+            node.meta.get("example_value"), torch.Tensor
+        )
+        if is_input or not depends.isdisjoint(node.all_input_nodes):
+            depends.add(node)
+            if (target := overwritten_by(node)) is not None:
+                depends.add(target)
+    for position, node in returned.items():
+        if node not in depends and not any(storages([node]) & storages([d]) for d in depends):
+            yield position
+
+
+def _lost(nodes: Mapping[int, Node], branch: Copier) -> tuple[tuple[int, str], ...]:
+    return tuple((i, branch.refused[node]) for i, node in nodes.items() if node in branch.refused)
+
+
+def _values_for_python(module: GraphModule, branch: Copier) -> str:
+    """Why the program may go on in another way for the reference; empty where it does not."""
+    for node in module.graph.output_node().all_input_nodes:
+        example = node.meta.get("example_value")
+        if node in branch.dependent and free_unbacked_symbols(example):
+            kind = "the shape of a tensor" if isinstance(example, torch.Tensor) else "a value"
+            return f"the program got {kind} that depends on parameters out of a graph ({node.name})"
+    return ""
 
 
 def _returned_tensors(module: GraphModule) -> dict[int, Node]:

@@ -87,10 +87,15 @@ class WholeOutput:
 
 @dataclass(frozen=True, eq=False)
 class Binding:
-    """A graph's layout with its sites named, as for one of the layers that the graph serves."""
+    """A graph's layout with its sites named, as for one of the layers that the graph serves.
+
+    Sites that are ``left_out`` could not be measured in this call, and so not in the whole step:
+    their rows of other calls would be those of a part.
+    """
 
     groups: tuple[RowGroup, ...]
     whole: tuple[WholeOutput, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def _whole_name(family: str, site: Site) -> str | None:
@@ -180,6 +185,11 @@ class KeyRegistry:
         start = _join(family, site.named(name))
         keys = (_key(start, metric, reduction) for metric in reduction.metrics)
         return start if self.owners.claim(keys, owner_of(family, site, name), start) else None
+
+    def site(self, family: str, site: Site) -> str | None:
+        """The name of what is measured, with its family; None if it is not recorded."""
+        name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
+        return None if name is None else _join(family, site.named(name))
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""

@@ -91,6 +91,7 @@ class StepCollector:
         self._measured: dict[str, Copies] = {}
         self._own: dict[str, Copies] = {}
         self._clashes: list[str] = []
+        self._left_out: set[str] = set()
         self._turn: Turn[StepCollector] | None = None
         self._sent: Gathered | None = None
         self._record: StepRecord | None = None
@@ -104,11 +105,12 @@ class StepCollector:
         unless: torch.Tensor | Callable[[], bool] | None = None,
         source: object = None,
     ) -> None:
-        """Take the extra outputs of one call of a graph.
+        """Take the extra outputs of one call of a graph; what it left out has no row in the step.
 
         They do not count if ``unless``, one element or a test, holds when the step is evaluated, or
         if their ``source`` is left out.
         """
+        self._left_out.update(binding.left_out)
         # What leaves a reentrant checkpoint requires a gradient, even a row. Others are kept as
         # they are: autograd adds later gradients in place to one that nobody else refers to.
         outputs = [output.detach() if output.requires_grad else output for output in outputs]
@@ -224,7 +226,8 @@ class StepCollector:
         # That of the run counts, should a key be in both.
         for key in self._own:
             self.registry.owners.claim((key,), LOGGED_FOR_RUN, key)
-        return Gathered(rows, collected, logged | self._claimed(self._logged, LOGGED_BY_HAND))
+        logged |= self._claimed(self._logged, LOGGED_BY_HAND)
+        return Gathered(rows, collected, logged, left_out=frozenset(self._left_out))
 
     def _numbers(
         self, info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
@@ -261,6 +264,7 @@ class StepCollector:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)
                 self.registry.note(gathered.alone, ALONE)
+        gathered = gathered.complete()
         scalars: list[Table] = []
         histograms: list[Table] = []
         for reduction, parts in gathered.rows.items():

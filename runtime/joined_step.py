@@ -18,6 +18,9 @@ from tmm.runtime.replicas import JOINED_REPLICAS, REPLICAS, differing, sent
 _LOGGED = "logged"
 """The metric of rows that stand for what was logged by name."""
 
+_LEFT_OUT = RowKind(("left out",), ("count",), "sum", is_function=True)
+"""Rows that stand for sites that a rank has not measured in the whole step."""
+
 Logged = dict[str, tuple[Aggregate, list[torch.Tensor]]]
 """Key to how its values are joined, and the values."""
 
@@ -31,13 +34,34 @@ class Gathered:
     """What arrived in a step: rows by reduction, values of callable aggregates, and logged ones.
 
     A site is in one of the parts of a reduction's rows at most. ``alone`` are the sites of which
-    this rank has rows, and others have something else.
+    this rank has rows, and others have something else; those that are ``left_out`` were measured in
+    a part of the step only, or not at all.
     """
 
     rows: Mapping[Reduction, Sequence[Rows]]
     collected: Mapping[tuple[Reduction, str], list[torch.Tensor]]
     logged: Logged
     alone: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
+
+    def complete(self) -> Gathered:
+        """The same without what is left out."""
+        if not self.left_out:
+            return self
+        rows = {
+            reduction: [_without(part, self.left_out) for part in parts]
+            for reduction, parts in self.rows.items()
+        }
+        collected = {
+            key: tensors for key, tensors in self.collected.items() if key[1] not in self.left_out
+        }
+        return Gathered(rows, collected, self.logged)
+
+
+def _without(part: Rows, left_out: frozenset[str]) -> Rows:
+    sites, rows = part
+    kept = [position for position, site in enumerate(sites) if site not in left_out]
+    return tuple(sites[position] for position in kept), rows[kept]
 
 
 def contribution_of(gathered: Gathered) -> Contribution:
@@ -55,6 +79,9 @@ def contribution_of(gathered: Gathered) -> Contribution:
         else:
             kind = RowKind((_LOGGED,), AGGREGATE_COLUMNS[aggregate], aggregate, is_function=True)
             parts.setdefault(kind, []).append(((key,), _row(kind, tensors)))
+    if gathered.left_out:
+        sites = tuple(f"{site} left out" for site in sorted(gathered.left_out))
+        parts[_LEFT_OUT] = [(sites, np.ones((len(sites), 1)))]
     collected = {
         (RowKind.of(reduction), site): tensors
         for (reduction, site), tensors in gathered.collected.items()
@@ -74,9 +101,13 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
     rows: dict[Reduction, Sequence[Rows]] = {}
     logged: Logged = {}
     alone: tuple[str, ...] = ()
+    left_out: frozenset[str] = frozenset()
     for kind, (sites, values) in step.rows.items():
         if kind == JOINED_REPLICAS:
             alone = tuple(differing(sites, values))
+        elif kind == _LEFT_OUT:
+            there = (site for site, row in zip(sites, values, strict=True) if row[0] > 0)
+            left_out = frozenset(site.removesuffix(" left out") for site in there)
         elif kind.metrics == (_LOGGED,):
             logged |= dict(_numbers(kind, sites, values))
         else:
@@ -93,7 +124,7 @@ def of_all_ranks(step: JoinedStep, own: Gathered) -> Gathered:
             if key in own.logged:
                 aggregate = own.logged[key][0]
                 logged.setdefault(key, (aggregate, []))[1].extend(tensors)
-    return Gathered(rows, collected, logged, alone)
+    return Gathered(rows, collected, logged, alone, left_out)
 
 
 def together(parts: Sequence[Rows]) -> Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,18 +165,22 @@ class ParameterNames:
 
     def __call__(self) -> dict[torch.nn.Parameter, str]:
         """Each parameter with its dotted name; a shared one has the first of its names."""
+        names: dict[torch.nn.Parameter, str] = {}
+        for owner, prefix in self.owners():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    names.setdefault(parameter, prefix + name)
+        return names
+
+    def owners(self) -> Sequence[tuple[torch.nn.Module, str]]:
+        """Each module with what the names of its tensors begin with."""
         if not self._walked or any(walked.has_changed() for walked in self._walked):
             self._walked = [_Walked.now(module) for module in self._module.modules()]
             self._owners = [
                 (owner, f"{name}." if name else "")
                 for owner, name in relative_names(self._module).items()
             ]
-        names: dict[torch.nn.Parameter, str] = {}
-        for owner, prefix in self._owners:
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    names.setdefault(parameter, prefix + name)
-        return names
+        return self._owners
 
 
 def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:

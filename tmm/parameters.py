@@ -103,12 +103,15 @@ class ParameterMonitor:
             self._add_differences(collector, self.reference)
 
     def _add_differences(self, collector: StepCollector, reference: Reference) -> None:
+        reference.look()
+        tensors: Tensors = {}
+        for parameter, name in self.names().items():
+            if self.plan.metrics(name, DIFFERENCE):
+                if (reason := reference.why_not(parameter)) is None:
+                    tensors[name] = parameter
+                else:
+                    self.unmeasured[f"{name}, compared with the reference"] = reason
         # Some at a time: all differences together would take as much memory as the model.
-        tensors: Tensors = {
-            name: parameter
-            for parameter, name in self.names().items()
-            if self.plan.metrics(name, DIFFERENCE) and reference.of(parameter) is not None
-        }
         for part in parts_of(tensors):
             own = {name: tensor.detach() for name, tensor in part.items()}
             found = {name: reference.of(tensor) for name, tensor in part.items()}

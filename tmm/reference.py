@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from tmm.naming import buffer_names, parameter_names, unwrapped_names
+from tmm.naming import unwrapped_names
 from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Plan, ReferenceSource
+from tmm.state import ModelState, is_plain
 
 DIFFERENCE = "parameter_difference"
 
@@ -19,46 +20,105 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 
 
 class Reference:
-    """A counterpart for each parameter and buffer of a model that is compared.
+    """A counterpart for each parameter, buffer and further tensor of a model that is compared.
 
-    Counterparts are found by identity, so that tied parameters have tied ones. Those that are kept
-    on another device, or in another dtype, are brought over when they are asked for, and are given
-    up with ``release``.
+    Counterparts are found by the names under which the model holds its tensors; ``look`` finds
+    those that it holds now, which may be others than before. Tied tensors have tied counterparts.
+    Those that are kept on another device, or in another dtype, are brought over when they are
+    asked for, and are given up with ``release``.
     """
 
-    def __init__(
-        self,
-        names: Mapping[torch.Tensor, str],
-        tensors: Mapping[str, torch.Tensor],
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._own = [own for own, name in names.items() if name in tensors]  # keeps the ids valid
-        self._kept = {id(own): _keep(tensors[names[own]], own, device, dtype) for own in self._own}
+    def __init__(self, state: ModelState, kept: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+        self._kept = dict(kept)
+        self._names: dict[int, tuple[str, torch.Tensor]] = {}  # keeps the ids valid
         self._here: dict[int, torch.Tensor] = {}
+        self._memory = {_memory(tensor) for tensor in self._kept.values()}
+        self._places: dict[int, list[torch.Tensor]] = {}
+        self._shared: dict[int, tuple[torch.Tensor, int]] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Find what the model holds under its names now."""
+        names: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, own in self._state:
+            names.setdefault(id(own), (name, own))
+        if self._here:
+            replaced = self._here.keys() - names.keys()
+            for key in replaced:
+                del self._here[key]
+        self._names = names
+        self._places.clear()
+        self._shared = {key: shared for key, shared in self._shared.items() if key in names}
 
     def of(self, own: object) -> torch.Tensor | None:
-        """The counterpart of a parameter or buffer, with its device and dtype; None without one."""
+        """The counterpart of a tensor that the model holds, with its device and dtype, or None."""
         key = id(own)
-        if key not in self._here:
-            kept = self._kept.get(key)
-            if kept is None:
-                return None
-            assert isinstance(own, torch.Tensor)
-            if kept.device == own.device and kept.dtype == own.dtype:
-                return kept
-            self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
+        if key in self._here:
+            return self._here[key]
+        name, _ = self._names.get(key, ("", None))
+        kept = self._kept.get(name)
+        assert isinstance(own, torch.Tensor) or kept is None
+        if kept is None or kept.shape != own.shape:
+            shared, version = self._shared.get(key, (None, 0))
+            return shared.detach() if shared is own and own._version == version else None
+        if kept.device == own.device and kept.dtype == own.dtype:
+            return kept
+        self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
+        self._memory.add(_memory(self._here[key]))
         return self._here[key]
+
+    def holds(self, own: object) -> bool:
+        """Whether the model holds a tensor under a name, with a counterpart or without."""
+        return id(own) in self._names
+
+    def why_not(self, own: object) -> str | None:
+        """Why a tensor that the model holds under a name has no counterpart; None if it has."""
+        if not self.holds(own) or self.of(own) is not None:
+            return None
+        name, tensor = self._names[id(own)]
+        if (kept := self._kept.get(name)) is None:
+            return f"the model has {name}, which the reference does not have"
+        return f"{name} has shape {tuple(tensor.shape)}, in the reference {tuple(kept.shape)}"
+
+    def keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a counterpart, which nothing may overwrite."""
+        return tensor.untyped_storage()._cdata in self._memory
+
+    def lying_in(self, storage: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The model's tensors that lie in a piece of memory, with their counterparts."""
+        if not self._places:
+            for _, own in self._names.values():
+                if is_plain(own):
+                    self._places.setdefault(own.untyped_storage()._cdata, []).append(own)
+        held = ((own, self.of(own)) for own in self._places.get(storage, ()))
+        return [(own, kept) for own, kept in held if kept is not None]
+
+    def lacking(self) -> list[torch.Tensor]:
+        """What the model holds without a counterpart."""
+        return [own for _, own in self._names.values() if self.of(own) is None]
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Let a tensor that depends on no parameter be its own counterpart, as long as it is."""
+        if not tensor.is_inference():  # those do not tell when they change
+            self._shared[id(tensor)] = tensor, tensor._version
 
     def release(self) -> None:
         """Give up what was brought over."""
+        self._memory -= {_memory(tensor) for tensor in self._here.values()}
         self._here.clear()
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if is_plain(tensor) else 0
 
 
 def load_reference(
     module: torch.nn.Module, plan: Plan, source: ReferenceSource | None
 ) -> Reference | None:
     """The reference for ``module`` that ``source`` gives; None without one.
+
+    It shares memory with nothing, unless the spec follows what a reference module comes to be.
 
     Raises:
         ValueError: names, shapes or dtypes differ, which are listed, or a file holds no state dict.
@@ -67,47 +127,60 @@ def load_reference(
     spec = plan.spec
     if source is None:
         return None
-    names: dict[torch.Tensor, str] = {
-        parameter: name for parameter, (name, _) in parameter_names(module).items()
-    }
-    if not any(spec.measures(family) for family in BRANCH_FAMILIES):
-        names = {own: name for own, name in names.items() if plan.metrics(name, DIFFERENCE)}
-    else:
-        names |= buffer_names(module)
+    needs_all = any(spec.measures(family) for family in BRANCH_FAMILIES)
+    state = ModelState(module, everything=needs_all)
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, own in state:
+        names.setdefault(own, []).append(name)
+    if not needs_all:
+        names = {own: known for own, known in names.items() if plan.metrics(known[0], DIFFERENCE)}
+    found = None
+    if not (isinstance(source, str) and source == "init"):
+        found = _tensors(source)
+        registered = {*module.parameters(), *module.buffers()}
+        _check(plan, {own: known for own, known in names.items() if own in registered}, found)
     device = None if spec.reference_device is None else torch.device(spec.reference_device)
-    if isinstance(source, str) and source == "init":
-        tensors = {name: own.detach() for own, name in names.items()}
-        return Reference(names, tensors, device, spec.reference_dtype)
-    found = _tensors(source)
-    optional = {name for own, name in names.items() if not isinstance(own, torch.nn.Parameter)}
+    kept: dict[str, torch.Tensor] = {}
+    for own, known in names.items():
+        other = own if found is None else _first(found, known)
+        copies = spec.copies_reference or other is None or other is own
+        # A state dict need not hold buffers, and holds no other attributes.
+        other = own if other is None else other
+        tensor = _keep(other, own, device, spec.reference_dtype, copies=copies)
+        kept.update(dict.fromkeys(known, tensor))
+    return Reference(state, kept)
+
+
+def _check(
+    plan: Plan, names: Mapping[torch.Tensor, Sequence[str]], found: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise ``ValueError`` for tensors that cannot be the counterparts of those that are named."""
     problems = []
-    for own, name in names.items():
-        other = found.get(name)
+    for own, known in names.items():
+        name, other = known[0], _first(found, known)
+        is_parameter = isinstance(own, torch.nn.Parameter)
         if other is None:
-            problems += [] if name in optional else [f"{name} is missing"]
+            problems += [f"{name} is missing"] if is_parameter else []
         elif other.shape != own.shape:
             problems.append(f"{name} has shape {tuple(other.shape)}, not {tuple(own.shape)}")
-        elif other.dtype != own.dtype and spec.reference_dtype is None:
+        elif other.dtype != own.dtype and plan.spec.reference_dtype is None:
             problems.append(
                 f"{name} has {other.dtype}, not {own.dtype} (reference_dtype= converts)"
             )
-        elif _is_live(own, other):
+        elif own.requires_grad and other.numel() and other.data_ptr() == own.data_ptr():
             problems.append(f"{name} is the parameter itself, which will change: give a copy")
     if any(problem.endswith("is missing") for problem in problems):
-        known = {*names.values(), *plan.parameters}
-        problems += [f"{name} is not in the model" for name in found if name not in known]
+        known_names = {*plan.parameters, *(name for known in names.values() for name in known)}
+        problems += [f"{name} is not in the model" for name in found if name not in known_names]
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(
             f"reference= does not fit the model: {'; '.join(problems[:_LISTED])}{more}"
         )
-    return Reference(names, found, device, spec.reference_dtype)
 
 
-def _is_live(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether ``other`` is the model's own tensor, which training changes."""
-    is_frozen = isinstance(own, torch.nn.Parameter) and not own.requires_grad
-    return not is_frozen and other.numel() > 0 and other.data_ptr() == own.data_ptr()
+def _first(found: Mapping[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor | None:
+    return next((found[name] for name in names if name in found), None)
 
 
 def _keep(
@@ -115,13 +188,14 @@ def _keep(
     own: torch.Tensor,
     device: torch.device | None,
     dtype: torch.dtype | None,
+    *,
+    copies: bool,
 ) -> torch.Tensor:
     tensor = tensor.detach()
     device = own.device if device is None else device
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    kept = tensor.to(device, wanted)
-    if _is_live(own, kept):
-        kept = kept.clone()
+    # Frozen parameters are copied, too: they may be trained, merged or loaded into later.
+    kept = tensor.to(device, wanted, copy=copies)
     pin = device.type == "cpu" and own.device.type == "cuda"
     return kept.pin_memory() if pin else kept
 
@@ -130,8 +204,7 @@ def _tensors(
     reference: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
 ) -> dict[str, torch.Tensor]:
     if isinstance(reference, torch.nn.Module):
-        parameters = {name: p.detach() for p, (name, _) in parameter_names(reference).items()}
-        return parameters | {name: buffer for buffer, name in buffer_names(reference).items()}
+        return {name: own.detach() for name, own in ModelState(reference, everything=True)}
     if isinstance(reference, (str, os.PathLike)):
         reference = _read(Path(reference))
     tensors = {name: v for name, v in reference.items() if isinstance(v, torch.Tensor)}

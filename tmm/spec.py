@@ -50,7 +50,8 @@ class Spec:
         reference: what differences and ``tmm.rcc`` compare with: ``"init"`` for the model as it is
             when it is instrumented, a module, a state dict, or the path of one (by ``torch.save``
             or safetensors; checkpoints may hold it as ``state_dict``, ``model_state_dict`` or
-            ``model``).
+            ``model``). It is copied, frozen parameters too: what changes it later changes nothing
+            here.
         reference_device: where the reference is kept. On ``"cpu"`` it lies in pinned memory, and
             is brought over on monitored steps only. By default beside the model.
         reference_dtype: the dtype in which it is kept; it is compared in that of the model.
@@ -73,9 +74,12 @@ class Spec:
 
     Attributes:
         is_strict: whether there must be rules, and each must match something.
+        copies_reference: whether the reference is compared as it is when it is given, not as it
+            comes to be.
     """
 
     is_strict = True
+    copies_reference = True
 
     def __init__(
         self,

@@ -24,10 +24,12 @@ Metrics = Mapping[str, Metric]
 class ModuleMonitorSpec(Spec):
     """The rules of a ``ModuleMonitor``: they may match nothing, and names are the user's.
 
-    Outputs that are tuples, dictionaries and the like have no rows, as in torch-module-monitor.
+    Outputs that are tuples, dictionaries and the like have no rows, and a reference is compared as
+    it is at each step, as in torch-module-monitor.
     """
 
     is_strict = False
+    copies_reference = False
 
     def __init__(
         self,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from tmm.gaps import MonitoringWarning
 from tmm.layout import (
     ATTENTION,
     ATTENTION_MARK,
@@ -26,7 +28,7 @@ from tmm.naming import display_name, parameter_names, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_reference import CheckedModule
+from tmm.passes.insert_reference import BRANCH, CheckedModule
 from tmm.passes.placed import Placed, why_unsummed
 from tmm.passes.placements import PlacementOptions
 from tmm.ranks import Ranks, is_distributed
@@ -74,6 +76,7 @@ class Attribution:
         self._eager: dict[Measurement, Binding] = {}
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
+        self._has_warned = False
 
     @property
     def notes(self) -> dict[str, str]:
@@ -161,6 +164,30 @@ class Attribution:
         )
         return PlacementOptions(shared.ranks, shared.is_first, frozenset(equal))
 
+    def lose(self, measurement: Measurement, reason: str) -> Binding:
+        """A site, named as in keys, is not compared with the reference in a forward pass.
+
+        Its row of the step is left out by the binding: other forward passes would be a part of it.
+        """
+        site = self.ranks.placed(measurement, self.by_rank)
+        lost = None if site is None else self._registry.site(measurement.family, site)
+        if lost is None:
+            return Binding((), ())
+        name = measurement.site.module + measurement.site.path
+        self.unmeasured[f"{name}, compared with the reference"] = reason
+        self._warn_once(name, reason)
+        return Binding((), (), (lost,))
+
+    def _warn_once(self, name: str, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{name} cannot be compared with the reference: {reason}. Where that is so it has"
+                " no rows; tmm.explain(model).unmeasured lists what has none, and why",
+                MonitoringWarning,
+                stacklevel=2,
+            )
+
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
         resolve = self._resolver(owner)
@@ -169,6 +196,8 @@ class Attribution:
             self.unmeasured[name] = reason
             if site.path.endswith(ATTENTION_MARK):
                 self.lost_attention[name] = reason
+            if reason.startswith(BRANCH):
+                self._warn_once(name, reason.removeprefix(f"{BRANCH}: "))
 
     def bind(
         self,
@@ -177,19 +206,19 @@ class Attribution:
         inputs: Sequence[object],
         frames: Frames,
         *,
-        compared: bool = True,
+        lost: str = "",
     ) -> Binding | None:
         """The rows of a call of ``graph``, named; None if it is not known which module ran it.
 
-        Without ``compared``, those of the reference are left out.
+        ``lost`` tells why those of the reference are left out, if they are.
         """
         owner = self._owner(graph, inputs, frames)
         if owner is None:
             self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
             return None
-        key = (id(layout), owner, compared)
+        key = (id(layout), owner, not lost)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, layout, owner, compared=compared)
+            self._bindings[key] = self._bind(graph, layout, owner, lost)
         return self._bindings[key]
 
     def _owner(
@@ -208,18 +237,17 @@ class Attribution:
         return owner if owner is graph.owner else None
 
     def _bind(
-        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, *, compared: bool
+        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, lost: str
     ) -> Binding | None:
         if type(owner) is not type(graph.owner):
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
             return None
         absolute = self._resolver(owner)
+        left_out: list[str] = []
 
         def resolve(measurement: Measurement) -> Site | None:
             if measurement.family == VALUE_FAMILY:
                 return self._placed(measurement)
-            if not compared and rule_family(measurement.family) in BRANCH_FAMILIES:
-                return None
             name = absolute(measurement.site.module)
             if name is None:
                 return None
@@ -228,11 +256,15 @@ class Attribution:
                 return None
             if not self._is_wanted(replace(measurement, site=site)):
                 return None
+            if lost and rule_family(measurement.family) in BRANCH_FAMILIES:
+                left_out.extend(self.lose(replace(measurement, site=site), lost).left_out)
+                return None
             self._measured.setdefault(name, {})["graph"] = None
             return self._placed(replace(measurement, site=site))
 
         self.leave_out(owner, layout.unmeasured)
-        return self._registry.bind(layout, resolve)
+        binding = self._registry.bind(layout, resolve)
+        return replace(binding, left_out=tuple(left_out))
 
     def _placed(self, measurement: Measurement) -> Site | None:
         """Where this rank records a measurement, whose site is named as in keys."""

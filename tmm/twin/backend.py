@@ -195,7 +195,7 @@ class MeasuredGraph:
         if any(isinstance(value, FakeTensor) for value in inputs):
             # DistributedDataParallel's buckets: how the outputs will lie in memory is found out.
             outputs = self.run(*inputs, *self.examples)
-            return outputs[: len(outputs) - self.layout.outputs - len(self.reference.outputs)]
+            return outputs[: len(outputs) - self.layout.outputs - self.reference.added]
         self.examples = ()
         comparing = self.host.comparing
         counterparts: Sequence[torch.Tensor] = ()
@@ -204,13 +204,12 @@ class MeasuredGraph:
         rows = [self.host.gradient_rows(self, inputs, wanted) for wanted in self.row_inputs]
         with nullcontext() if comparing is None else comparing.inside_graph():
             outputs = self.run(*inputs, *counterparts, *rows)
-        extra, paired = self.layout.outputs, self.reference.outputs
-        own = len(outputs) - extra - len(paired)
-        if comparing is not None and paired:
-            returned = [outputs[position] for position in paired]
-            comparing.pair(returned, outputs[own : own + len(paired)])
-        if comparing is not None and self.loses_reference:
-            comparing.end()
+        extra, added = self.layout.outputs, self.reference.added
+        own = len(outputs) - extra - added
+        if comparing is not None:
+            comparing.take(self.reference, inputs, outputs[:own], outputs[own : own + added])
+            if self.loses_reference:
+                comparing.end(LOST_ITEMS)
         self.host.collect(self, inputs, outputs[len(outputs) - extra :])
         self.host.follow(outputs[:own])
         return outputs[:own]
@@ -384,7 +383,7 @@ def _reference_options(
     parameters = {}
     for node in module.graph.find_nodes(op="placeholder"):
         argument = node.meta.get("grapharg")
-        if argument is not None and reference.of(argument.example) is not None:
+        if argument is not None and reference.holds(argument.example):
             parameters[node] = id(argument.example)
     return ReferenceOptions(
         scope.modules,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,12 @@ from tmm.runtime.eager import reduce_pair_eagerly
 from tmm.twin.attribution import Attribution, checked_module
 from tmm.twin.follow import Follower
 from tmm.twin.outputs import tensors_in
-from tmm.twin.sampling import LOST_ITEMS
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
+
+Lose = Callable[[Measurement, str], None]
+"""Takes what a call does not measure, and why."""
 
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype)
 _CONTAINERS = (tuple, list, dict)
@@ -52,10 +54,11 @@ class _Entered:
 class EagerComparison:
     """Measures modules that no graph holds against the reference, as ``insert_reference`` does."""
 
-    def __init__(self, attribution: Attribution, follower: Follower, add: Add) -> None:
+    def __init__(self, attribution: Attribution, follower: Follower, add: Add, lose: Lose) -> None:
         self._attribution = attribution
         self._follower = follower
         self._add = add
+        self._lose = lose
         self._entered: list[_Entered] = []
         self.is_repeating = False
 
@@ -69,6 +72,8 @@ class EagerComparison:
         given = next(iter((*arguments, *keywords.values())), None)
         if isinstance(given, torch.Tensor) and not why_unmeasurable(given):
             self._compare_input(name, given, checked)
+        if self._follower.lost:
+            return
         if not _is_plain((arguments, keywords)):
             self._attribution.unmeasured[f"{name}, refined coordinate check"] = (
                 "it is called outside of graphs with an object that a second call could change"
@@ -94,17 +99,20 @@ class EagerComparison:
             )
         for path, tensor in tensors_in(output):
             reductions = plan.select(name, tensor.dtype, DIFFERENCE)
-            checked = None if entered is None or entered.mixed is None else entered.checked
+            checked = None if entered is None else entered.checked
             if why_unmeasurable(tensor) or not (reductions or checked):
                 continue
-            reference = self._differences(Site(name, path), tensor, reductions)
-            if reference is None:
+            site = Site(name, path)
+            reference = self._differences(site, tensor, reductions)
+            if checked is None:
                 continue
-            own = tensor.detach()
-            with torch.no_grad(), self._follower.paused():
-                if checked is not None and entered is not None and entered.mixed is not None:
-                    mixed = entered.mixed[path]
-                    self._check(Site(name, path), module, checked, own, mixed, reference)
+            if reference is None:
+                for family, of_weight in _terms(checked, site):
+                    self._lose(_measurement(family, of_weight), self._why_not(tensor))
+            elif entered is not None and entered.mixed is not None:
+                own = tensor.detach()
+                with torch.no_grad(), self._follower.paused():
+                    self._check(site, module, checked, own, entered.mixed[path], reference)
 
     def show(self, site: Site, tensor: torch.Tensor) -> None:
         """Measure a tensor that the program shows under a name."""
@@ -117,14 +125,11 @@ class EagerComparison:
         self, site: Site, tensor: torch.Tensor, reductions: tuple[Reduction, ...]
     ) -> torch.Tensor | None:
         """Measure a tensor against its counterpart, which is given back; None if it is lost."""
-        reference = self._follower.counterpart(tensor)
+        with self._follower.paused():
+            reference = self._follower.counterpart(tensor)
         if reference is None:
-            name = f"{site.module}{site.path}, compared with the reference"
-            self._attribution.unmeasured[name] = (
-                LOST_ITEMS
-                if self._follower.is_lost
-                else "it was computed on a way that tmm does not see"
-            )
+            for reduction in reductions:
+                self._lose(Measurement(DIFFERENCE, site, reduction), self._why_not(tensor))
             return None
         with torch.no_grad(), self._follower.paused():
             for reduction in reductions:
@@ -132,9 +137,18 @@ class EagerComparison:
                 self._add(Measurement(DIFFERENCE, site, reduction), row)
         return reference
 
+    def _why_not(self, tensor: torch.Tensor) -> str:
+        with self._follower.paused():
+            return self._follower.why_unknown(tensor)
+
     def _compare_input(self, name: str, given: torch.Tensor, checked: CheckedModule) -> None:
-        counterpart = self._follower.counterpart(given)
-        if checked.only_update or counterpart is None:
+        if checked.only_update:
+            return
+        with self._follower.paused():
+            counterpart = self._follower.counterpart(given)
+        if counterpart is None:
+            for family, site in _input_rows(checked, name):
+                self._lose(_measurement(family, site), self._why_not(given))
             return
         site, own = Site(name), given.detach()
         with torch.no_grad(), self._follower.paused():
@@ -204,6 +218,32 @@ class EagerComparison:
         finally:
             self.is_repeating = repeating
             state.restore()
+
+
+def _measurement(family: str, site: Site) -> Measurement:
+    return Measurement(family, site, ROW_NORM)
+
+
+def _input_rows(checked: CheckedModule, name: str) -> Iterator[tuple[str, Site]]:
+    """The rows of the input of a module that is checked."""
+    yield INPUT, Site(name)
+    yield INPUT_DIFFERENCE, Site(name)
+    if checked.normalization is not None:
+        yield UPDATE_TERM, Site(name, X_T)
+        yield INPUT_TERM, Site(name, X_CHANGE)
+
+
+def _terms(checked: CheckedModule, site: Site) -> Iterator[tuple[str, Site]]:
+    """The rows of an output of a module that is checked."""
+    paths = [""]
+    paths += [".weight"] if checked.has_weight_rows else []
+    for path in paths:
+        yield UPDATE_TERM, Site(site.module, site.path + path)
+        if not checked.only_update:
+            yield INPUT_TERM, Site(site.module, site.path + path)
+    if checked.has_operand_rows:
+        yield UPDATE_TERM, Site(site.module, site.path + W_T_X_T)
+        yield INPUT_TERM, Site(site.module, site.path + W_0_X_0)
 
 
 def _copy(value: object) -> object:

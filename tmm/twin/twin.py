@@ -268,7 +268,9 @@ class Twin:
         """Compare with ``reference`` from now on, or with nothing; graphs are traced anew."""
         self.comparing = None
         if reference is not None:
-            self.comparing = Comparing(reference, self.attribution, self._add_comparison)
+            self.comparing = Comparing(
+                *(reference, self.attribution, self._add_comparison, self._lose_comparison)
+            )
         self.close()
 
     def close(self) -> None:
@@ -381,7 +383,7 @@ class Twin:
             return
         binding = self.attribution.bind(
             *(graph, graph.layout, inputs, self._frames),
-            compared=self.comparing is None or not self.comparing.lost,
+            lost="" if self.comparing is None else self.comparing.lost,
         )
         if binding is None or self._discarding:
             return
@@ -495,6 +497,11 @@ class Twin:
     def _add_comparison(self, measurement: Measurement, row: torch.Tensor) -> None:
         if not self._discarding:
             self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
+
+    def _lose_comparison(self, measurement: Measurement, reason: str) -> None:
+        binding = self.attribution.lose(measurement, reason)
+        if not self._discarding:
+            self.recorder.add(binding, [])
 
     def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
         tensor = local_part(tensor)
