@@ -14,6 +14,9 @@ from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
 
+NOT_COMPILED = "it is not compiled"
+"""Why a module is measured where it is called, and by no graph."""
+
 _SHOWN = 12  # names of modules in a line of text
 _BY_RANK = (
     "measured by each rank under a name of its own (tmm.instrument(..., placements={regular"
@@ -83,9 +86,13 @@ class Explanation:
         eager = {
             attribution.name(module): twin.breaks.of(module, caller)
             if module in traced
-            else "it is not compiled"
+            else NOT_COMPILED
             for module, caller in twin.eager_modules.items()
         }
+        unmeasured = attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin)
+        if twin.untraced is not None:
+            eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
+            unmeasured |= twin.untraced.not_called()
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -111,7 +118,7 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin),
+            unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
         )
 
@@ -122,7 +129,10 @@ class Explanation:
             lines += [f"    {site}: {', '.join(metrics)}" for site, metrics in self.sites.items()]
         if self.recorded:
             lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
-        lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        if self.regions:
+            lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        elif self.eager:
+            lines += ["measured where the model calls them:", *(f"    {name}" for name in self.eager)]
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("not measured:", self.unmeasured)
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]
@@ -158,7 +168,8 @@ class Explanation:
         return lines
 
     def _programs(self) -> list[str]:
-        lines = ["compiled:"] if self.regions else ["not compiled"]
+        own = "not compiled: the model's own program runs on every step, and is measured there"
+        lines = ["compiled:"] if self.regions else [own]
         groups: dict[str, list[str]] = {}
         for name, settings in self.regions.items():
             groups.setdefault(settings, []).append(name)
@@ -166,7 +177,10 @@ class Explanation:
 
     def _graphs(self) -> list[str]:
         if self.eager and not self.graphs:
-            return [f"rows in a step: {self.rows}", "no graph: everything ran eagerly"]
+            further = ["no graph: everything ran eagerly"] if self.regions else []
+            return [f"rows in a step: {self.rows}", *further]
+        if not self.regions:
+            return ["no rows yet: the model has not run in a monitored step"]
         if not self.graphs:
             return [
                 "no graph yet: the model has not run in a monitored step; graphs, what they hold"

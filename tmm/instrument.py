@@ -108,7 +108,7 @@ def instrument(
     if isinstance(model, OptimizedModule):
         regions = regions_in(model)
     if parts is not None and not regions and settings_of(model) is None:
-        settings = settings_for(eager if backend is None else backend)
+        settings = None if backend is None else settings_for(backend)
         regions = [Region(part, settings, part) for part in parts]
         root = Region(innermost_fn(model), None)
     else:
@@ -239,7 +239,7 @@ def _root(
         settings = region.settings
     disabled = isinstance(holder, OptimizedModule) and settings is None
     if settings is None and not regions and not disabled:
-        settings = settings_for(eager if backend is None else backend)
+        settings = None if backend is None else settings_for(backend)
     elif backend is not None:
         raise ValueError(
             f"backend={backend!r} goes with a model that is not compiled; this one is, or a part"

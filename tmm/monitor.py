@@ -488,6 +488,14 @@ class Monitor:
         if self._gaps.are_certain:
             collector.failed = True
             return plain(*args, **kwargs)
+        if twin.untraced is not None:
+            output, fault = twin.watch(twin.untraced, region, *args, **kwargs)
+            if fault is not None and self._gaps.are_raised:
+                raise fault
+            if fault is not None:
+                collector.failed = True
+                self._gaps.add_failure(collector.step, fault)
+            return output
         if self._gaps.are_raised:
             return twin.run(region, *args, **kwargs)
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
@@ -549,6 +557,7 @@ class Monitor:
         return self._open if self.is_monitoring() else None
 
     def _release_reference(self) -> None:
+        self._require_twin().rest()
         if self._twin is not None and self._twin.comparing is not None:
             self._twin.comparing.reference.release()
 

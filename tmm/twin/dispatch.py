@@ -51,6 +51,7 @@ class Dispatch:
         assert plain is not None
         if region.settings is not None:
             plain = room_for_two(plain)
+        twin.own_programs[region] = plain
         dispatch = Dispatch(region, plain, original, monitor, twin, siblings, is_root)
         siblings.append(dispatch)
         return dispatch
@@ -64,7 +65,8 @@ class Dispatch:
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass inside of the backward pass. It must
             # save what the first one saved, and must not be counted again.
-            return self._repeat if self.ran_twin else self.plain
+            traced = self.ran_twin and self.twin.untraced is None
+            return self._repeat if traced else self.plain
         running = running_twin()
         if running is None:
             self.ran_twin = self.monitor.is_monitoring()
