@@ -65,6 +65,8 @@ class Explanation:
         unmeasured: what has no rows, with the reason.
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
+        not_called: of a model that is not compiled, the modules that were to be measured and that
+            nothing has called in a monitored step so far.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -77,6 +79,7 @@ class Explanation:
     eager: dict[str, str]
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
+    not_called: tuple[str, ...] = ()
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -92,7 +95,7 @@ class Explanation:
         unmeasured = attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin)
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
-            unmeasured |= twin.untraced.not_called()
+            unmeasured |= twin.untraced.bypassed()
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -120,6 +123,7 @@ class Explanation:
             eager=eager,
             unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
+            not_called=() if twin.untraced is None else twin.untraced.not_called(),
         )
 
     def __str__(self) -> str:
@@ -133,6 +137,8 @@ class Explanation:
             lines += _listed("measured eagerly, outside of graphs:", self.eager)
         elif self.eager:
             lines += ["measured where the model calls them:", *(f"    {name}" for name in self.eager)]
+        if self.not_called:
+            lines += ["not called so far:", *(f"    {name}" for name in self.not_called)]
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("not measured:", self.unmeasured)
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch
 from tmm.twin.regions import Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
-from tmm.twin.uncompiled import eager
+from tmm.twin.uncompiled import eager, why_traced
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -127,6 +128,8 @@ def instrument(
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group)
+    if backend is None and all(region.settings is None for region in (root, *regions)):
+        root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     writer: RunWriter | SilentWriter | None = None
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
@@ -248,6 +251,19 @@ def _root(
     if isinstance(holder, OptimizedModule):
         return Region(holder._orig_mod, settings, holder, "forward")
     return Region(model if holder is not None else innermost_fn(model), settings, holder)
+
+
+def _traced_if_need_be(
+    root: Region, regions: list[Region], in_parts: bool, spec: Spec, place: Ranks
+) -> tuple[Region, list[Region]]:
+    """The regions of a model that is not compiled: traced where only a graph tells what is asked."""
+    reason = why_traced(spec, place)
+    if reason is None or isinstance(root.holder, OptimizedModule):
+        return root, regions
+    settings = replace(settings_for(eager), traced_for=reason)
+    if in_parts:
+        return root, [replace(region, settings=settings) for region in regions]
+    return replace(root, settings=settings), regions
 
 
 def _require(model: Callable[..., Any]) -> Dispatch:

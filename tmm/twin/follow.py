@@ -173,7 +173,7 @@ def _is_followed(value: object) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
     plain = type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return plain and value.layout is torch.strided and value.device.type != "meta"
+    return plain and value.layout is torch.strided and not (value.is_nested or value.is_meta)
 
 
 def _place(tensor: torch.Tensor) -> Place:

@@ -27,6 +27,7 @@ from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.ranks import Ranks, local_part
 from tmm.reference import Reference
+from tmm.rules import BRANCH_FAMILIES
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
@@ -39,6 +40,7 @@ from tmm.twin.hooks import ModuleHooks, keep_guard
 from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
+from tmm.twin.uncompiled import EagerAnswers
 from tmm.twin.untraced import Untraced
 from tmm.values import RecordedValues, RecordError
 
@@ -108,9 +110,15 @@ class Twin:
         self.breaks = GraphBreaks()
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.asks_as_eager = any(
+            region.settings is not None and region.settings.traced_for
+            for region in (root, *regions)
+        )
+        self._answers = EagerAnswers()
         self.own_programs: dict[Region, Callable[..., Any]] = {}
         self.untraced: Untraced | None = None
-        if all(region.settings is None for region in (root, *regions)):
+        compares = any(map(plan.spec.measures, BRANCH_FAMILIES))
+        if not compares and all(region.settings is None for region in (root, *regions)):
             self.untraced = Untraced(
                 *(self.attribution, recorder, self.is_running),
                 is_step_function=root.module is None,
@@ -126,6 +134,7 @@ class Twin:
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
+            spares_fused_layers=self.asks_as_eager,
         )
 
     # Running
@@ -155,6 +164,7 @@ class Twin:
                 output = self.own_programs[region](*args, **kwargs)
                 if region.module is not None and region.attribute == COMPILED_CALL:
                     untraced.leave(region.module, output)  # the call itself was seen by nobody
+                untraced.look_through(output)
         finally:
             _running.reset(outer)
         return output, measured.fault
@@ -180,6 +190,11 @@ class Twin:
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
         return _running.get() is self
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether one of our programs is being traced."""
+        return self._tracing
 
     def is_entering(self, region: Region) -> bool:
         """Whether the program of ``region`` has just called its module: once only."""
@@ -239,6 +254,7 @@ class Twin:
         finally:
             callback_handler.remove_start_callback(self._start_tracing)
             callback_handler.remove_end_callback(self._end_tracing)
+            self._answers.stop()
             self._hooks.remove()
             self._frames = frames
             _running.reset(outer)
@@ -272,6 +288,8 @@ class Twin:
             )
             return
         self._tracing = True
+        if self.asks_as_eager:
+            self._answers.give()
         self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
@@ -280,6 +298,7 @@ class Twin:
         if self._tracing:
             self.breaks.note(self._frames[-1])
         self._tracing = False
+        self._answers.stop()
         self._hooks.watch()
 
     def _compiles_program(self) -> bool:

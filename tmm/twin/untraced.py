@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tmm.twin.twin import GradientSink, Recorder
 
 _FAMILIES = ("activation", GRADIENT)
-_FUSED = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
+_MOST_WALKS = 4
+"""Passes whose autograd graph is looked through for parameters that are used without a call."""
 
 
 class Pass:
@@ -81,6 +82,8 @@ class Untraced:
         self._pass: Pass | None = None
         self._repeated: Pass | None = None
         self._has_started = False
+        self._walks = 0
+        self._used_without_call: dict[torch.nn.Module, None] = {}
 
     @contextmanager
     def forward(self, *, is_measured: bool) -> Iterator[Pass]:
@@ -122,15 +125,21 @@ class Untraced:
         except Exception as error:  # the program goes on
             current.fault = error
 
-    def not_called(self) -> dict[str, str]:
-        """Modules that are to be measured and were not called so far, with the reason."""
-        if not self.ran:
-            return {}
+    def bypassed(self) -> dict[str, str]:
+        """Modules that took part without being called, hence have no rows; with the reason."""
         return {
-            display_name(name): self._why_not_called(module, name)
-            for module, name in self._modules.items()
-            if module not in self.ran and type(module).forward is not torch.nn.Module.forward
+            display_name(self._modules[module]): reason
+            for module in self._not_called()
+            if (reason := self._why_not_called(module)) is not None
         }
+
+    def not_called(self) -> tuple[str, ...]:
+        """The names of the others that are to be measured and were not called so far."""
+        return tuple(
+            display_name(self._modules[module])
+            for module in self._not_called()
+            if self._why_not_called(module) is None
+        )
 
     def close(self) -> None:
         """Hold on to no module."""
@@ -161,19 +170,50 @@ class Untraced:
         dtypes = (torch.float32, torch.complex64)
         return any(plan.select(name, dtype, family) for dtype in dtypes for family in _FAMILIES)
 
-    def _why_not_called(self, module: torch.nn.Module, name: str) -> str:
-        for outer, outer_name in self._attribution.names.items():
-            inside = name.startswith(f"{outer_name}." if outer_name else "") and name != outer_name
-            if inside and isinstance(outer, torch.nn.MultiheadAttention):
-                return f"{display_name(outer_name)} uses its parameters without calling it"
-            if inside and isinstance(outer, _FUSED) and not module.training:
-                return (
-                    f"torch computes {display_name(outer_name)} as a whole in its fast path,"
-                    " without calling it"
-                )
-        return (
-            "no call of it was seen: it did not run, its forward is called directly, or a function"
-            " that is compiled by itself calls it"
+    def _not_called(self) -> Iterator[torch.nn.Module]:
+        for module in self._modules if self.ran else ():
+            if module not in self.ran and type(module).forward is not torch.nn.Module.forward:
+                yield module
+
+    def _why_not_called(self, module: torch.nn.Module) -> str | None:
+        for outer in self._around(module):
+            name = self._attribution.name(outer)
+            if isinstance(outer, torch.nn.MultiheadAttention) and outer in self.ran:
+                return f"{name} uses its parameters without calling it"
+        for outer in self._around(module):
+            name = self._attribution.name(outer)
+            if isinstance(outer, torch.nn.TransformerEncoderLayer) and not outer.training:
+                return f"torch computes {name} as a whole in its fast path, without calling it"
+        if module in self._used_without_call:
+            return (
+                "its parameters were used, but no call of it was seen: its forward is called"
+                " directly, or by a function that is compiled by itself"
+            )
+        return None
+
+    def _around(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """The modules that ``module`` is in."""
+        name = self._modules[module]
+        for outer, prefix in self._attribution.names.items():
+            if outer is not module and name.startswith(f"{prefix}." if prefix else ""):
+                yield outer
+
+    def look_through(self, output: object) -> None:
+        """Find modules whose parameters a pass used without a call, from what it gave back."""
+        owners = {
+            parameter: module
+            for module in self._not_called()
+            for parameter in module.parameters(recurse=False)
+        }
+        if self._walks == _MOST_WALKS or not owners or not torch.is_grad_enabled():
+            return
+        self._walks += 1
+        try:
+            used = parameters_behind([tensor for _, tensor in tensors_in(output)])
+        except RuntimeError:
+            return  # a view that must not be used any more
+        self._used_without_call.update(
+            (module, None) for parameter, module in owners.items() if parameter in used
         )
 
     # Measuring
@@ -303,3 +343,18 @@ class Untraced:
 def is_repeating() -> bool:
     """Whether activation checkpointing repeats a part of a forward pass in the backward pass."""
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+
+
+def parameters_behind(tensors: Iterable[torch.Tensor]) -> set[torch.Tensor]:
+    """The leaves of the autograd graph that computed ``tensors``."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, leaves = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return leaves
