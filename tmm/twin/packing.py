@@ -11,7 +11,7 @@ from tmm.layout import Measurement, PackedLayout, Row
 from tmm.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.operators import pack, summarize
 from tmm.runtime.binding import Binding
-from tmm.runtime.eager import reduce_eagerly
+from tmm.runtime.eager import FunctionCalls, reduce_eagerly
 
 _MOST_SEQUENCES = 64
 """Sequences of rows whose layout is kept; a model that takes other ways each time has many."""
@@ -20,18 +20,22 @@ _MOST_SEQUENCES = 64
 class Wanted:
     """One measurement, with what its row is computed by. The same object each time it is made."""
 
-    __slots__ = ("columns", "measurement", "reduction")
+    __slots__ = ("calls", "columns", "measurement", "reduction")
 
     def __init__(self, measurement: Measurement) -> None:
         self.measurement = measurement
         self.reduction: Reduction = measurement.reduction
         is_plain = self.reduction.function is None and not self.reduction.is_histogram
         self.columns = COLUMN_SEPARATOR.join(self.reduction.columns) if is_plain else ""
+        self.calls = FunctionCalls() if self.reduction.function is not None else None
 
     def row(self, tensor: torch.Tensor) -> torch.Tensor:
         """The row of a tensor without gradients, or all of it where it leaves whole."""
         if self.columns:
             return summarize(tensor, self.columns)
+        if self.calls is not None and self.reduction.trace:
+            # The function may change its argument in place.
+            return self.calls.apply(self.reduction, tensor.clone())
         return reduce_eagerly(tensor, self.reduction)
 
 
