@@ -14,6 +14,9 @@ from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
 
+NOT_COMPILED = "it is not compiled"
+"""Why a module is measured where it is called, and by no graph."""
+
 _SHOWN = 12  # names of modules in a line of text
 _BY_RANK = (
     "measured by each rank under a name of its own (tmm.instrument(..., placements={regular"
@@ -64,6 +67,8 @@ class Explanation:
             the reason why rows are not joined.
         notes: what rows are of, where their names do not tell it: those of a family, or of a site.
         untold: what could not be told of the model, with the reason; rows do not depend on it.
+        not_called: of a model that is not compiled, the modules that were to be measured and that
+            nothing has called in a monitored step so far.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -78,6 +83,7 @@ class Explanation:
     by_rank: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     untold: tuple[str, ...] = ()
+    not_called: tuple[str, ...] = ()
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -87,9 +93,14 @@ class Explanation:
         eager = {
             attribution.name(module): twin.breaks.of(module, caller)
             if module in traced
-            else "it is not compiled"
+            else NOT_COMPILED
             for module, caller in twin.eager_modules.items()
         }
+        unmeasured = attribution.unmeasured | twin.recorder.registry.owners.refused
+        unmeasured |= _compiled_methods(twin) | _eager_attention(twin)
+        if twin.untraced is not None:
+            eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
+            unmeasured |= twin.untraced.bypassed()
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -115,13 +126,11 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=attribution.unmeasured
-            | twin.recorder.registry.owners.refused
-            | _compiled_methods(twin)
-            | _eager_attention(twin),
+            unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
             untold=tuple(twin.notes.texts),
+            not_called=() if twin.untraced is None else twin.untraced.not_called(),
         )
 
     def __str__(self) -> str:
@@ -131,7 +140,12 @@ class Explanation:
             lines += [f"    {site}: {', '.join(metrics)}" for site, metrics in self.sites.items()]
         if self.recorded:
             lines += ["recorded by the model itself:", *(f"    {name}" for name in self.recorded)]
-        lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        if self.regions:
+            lines += _listed("measured eagerly, outside of graphs:", self.eager)
+        elif self.eager:
+            lines += ["measured where the model calls them:", *(f"    {name}" for name in self.eager)]
+        if self.not_called:
+            lines += ["not called so far:", *(f"    {name}" for name in self.not_called)]
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("to be known of rows:", _together(self.notes))
         lines += _listed("not measured:", self.unmeasured)
@@ -170,7 +184,8 @@ class Explanation:
         return lines
 
     def _programs(self) -> list[str]:
-        lines = ["compiled:"] if self.regions else ["not compiled"]
+        own = "not compiled: the model's own program runs on every step, and is measured there"
+        lines = ["compiled:"] if self.regions else [own]
         groups: dict[str, list[str]] = {}
         for name, settings in self.regions.items():
             groups.setdefault(settings, []).append(name)
@@ -178,7 +193,10 @@ class Explanation:
 
     def _graphs(self) -> list[str]:
         if self.eager and not self.graphs:
-            return [f"rows in a step: {self.rows}", "no graph: everything ran eagerly"]
+            further = ["no graph: everything ran eagerly"] if self.regions else []
+            return [f"rows in a step: {self.rows}", *further]
+        if not self.regions:
+            return ["no rows yet: the model has not run in a monitored step"]
         if not self.graphs:
             return [
                 "no graph yet: the model has not run in a monitored step; graphs, what they hold"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch
 from tmm.twin.regions import Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
-from tmm.twin.uncompiled import eager
+from tmm.twin.uncompiled import eager, why_traced
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -108,7 +109,7 @@ def instrument(
     if isinstance(model, OptimizedModule):
         regions = regions_in(model)
     if parts is not None and not regions and settings_of(model) is None:
-        settings = settings_for(eager if backend is None else backend)
+        settings = None if backend is None else settings_for(backend)
         regions = [Region(part, settings, part) for part in parts]
         root = Region(innermost_fn(model), None)
     else:
@@ -127,6 +128,8 @@ def instrument(
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group)
+    if backend is None and all(region.settings is None for region in (root, *regions)):
+        root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     writer: RunWriter | SilentWriter | None = None
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
@@ -239,7 +242,7 @@ def _root(
         settings = region.settings
     disabled = isinstance(holder, OptimizedModule) and settings is None
     if settings is None and not regions and not disabled:
-        settings = settings_for(eager if backend is None else backend)
+        settings = None if backend is None else settings_for(backend)
     elif backend is not None:
         raise ValueError(
             f"backend={backend!r} goes with a model that is not compiled; this one is, or a part"
@@ -250,6 +253,19 @@ def _root(
     if isinstance(holder, OptimizedModule):
         return Region(holder._orig_mod, settings, holder, "forward")
     return Region(model if holder is not None else innermost_fn(model), settings, holder)
+
+
+def _traced_if_need_be(
+    root: Region, regions: list[Region], in_parts: bool, spec: Spec, place: Ranks
+) -> tuple[Region, list[Region]]:
+    """The regions of a model that is not compiled: traced where only a graph tells what is asked."""
+    reason = why_traced(spec, place)
+    if reason is None or isinstance(root.holder, OptimizedModule):
+        return root, regions
+    settings = replace(settings_for(eager), traced_for=reason)
+    if in_parts:
+        return root, [replace(region, settings=settings) for region in regions]
+    return replace(root, settings=settings), regions
 
 
 def _require(model: Callable[..., Any]) -> Dispatch:

@@ -568,6 +568,14 @@ class Monitor:
         if self._gaps.are_certain:
             collector.failed = True
             return plain(*args, **kwargs)
+        if twin.untraced is not None:
+            output, fault = twin.watch(twin.untraced, region, *args, **kwargs)
+            if fault is not None and self._gaps.are_raised:
+                raise fault
+            if fault is not None:
+                collector.failed = True
+                self._gaps.add_failure(collector.step, fault)
+            return output
         if self._gaps.are_raised:
             return twin.run(region, *args, **kwargs)
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
@@ -645,6 +653,7 @@ class Monitor:
         return self._run is not None and self._open is not None and self._run.has_opened(self._open)
 
     def _release_reference(self) -> None:
+        self._require_twin().rest()
         if self._twin is not None and self._twin.comparing is not None:
             self._twin.comparing.reference.release()
 

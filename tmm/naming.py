@@ -152,6 +152,21 @@ class _Walked:
         )
 
 
+class ModuleTree:
+    """A module and all that is in it, which may be others at each time one asks."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._walked: list[_Walked] = []
+
+    def has_changed(self) -> bool:
+        """Whether any module has other children than when this was last asked, or nobody asked."""
+        if self._walked and not any(walked.has_changed() for walked in self._walked):
+            return False
+        self._walked = [_Walked.now(module) for module in self._module.modules()]
+        return True
+
+
 class ParameterNames:
     """The names of a module's parameters, which may be others at each call.
 
@@ -160,7 +175,7 @@ class ParameterNames:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._walked: list[_Walked] = []
+        self._tree = ModuleTree(module)
         self._owners: list[tuple[torch.nn.Module, str]] = []
 
     def __call__(self) -> dict[torch.nn.Parameter, str]:
@@ -174,8 +189,7 @@ class ParameterNames:
 
     def owners(self) -> Sequence[tuple[torch.nn.Module, str]]:
         """Each module with what the names of its tensors begin with."""
-        if not self._walked or any(walked.has_changed() for walked in self._walked):
-            self._walked = [_Walked.now(module) for module in self._module.modules()]
+        if self._tree.has_changed():
             self._owners = [
                 (owner, f"{name}." if name else "")
                 for owner, name in relative_names(self._module).items()

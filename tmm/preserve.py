@@ -19,17 +19,30 @@ class RandomState:
     cpu: torch.Tensor
     accelerators: tuple[torch.Tensor, ...]
     python: object
-    numpy: dict[str, Any]
+    numpy: dict[str, Any] | None
 
     @staticmethod
-    def capture() -> RandomState:
+    def capture(*, of_torch_only: bool = False) -> RandomState:
         """The states now. Does not start an accelerator that is not in use."""
         started = torch.cuda.is_available() and torch.cuda.is_initialized()
         return RandomState(
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if started else (),
-            random.getstate(),
-            np.random.get_state(legacy=False),
+            None if of_torch_only else random.getstate(),
+            None if of_torch_only else np.random.get_state(legacy=False),
+        )
+
+    def has_drawn_elsewhere(self) -> bool:
+        """Whether random numbers other than torch's were drawn since; it holds their states."""
+        assert self.numpy is not None
+        now = np.random.get_state(legacy=False)
+        own, others = (dict(state, state=None) for state in (self.numpy, now))
+        key, pos = self.numpy["state"]["key"], self.numpy["state"]["pos"]
+        return (
+            random.getstate() != self.python
+            or own != others
+            or pos != now["state"]["pos"]
+            or not np.array_equal(key, now["state"]["key"])
         )
 
     def restore(self) -> None:
@@ -37,8 +50,9 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.accelerators:
             torch.cuda.set_rng_state_all(list(self.accelerators))
-        random.setstate(self.python)  # type: ignore[arg-type]
-        np.random.set_state(self.numpy)
+        if self.numpy is not None:
+            random.setstate(self.python)  # type: ignore[arg-type]
+            np.random.set_state(self.numpy)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ def show_value(
     name: str, tensor: torch.Tensor, aggregate: Aggregate | None, *, any_family: bool
 ) -> None:
     """Record a tensor under a key; see ``tmm.record``, and ``RecordedValues.declare``."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         # Evaluated while Dynamo traces: the plain program has neither the test nor the mark.
         if _declare(name, type(tensor), aggregate, any_family):
             tap_value(tensor, name)
@@ -29,7 +29,7 @@ def show_value(
 
 def show_activation(owner: Owner, path: str, tensor: torch.Tensor) -> None:
     """Measure a tensor by the rules that match ``owner`` and ``path`` as if it were an output."""
-    if torch.compiler.is_compiling():
+    if is_traced():
         if is_shown():
             tap_shown(tensor, _identity(owner), _path(owner, path))
         return
@@ -51,7 +51,7 @@ def show_attention(
 
     Shapes as of ``torch.nn.functional.scaled_dot_product_attention``.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         if is_shown():
             place = _identity(owner), _path(owner, "")
             tap_attention(query, key, mask, is_causal, scale, *place)
@@ -65,6 +65,19 @@ def is_shown() -> bool:
     """Whether the program that runs, or is traced, is a monitored one."""
     shown: bool = _is_shown()
     return shown
+
+
+def is_traced() -> bool:
+    """Whether Dynamo traces what calls this, even if that is not to know."""
+    # The program of a model that is not compiled is told that nothing is (`tmm.twin.uncompiled`).
+    traced: bool = torch.compiler.is_compiling() or _is_traced_by_twin()
+    return traced
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_traced_by_twin() -> bool:
+    twin = running_twin()
+    return twin is not None and twin.is_tracing
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]

@@ -60,4 +60,4 @@ def _within(name: str, value: object) -> Iterator[tuple[str, torch.Tensor]]:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether it is an ordinary tensor, whose memory can be looked at."""
     plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return plain and tensor.layout is torch.strided and tensor.device.type != "meta"
+    return plain and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_meta)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tmm.show import is_shown
+from tmm.show import is_shown, is_traced
 
 if TYPE_CHECKING:
     from tmm.module_monitor.monitor import ModuleMonitor
@@ -39,6 +39,6 @@ class MonitorMixin:
     @property
     def is_monitoring(self) -> bool:
         """Whether values that are logged now are recorded."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return is_shown() and self.module_monitor is not None
         return self.module_monitor is not None and self.module_monitor.is_monitoring()

@@ -21,7 +21,7 @@ from tmm.module_monitor.storage import StorageManager
 from tmm.monitor import Monitor
 from tmm.naming import unwrapped
 from tmm.rules import Rule
-from tmm.show import is_shown, show_activation, show_attention, show_value
+from tmm.show import is_shown, is_traced, show_activation, show_attention, show_value
 from tmm.twin.twin import running_twin
 
 
@@ -221,7 +221,7 @@ class ModuleMonitor(RegisteredMetrics):
 
     def is_monitoring(self) -> bool:
         """Whether what happens now is measured."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             return is_shown()
         return self._is_open and not self._is_paused
 
@@ -330,7 +330,7 @@ class ModuleMonitor(RegisteredMetrics):
             ValueError: if ``value`` is not one number.
             RuntimeError: for ``force`` before the first step.
         """
-        if torch.compiler.is_compiling() or (self._measuring and self._measuring.runs_forward):
+        if is_traced() or (self._measuring and self._measuring.runs_forward):
             # Joined with what compiled modules log.
             dtype = None if isinstance(value, torch.Tensor) else torch.float64
             self.log_tensor(key, torch.as_tensor(value, dtype=dtype), aggregation_fn)
@@ -356,7 +356,7 @@ class ModuleMonitor(RegisteredMetrics):
         ``aggregation_fn`` as in ``add_activation_metric``. Nothing happens outside of monitored
         steps.
         """
-        if torch.compiler.is_compiling() or running_twin() is not None:
+        if is_traced() or running_twin() is not None:
             show_value(key, tensor, aggregation_fn, any_family=True)
         elif self.is_monitoring():
             assert self._measuring is not None
@@ -383,7 +383,7 @@ class ModuleMonitor(RegisteredMetrics):
 
     def show(self, module: str | torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
         """``monitor_activations`` of what has the name of ``module`` and ``path``."""
-        if torch.compiler.is_compiling() or running_twin() is not None:
+        if is_traced() or running_twin() is not None:
             show_activation(module, path, tensor)
         elif self._shows(module):
             self._core.twin.show_eagerly(module, path, tensor)
@@ -399,7 +399,7 @@ class ModuleMonitor(RegisteredMetrics):
         scale: float | None,
     ) -> None:
         """Measure the entropies of an attention; see ``monitor_scaled_dot_product_attention``."""
-        if torch.compiler.is_compiling() or running_twin() is not None:
+        if is_traced() or running_twin() is not None:
             show_attention(module, query, key, mask, is_causal=is_causal, scale=scale)
         elif self._shows(module):
             self._core.twin.show_attention_eagerly(module, query, key, mask, is_causal, scale)

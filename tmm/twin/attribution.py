@@ -318,12 +318,20 @@ class Attribution:
                 self.unmeasured[name + path] = reason
                 continue
             if reductions:
-                self._measured.setdefault(name, {})["eager"] = None
+                self.note_eager(name)
             for reduction in reductions:
                 share = self.share_of(tensor)
                 measurement = Measurement(family, Site(name, path), reduction, share)
                 selected.append((self.bind_eagerly(measurement), tensor, reduction))
         return selected
+
+    def note_eager(self, name: str) -> None:
+        """Remember that a module, named as in keys, was measured outside of graphs."""
+        self._measured.setdefault(name, {})["eager"] = None
+
+    def bind_layout(self, layout: PackedLayout) -> Binding:
+        """The binding of rows outside of graphs, whose sites are named as in keys."""
+        return self._registry.bind(layout, self._placed)
 
     def shown_site(self, owner: torch.nn.Module | str, path: str) -> Site:
         """The site, named as in keys, of what the program shows under a name or a module."""
@@ -344,8 +352,7 @@ class Attribution:
     def bind_eagerly(self, measurement: Measurement) -> Binding:
         """The binding of one measurement whose site is named as in keys."""
         if measurement not in self._eager:
-            layout = single_row(measurement)
-            self._eager[measurement] = self._registry.bind(layout, self._placed)
+            self._eager[measurement] = self.bind_layout(single_row(measurement))
         return self._eager[measurement]
 
     def share_of(self, tensor: torch.Tensor) -> Share | None:

@@ -32,7 +32,8 @@ CompilerFunction = Callable[..., Any]
 class CompileSettings:
     """The arguments of a ``torch.compile`` call that a second program must share.
 
-    ``backend`` is the user's compiler with its mode and options bound.
+    ``backend`` is the user's compiler with its mode and options bound. ``traced_for`` is what a
+    model is traced for that is not compiled, and is not to notice; empty for one that is.
     """
 
     backend: CompilerFunction
@@ -40,6 +41,7 @@ class CompileSettings:
     dynamic: bool | None
     guard_filter: GuardFilter | None
     recompile_limit: int | None = None
+    traced_for: str = ""
 
     @property
     def draws_its_own_random_numbers(self) -> bool:
@@ -50,6 +52,8 @@ class CompileSettings:
         return uses_inductor and not torch._inductor.config.fallback_random
 
     def __str__(self) -> str:
+        if self.traced_for:
+            return f"not compiled, but traced on monitored steps for {self.traced_for}"
         kinds = (getattr(self.backend, name, None) for name in ("compiler_name", "__name__"))
         backend = next((kind for kind in kinds if kind), type(self.backend).__name__)
         parts = [f"backend={str(backend)!r}"]

@@ -54,6 +54,7 @@ class Dispatch:
         assert plain is not None
         if region.settings is not None:
             plain = room_for_two(plain)
+        twin.own_programs[region] = plain
         dispatch = Dispatch(region, plain, original, monitor, twin, siblings, is_root)
         siblings.append(dispatch)
         return dispatch
@@ -67,7 +68,8 @@ class Dispatch:
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass inside of the backward pass. It must
             # save what the first one saved, and must not be counted again.
-            return self._repeat if self.ran_twin and transform() is None else self.plain
+            repeats = self.ran_twin and self.twin.untraced is None and transform() is None
+            return self._repeat if repeats else self.plain
         running = running_twin()
         if running is None:
             is_monitored = self.monitor.is_monitoring()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._dynamo.types import GuardFilterEntry
@@ -10,6 +10,7 @@ from torch._dynamo.types import GuardFilterEntry
 from tmm.twin.attribution import Attribution
 from tmm.twin.outputs import mark_inputs, mark_nothing, mark_outputs
 from tmm.twin.regions import COMPILED_CALL
+from tmm.twin.uncompiled import in_fused_layers
 
 _KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
 
@@ -24,7 +25,9 @@ class ModuleHooks:
     """Marks the outputs of modules while Dynamo traces, and shows their calls where no graph is.
 
     ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
-    with its output afterwards. With ``marks_inputs`` inputs are marked, too.
+    with its output afterwards. With ``marks_inputs`` inputs are marked, too. With
+    ``spares_fused_layers`` nothing is inside of layers that torch computes as a whole where no
+    module has a hook.
     """
 
     def __init__(
@@ -34,18 +37,20 @@ class ModuleHooks:
         leave: Callable[..., None],
         *,
         marks_inputs: bool,
+        spares_fused_layers: bool = False,
     ) -> None:
         self._attribution = attribution
         self._enter = enter
         self._leave = leave
         self._marks_inputs = marks_inputs
+        self._spares_fused_layers = spares_fused_layers
         self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
 
     def mark(self) -> None:
         """Mark what Dynamo traces from now on."""
         self.remove()  # from the modules known so far: there may be others now
         self._attribution.refresh()
-        for module in self._attribution.names:
+        for module in self._hooked():
             module._forward_hooks[_KEY] = mark_outputs
             if self._marks_inputs:
                 module._forward_pre_hooks[_KEY] = mark_inputs
@@ -62,7 +67,7 @@ class ModuleHooks:
         """Show the calls that run from now on."""
         # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
         self._show_calls()
-        for module in self._attribution.names:
+        for module in self._hooked():
             module._forward_pre_hooks[_KEY] = self._enter
             if self._marks_inputs:
                 module._forward_pre_hooks_with_kwargs[_KEY] = True
@@ -75,6 +80,17 @@ class ModuleHooks:
             module._forward_pre_hooks.pop(_KEY, None)
             module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
             module._forward_hooks.pop(_KEY, None)
+
+    def _hooked(self) -> Iterator[torch.nn.Module]:
+        names = self._attribution.names
+        spared = in_fused_layers(names) if self._spares_fused_layers else set()
+        for module in names:
+            if module not in spared:
+                yield module
+            elif self._attribution.plan.metrics(self._attribution.name(module)):
+                self._attribution.unmeasured[self._attribution.name(module)] = (
+                    "torch may compute the whole layer in its fast path, which hooks would prevent"
+                )
 
     def _show_calls(self) -> None:
         while self._hidden_calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -30,6 +30,7 @@ from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.ranks import Ranks, local_part
 from tmm.reference import Reference
+from tmm.rules import BRANCH_FAMILIES
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
@@ -41,9 +42,11 @@ from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_se
 from tmm.twin.foreign import PASSED_BY
 from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.notes import Notes
-from tmm.twin.regions import Region
+from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
+from tmm.twin.uncompiled import EagerAnswers
+from tmm.twin.untraced import Untraced
 from tmm.values import RecordedValues, RecordError
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
@@ -94,6 +97,9 @@ class Twin:
     While Dynamo traces, every module carries a hook that marks its outputs in the graph. While
     the program runs, every module carries hooks that measure it where no graph holds it, and tell
     which module the running frame belongs to. Outside of both, no hook exists.
+
+    Where no region is to be traced there is no second program: the user's own one runs, and
+    ``untraced`` measures it. ``own_programs`` are those of the regions.
     """
 
     def __init__(
@@ -119,6 +125,19 @@ class Twin:
         self.notes = Notes()
         self.graphs: list[MeasuredGraph] = []
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.asks_as_eager = any(
+            region.settings is not None and region.settings.traced_for
+            for region in (root, *regions)
+        )
+        self._answers = EagerAnswers()
+        self.own_programs: dict[Region, Callable[..., Any]] = {}
+        self.untraced: Untraced | None = None
+        compares = any(map(plan.spec.measures, BRANCH_FAMILIES))
+        if not compares and all(region.settings is None for region in (root, *regions)):
+            self.untraced = Untraced(
+                *(self.attribution, recorder, self.is_running),
+                is_step_function=root.module is None,
+            )
         self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
         self._backends: list[MeasuringBackend] = []
         self._frames: list[torch.nn.Module] = []
@@ -132,6 +151,7 @@ class Twin:
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
+            spares_fused_layers=self.asks_as_eager,
         )
 
     # Running
@@ -156,10 +176,35 @@ class Twin:
         with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
             return self._run(region, *args, **kwargs)
 
+    def watch(
+        self, untraced: Untraced, region: Region, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Exception | None]:
+        """Run the user's own program of a region, measured; what it gives, and our own fault."""
+        outer = _running.set(self)
+        try:
+            with untraced.forward(is_measured=not self._discarding) as measured:
+                output = self.own_programs[region](*args, **kwargs)
+                if region.module is not None and region.attribute == COMPILED_CALL:
+                    untraced.leave(region.module, output)  # the call itself was seen by nobody
+                untraced.look_through(output)
+        finally:
+            _running.reset(outer)
+        return output, measured.fault
+
+    def rest(self) -> None:
+        """Leave the model alone until the next step."""
+        if self.untraced is not None:
+            self.untraced.rest()
+
     def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         """Run a region as in a monitored step, but measure nothing."""
         discarding, self._discarding = self._discarding, True
         try:
+            if self.untraced is not None:
+                output, fault = self.watch(self.untraced, region, *args, **kwargs)
+                if fault is not None:
+                    raise fault
+                return output
             return self.run(region, *args, **kwargs)
         finally:
             self._discarding = discarding
@@ -180,6 +225,11 @@ class Twin:
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
         return _running.get() is self
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether one of our programs is being traced."""
+        return self._tracing
 
     def is_entering(self, region: Region) -> bool:
         """Whether the program of ``region`` has just called its module: once only."""
@@ -260,6 +310,7 @@ class Twin:
         finally:
             callback_handler.remove_start_callback(self._start_tracing)
             callback_handler.remove_end_callback(self._end_tracing)
+            self._answers.stop()
             self._hooks.remove()
             self._frames = frames
             _running.reset(outer)
@@ -277,6 +328,8 @@ class Twin:
         """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
         for backend in self._backends:
             backend.close()
+        if self.untraced is not None:
+            self.untraced.close()
         self.graphs.clear()
         self._backends.clear()
         self._programs.clear()
@@ -293,6 +346,8 @@ class Twin:
             )
             return
         self._tracing = True
+        if self.asks_as_eager:
+            self._answers.give()
         self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
@@ -301,6 +356,7 @@ class Twin:
         if self._tracing:
             self.breaks.note(self._frames[-1])
         self._tracing = False
+        self._answers.stop()
         self._hooks.watch()
 
     def _compiles_program(self) -> bool:
@@ -439,12 +495,19 @@ class Twin:
         self, name: str, value_type: type, aggregate: Aggregate | None, *, any_family: bool = False
     ) -> None:
         """Know of a value that the model records; see ``RecordedValues.declare``."""
-        self.values.declare(name, value_type, aggregate, any_family=any_family)
+        declare = partial(self.values.declare, name, value_type, aggregate, any_family=any_family)
+        if self._watches:
+            assert self.untraced is not None
+            self.untraced.do(lambda _: declare())  # what is wrong is said after the pass
+        else:
+            declare()
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
         """Take a declared value outside of graphs."""
-        reduction = self.values.reductions[name]
+        reduction = self.values.reductions.get(name)
+        if reduction is None:
+            return  # the declaration was refused
         if reason := why_unsummed(tensor):
             self.attribution.unmeasured[name] = reason
             return
@@ -478,15 +541,20 @@ class Twin:
         if self._is_discarding:
             return
         (reduction,) = SHOWN.statistics
-        rows = summarize_attention(
-            *(query.detach(), key.detach(), None if mask is None else mask.detach()),
-            *(is_causal, scale, SHOWN.queries, SHOWN.pooled, reduction.metrics[0]),
-        )
-        for head, row in enumerate(rows.unflatten(0, (-1, reduction.width)).unbind()):
-            site = self.attribution.shown_site(owner, f".head_{head}")
-            family = f"{ATTENTION}_{reduction.metrics[0]}"
-            measurement = Measurement(family, site, reduction, self.attribution.share_of(query))
-            self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
+        family = f"{ATTENTION}_{reduction.metrics[0]}"
+
+        def rows() -> Iterator[tuple[Binding, torch.Tensor]]:
+            found = summarize_attention(
+                *(query.detach(), key.detach(), None if mask is None else mask.detach()),
+                *(is_causal, scale, SHOWN.queries, SHOWN.pooled, reduction.metrics[0]),
+            )
+            for head, row in enumerate(found.unflatten(0, (-1, reduction.width)).unbind()):
+                site = self.attribution.shown_site(owner, f".head_{head}")
+                share = self.attribution.share_of(query)
+                measurement = Measurement(family, site, reduction, share)
+                yield self.attribution.bind_eagerly(measurement), row
+
+        self._take(rows)
 
     @property
     def _is_discarding(self) -> bool:
@@ -507,7 +575,21 @@ class Twin:
         tensor = local_part(tensor)
         is_empty = not tensor.numel()
         if not self._is_discarding and not (is_empty and reduction.function is not None):
-            self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
+            self._take(lambda: [(binding, reduce_eagerly(tensor, reduction))])
+
+    @property
+    def _watches(self) -> bool:
+        """Whether the user's own program runs in this context, and is measured."""
+        return self.untraced is not None and self.is_running()
+
+    def _take(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
+        """Take rows that were computed outside of graphs."""
+        if self._watches:
+            assert self.untraced is not None
+            self.untraced.do(lambda current: current.direct.extend(rows()))
+            return
+        for binding, row in rows():
+            self.recorder.add(binding, [row])
 
 
 def _fault_of_the_user(error: BaseException | None) -> Exception | None:

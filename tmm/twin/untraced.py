@@ -1,0 +1,391 @@
+"""Measures a model that is not compiled, while the user's own program runs as it always does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from tmm.kernels.host import SOURCES as HOST_SOURCES
+from tmm.kernels.host_library import start_compiling
+from tmm.layout import Measurement, Site
+from tmm.naming import ModuleTree, display_name
+from tmm.passes.insert_probes import FAMILY as GRADIENT
+from tmm.passes.placed import why_unsummed
+from tmm.ranks import is_distributed, local_part
+from tmm.runtime.binding import Binding
+from tmm.twin.apart import apart_from_the_program, runs_under_modes, values_of, why_no_values
+from tmm.twin.attribution import Attribution
+from tmm.twin.module_calls import ModuleCalls
+from tmm.twin.outputs import tensors_in
+from tmm.twin.packing import RowPacker, Rows, Wanted
+
+if TYPE_CHECKING:
+    from tmm.twin.twin import GradientSink, Recorder
+
+_FAMILIES = ("activation", GRADIENT)
+_MOST_WALKS = 4
+"""Passes whose autograd graph is looked through for parameters that are used without a call."""
+
+
+class Pass:
+    """One forward pass: its rows so far, and what takes those of its gradients.
+
+    ``direct`` are rows that were bound by themselves. Nothing is measured after a ``fault``.
+    ``is_repeated`` tells that modules ran without gradients, as in a reentrant checkpoint.
+    """
+
+    def __init__(self, sink: GradientSink | None) -> None:
+        self.rows: Rows = []
+        self.direct: list[tuple[Binding, torch.Tensor]] = []
+        self.fault: Exception | None = None
+        self.sink = sink
+        self.is_running = True
+        self.has_gradients = torch.is_grad_enabled()
+        self.is_repeated = False
+        self.factors: dict[torch.device, torch.Tensor | None] = {}
+        self.backward_rows: dict[int, Rows] = {}
+
+
+class Untraced:
+    """Measures modules where the user's own program calls them; nothing is traced.
+
+    What it does to a pass is none of the program's business: its faults come after the pass, and
+    modes and transforms that the program runs under do not see it.
+
+    ``ran`` are the modules that were called so far. ``is_running`` tells whether a pass is under
+    way in this context, ``is_step_function`` that a pass may hold its own backward pass.
+    """
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        recorder: Recorder,
+        is_running: Callable[[], bool],
+        *,
+        is_step_function: bool,
+    ) -> None:
+        self.ran: dict[torch.nn.Module, None] = {}
+        self._attribution = attribution
+        self._recorder = recorder
+        self._is_running = is_running
+        self._is_step_function = is_step_function
+        self._measures_gradients = attribution.plan.spec.measures(GRADIENT)
+        self._tree = ModuleTree(attribution.root)
+        self._modules: dict[torch.nn.Module, str] = {}
+        self._wanted: dict[tuple[torch.nn.Module, str, torch.dtype, str], tuple[Wanted, ...]] = {}
+        self._plain: dict[tuple[torch.nn.Module, torch.dtype], tuple[Wanted, ...]] = {}
+        self._packer = RowPacker(attribution.bind_layout)
+        self._calls = ModuleCalls(self.leave)
+        self._pass: Pass | None = None
+        self._repeated: Pass | None = None
+        self._has_started = False
+        self._walks = 0
+        self._used_without_call: dict[torch.nn.Module, None] = {}
+
+    @contextmanager
+    def forward(self, *, is_measured: bool) -> Iterator[Pass]:
+        """Measure what runs in the block; the rows count if it comes to its end."""
+        self._look_around()
+        sink = self._recorder.gradient_sink() if self._measures_gradients and is_measured else None
+        outer, current = self._pass, Pass(sink)
+        self._pass = current
+        try:
+            with self._calls.shown(tuple(self._modules)):
+                yield current
+        finally:
+            current.is_running = False
+            self._pass = outer
+        if is_measured and current.fault is None:
+            try:
+                with apart_from_the_program():
+                    self._hand_over(current)
+            except Exception as error:  # the program goes on
+                current.fault = error
+        if current.is_repeated and sink is not None:
+            self._repeated = current
+            self._calls.keep_shown(tuple(self._modules))
+
+    def rest(self) -> None:
+        """Leave the modules alone: the step is over, and what it repeats."""
+        if self._repeated is not None:
+            self._repeated = None
+            self._calls.hide()
+
+    def do(self, work: Callable[[Pass], None]) -> None:
+        """Do something for the pass that is running, if it is to be measured here."""
+        current = self._pass
+        if current is None or current.fault is not None or is_repeating():
+            return
+        try:
+            with apart_from_the_program():
+                work(current)
+        except Exception as error:  # the program goes on
+            current.fault = error
+
+    def bypassed(self) -> dict[str, str]:
+        """Modules that took part without being called, hence have no rows; with the reason."""
+        return {
+            display_name(self._modules[module]): reason
+            for module in self._not_called()
+            if (reason := self._why_not_called(module)) is not None
+        }
+
+    def not_called(self) -> tuple[str, ...]:
+        """The names of the others that are to be measured and were not called so far."""
+        return tuple(
+            display_name(self._modules[module])
+            for module in self._not_called()
+            if self._why_not_called(module) is None
+        )
+
+    def close(self) -> None:
+        """Hold on to no module."""
+        self.rest()
+        self._calls.forget()
+        self._wanted.clear()
+        self._plain.clear()
+
+    # Modules
+
+    def _look_around(self) -> None:
+        """Know the modules that the model has now."""
+        if not self._has_started:
+            self._has_started = True
+            if all(parameter.is_cpu for parameter in self._attribution.root.parameters()):
+                start_compiling(*HOST_SOURCES)
+        if self._pass is not None or not self._tree.has_changed():
+            return
+        self._attribution.refresh()
+        self.close()
+        self._modules = {
+            module: name
+            for module, name in self._attribution.names.items()
+            if self._is_asked_for(display_name(name))
+        }
+
+    def _is_asked_for(self, name: str) -> bool:
+        plan = self._attribution.plan
+        dtypes = (torch.float32, torch.complex64)
+        return any(plan.select(name, dtype, family) for dtype in dtypes for family in _FAMILIES)
+
+    def _not_called(self) -> Iterator[torch.nn.Module]:
+        for module in self._modules if self.ran else ():
+            if module not in self.ran and type(module).forward is not torch.nn.Module.forward:
+                yield module
+
+    def _why_not_called(self, module: torch.nn.Module) -> str | None:
+        for outer in self._around(module):
+            name = self._attribution.name(outer)
+            if isinstance(outer, torch.nn.MultiheadAttention) and outer in self.ran:
+                return f"{name} uses its parameters without calling it"
+        for outer in self._around(module):
+            name = self._attribution.name(outer)
+            if isinstance(outer, torch.nn.TransformerEncoderLayer) and not outer.training:
+                return f"torch computes {name} as a whole in its fast path, without calling it"
+        if module in self._used_without_call:
+            return (
+                "its parameters were used, but no call of it was seen: its forward is called"
+                " directly, or by a function that is compiled by itself"
+            )
+        return None
+
+    def _around(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """The modules that ``module`` is in."""
+        name = self._modules[module]
+        for outer, prefix in self._attribution.names.items():
+            if outer is not module and name.startswith(f"{prefix}." if prefix else ""):
+                yield outer
+
+    def look_through(self, output: object) -> None:
+        """Find modules whose parameters a pass used without a call, from what it gave back."""
+        owners = {
+            parameter: module
+            for module in self._not_called()
+            for parameter in module.parameters(recurse=False)
+        }
+        if self._walks == _MOST_WALKS or not owners or not torch.is_grad_enabled():
+            return
+        self._walks += 1
+        try:
+            used = parameters_behind([tensor for _, tensor in tensors_in(output)])
+        except RuntimeError:
+            return  # a view that must not be used any more
+        self._used_without_call.update(
+            (module, None) for parameter, module in owners.items() if parameter in used
+        )
+
+    # Measuring
+
+    def leave(self, module: torch.nn.Module, output: object) -> None:
+        """Measure what a module gave back."""
+        current = self._pass
+        if torch._C._current_graph_task_id() != -1 and is_repeating():
+            # By a checkpoint: only a reentrant one had no gradients before.
+            current = current or self._repeated
+            if current is not None and current.sink is not None and module in self._modules:
+                self._measure(current, module, output, self._probe)
+            return
+        if current is None or current.fault is not None or not self._is_running():
+            return
+        if module not in self.ran:
+            if module not in self._modules:
+                return
+            self.ran[module] = None
+        if type(output) is not torch.Tensor or not self._reduce_plainly(current, module, output):
+            self._measure(current, module, output, self._reduce)
+        if self._measures_gradients:
+            if torch.is_grad_enabled():
+                self._measure(current, module, output, self._probe)
+            else:
+                current.is_repeated |= current.has_gradients
+
+    def _reduce_plainly(
+        self, current: Pass, module: torch.nn.Module, output: torch.Tensor
+    ) -> bool:
+        """What ``_reduce`` does of most outputs, in less time; False if it is not one of them."""
+        wanted = self._plain.get((module, output.dtype))
+        is_plain = (
+            wanted is not None
+            and output.layout is torch.strided
+            and not (output.is_nested or output.is_meta or runs_under_modes())
+        )
+        if not is_plain:
+            return False
+        assert wanted is not None
+        try:
+            values = output.detach()
+            for one in wanted:
+                if one.calls is None or values.numel():
+                    current.rows.append((one, one.row(values)))
+        except Exception as error:  # the program goes on
+            current.fault = error
+        return True
+
+    def _measure(
+        self,
+        current: Pass,
+        module: torch.nn.Module,
+        output: object,
+        how: Callable[[Pass, torch.nn.Module, object], None],
+    ) -> None:
+        if current.fault is not None:
+            return
+        try:
+            if runs_under_modes():
+                with apart_from_the_program():
+                    how(current, module, output)
+            else:
+                how(current, module, output)
+        except Exception as error:  # the program goes on
+            current.fault = error
+
+    def _reduce(self, current: Pass, module: torch.nn.Module, output: object) -> None:
+        for tensor, wanted in self._select(module, output, "activation"):
+            values = values_of(local_part(tensor))
+            for one in wanted:
+                if one.calls is None or values.numel():
+                    current.rows.append((one, one.row(values)))
+
+    def _probe(self, current: Pass, module: torch.nn.Module, output: object) -> None:
+        if current.sink is None:
+            return
+        for tensor, wanted in self._select(module, output, GRADIENT):
+            device = tensor.device
+            if device not in current.factors:
+                current.factors[device] = self._recorder.gradient_factor(device)
+            if tensor.requires_grad:
+                tensor.register_hook(
+                    partial(self._reduce_gradient, current, wanted, current.factors[device])
+                )
+
+    def _select(
+        self, module: torch.nn.Module, output: object, family: str
+    ) -> Iterator[tuple[torch.Tensor, tuple[Wanted, ...]]]:
+        """The tensors that are to be measured, and how."""
+        for path, tensor in tensors_in(output):
+            key = module, path, tensor.dtype, family
+            wanted = self._wanted.get(key)
+            if wanted is None:
+                wanted = self._wanted[key] = self._choose(*key)
+            if not wanted:
+                continue
+            reason = why_no_values(tensor) or why_unsummed(tensor)
+            if family == GRADIENT and is_distributed(tensor):
+                reason = "gradient: it may be placed in another way than the DTensor"
+            if reason:
+                self._attribution.unmeasured[self._attribution.name(module) + path] = reason
+            else:
+                if path == "" and family == "activation":
+                    self._plain[module, tensor.dtype] = wanted
+                yield tensor, wanted
+
+    def _choose(
+        self, module: torch.nn.Module, path: str, dtype: torch.dtype, family: str
+    ) -> tuple[Wanted, ...]:
+        site = Site(self._attribution.name(module), path)
+        reductions = self._attribution.plan.select(site.module, dtype, family)
+        if reductions:
+            self._attribution.note_eager(site.module)
+        return tuple(Wanted(Measurement(family, site, reduction)) for reduction in reductions)
+
+    def _reduce_gradient(
+        self,
+        current: Pass,
+        wanted: tuple[Wanted, ...],
+        factor: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
+        """Hook of a tensor."""
+        if gradient is None:
+            return  # nothing that the loss depends on used the tensor
+        if current.is_running and not self._is_step_function:
+            return  # of what the forward pass itself differentiates, not of the loss
+        with apart_from_the_program():
+            values = values_of(local_part(gradient))
+            if factor is not None:
+                values = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
+            rows = [(one, one.row(values)) for one in wanted]
+        task = torch._C._current_graph_task_id()
+        if task not in current.backward_rows:
+            current.backward_rows[task] = []
+            done = partial(self._hand_over_gradients, current, task)
+            torch.autograd.Variable._execution_engine.queue_callback(done)
+        current.backward_rows[task] += rows
+
+    # Handing over
+
+    def _hand_over(self, current: Pass) -> None:
+        if current.rows:
+            self._recorder.add(*self._packer.pack(current.rows))
+        for binding, row in current.direct:
+            self._recorder.add(binding, [row])
+
+    def _hand_over_gradients(self, current: Pass, task: int) -> None:
+        rows = current.backward_rows.pop(task)
+        if rows and current.sink is not None:
+            with apart_from_the_program():
+                current.sink(*self._packer.pack(rows))
+
+
+def is_repeating() -> bool:
+    """Whether activation checkpointing repeats a part of a forward pass in the backward pass."""
+    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+
+
+def parameters_behind(tensors: Iterable[torch.Tensor]) -> set[torch.Tensor]:
+    """The leaves of the autograd graph that computed ``tensors``."""
+    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, leaves = set(waiting), set()
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return leaves
