@@ -296,6 +296,7 @@ class MeasuringBackend:
         rewritten = rewrite(
             *(module, options, probes, reference, attention),
             placements=scope.placements,
+            keeps_unused=self.settings.keeps_unused_operations,
             watch=watch,
         )
         if samples is not None:
