@@ -138,7 +138,8 @@ def _place(
     assert isinstance(tensor, Node)
     example = tensor.meta["example_value"]
     site = site_of(mark, options.modules) if mark.target is tap else None
-    if site is None or not example.requires_grad or why_unmeasurable(example) or example.is_nested:
+    requires_grad, is_grad_enabled = mark.args[2:] or (example.requires_grad, True)
+    if site is None or not requires_grad or why_unmeasurable(example) or example.is_nested:
         return None
     if mark.meta.get(_PROBED):
         return None
@@ -148,6 +149,9 @@ def _place(
     mark.meta[_PROBED] = True
     place = _Place(module, calls, mark, tensor, reductions, [site])
     place.share = None if options.share is None else options.share(mark)
+    if not is_grad_enabled:
+        place.refusal = "the module gives back its input inside of torch.no_grad"
+        return place
     if is_distributed(example):
         place.refusal = "the gradient of a DTensor may be placed in another way than the tensor"
         return place

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch.fx import GraphModule
 
-from tmm.layout import PackedLayout
+from tmm.layout import PackedLayout, Site
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.gradient_placements import find_gradient_shares
 from tmm.passes.insert_attention import AttentionOptions, insert_attention
@@ -20,6 +20,7 @@ from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.placements import PlacementOptions, find_placements
+from tmm.passes.remove_dead_marks import DeadMarkOptions, remove_dead_marks
 from tmm.passes.remove_evaluations import remove_evaluations
 from tmm.passes.remove_taps import remove_taps
 
@@ -61,6 +62,7 @@ def rewrite(
     *,
     placements: PlacementOptions | None = None,
     is_step_function: bool = False,
+    keeps_unused: bool = True,
     watch: Watch | None = None,
 ) -> Rewritten:
     """Measure the marked tensors of ``module`` in a copy of it.
@@ -68,8 +70,9 @@ def rewrite(
     With ``probes`` their gradients are measured as well; with ``reference``, which gives the
     options for the copy, they are compared; with ``attention`` attentions are measured; with
     ``placements`` each measurement tells what this rank has of its tensor. Of the graph of a step
-    function calls of the model that are an evaluation are left out. The copy takes and returns
-    what ``module`` does, and then what ``Rewritten`` says.
+    function calls of the model that are an evaluation are left out. ``keeps_unused`` tells that the
+    graph will run as it stands, unused operations and all. The copy takes and returns what
+    ``module`` does, and then what ``Rewritten`` says.
     Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
     of a pass.
     """
@@ -96,6 +99,15 @@ def rewrite(
     evaluations = 0
     if is_step_function:
         evaluations = run("remove_evaluations", lambda: remove_evaluations(rewritten))
+    unmeasured: tuple[tuple[Site, str], ...] = ()
+    if not keeps_unused:
+        selects = [options.select]
+        if probes is not None:
+            selects.append(probes.select)
+        if reference is not None:
+            selects.append(reference(rewritten).select)
+        dead = DeadMarkOptions(options.modules, selects)
+        unmeasured = run("remove_dead_marks", lambda: remove_dead_marks(rewritten, options=dead))
     if placements is not None:
         found = run("find_placements", lambda: find_placements(rewritten, options=placements))
         options = replace(options, share=found.share)
@@ -103,7 +115,7 @@ def rewrite(
         if probes is not None:
             of_gradients = find_gradient_shares(rewritten, placements=found)
             probes = replace(probes, share=of_gradients.__getitem__)
-    unmeasured = run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
+    unmeasured += run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
     if attention is not None:
         unmeasured += run(
             "insert_attention", lambda: insert_attention(rewritten, options=attention)

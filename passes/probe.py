@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tmm.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.operators import histogram, summarize
 from tmm.passes.trace_function import TracedFunction
 
-VERSION = "2"
+VERSION = "3"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
 
@@ -92,7 +91,8 @@ class _Probe(torch.autograd.Function):
         return x.clone() if options.copies else x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        row = ctx.saved_tensors[0] if ctx.options.scaled else None
-        return gradient, ctx.options.row_of(gradient, row).to(ctx.dtype), None
+        factors = ctx.saved_tensors[0] if ctx.options.scaled else None
+        with torch.no_grad():  # the gradient itself may be differentiated once more, its row not
+            row = ctx.options.row_of(gradient, factors).to(ctx.dtype)
+        return gradient, row, None

@@ -32,11 +32,14 @@ from tmm.kernels.torch_rows import compiled_kernel, summarize_with_torch
 from tmm.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
 
 
-def tap(tensor: torch.Tensor, path: str) -> torch.Tensor:
+def tap(
+    tensor: torch.Tensor, path: str, requires_grad: bool = True, is_grad_enabled: bool = True
+) -> torch.Tensor:
     """Mark ``tensor`` as a module's output; an identity.
 
     ``path`` locates the tensor inside the output, such as ``"[0]"``. Which module it is stands in
-    the node's ``nn_module_stack``.
+    the node's ``nn_module_stack``. The flags tell how things are there: the tensor may come to
+    require a gradient later, and an operation inside of ``no_grad`` hands on none.
     """
     return tensor
 

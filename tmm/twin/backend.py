@@ -313,6 +313,7 @@ class MeasuringBackend:
             *(module, options, probes, reference, attention),
             placements=scope.placements,
             is_step_function=scope.is_step_function,
+            keeps_unused=self.settings.keeps_unused_operations,
             watch=watch,
         )
         if rewritten.evaluations:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import trace_rules
+from torch._dynamo.backends.debugging import eager, eager_noexcept
 from torch._dynamo.eval_frame import (
     DisableContext,
     OptimizedModule,
@@ -20,6 +21,8 @@ from torch._dynamo.eval_frame import (
 )
 from torch._dynamo.exc import InvalidBackend
 from torch._dynamo.types import ConvertFrameReturn, GuardFilterEntry
+
+from tmm.twin.uncompiled import eager as uncompiled
 
 HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 """Whether programs that run the same frames can keep what they compile apart (torch 2.13)."""
@@ -50,6 +53,12 @@ class CompileSettings:
             self.backend, "__module__", ""
         ).startswith("torch._inductor")
         return uses_inductor and not torch._inductor.config.fallback_random
+
+    @property
+    def keeps_unused_operations(self) -> bool:
+        """Whether a graph surely runs as it was traced, with what nobody uses."""
+        compiler = getattr(self.backend, "compiler_fn", self.backend)
+        return compiler in (uncompiled, eager, eager_noexcept)
 
     def __str__(self) -> str:
         if self.traced_for:

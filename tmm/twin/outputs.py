@@ -62,7 +62,10 @@ def mark_outputs(module: torch.nn.Module, arguments: object, output: object) -> 
     share one graph. It returns nothing: the traced program stays the user's own.
     """
     for path, tensor in tensors_in(output):
-        tap(tensor, path)
+        if tensor.requires_grad and torch.is_grad_enabled():
+            tap(tensor, path)
+        else:
+            tap(tensor, path, tensor.requires_grad, torch.is_grad_enabled())
 
 
 def mark_nothing(module: torch.nn.Module, arguments: object) -> None:
