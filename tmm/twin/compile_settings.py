@@ -7,6 +7,7 @@ import types
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch._dynamo.eval_frame import (
     DisableContext,
     OptimizedModule,
     _TorchDynamoContext,
+    cached_backends,
     innermost_backend,
+    remove_from_cache,
 )
 from torch._dynamo.exc import InvalidBackend
 from torch._dynamo.types import GuardFilterEntry
@@ -81,11 +84,15 @@ def settings_for(backend: str | CompilerFunction) -> CompileSettings:
 
     Raises ``ValueError`` for a backend that does not exist.
     """
+    before = set(cached_backends)
     try:
         settings = settings_of(torch.compile(lambda: None, backend=backend))
     except InvalidBackend as error:
         known = ", ".join(["inductor", *torch._dynamo.list_backends(exclude_tags=())])
         raise ValueError(f"backend={backend!r} is not known; there are {known}") from error
+    finally:
+        for added in cached_backends.keys() - before:
+            del cached_backends[added]  # each call adds one that torch would keep
     assert settings is not None
     return settings
 
@@ -96,11 +103,12 @@ def compile_separately(
     backend: CompilerFunction,
     guard_filter: GuardFilter,
     callee: Callable[..., Any],
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[[], None]]:
     """Compile ``function`` as the user compiled ``callee``, which it calls, but by ``backend``.
 
     What it compiles is kept apart from what the user's own program compiles, also in frames that
-    both run after a graph break. A guard is kept only if the user's filter keeps it as well.
+    both run after a graph break. A guard is kept only if the user's filter keeps it as well. The
+    second result lets Dynamo forget the program, which must not run afterwards.
     """
 
     def keep(entries: Sequence[GuardFilterEntry]) -> list[bool]:
@@ -132,7 +140,13 @@ def compile_separately(
         guard_filter_fn=keep,
         **limits,
     )(own)
-    return room_for_two(compiled)
+    return room_for_two(compiled), partial(_forget, code, id(backend))
+
+
+def _forget(code: types.CodeType, backend: int) -> None:
+    # What Dynamo keeps with a code object refers to that in turn, where no collector sees it.
+    remove_from_cache(code)
+    cached_backends.pop(backend, None)
 
 
 def _fingerprint(callee: Callable[..., Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -36,6 +37,7 @@ from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.kept_by_dynamo import KeptByDynamo
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -106,6 +108,9 @@ class Twin:
         self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
         self._programs: list[tuple[type, CompileSettings, Callable[..., Any]]] = []
         self._backends: list[MeasuringBackend] = []
+        self._kept = KeptByDynamo()
+        # Of a model that is dropped, too.
+        weakref.finalize(self, self._kept.forget).atexit = False
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
         self._tracing = False
@@ -184,9 +189,10 @@ class Twin:
             sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
         backend = MeasuringBackend(self, settings, sampling)
         self._backends.append(backend)
-        program = compile_separately(
+        program, forget = compile_separately(
             *(_traced, settings, backend.compiler(), _keep_guards, region.callee)
         )
+        self._kept.add(forget)
         self._programs.append((type(region.callee), settings, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
@@ -219,6 +225,7 @@ class Twin:
         """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
         for backend in self._backends:
             backend.close()
+        self._kept.forget()
         self.graphs.clear()
         self._backends.clear()
         self._programs.clear()
@@ -235,12 +242,14 @@ class Twin:
             )
             return
         self._tracing = True
+        self._kept.begin()
         self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
             return
         if self._tracing:
+            self._kept.end()
             self.breaks.note(self._frames[-1])
         self._tracing = False
         self._hooks.watch()
