@@ -11,9 +11,16 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity
-from tmm.analysis.detectors.nonfinite import nonfinite
+from tmm.analysis.detectors.nonfinite import nonfinite, nonfinite_at
 from tmm.analysis.recent import RecentSeries
-from tmm.analysis.registry import Detector, all_detectors, find_anomalies
+from tmm.analysis.registry import (
+    ENDINGS,
+    Detector,
+    all_detectors,
+    find_anomalies,
+    found_by,
+    in_order,
+)
 from tmm.layout import Event, StepRecord, Table
 from tmm.reader import Run
 
@@ -106,13 +113,27 @@ class Alerts:
         """What begins in a step, the worst first: each episode is found once."""
         self._recent.add(record)
         step = record.step
-        detectors = [(name, _of_step(detector, step)) for name, detector in self.settings.detectors]
-        found = find_anomalies(self._recent, detectors)
-        least = SEVERITIES.index(self.settings.least)
+        found: list[Anomaly] = []
+        lasting: set[tuple[str, str]] = set()
+        for name, detector in self.settings.detectors:
+            if detector is nonfinite:
+                anomalies, keys = self._nonfinite(name, step)
+                lasting |= {(_SPREADS, key) for key in keys}
+            elif detector in ENDINGS:
+                anomalies = self._ending(name, detector, lasting)
+            else:
+                anomalies = list(find_anomalies(self._recent, [(name, detector)]))
+            found += (anomaly for anomaly in anomalies if anomaly.last_step == step)
+        return self._heard(step, in_order(found, self._recent.keys()), lasting)
+
+    def _heard(
+        self, step: int, found: tuple[Anomaly, ...], lasting: set[tuple[str, str]]
+    ) -> tuple[Anomaly, ...]:
+        """What is new of what was found in a step, where ``lasting`` episodes go on."""
         heard = {
             (anomaly.kind, anomaly.key): anomaly
             for anomaly in reversed(found)
-            if anomaly.last_step == step and SEVERITIES.index(anomaly.severity) >= least
+            if self._counts(anomaly.severity)
         }
         new = tuple(
             anomaly
@@ -120,9 +141,45 @@ class Alerts:
             if heard.get((anomaly.kind, anomaly.key)) is anomaly and self._is_new(anomaly)
         )
         measured = set(self._recent.keys())
-        self._active = {known for known in self._active if known[1] not in measured} | heard.keys()
-        self._seen |= dict.fromkeys(heard, step)
+        now = heard.keys() | lasting
+        self._active = {known for known in self._active if known[1] not in measured} | now
+        self._seen |= dict.fromkeys(now, step)
         return new
+
+    def _nonfinite(self, name: str, step: int) -> tuple[list[Anomaly], frozenset[str]]:
+        """NaN and infinity in the step: what there is to tell, or the keys where it goes on."""
+        if self.settings.least == "low":  # of what is harmless, too
+            whole = partial(nonfinite, since=step)
+            return found_by(name, whole, self._recent), frozenset()
+        goes_on = any(kind == _SPREADS for kind, _ in self._active)
+        found, keys = nonfinite_at(self._recent, step, anew=not goes_on)
+        return list(found), keys if goes_on else frozenset()
+
+    def _ending(
+        self, name: str, detector: Detector, lasting: set[tuple[str, str]]
+    ) -> list[Anomaly]:
+        """What ends with the newest values; episodes that were told and go on are ``lasting``."""
+        asked: set[str] = set()
+        for end in ENDINGS[detector]:
+            if not self._counts(end.worst):
+                continue
+            newest = self._recent.newest(end.chooses)
+            ending = end.ending(newest)
+            groups = set()
+            for place in np.flatnonzero(ending.possible):
+                info = newest.info(int(place))
+                if ending.sure[place] and (end.kind, info.key) in self._active:
+                    lasting.add((end.kind, info.key))
+                    continue
+                asked.add(info.key)
+                groups.add(info.key if end.group is None else end.group(info))
+            if end.group is not None and groups:
+                infos = map(newest.info, range(len(newest)))
+                asked.update(info.key for info in infos if end.group(info) in groups)
+        return found_by(name, detector, self._recent.part(frozenset(asked))) if asked else []
+
+    def _counts(self, severity: Severity) -> bool:
+        return SEVERITIES.index(severity) >= SEVERITIES.index(self.settings.least)
 
     def act(self, step: int, anomalies: tuple[Anomaly, ...]) -> None:
         """Do what the spec says about what was found.
@@ -166,11 +223,6 @@ def _detector(chosen: str | Detector) -> tuple[str, Detector]:
     if chosen not in known:
         raise ValueError(f"alerts: no detector {chosen!r}; there are {', '.join(known)}")
     return chosen, known[chosen]
-
-
-def _of_step(detector: Detector, step: int) -> Detector:
-    # Its episodes would be the first ones of the record: those of this step are asked for.
-    return partial(nonfinite, since=step) if detector is nonfinite else detector
 
 
 def _message(step: int, anomalies: tuple[Anomaly, ...]) -> str:

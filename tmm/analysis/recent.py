@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from tmm.analysis.order import Rank, execution_ranks
+from tmm.analysis.series import GRAD_SCALE, SKIPPED, Series
 from tmm.layout import KeyInfo, StepRecord
 from tmm.metrics import FloatArray
 from tmm.reader import StepArray
@@ -14,6 +16,7 @@ from tmm.reader import StepArray
 _FIRST = 16  # what detectors call the beginning of a training, and a little more
 _RECENT = 200  # the longest window of a detector
 _SPARE = 64  # values that are moved together once there is no more room
+_OF_SCALER = (SKIPPED, GRAD_SCALE)
 _CAPACITY = _FIRST + _RECENT + _SPARE
 
 
@@ -27,6 +30,9 @@ class RecentSeries:
     def __init__(self) -> None:
         self._tracks: dict[str, _Track] = {}
         self._current: dict[str, _Track] = {}
+        self._chosen: dict[Callable[[KeyInfo], bool], tuple[_Track, ...]] = {}
+        self._ranks: dict[str, Rank] | None = None
+        self._around: RecentSeries | None = None
 
     @staticmethod
     def remembered(steps: StepArray) -> list[int]:
@@ -43,11 +49,38 @@ class RecentSeries:
             track.add(record.step, value)
             current.append(track)
         current.sort(key=lambda track: track.info.position)
-        self._current = {track.info.key: track for track in current}
+        if current != list(self._current.values()):
+            self._current = {track.info.key: track for track in current}
+            self._chosen.clear()
+            self._ranks = None
+
+    def newest(self, choose: Callable[[KeyInfo], bool]) -> Newest:
+        """The newest values of the keys that are chosen, in the order of execution."""
+        if choose not in self._chosen:
+            tracks = self._current.values()
+            self._chosen[choose] = tuple(track for track in tracks if choose(track.info))
+        scaler = [track for key in _OF_SCALER if (track := self._current.get(key)) is not None]
+        return Newest(self._chosen[choose], scaler)
+
+    def part(self, keys: frozenset[str]) -> RecentSeries:
+        """A view of ``keys`` alone, as of now, and of what is known of a ``GradScaler``."""
+        view, kept = RecentSeries(), keys.union(_OF_SCALER)
+        view._current = {key: track for key, track in self._current.items() if key in kept}
+        view._around = self
+        return view
+
+    @property
+    def ranks(self) -> dict[str, Rank]:
+        """What orders the keys; see `execution_ranks`."""
+        if self._ranks is None:
+            self._ranks = execution_ranks(self)
+        return self._ranks
 
     @property
     def steps(self) -> StepArray:
         """The steps of these keys that are still known: sorted, each once."""
+        if self._around is not None:
+            return self._around.steps
         kept = [track.steps for track in self._current.values()]
         return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
 
@@ -65,11 +98,53 @@ class RecentSeries:
         return self._current[key].info
 
 
+class Newest:
+    """The newest values of some keys, shape (n,), and what is known of each.
+
+    ``scaler`` is what is known of a ``GradScaler``, if there is one.
+    """
+
+    def __init__(self, tracks: Sequence[_Track], scaler: Sequence[_Track]) -> None:
+        self.has_scaler = bool(scaler)
+        self._scaler = scaler
+        self.values: FloatArray = np.array([track.newest for track in tracks])
+        self._tracks = tracks
+
+    def skipped_within(self, count: int) -> bool:
+        """Whether a ``GradScaler`` skipped one of the last ``count`` steps of the optimizer."""
+        skipped = (track for track in self._scaler if track.info.key == SKIPPED)
+        return any((track.values[-count:] > 0).any() for track in skipped)
+
+    def info(self, place: int) -> KeyInfo:
+        """What is known of a key."""
+        return self._tracks[place].info
+
+    def series(self, place: int) -> Series:
+        """All that is remembered of a key; not to be kept."""
+        track = self._tracks[place]
+        return Series(track.info, track.steps, track.values)
+
+    def __len__(self) -> int:
+        return len(self._tracks)
+
+    def before(self, count: int) -> FloatArray:
+        """The last ``count`` values before the newest, shape (n, count); NaN where there are fewer.
+
+        The newer ones are on the right.
+        """
+        result = np.full((len(self._tracks), count), np.nan)
+        for row, track in zip(result, self._tracks, strict=True):
+            values = track.values[:-1][-count:]
+            row[count - len(values) :] = values
+        return result
+
+
 class _Track:
     """The first and the newest values of one key."""
 
     def __init__(self, info: KeyInfo) -> None:
         self.info = info
+        self.newest = np.nan
         self._count = 0
         self._steps: StepArray = np.empty(_FIRST, dtype=np.int64)
         self._values: FloatArray = np.empty(_FIRST)
@@ -89,6 +164,7 @@ class _Track:
             self._make_room()
         self._steps[self._count], self._values[self._count] = step, value
         self._count += 1
+        self.newest = value
 
     def _make_room(self) -> None:
         if self._count < _CAPACITY:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TypeAlias
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
+from tmm.analysis.detectors import activations, attention, gradients, loss, updates
 from tmm.analysis.detectors.activations import activation_outliers, exploding_activations
 from tmm.analysis.detectors.attention import collapsed_attention, growing_logits
-from tmm.analysis.detectors.dead_units import dead_units
+from tmm.analysis.detectors.dead_units import DEATHS_END, dead_units
 from tmm.analysis.detectors.gradients import (
     exploding_gradients,
     idle_parameters,
     vanishing_gradients,
 )
 from tmm.analysis.detectors.loss import loss_divergence, loss_drops, loss_plateaus, loss_spikes
-from tmm.analysis.detectors.memory import growing_memory
+from tmm.analysis.detectors.memory import GROWTH_ENDS, growing_memory
 from tmm.analysis.detectors.nonfinite import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
+from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce, Recorded
 
 Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
@@ -47,6 +49,26 @@ BUILT_IN: tuple[tuple[str, Detector], ...] = (
 )
 
 
+ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
+    exploding_gradients: gradients.EXPLOSIONS_END,
+    vanishing_gradients: gradients.VANISHING_ENDS,
+    idle_parameters: gradients.IDLE_ENDS,
+    loss_spikes: loss.SPIKES_END,
+    loss_drops: loss.DROPS_END,
+    loss_divergence: loss.DIVERGENCES_END,
+    loss_plateaus: loss.PLATEAUS_END,
+    dead_units: DEATHS_END,
+    collapsed_attention: attention.COLLAPSES_END,
+    growing_logits: attention.LOGITS_END,
+    activation_outliers: activations.OUTLIERS_END,
+    exploding_activations: activations.EXPLOSIONS_END,
+    large_updates: updates.LARGE_END,
+    small_updates: updates.SMALL_END,
+    growing_memory: GROWTH_ENDS,
+}
+"""Of built-in detectors, with which newest values their episodes end."""
+
+
 def all_detectors() -> tuple[tuple[str, Detector], ...]:
     """The built-in detectors with their names, and those of other packages.
 
@@ -72,19 +94,30 @@ def find_anomalies(
     warned of by its name, and the others run on. Asking twice gives equal results.
     """
     read = ReadOnce(recorded)
-    found: dict[Anomaly, None] = {}
+    found: list[Anomaly] = []
     for name, detector in all_detectors() if detectors is None else detectors:
-        try:
-            found |= dict.fromkeys(detector(read))
-        except Exception as error:  # the others have something to say, too
-            _warn(f"the detector {name!r} failed and is left out", error)
-    places = {key: place for place, key in enumerate(read.keys())}
+        found += found_by(name, detector, read)
+    return in_order(found, read.keys())
+
+
+def found_by(name: str, detector: Detector, recorded: Recorded) -> list[Anomaly]:
+    """What one detector finds; nothing, with a warning, if it raises."""
+    try:
+        return list(detector(recorded))
+    except Exception as error:  # the others have something to say, too
+        _warn(f"the detector {name!r} failed and is left out", error)
+        return []
+
+
+def in_order(found: Iterable[Anomaly], keys: Iterable[str]) -> tuple[Anomaly, ...]:
+    """Each anomaly once: the worst first, then by step and in the order of ``keys``."""
+    places = {key: place for place, key in enumerate(keys)}
 
     def order(anomaly: Anomaly) -> tuple[int, int, int, str]:
         place = places.get(anomaly.key, len(places))
         return -SEVERITIES.index(anomaly.severity), anomaly.step, place, anomaly.kind
 
-    return tuple(sorted(found, key=order))
+    return tuple(sorted(dict.fromkeys(found), key=order))
 
 
 def _warn(text: str, error: Exception) -> None:

@@ -66,6 +66,49 @@ def jumps(
     return flagged, usual
 
 
+def jumps_now(
+    newest: FloatArray,
+    windows: FloatArray,
+    *,
+    factor: float,
+    score: float,
+    least: int,
+    floor: float = 0.05,
+) -> tuple[BoolArray, BoolArray]:
+    """Which newest values, shape (n,), are far above ``windows`` of those before, (n, window).
+
+    As `jumps` judges them, but for what was before the windows. The second are those of which that
+    cannot be told, as their windows hold values that `jumps` leaves out.
+    """
+    judged = np.isfinite(newest) & (newest > 0)
+    strange = judged & ((windows <= 0) | np.isinf(windows)).any(axis=1)
+    gaps = np.isnan(windows)
+    strange |= judged & (gaps[:, 1:] & ~gaps[:, :-1]).any(axis=1)  # on the left nothing was yet
+    far = np.zeros(len(newest), dtype=np.bool_)
+    ordered = np.sort(windows, axis=1)  # NaN comes last
+    lower = ordered[np.arange(len(windows)), np.maximum((~gaps).sum(axis=1) - 1, 0) // 2]
+    with np.errstate(invalid="ignore", over="ignore"):
+        # Few are: the median of logarithms is not below that of two middle values which is lower.
+        near = newest >= factor * lower * (1 - 1e-9)
+    places = np.flatnonzero(judged & ~strange & near)
+    logarithms = np.log10(windows[places])
+    level = _median(logarithms, least)
+    spread = NORMAL * _median(np.abs(logarithms - level[:, None]), least)
+    rise = np.log10(newest[places]) - level
+    far[places] = (rise >= np.log10(factor)) & (rise > score * np.maximum(spread, floor))
+    return far, strange
+
+
+def is_above_median(value: float, others: FloatArray) -> bool:
+    """Whether a positive value is above the median of the positive, finite ``others``, as logarithms."""
+    with np.errstate(invalid="ignore"):
+        judged = others[np.isfinite(others) & (others > 0)]
+    middle, below = len(judged) // 2, int((judged < value).sum())
+    if below > middle or below < middle:
+        return below > middle
+    return bool(np.log10(value) > np.median(np.log10(judged)))
+
+
 def runs(flags: BoolArray, least: int = 1) -> Iterator[slice]:
     """The runs of at least ``least`` true flags, as slices."""
     if not flags.any():

@@ -16,6 +16,7 @@ from tmm.nonfinite.places import counterparts, place_of_node
 from tmm.nonfinite.watcher import Watcher
 from tmm.twin.backend import Handle
 from tmm.twin.compile_settings import CompileSettings, compile_separately
+from tmm.twin.kept_by_dynamo import KeptByDynamo
 
 
 class _NodeByNode(Interpreter):
@@ -64,6 +65,8 @@ class Tracer:
         self.graphs = 0
         self._watcher = watcher
         self._handles: list[Handle] = []
+        self._held: list[Callable[..., Any]] = []
+        self._kept = KeptByDynamo()
 
     def program(self, callee: Callable[..., Any], settings: CompileSettings) -> Callable[..., Any]:
         """A program that calls its first argument, ``callee``, with the others."""
@@ -87,15 +90,20 @@ class Tracer:
 
         # The user's filter may drop guards that hold for the user's calls only.
         settings = replace(settings, guard_filter=None)
-        return compile_separately(_traced, settings, trace, _keep_all, callee)
+        program, forget = compile_separately(_traced, settings, trace, _keep_all, callee)
+        self._kept.add(forget)
+        return program
 
     def close(self) -> None:
         """Let go of what was traced, which Dynamo keeps."""
         for handle in self._handles:
             handle.let_go()
         self._handles.clear()
+        self._held.clear()
+        self._kept.forget()
 
     def _handle(self, held: Callable[..., Any]) -> Handle:
+        self._held.append(held)
         self._handles.append(Handle(held))
         return self._handles[-1]
 

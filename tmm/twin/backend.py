@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -223,22 +225,25 @@ class Handle:
     """Calls something, until it is let go of.
 
     Dynamo keeps what it was given, and copies of its ``__dict__``, for as long as the process runs.
-    A handle has none, so that models and compiled programs need not live as long.
+    A handle has none, and does not keep what it calls alive, so that models and compiled programs
+    need not live as long.
     """
 
-    __slots__ = ("__weakref__", "_held")
+    __slots__ = ("__weakref__", "_called")
 
-    def __init__(self, held: Callable[..., Any]) -> None:
-        self._held: Callable[..., Any] | None = held
+    def __init__(self, called: Callable[..., Any]) -> None:
+        kind = weakref.WeakMethod if inspect.ismethod(called) else weakref.ref
+        self._called: Callable[[], Callable[..., Any] | None] = kind(called)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Call what is held."""
-        assert self._held is not None, "it was let go of"
-        return self._held(*arguments)
+        """Call what is there yet."""
+        called = self._called()
+        assert called is not None, "it was let go of"
+        return called(*arguments)
 
     def let_go(self) -> None:
-        """Hold nothing from now on."""
-        self._held = None
+        """Call nothing from now on."""
+        self._called = _nothing
 
 
 class MeasuringBackend:
@@ -395,6 +400,10 @@ def _reference_options(
         samples=samples,
         refusal=refusal,
     )
+
+
+def _nothing() -> None:
+    return None
 
 
 def _ask_nothing(name: str) -> tuple[AttentionRequest, ...]:

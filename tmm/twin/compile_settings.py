@@ -7,6 +7,7 @@ import types
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch._dynamo.eval_frame import (
     DisableContext,
     OptimizedModule,
     _TorchDynamoContext,
+    cached_backends,
     innermost_backend,
+    remove_from_cache,
     skip_code,
 )
 from torch._dynamo.exc import InvalidBackend
@@ -96,11 +99,15 @@ def settings_for(backend: str | CompilerFunction) -> CompileSettings:
 
     Raises ``ValueError`` for a backend that does not exist.
     """
+    before = set(cached_backends)
     try:
         settings = settings_of(torch.compile(lambda: None, backend=backend))
     except InvalidBackend as error:
         known = ", ".join(["inductor", *torch._dynamo.list_backends(exclude_tags=())])
         raise ValueError(f"backend={backend!r} is not known; there are {known}") from error
+    finally:
+        for added in cached_backends.keys() - before:
+            del cached_backends[added]  # each call adds one that torch would keep
     assert settings is not None
     return settings
 
@@ -114,13 +121,14 @@ def compile_separately(
     has_hooks: Callable[[torch.nn.Module], bool] | None = None,
     *,
     is_traced: bool = True,
-) -> Callable[..., Any]:
+) -> tuple[Callable[..., Any], Callable[[], None]]:
     """Compile ``function`` as the user compiled ``callee``, which it calls, but by ``backend``.
 
     What it compiles is kept apart from what the user's own program compiles, also in frames that
     both run after a graph break. A guard is kept only if the user's filter keeps it as well.
     ``has_hooks`` tells whether a module has hooks of the user's, where it may have others, too.
-    Where ``function`` is not to be traced, graphs begin in what it calls.
+    Where ``function`` is not to be traced, graphs begin in what it calls. The second result lets
+    Dynamo forget the program, which must not run afterwards.
     """
 
     def keep(entries: Sequence[GuardFilterEntry]) -> list[bool]:
@@ -157,7 +165,13 @@ def compile_separately(
     if has_hooks is not None:
         context.callback = UsersFrames(context.callback, has_hooks)
     compiled: Callable[..., Any] = context(own)
-    return room_for_two(compiled)
+    return room_for_two(compiled), partial(_forget, code, id(backend))
+
+
+def _forget(code: types.CodeType, backend: int) -> None:
+    # What Dynamo keeps with a code object refers to that in turn, where no collector sees it.
+    remove_from_cache(code)
+    cached_backends.pop(backend, None)
 
 
 class UsersFrames:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -41,6 +42,7 @@ from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.twin.foreign import PASSED_BY
 from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
+from tmm.twin.kept_by_dynamo import KeptByDynamo
 from tmm.twin.notes import Notes
 from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.sampling import Sampling
@@ -140,6 +142,9 @@ class Twin:
             )
         self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
         self._backends: list[MeasuringBackend] = []
+        self._kept = KeptByDynamo()
+        # Of a model that is dropped, too.
+        weakref.finalize(self, self._kept.forget).atexit = False
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
         self._tracing = False
@@ -289,10 +294,11 @@ class Twin:
             sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
         backend = MeasuringBackend(self, settings, sampling)
         self._backends.append(backend)
-        program = compile_separately(
+        program, forget = compile_separately(
             *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
             is_traced=is_traced,
         )
+        self._kept.add(forget)
         self._programs.append((key, program))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
@@ -330,6 +336,7 @@ class Twin:
             backend.close()
         if self.untraced is not None:
             self.untraced.close()
+        self._kept.forget()
         self.graphs.clear()
         self._backends.clear()
         self._programs.clear()
@@ -348,12 +355,14 @@ class Twin:
         self._tracing = True
         if self.asks_as_eager:
             self._answers.give()
+        self._kept.begin()
         self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
             return
         if self._tracing:
+            self._kept.end()
             self.breaks.note(self._frames[-1])
         self._tracing = False
         self._answers.stop()

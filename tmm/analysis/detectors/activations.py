@@ -6,19 +6,26 @@ from collections.abc import Iterator
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.recorded import Recorded
+from tmm.analysis.ending import Ending, EndsWith, jumping
+from tmm.analysis.names import metric_of
+from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
+from tmm.layout import KeyInfo
 
+_LARGE = 100.0
+_TAILS = 1000.0
+_FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
 _WORDS = {"absmax": "largest value", "rms": "root mean square"}
 
 
 def activation_outliers(
     recorded: Recorded,
     *,
-    medium: float = 100.0,
+    medium: float = _LARGE,
     high: float = 1000.0,
     growth: float = 4.0,
-    kurtosis: float = 1000.0,
+    kurtosis: float = _TAILS,
 ) -> Iterator[Anomaly]:
     """Outputs with large values.
 
@@ -57,10 +64,10 @@ def activation_outliers(
 def exploding_activations(
     recorded: Recorded,
     *,
-    factor: float = 10.0,
-    score: float = 8.0,
-    window: int = 50,
-    least: int = 10,
+    factor: float = _FACTOR,
+    score: float = _SCORE,
+    window: int = _WINDOW,
+    least: int = _LEAST,
 ) -> Iterator[Anomaly]:
     """Outputs whose ``rms`` jumped: high.
 
@@ -79,3 +86,26 @@ def exploding_activations(
                 f" ({number(level)})."
             )
             yield episode.anomaly("activation_explosion", "high", factor * level, text)
+
+
+def _has_size(info: KeyInfo) -> bool:
+    return info.kind == "activation" and metric_of(info) in ("absmax", "rms")
+
+
+def _has_tails(info: KeyInfo) -> bool:
+    return info.kind == "activation" and metric_of(info) == "kurtosis"
+
+
+def _has_rms(info: KeyInfo) -> bool:
+    return info.kind == "activation" and metric_of(info) == "rms"
+
+
+def _jumping(newest: Newest) -> Ending:
+    return jumping(newest, factor=_FACTOR, score=_SCORE, window=_WINDOW, least=_LEAST)
+
+
+OUTLIERS_END = (
+    EndsWith("activation_outlier", "high", _has_size, lambda newest: Ending.above(newest, _LARGE)),
+    EndsWith("activation_outlier", "medium", _has_tails, lambda new: Ending.above(new, _TAILS)),
+)
+EXPLOSIONS_END = (EndsWith("activation_explosion", "high", _has_rms, _jumping),)

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median
-from tmm.analysis.series import series_of
+from tmm.analysis.series import Series, series_of
+from tmm.layout import KeyInfo
+
+_ENTROPY, _PART = 0.1, 0.2
+_NORMALIZED = 0.02
+_LOGIT, _FACTOR = 50.0, 4.0
 
 
 def collapsed_attention(
     recorded: Recorded,
     *,
-    entropy: float = 0.1,
-    part: float = 0.2,
-    normalized: float = 0.02,
+    entropy: float = _ENTROPY,
+    part: float = _PART,
+    normalized: float = _NORMALIZED,
     sharp: float = 0.1,
     least: int = 5,
 ) -> Iterator[Anomaly]:
@@ -51,7 +58,7 @@ def collapsed_attention(
 
 
 def growing_logits(
-    recorded: Recorded, *, medium: float = 50.0, high: float = 100.0, factor: float = 4.0
+    recorded: Recorded, *, medium: float = _LOGIT, high: float = 100.0, factor: float = _FACTOR
 ) -> Iterator[Anomaly]:
     """Heads whose largest logit is above ``medium`` (medium) or ``high`` (high), and has grown.
 
@@ -73,3 +80,41 @@ def growing_logits(
                 f" {number(early)}."
             )
             yield episode.anomaly("attention_logit_growth", severity, limit, text)
+
+
+def _is_entropy(info: KeyInfo) -> bool:
+    return info.kind == "attention_entropy"
+
+
+def _is_normalized_entropy(info: KeyInfo) -> bool:
+    return info.kind == "attention_normalized_entropy"
+
+
+def _is_logit(info: KeyInfo) -> bool:
+    return info.kind == "attention_max_logit"
+
+
+def _collapsed(newest: Newest) -> Ending:
+    def is_low(series: Series) -> bool:
+        early = early_median(series.finite().values)
+        return bool(early > 0 and series.values[-1] < _PART * early)
+
+    return Ending.where(newest, newest.values < _ENTROPY, is_low)
+
+
+def _grown(newest: Newest) -> Ending:
+    def is_high(series: Series) -> bool:
+        early = early_median(series.finite().values)
+        return bool(series.values[-1] >= _FACTOR * max(early, 1.0))
+
+    return Ending.where(newest, newest.values > _LOGIT, is_high)
+
+
+COLLAPSES_END = (
+    EndsWith("attention_collapse", "high", _is_entropy, _collapsed),
+    EndsWith(
+        *("attention_collapse", "high", _is_normalized_entropy),
+        lambda newest: Ending.of(newest, newest.values < _NORMALIZED),
+    ),
+)
+LOGITS_END = (EndsWith("attention_logit_growth", "high", _is_logit, _grown),)

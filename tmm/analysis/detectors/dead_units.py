@@ -7,15 +7,20 @@ from collections.abc import Iterator
 import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, episodes, number
+from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, runs
 from tmm.analysis.series import BoolArray, Series, metrics_of
+from tmm.layout import KeyInfo
+
+_DEAD = 0.9
 
 
 def dead_units(
     recorded: Recorded,
     *,
-    medium: float = 0.9,
+    medium: float = _DEAD,
     high: float = 0.99,
     alive: float = 0.8,
     least: int = 5,
@@ -53,3 +58,15 @@ def _is_constant(shares: Series) -> bool:
     """Whether the share never changes, and is not all."""
     same: BoolArray = shares.values == shares.values[0]
     return bool(same.all()) and float(shares.values[0]) < 1.0
+
+
+def _is_share(info: KeyInfo) -> bool:
+    return info.kind == "activation" and metric_of(info) == "zero_fraction"
+
+
+DEATHS_END = (
+    EndsWith(
+        *("dead_units", "high", _is_share),
+        lambda newest: Ending.of(newest, newest.values >= _DEAD),
+    ),
+)

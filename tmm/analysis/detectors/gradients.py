@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.ending import Ending, EndsWith, any_finite, jumping
 from tmm.analysis.names import metric_of
+from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import (
@@ -24,18 +26,22 @@ from tmm.reader import StepArray
 
 _TOTALS = ("gradient_norm", "gradient_norm_before_clip")
 _FAMILIES = ("gradient", "gradient_before_clip")
+_LARGE = 100.0
+_FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
+_SMALLEST = 1e-6
+_SMALL = 1e-7
 
 
 def exploding_gradients(
     recorded: Recorded,
     *,
-    high: float = 100.0,
+    high: float = _LARGE,
     critical: float = 1000.0,
-    factor: float = 10.0,
-    score: float = 8.0,
-    window: int = 50,
-    least: int = 10,
-    smallest: float = 1e-6,
+    factor: float = _FACTOR,
+    score: float = _SCORE,
+    window: int = _WINDOW,
+    least: int = _LEAST,
+    smallest: float = _SMALLEST,
 ) -> Iterator[Anomaly]:
     """Norms of gradients, all together, of blocks and of parameters, that are or become large.
 
@@ -78,7 +84,7 @@ def exploding_gradients(
 
 
 def vanishing_gradients(
-    recorded: Recorded, *, limit: float = 1e-7, least: int = 3
+    recorded: Recorded, *, limit: float = _SMALL, least: int = 3
 ) -> Iterator[Anomaly]:
     """Norms of gradients below ``limit`` in ``least`` recorded steps in a row: medium.
 
@@ -93,7 +99,7 @@ def vanishing_gradients(
             continue
         flagged = norms.values < limit
         if norms.info.kind != "step":
-            flagged &= _together(modules[_module(norms)], norms.steps) < limit
+            flagged &= _together(modules[_module(norms.info)], norms.steps) < limit
         flagged = bridged(flagged, norms.values < 10 * limit)
         if norms.site not in _TOTALS:
             flagged &= np.logical_or.accumulate(norms.values > 0)
@@ -121,7 +127,7 @@ def idle_parameters(
         if _is_frozen(norms):
             text = f"{_named(norms)} is exactly zero in all {count} recorded steps."
         else:
-            others = _together(modules[_module(norms)], norms.steps)
+            others = _together(modules[_module(norms.info)], norms.steps)
             small = int(((norms.values < limit) & (others >= limit)).sum())
             if norms.info.kind == "step" or small < least or 2 * small < count:
                 continue
@@ -154,8 +160,8 @@ def _named(series: Series) -> str:
     return f"The gradient norm of {series.site}{clip}"
 
 
-def _module(series: Series) -> tuple[str, str]:
-    return series.info.kind, series.site.rpartition(".")[0]
+def _module(info: KeyInfo) -> tuple[str, str]:
+    return info.kind, info.site.rpartition(".")[0]
 
 
 def _norms_by_module(recorded: Recorded) -> dict[tuple[str, str], list[Series]]:
@@ -163,7 +169,7 @@ def _norms_by_module(recorded: Recorded) -> dict[tuple[str, str], list[Series]]:
     skipped = skipped_steps(recorded)
     modules: dict[tuple[str, str], list[Series]] = {}
     for series in series_of(recorded, _is_norm):
-        modules.setdefault(_module(series), []).append(series.without(skipped).finite())
+        modules.setdefault(_module(series.info), []).append(series.without(skipped).finite())
     return modules
 
 
@@ -184,3 +190,30 @@ def _scale_at(scale: Series, norms: Series) -> FloatArray:
     places = np.searchsorted(known.steps, norms.steps, side="right") - 1
     scales: FloatArray = known.values[places.clip(min=0)]
     return scales
+
+
+def _exploding(newest: Newest) -> Ending:
+    jumps_now = jumping(newest, factor=_FACTOR, score=_SCORE, window=_WINDOW, least=_LEAST)
+    large, counts = newest.values > _LARGE, newest.values > _SMALLEST
+    jump = jumps_now.possible
+    if newest.skipped_within(_WINDOW + 1):
+        jump = counts  # what was skipped is to be left out of the median
+    sure = large if newest.has_scaler else large | (jumps_now.sure & counts)
+    return Ending.of(newest, large | (jump & counts), sure, unless_skipped=True)
+
+
+def _vanishing(newest: Newest) -> Ending:
+    small = newest.values < _SMALL
+    if not small.any():
+        return Ending.of(newest, small)
+    together: dict[tuple[str, str], float] = {}
+    modules = [_module(newest.info(place)) for place in range(len(small))]
+    for module, value in zip(modules, np.nan_to_num(newest.values).tolist(), strict=True):
+        together[module] = float(np.hypot(together.get(module, 0.0), value))
+    is_small = [module[0] == "step" or together[module] < _SMALL for module in modules]
+    return Ending.of(newest, small & np.array(is_small), unless_skipped=True)
+
+
+EXPLOSIONS_END = (EndsWith("gradient_explosion", "critical", _is_norm, _exploding),)
+VANISHING_ENDS = (EndsWith("gradient_vanishing", "medium", _is_norm, _vanishing, _module),)
+IDLE_ENDS = (EndsWith("gradient_idle", "low", _is_norm, any_finite, _module),)

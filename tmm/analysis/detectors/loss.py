@@ -8,6 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.ending import EndsWith, any_finite
 from tmm.analysis.names import is_loss, is_total_loss
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import NORMAL, before, bridged, median
@@ -196,3 +197,9 @@ def _noise(values: FloatArray) -> float:
     """The standard deviation about a trend, from the differences of neighbours."""
     differences = np.abs(np.diff(values))
     return float(NORMAL * np.median(differences) / np.sqrt(2)) if len(differences) else 0.0
+
+
+SPIKES_END = (EndsWith("loss_spike", "high", is_loss, any_finite),)
+DROPS_END = (EndsWith("loss_drop", "medium", is_loss, any_finite),)
+DIVERGENCES_END = (EndsWith("loss_divergence", "critical", is_total_loss, any_finite),)
+PLATEAUS_END = (EndsWith("loss_plateau", "low", is_loss, any_finite),)

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes
+from tmm.analysis.ending import EndsWith, any_finite
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import series_of
+from tmm.layout import KeyInfo
 from tmm.metrics import FloatArray
 
 _MEMORY = re.compile(r"system/(process_memory|gpu_\d+/(torch_)?memory)")
@@ -29,10 +31,7 @@ def growing_memory(
     rise at least, so that no single step does it), and the last is more than ``total`` above the
     first.
     """
-    for series in series_of(
-        recorded,
-        lambda info: _MEMORY.fullmatch(info.key) is not None,
-    ):
+    for series in series_of(recorded, _is_memory):
         memory = series.where((series.values > 0) & (series.values < _ENDLESS))
         if len(memory.values) < max(least, 2 * _PARTS):
             continue
@@ -52,6 +51,10 @@ def growing_memory(
         yield episode.anomaly("memory_growth", severity, (1 + total) * medians[0], text)
 
 
+def _is_memory(info: KeyInfo) -> bool:
+    return _MEMORY.fullmatch(info.key) is not None
+
+
 def _slope(values: FloatArray) -> float:
     """The Theil-Sen slope per value: the median of the slopes of all pairs, of some points."""
     places = np.unique(np.linspace(0, len(values) - 1, _POINTS).astype(np.int64))
@@ -66,3 +69,6 @@ def _bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
+
+
+GROWTH_ENDS = (EndsWith("memory_growth", "high", _is_memory, any_finite),)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Episode, Severity, episodes, number
-from tmm.analysis.detectors.evidence import Evidence, evidence
+from tmm.analysis.detectors.evidence import Evidence, evidence, newest_evidence, tensor_of
 from tmm.analysis.names import is_inside
-from tmm.analysis.order import BACKWARD, FORWARD, GRADIENT, LOSS, PARAMETER, UPDATE, execution_ranks
+from tmm.analysis.order import (
+    BACKWARD,
+    FORWARD,
+    GRADIENT,
+    LOSS,
+    PARAMETER,
+    UPDATE,
+    Rank,
+    execution_ranks,
+)
+from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
 
 _PLACES = {
@@ -35,21 +46,30 @@ def nonfinite(recorded: Recorded, *, since: int | None = None) -> Iterator[Anoma
     constant or a zero makes them NaN, too. Gradients of steps that a ``GradScaler`` skipped are
     left out. With ``since``, what was before that step is not told of.
     """
-    found = _all_found(recorded, since)
-    origin = _origin(found)
-    if origin is not None:
-        yield _anomaly(origin, "critical", _origin_text(origin, recorded))
-    for item in found:
-        if item is origin:
-            continue
-        text = f"{item.what} has {item.proof} {item.when}"
-        if item.harmless:
-            text += ", that is always, while the loss is finite; masks are made so."
-            yield _anomaly(item, "low", text)
-        else:
-            assert origin is not None, "what is not harmless has an origin"
-            text += f"; it began in {origin.what} at step {origin.step}."
-            yield _anomaly(item, "high", text)
+    found = _all_found(recorded, since, execution_ranks(recorded))
+    yield from _told(found, recorded)
+
+
+def nonfinite_at(
+    recent: RecentSeries, step: int, *, anew: bool
+) -> tuple[tuple[Anomaly, ...], frozenset[str]]:
+    """NaN and infinity in the newest step: what `nonfinite` tells of it, and the keys that show it.
+
+    Those of what is harmless are not among the keys. Without ``anew`` nothing is told.
+    """
+    shown = newest_evidence(recent)
+    if not shown:
+        return (), frozenset()
+    ranks = recent.ranks
+    losses = [key for key, (part, _) in ranks.items() if part == LOSS]
+    if not anew and not any(item.may_be_harmless for item in shown):
+        return (), frozenset(key for item in shown for key in item.flagged)
+    asked = shown if anew else [item for item in shown if item.may_be_harmless]
+    part = recent.part(frozenset(losses).union(*(item.keys for item in asked)))
+    found = _all_found(part, step, ranks)
+    harmless = {tensor_of(item.evidence.series.info) for item in found if item.harmless}
+    keys = frozenset(key for item in shown if item.tensor not in harmless for key in item.flagged)
+    return tuple(_told(found, part)) if anew else (), keys
 
 
 def first_nonfinite(recorded: Recorded) -> Anomaly | None:
@@ -76,7 +96,7 @@ class _Found:
     def site(self) -> str:
         return self.evidence.series.site
 
-    @property
+    @cached_property
     def first(self) -> Episode:
         found = self.evidence
         return next(episodes(found.series, found.flagged, badness=found.badness))
@@ -116,9 +136,10 @@ class _Found:
         return first.when + more
 
 
-def _all_found(recorded: Recorded, since: int | None) -> list[_Found]:
+def _all_found(
+    recorded: Recorded, since: int | None, ranks: Mapping[str, Rank]
+) -> list[_Found]:
     """Everything with evidence, in the order of execution."""
-    ranks = execution_ranks(recorded)
     everything = list(evidence(recorded, ranks))
     losses = any(part == LOSS for part, _ in ranks.values())
     failing = [e.series.steps[e.flagged] for e in everything if ranks[e.series.key][0] == LOSS]
@@ -133,6 +154,23 @@ def _all_found(recorded: Recorded, since: int | None) -> list[_Found]:
             harmless = stays and not np.isin(item.series.steps, failed).any()
             found.append(_Found(item, rank, harmless))
     return sorted(found, key=lambda item: item.rank)
+
+
+def _told(found: list[_Found], recorded: Recorded) -> Iterator[Anomaly]:
+    origin = _origin(found)
+    if origin is not None:
+        yield _anomaly(origin, "critical", _origin_text(origin, recorded))
+    for item in found:
+        if item is origin:
+            continue
+        text = f"{item.what} has {item.proof} {item.when}"
+        if item.harmless:
+            text += ", that is always, while the loss is finite; masks are made so."
+            yield _anomaly(item, "low", text)
+        else:
+            assert origin is not None, "what is not harmless has an origin"
+            text += f"; it began in {origin.what} at step {origin.step}."
+            yield _anomaly(item, "high", text)
 
 
 def _origin(found: list[_Found]) -> _Found | None:

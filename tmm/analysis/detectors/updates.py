@@ -7,15 +7,21 @@ from collections.abc import Iterator
 import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged
 from tmm.analysis.series import Series, metrics_of
+from tmm.layout import KeyInfo
+
+_LARGE = 0.1
+_SMALL = 1e-8
 
 
 def large_updates(
     recorded: Recorded,
     *,
-    medium: float = 0.1,
+    medium: float = _LARGE,
     high: float = 0.3,
     critical: float = 1.0,
     warmup: int = 5,
@@ -48,7 +54,7 @@ def large_updates(
             yield episode.anomaly("update_large", severity, limit, text)
 
 
-def small_updates(recorded: Recorded, *, limit: float = 1e-8, least: int = 10) -> Iterator[Anomaly]:
+def small_updates(recorded: Recorded, *, limit: float = _SMALL, least: int = 10) -> Iterator[Anomaly]:
     """Parameters that hardly change: low.
 
     A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row (below ten times that
@@ -72,3 +78,18 @@ def _settled(series: Series, medium: float, warmup: int) -> int:
         below = np.flatnonzero(values <= medium)
         return max(warmup, int(below[0])) if len(below) else len(values)
     return warmup
+
+
+def _is_size(info: KeyInfo) -> bool:
+    return info.kind == "update" and metric_of(info) == "relative_norm"
+
+
+LARGE_END = (
+    EndsWith("update_large", "critical", _is_size, lambda newest: Ending.above(newest, _LARGE)),
+)
+SMALL_END = (
+    EndsWith(
+        *("update_small", "low", _is_size),
+        lambda newest: Ending.of(newest, newest.values < _SMALL),
+    ),
+)
