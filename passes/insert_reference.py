@@ -263,7 +263,10 @@ def _checked(site: Site, options: ReferenceOptions) -> CheckedModule | None:
 
 def _may_differ(node: Node, options: ReferenceOptions) -> bool:
     example = node.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and node not in options.parameters
+    argument = node.meta.get("grapharg")
+    # A number of Python, which enters a graph as a tensor, is the same on both sides.
+    is_number = argument is not None and argument.pass_arg_as_tensor
+    return isinstance(example, torch.Tensor) and not is_number and node not in options.parameters
 
 
 @dataclass

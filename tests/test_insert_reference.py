@@ -153,3 +153,35 @@ def test_a_part_takes_and_gives_counterparts() -> None:
     assert ends.parameters == (1, 2)
     assert ends.outputs == (0,)
     assert not [node for node in graph.graph.nodes if MEASUREMENTS in node.meta]
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x[0].add_(1)
+        y: torch.Tensor = self.fc(x)
+        return y
+
+
+def test_a_part_gives_the_counterparts_of_what_it_overwrites() -> None:
+    module, x = InPlace(), X.clone()
+    graph = copy_graph(trace(module.train(), x, inputs_marked=True))
+    ends, _ = insert_reference(graph, options=options_for(module, graph, is_part=True))
+    placeholders = list(graph.graph.find_nodes(op="placeholder"))
+    assert [placeholders[position].meta["real"] is x for position in ends.overwritten] == [True]
+    assert ends.added == 2
+    remove_taps(graph)
+    graph.recompile()
+    given, counterpart = torch.ones(2, 2), torch.zeros(2, 2)
+    inputs = [given if node.meta["real"] is x else node.meta["real"] for node in placeholders[:3]]
+    same = [inputs[position].detach() for position in ends.parameters]
+    output, other, overwritten = graph(*inputs, *same, counterpart)
+    after = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert torch.equal(given, torch.ones(2, 2) + after)
+    assert torch.equal(counterpart, torch.zeros(2, 2))  # no counterpart that is kept changes
+    assert torch.equal(overwritten, after)
+    assert torch.equal(other, module.fc(after))
+    assert torch.equal(output, module.fc(given))

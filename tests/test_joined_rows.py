@@ -20,8 +20,10 @@ from tmm.metrics import (
     merge,
 )
 from tmm.runtime.binding import SiteNames
+from tmm.runtime.cross_rank import JoinedStep
 from tmm.runtime.eager import reduce_eagerly
 from tmm.runtime.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
+from tmm.runtime.joined_step import Gathered, contribution_of, of_all_ranks
 
 REDUCTIONS = (
     *builtin_reductions(METRIC_NAMES, is_complex=False),
@@ -113,3 +115,22 @@ def test_names_of_sites_take_no_hash_to_another_process() -> None:
     again = pickle.loads(pickle.dumps(names))
     assert again == names
     assert not vars(again)
+
+
+def test_what_one_rank_leaves_out_all_leave_out() -> None:
+    """The rows of the other ranks would be those of a part of the batch."""
+    reduction = Reduction(("norm",), ("count", "sum_squares"))
+    rows = {reduction: [(("kept", "lost"), np.ones((2, 2)))]}
+    own = Gathered(rows, {(reduction, "lost"): []}, {}, frozenset({"lost"}))
+    theirs = Gathered(rows, {}, {})
+    contributions = [contribution_of(gathered).rows for gathered in (own, theirs)]
+    kinds = dict.fromkeys(kind for some in contributions for kind in some)
+    together = {kind: next(some[kind] for some in contributions if kind in some) for kind in kinds}
+    for gathered in (own, theirs):
+        joined = of_all_ranks(JoinedStep(together), gathered)
+        assert joined.left_out == {"lost"}
+        ((sites, values),) = joined.complete().rows[reduction]
+        assert sites == ("kept",)
+        assert values.shape == (1, 2)
+    assert own.complete().collected == {}
+    assert theirs.complete() is theirs

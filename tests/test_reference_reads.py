@@ -30,10 +30,14 @@ def listed(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(self.a(x) + self.a(x).sum().tolist())
 
 
+@torch.compiler.disable
+def by_numpy(y: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(y.detach().numpy() * 2)
+
+
 def through_numpy(self: Any, x: torch.Tensor) -> torch.Tensor:
     y = self.a(x)
-    print(end="")  # a graph break
-    return self.b(y + torch.from_numpy(y.detach().numpy().copy()))
+    return self.b(y + by_numpy(y))
 
 
 def branch(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +47,7 @@ def branch(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def masked(self: Any, x: torch.Tensor) -> torch.Tensor:
     y = self.a(x)
-    return self.b(y[y.sum(-1) > 0])
+    return self.b(y[y.sum(-1) > self.sum_at_start / 6])
 
 
 def counted(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -71,8 +75,9 @@ def test_what_follows_a_value_that_is_another_one_has_no_rows(
     got, _ = pair.step(0)
     assert got == dict.fromkeys(NAMES, 0.0)  # the values are the same, so is all that follows
     changed(module)
-    with torch.no_grad():  # so that the branch is another one
-        module.a.bias += (pair.module.sum_at_start + 2 - module.a(X).sum()).relu() / X.shape[0]
+    if forward is branch:
+        with torch.no_grad():
+            module.a.bias += (module.sum_at_start + 2 - module.a(X).sum()).relu() / X.shape[0]
     with pytest.warns(MonitoringWarning, match="cannot be compared with the reference"):
         got, want = pair.step(1)
     # Where the layer was called before and after, its row would be that of a part of its calls.
@@ -86,8 +91,8 @@ def test_what_follows_a_value_that_is_another_one_has_no_rows(
 def test_values_of_what_both_share_cost_nothing(compiled: bool) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         y = self.a(x) * x.sum().item()
-        if x.numpy().max() > 0 and bool((y.abs() < 1e6).all()):
-            y = y + len(x[x > 0].tolist())
+        if bool((y.abs() < 1e6).all()):
+            y = y + len(x[x > 0].tolist()) + by_numpy(x)
         return self.b(y)
 
     pair = Pair.of(model_of(forward), compiled=compiled)
@@ -106,11 +111,11 @@ def test_numbers_that_a_model_keeps(compiled: bool) -> None:
     module = model_of(forward)
     module.factor = 1.0
     pair = Pair.of(module, compiled=compiled)
-    got, want = pair.step(0)
+    with pytest.warns(MonitoringWarning):
+        got, want = pair.step(0)
     assert got == pytest.approx({name: want[name] for name in got}, rel=1e-9)
     assert {"a", "b"} <= got.keys()
-    with pytest.warns(MonitoringWarning):
-        got, _ = pair.step(1)
+    got, _ = pair.step(1)
     assert not got
     assert pair.reasons["b"] == "factor may hold a number that was read from tensors"
 
@@ -135,7 +140,7 @@ def test_values_that_a_graph_holds(place: str, compiled: bool) -> None:
     ):
         got, want = pair.step(0)
     assert got == pytest.approx({"a": want["a"]}, rel=1e-9)
-    assert pair.reasons.keys() == {"b", "[root module]"}
+    assert pair.reasons.keys() >= {"b", "[root module]"}
 
 
 def test_a_step_of_which_a_part_is_lost_has_no_row() -> None:
@@ -157,7 +162,7 @@ def test_a_step_of_which_a_part_is_lost_has_no_row() -> None:
                 pair.model(X)
     got = monitor.get_step_metrics()
     assert "activation_difference/a/norm" in got
-    assert not any(key.split("/")[1].startswith("b") for key in got)
+    assert not any(key.split("/")[1].startswith("b") for key in got), got
     module.reads = False
     with monitor.step(1):
         pair.model(X)

@@ -246,4 +246,4 @@ def test_a_parameter_of_another_model_is_named() -> None:
     with pytest.warns(MonitoringWarning):
         got, want = pair.step(0)
     assert got == pytest.approx({"a": want["a"]}, rel=1e-9)
-    assert pair.reasons.keys() == {"b", "[root module]"}
+    assert pair.reasons.keys() == {"b", "b.weight", "[root module]"}

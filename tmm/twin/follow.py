@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,10 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tmm.passes.copy_nodes import of_the_shape_only
 from tmm.preserve import RandomState
 from tmm.reference import Reference
-from tmm.state import is_plain
-
-Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
-"""Where in memory the elements of a tensor lie."""
+from tmm.twin.operations import Place, difference, is_followed, place_of, written_by
 
 _STATISTICS = ("running_mean", "running_var")  # written to, though older schemas do not say so
 
@@ -65,8 +62,8 @@ class Follower(TorchDispatchMode):
         """Forget the last forward pass; ``inputs`` are what this one is given."""
         self.end()
         self.lost, self.has_read = "", False
-        given = [value for value in tree_flatten(inputs)[0] if _is_followed(value)]
-        self._inputs = {_place(tensor) for tensor in given}
+        given = [value for value in tree_flatten(inputs)[0] if is_followed(value)]
+        self._inputs = {place_of(tensor) for tensor in given}
         self.reference.look()
 
     def end(self) -> None:
@@ -98,8 +95,8 @@ class Follower(TorchDispatchMode):
         """Remember the counterparts of the tensors in ``own``."""
         counterparts = tree_flatten(counterpart)[0]
         for tensor, other in zip(tree_flatten(own)[0], counterparts, strict=True):
-            if _is_followed(tensor) and tensor is not other:
-                self._pairs[_place(tensor)] = (tensor, other)  # holds on to the memory
+            if is_followed(tensor) and tensor is not other:
+                self._pairs[place_of(tensor)] = (tensor, other)  # holds on to the memory
 
     def overwritten(self, own: torch.Tensor, counterpart: torch.Tensor) -> None:
         """Remember the counterpart of a tensor that a graph has overwritten."""
@@ -114,13 +111,13 @@ class Follower(TorchDispatchMode):
     def forget(self, tensors: object, reason: str) -> None:
         """Know no counterpart of these tensors, nor of what lies in the same memory."""
         for tensor in tree_flatten(tensors)[0]:
-            if _is_followed(tensor):
+            if is_followed(tensor):
                 self._unknown[tensor.untyped_storage()._cdata] = (tensor, reason)
 
     def note_independent(self, tensors: object, *, is_constant: bool) -> None:
         """These tensors, which may come to require a gradient, depend on no parameter."""
         for tensor in tree_flatten(tensors)[0]:
-            if _is_followed(tensor):
+            if is_followed(tensor):
                 storage = tensor.untyped_storage()
                 known = self._independent.get(storage._cdata, (None, True))[1]
                 self._independent[storage._cdata] = StorageWeakRef(storage), is_constant and known
@@ -136,13 +133,13 @@ class Follower(TorchDispatchMode):
         """Why the counterpart of a tensor is not known; empty if it is."""
         if self.lost:
             return self.lost
-        if not _is_followed(tensor):
+        if not is_followed(tensor):
             return f"a {type(tensor).__name__} of layout {tensor.layout} is not followed"
         return self._why_unknown(tensor)
 
     def read(self, tensor: torch.Tensor) -> None:
         """Python reads all values of a tensor."""
-        if self._paused or self.lost or not _is_followed(tensor):
+        if self._paused or self.lost or not is_followed(tensor):
             return
         with self.paused(), torch.no_grad():
             if reason := self._why_unknown(tensor):
@@ -154,12 +151,12 @@ class Follower(TorchDispatchMode):
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was made in this forward pass, of no other tensor."""
-        if self.lost or not _is_followed(tensor):
+        if self.lost or not is_followed(tensor):
             return False
         storage = tensor.untyped_storage()._cdata
         is_other = storage in self._storages or storage in self._unknown
         _, is_constant = self._independent.get(storage, (None, False))
-        return is_constant and not is_other and _place(tensor) not in self._pairs
+        return is_constant and not is_other and place_of(tensor) not in self._pairs
 
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor depends on a parameter, or may."""
@@ -176,14 +173,14 @@ class Follower(TorchDispatchMode):
         if (reason := self.reference.why_not(tensor)) is not None:
             return reason
         # What a gradient flows to depends on a parameter.
-        is_seen = not tensor.requires_grad or _place(tensor) in self._inputs
+        is_seen = not tensor.requires_grad or place_of(tensor) in self._inputs
         return "" if is_seen or storage in self._independent else UNSEEN
 
     def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
         storage = self._storages.get(tensor.untyped_storage()._cdata)
         if storage is not None and storage[1].dtype == tensor.dtype:
             return storage[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        if (pair := self._pairs.get(_place(tensor))) is not None:
+        if (pair := self._pairs.get(place_of(tensor))) is not None:
             return pair[1]
         return self.reference.of(tensor)
 
@@ -218,7 +215,7 @@ class Follower(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         if self._paused or self.lost or in_backward or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        given = [value for value in tree_flatten((args, kwargs))[0] if _is_followed(value)]
+        given = [value for value in tree_flatten((args, kwargs))[0] if is_followed(value)]
         is_operator = isinstance(func, torch._ops.OpOverload)
         if reason := self._why_not(func, given):
             result = func(*args, **kwargs)
@@ -229,10 +226,10 @@ class Follower(TorchDispatchMode):
             result = func(*args, **kwargs)
             of = [self._independent.get(t.untyped_storage()._cdata, (None, False)) for t in given]
             is_constant = all(constant for _, constant in of)
-            overwritten = [] if is_constant else [t for _, t in _written(func, args, kwargs)]
+            overwritten = [] if is_constant else [t for _, t in written_by(func, args, kwargs)]
             self.note_independent((result, overwritten), is_constant=is_constant)
             return result
-        written = [t for name, t in _written(func, args, kwargs) if name not in _STATISTICS]
+        written = [t for name, t in written_by(func, args, kwargs) if name not in _STATISTICS]
         for tensor in written:
             self._make_writable(tensor)
         names = [argument.name for argument in func._schema.arguments]
@@ -257,9 +254,9 @@ class Follower(TorchDispatchMode):
                 after.restore()
         if not isinstance(result, torch.Tensor):
             leaves = tree_flatten(result)[0]
-            self.has_read = self.has_read or not all(map(_is_followed, leaves))
-        if difference := _difference(func, result, counterpart):
-            self.lose(difference)
+            self.has_read = self.has_read or not all(map(is_followed, leaves))
+        if reason := difference(func, result, counterpart):
+            self.lose(reason)
         elif not written or torch.Tag.inplace_view in func.tags:  # it lies elsewhere now
             self.pair(result, counterpart)
         return result
@@ -280,13 +277,13 @@ class Follower(TorchDispatchMode):
             self.has_read = True
             self.lose(f"{_READ} that has no counterpart: {reason}")
         self.forget(result, reason)
-        self.forget([tensor for _, tensor in _written(func, args, kwargs)], reason)
+        self.forget([tensor for _, tensor in written_by(func, args, kwargs)], reason)
 
     def _argument(self, name: str, value: object) -> Any:
         """What stands for an argument of an operation."""
 
         def counterpart(tensor: object) -> object:
-            if not _is_followed(tensor):
+            if not is_followed(tensor):
                 return tensor
             assert isinstance(tensor, torch.Tensor)
             known = self._known(tensor)
@@ -294,47 +291,3 @@ class Follower(TorchDispatchMode):
             return known.clone() if name in _STATISTICS else known
 
         return tree_map(counterpart, value)
-
-
-def _difference(func: Any, result: object, counterpart: object) -> str:
-    """What of two results can take the program another way, or cannot be followed; else empty."""
-    own, others = tree_flatten(result)[0], tree_flatten(counterpart)[0]
-    if len(own) != len(others):
-        return f"{func} gave {len(own)} tensors, in the reference {len(others)}"
-    for value, other in zip(own, others, strict=True):
-        if not isinstance(value, torch.Tensor):
-            if value != other and not (value != value and other != other):
-                return (
-                    f"the program read {value!r} from a tensor, which is {other!r} in the reference"
-                )
-        elif not _is_followed(value):
-            return f"{func} gave a {type(value).__name__} of layout {value.layout}"
-        elif (value.shape, value.dtype) != (other.shape, other.dtype):
-            return (
-                f"{func} gave a tensor of shape {tuple(value.shape)}, in the reference of shape"
-                f" {tuple(other.shape)}"
-            )
-    return ""
-
-
-def _is_followed(value: object) -> bool:
-    """Whether a value is an ordinary tensor, whose memory can be looked at."""
-    return isinstance(value, torch.Tensor) and is_plain(value)
-
-
-def _place(tensor: torch.Tensor) -> Place:
-    storage, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
-    return storage, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that an operation writes to, with the names of the arguments."""
-    if not isinstance(func, torch._ops.OpOverload):
-        return
-    arguments = func._schema.arguments
-    values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
-    for argument in arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            for tensor in tree_flatten(values.get(argument.name))[0]:
-                if _is_followed(tensor):
-                    yield argument.name, tensor

@@ -21,14 +21,12 @@ class KeptNumbers:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._names = ParameterNames(module)
-        self._before = dict(self._now())
-        self._is_watching = False
+        self._before: dict[str, object] = {}
         self._read: dict[str, None] = {}
 
     def begin(self) -> str:
         """To be called before a forward pass; why it cannot be compared, if it cannot."""
-        if self._is_watching:
-            self._before = dict(self._now())
+        self._before = dict(self._now())
         if not self._read:
             return ""
         return f"{', '.join(self._read)} may hold a number that was read from tensors"
@@ -37,7 +35,6 @@ class KeptNumbers:
         """A forward pass is over, which has read values of tensors or has not."""
         if not has_read:
             return
-        self._is_watching = True
         for name, value in self._now():
             before = self._before.get(name)
             if type(before) is not type(value) or not (value == before or value != value):
