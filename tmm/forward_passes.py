@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,12 +10,7 @@ import torch
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tmm.autograd import (
-    has_storage,
-    is_in_autograd_function,
-    reaches_parameters,
-    tensors_within,
-)
+from tmm.autograd import has_storage, is_in_autograd_function, reaches_parameters, tensors_within
 
 EVALUATIONS = "forward passes of evaluations"
 KEPT_APART = (
@@ -76,9 +71,31 @@ class ForwardPass:
             return _TRAINING_MODE if self.is_training else _EVALUATION_MODE
         return _WITHOUT_GRADIENTS if self.is_training else _EVALUATION
 
-    def overlaps(self, other: ForwardPass) -> bool:
-        """Whether both ran a module in common."""
-        return _overlap(self.module, other.module)
+
+class Parts:
+    """Modules, with all that they are made of; None is a step function, which may call any."""
+
+    def __init__(self) -> None:
+        self._modules: dict[torch.nn.Module | None, None] = {}
+        self._parts: set[torch.nn.Module] = set()
+        self._expanded = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    def add(self, module: torch.nn.Module | None) -> None:
+        """Add a module; what it is made of is looked for when somebody asks."""
+        self._modules[module] = None
+
+    def overlap(self, module: torch.nn.Module | None) -> bool:
+        """Whether ``module`` has a part in common with any of these."""
+        if module is None or None in self._modules:
+            return bool(self._modules)
+        for added in list(self._modules)[self._expanded :]:
+            assert added is not None
+            self._parts.update(added.modules())
+        self._expanded = len(self._modules)
+        return module in self._parts or any(part in self._parts for part in module.modules())
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,9 @@ class ForwardPasses:
         self._passes: list[ForwardPass] = []
         self._unmeasured = 0
         self._outputs: dict[int, tuple[StorageWeakRef, ForwardPass]] = {}
+        self._in_training = Parts()  # what has run with gradients in training mode
         # Of earlier steps: what was trained, and in which modes.
-        self._trained: dict[torch.nn.Module | None, None] = {}
+        self._trained = Parts()
         self._trained_modes: set[bool] = set()
 
     # While a step is open
@@ -118,12 +136,10 @@ class ForwardPasses:
         It has no gradients, and the training runs the same modules: in this step, or in earlier
         ones of a run that opens its steps by itself.
         """
-        if torch.is_grad_enabled() or not (self._passes or (opened_by_run and self._trained)):
+        if torch.is_grad_enabled():
             return False
-        trained = [p.module for p in self._passes if p.evidence >= _TRAINING_MODE]
-        if opened_by_run:
-            trained += self._trained
-        if not any(_overlap(module, other) for other in trained) or is_in_autograd_function():
+        known = (self._in_training, self._trained) if opened_by_run else (self._in_training,)
+        if not any(parts.overlap(module) for parts in known) or is_in_autograd_function():
             return False
         self._unmeasured += 1
         return True
@@ -155,6 +171,8 @@ class ForwardPasses:
                     if made is not None:
                         begun.read.add(made[1])
         self._passes.append(begun)
+        if begun.has_gradients and begun.is_training and module is not None:
+            self._in_training.add(module)
         self.current = begun
         return begun
 
@@ -190,6 +208,7 @@ class ForwardPasses:
     def forget(self) -> None:
         """Begin anew."""
         self._passes, self._outputs, self._unmeasured, self.current = [], {}, 0, None
+        self._in_training = Parts()
 
     def settle(self, *, opened_by_run: bool, is_ended: bool) -> Verdict:
         """Decide which passes of the step count, and begin anew.
@@ -210,17 +229,16 @@ class ForwardPasses:
         best = max(p.evidence for p in passes)
         counted = {p for p in passes if p.evidence == best}
         if best >= _BACKWARD:
-            self._trained |= dict.fromkeys(p.module for p in counted)
-            self._trained_modes |= {p.is_training for p in counted}
+            for trained in counted:
+                self._trained.add(trained.module)
+                self._trained_modes.add(trained.is_training)
             hidden = {p for p in passes if p.is_hidden and p.is_training} - counted
             counted |= hidden
         elif opened_by_run and self._trained:
             counted = {p for p in counted if self._is_like_training(p)}
             if counted and not is_ended:
                 counted, doubt = set(), NO_BACKWARD
-        for earlier in reversed(passes):
-            if earlier not in counted and _belongs_to(earlier, counted):
-                counted.add(earlier)
+        counted |= _belonging_to(counted, passes)
         apart = frozenset(passes) - counted
         self.count_apart += unmeasured + len(apart)
         return Verdict(apart, bool(counted), doubt or _doubt(best, counted, apart))
@@ -230,19 +248,26 @@ class ForwardPasses:
         return forward_pass.has_gradients and forward_pass.is_training in self._trained_modes
 
 
-def _belongs_to(earlier: ForwardPass, counted: set[ForwardPass]) -> bool:
-    """Whether a pass without a backward pass is a part of others that count.
+def _belonging_to(counted: set[ForwardPass], passes: Sequence[ForwardPass]) -> set[ForwardPass]:
+    """Passes without a backward pass that are a part of others that count.
 
     As of a frozen encoder: its output goes into one of them, or one step function made both; and
-    what it ran is no other part of the training.
+    nothing of what it ran is trained.
     """
-    if any(earlier.overlaps(other) for other in counted):
-        return False
-    return any(
-        earlier in other.read
-        or (earlier.function is not None and earlier.function is other.function)
-        for other in counted
-    )
+    found: set[ForwardPass] = set()
+    if len(counted) == len(passes):
+        return found
+    trained = Parts()
+    for one in counted:
+        trained.add(one.module)
+    functions = {one.function for one in counted} - {None}
+    read = {earlier for one in counted for earlier in one.read}
+    for earlier in reversed(passes):
+        is_used = earlier in read or earlier.function in functions
+        if is_used and earlier not in counted and not trained.overlap(earlier.module):
+            found.add(earlier)
+            read |= earlier.read
+    return found
 
 
 def _doubt(best: int, counted: Collection[ForwardPass], apart: Collection[ForwardPass]) -> str:
@@ -264,11 +289,3 @@ def _note_backward(
             followed.backward = _PARAMETERS if reaches_parameters(module) else _BACKWARD
 
     return note
-
-
-def _overlap(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
-    """Whether two modules have a part in common; a step function has all."""
-    if one is None or other is None or one is other:
-        return True
-    parts = set(one.modules())
-    return any(part in parts for part in other.modules())
