@@ -82,13 +82,8 @@ class WatchedOptimizer:
 
     def be_last(self) -> None:
         """Let the hooks run after those that users added later: they belong to the step."""
-        optimizer = self.optimizer
-        for hooks, handle in (
-            (optimizer._optimizer_step_pre_hooks, self._before),
-            (optimizer._optimizer_step_post_hooks, self._after),
-        ):
-            if handle.id in hooks and next(reversed(hooks)) != handle.id:
-                hooks.move_to_end(handle.id)  # type: ignore[attr-defined]
+        _move_to_end(self.optimizer._optimizer_step_pre_hooks, self._before.id)
+        _move_to_end(self.optimizer._optimizer_step_post_hooks, self._after.id)
 
     def gradients(self) -> Tensors:
         """Gradients by name, without the factor of a scaler."""
@@ -189,6 +184,11 @@ class WatchedOptimizer:
 
 Steps = OpenSteps[WatchedOptimizer, GatheredStep]
 Step = OpenStep[WatchedOptimizer, GatheredStep]
+
+
+def _move_to_end(hooks: dict[int, Any], key: int) -> None:
+    if key in hooks and next(reversed(hooks)) != key:
+        hooks[key] = hooks.pop(key)
 
 
 def _skipped(optimizer: Optimizer) -> torch.Tensor | None:
