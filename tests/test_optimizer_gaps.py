@@ -64,10 +64,11 @@ def test_steps_without_a_step_of_an_optimizer_are_named_once() -> None:
 
 
 def test_an_optimizer_that_nobody_watches() -> None:
-    model = tmm.instrument(network(), tmm.Spec(*RULES))
+    model = tmm.instrument(network(), tmm.Spec(*RULES, tmm.parameter("rms")))
     monitor = tmm.monitor(model)
     optimizer = SGD(model.parameters(), lr=0.1)
     (text,) = told(train(monitor, model, optimizer.step, optimizer.step))
+    assert "rules of gradient, update, parameter have no rows" in text
     assert "Call monitor.watch(optimizer)" in text
 
 
