@@ -30,7 +30,9 @@ def told(run: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
-    return [str(item.message) for item in caught if item.category is MonitoringWarning]
+    found = [item for item in caught if item.category is MonitoringWarning]
+    assert {item.filename for item in found} <= {__file__}  # where the step ends
+    return [str(item.message) for item in found]
 
 
 def train(monitor: tmm.Monitor, model: Any, *steps: Callable[[], object]) -> Callable[[], None]:
