@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +15,20 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
-from torch.distributed.optim import PostLocalSGDOptimizer
+from torch.distributed.optim import PostLocalSGDOptimizer, _apply_optimizer_in_backward
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import tmm
 from tests.model_zoo import noise
+from tmm.runs.optimizers import OptimizerFinder
 
 VECTORS = noise(6, 4)
 RULES = (tmm.gradient("norm", own=lambda g: g.sum()), tmm.update("norm", "histogram"))
 
 State = dict[str, Tensor]
+
+pytestmark = pytest.mark.filterwarnings("ignore:no forward pass of the instrumented model")
 
 
 def network() -> nn.Module:
@@ -31,8 +36,9 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-def backward(model: Any) -> Tensor:
-    loss: Tensor = model(VECTORS).square().mean()
+def backward(module: nn.Module, scale: float = 1.0) -> Tensor:
+    """Without the monitored forward pass, of which nothing is measured here."""
+    loss: Tensor = module.forward(VECTORS).square().mean() * scale
     loss.backward()
     return loss
 
@@ -178,7 +184,7 @@ def test_a_step_inside_a_step_is_one_step(way: str, watched: str) -> None:
     monitor = tmm.monitor(model)
     finder = None
     if watched == "found":
-        finder = tmm.runs.optimizers.OptimizerFinder(monitor, None)
+        finder = OptimizerFinder(monitor, None)
     for optimizer in {"outer": [outer], "inner": inner, "both": optimizers}.get(watched, []):
         monitor.watch(optimizer)
     for optimizer in inner:
@@ -356,7 +362,7 @@ def test_a_scaler_around_an_optimizer_around_another(watched: str, unscaled: str
         before = values(module)
         with monitor.step(step):
             module.zero_grad()
-            backward(lambda x: 8 * model(x))  # the loss times the scale
+            backward(model, 64.0)
             scaler.scale(torch.ones(()))
             if step == 0:
                 module[0].weight.grad[0, 0] = torch.inf
@@ -376,6 +382,61 @@ def test_a_scaler_around_an_optimizer_around_another(watched: str, unscaled: str
             assert not [key for key in got if key.startswith(("gradient", "update"))]
         else:
             check(got, before, values(module), gradients(module))
+
+
+def test_steps_in_several_threads_are_not_inside_of_each_other() -> None:
+    module = network()
+    optimizers = [SGD(module[place].parameters(), lr=0.1) for place in (0, 2)]  # type: ignore[index]
+    model = tmm.instrument(module, tmm.Spec(*RULES))
+    monitor = tmm.monitor(model)
+    together = threading.Barrier(2)
+    for optimizer in optimizers:
+        monitor.watch(optimizer)
+        optimizer.register_step_pre_hook(lambda *_: (together.wait(10), None)[1])
+    before = values(module)
+    with monitor.step(0):
+        backward(model)
+        threads = [threading.Thread(target=optimizer.step) for optimizer in optimizers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    check(monitor.get_step_metrics(), before, values(module), gradients(module))
+
+
+def test_optimizers_that_step_in_the_backward_pass() -> None:
+    module, twin = network(), network()
+    _apply_optimizer_in_backward(SGD, module.parameters(), {"lr": 0.1})
+    model = tmm.instrument(module, tmm.Spec(*RULES))
+    monitor = tmm.monitor(model)
+    finder = OptimizerFinder(monitor, None)
+    before = values(module)
+    with monitor.step(0):
+        backward(model)
+    finder.stop()
+    backward(twin)
+    check(monitor.get_step_metrics(), before, values(module), gradients(twin))
+    assert not tmm.explain(model).unmeasured
+
+
+def test_a_scaler_is_known_before_the_optimizer_is_found(tmp_path: Path) -> None:
+    module = network()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    spec = tmm.Spec(*RULES, tmm.activation_gradient("norm"))
+    with tmm.start_run("scaled", root=tmp_path, system_seconds=None) as run:
+        model = run.watch(module, spec, scaler=scaler)
+        output = model(VECTORS)
+        output.retain_grad()
+        scaler.scale(output.square().mean()).backward()
+        scaler.step(optimizer)
+        run.step()
+    with tmm.open_run(run.path) as recorded:
+        found = recorded.at(0)
+    norm = output.grad.norm().item() / 64
+    assert found["activation_gradient/2/norm"] == pytest.approx(norm, rel=1e-5)
+    want = module[0].weight.grad.norm().item()  # type: ignore[index]
+    assert found["gradient/0.weight/norm"] == pytest.approx(want, rel=1e-5)
 
 
 class OldLookahead:

@@ -30,7 +30,9 @@ def told(run: Callable[[], object]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
-    return [str(item.message) for item in caught if item.category is MonitoringWarning]
+    found = [item for item in caught if item.category is MonitoringWarning]
+    assert {item.filename for item in found} <= {__file__}  # where the step ends
+    return [str(item.message) for item in found]
 
 
 def train(monitor: tmm.Monitor, model: Any, *steps: Callable[[], object]) -> Callable[[], None]:
@@ -64,10 +66,11 @@ def test_steps_without_a_step_of_an_optimizer_are_named_once() -> None:
 
 
 def test_an_optimizer_that_nobody_watches() -> None:
-    model = tmm.instrument(network(), tmm.Spec(*RULES))
+    model = tmm.instrument(network(), tmm.Spec(*RULES, tmm.parameter("rms")))
     monitor = tmm.monitor(model)
     optimizer = SGD(model.parameters(), lr=0.1)
     (text,) = told(train(monitor, model, optimizer.step, optimizer.step))
+    assert "rules of gradient, update, parameter have no rows" in text
     assert "Call monitor.watch(optimizer)" in text
 
 

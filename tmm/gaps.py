@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Literal, TypeAlias
 
@@ -87,7 +88,7 @@ class Gaps:
         """Warn, once of a kind, of what leaves rows out or makes them less than they seem."""
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(text, MonitoringWarning, stacklevel=4)
+            warnings.warn(text, MonitoringWarning, stacklevel=_levels_to_user())
 
     def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
         """Warn that a forward pass was traced or transformed instead of trained on."""
@@ -106,3 +107,15 @@ def words(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # the __str__ of a user's exception may fail
         return f"{type(error).__name__}, whose message cannot be written"
+
+
+def _levels_to_user() -> int:
+    """How far up the stack the caller's caller is that is no part of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == "tmm" or module == "contextlib"  # of `with monitor.step()`

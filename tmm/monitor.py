@@ -419,8 +419,9 @@ class Monitor:
         Gradients are those that the optimizer sees, after accumulation, clipping and unscaling;
         with a closure, those of its last evaluation. A step of an optimizer inside of another one's
         is part of it, whichever of them is watched. Of a wrapper that calls no hooks, what it wraps
-        is watched. Parameters are measured when a monitored step ends. With ``scaler``, a step that it skips is recorded as ``step/skipped``, its
-        gradients are left out, and its scale is recorded as ``step/grad_scale``.
+        is watched. Parameters are measured when a monitored step ends. With ``scaler``, a step that
+        it skips is recorded as ``step/skipped``, its gradients are left out, and its scale is
+        recorded as ``step/grad_scale``.
 
         Raises:
             TypeError: if ``optimizer`` is not an optimizer and keeps none, or ``scaler`` not a

@@ -119,10 +119,11 @@ class OpenSteps(Generic[Holder, Gathered]):
     """The steps that are under way, by thread; a step inside of another one is part of it.
 
     Only hooks tell of steps, and none does of one that an exception ended: what is under way is
-    what still is on the stack of the thread.
+    what still is on the stack of the thread. ``lock`` is held by who measures one.
     """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self._open: dict[int, list[OpenStep[Holder, Gathered]]] = {}
 
     def begin(self, holder: Holder, make: type[Gathered]) -> OpenStep[Holder, Gathered]:

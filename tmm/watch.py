@@ -17,6 +17,7 @@ from tmm.gaps import Gaps
 from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
 from tmm.optimizers import OpenCollector, WatchedScaler
 from tmm.parameters import ParameterMonitor
+from tmm.reference import DIFFERENCE
 from tmm.runtime.collector import StepCollector
 from tmm.watched_optimizer import Steps, WatchedOptimizer
 
@@ -182,12 +183,17 @@ class Watch:
             if self.parameters.wants(family)
             and not (family == "gradient" and collector.has_gradients)
         ]
+        if not self._optimizers and not collector.has_parameters:  # else a step ends with them
+            missing += [f for f in ("parameter", DIFFERENCE) if self.parameters.wants(f)]
         is_over = collector.has_stepped or collector.skipped or collector.failed
         is_expected = collector.ran_forward and self.parameters.plan.spec.is_strict
         if missing and is_expected and not is_over:
             fix = "End a step after optimizer.step(); if another optimizer steps, watch that one"
             if not self._optimizers:
-                fix = "Call monitor.watch(optimizer), or run.watch(model), which finds it"
+                fix = (
+                    "Call monitor.watch(optimizer), or run.watch(model), which finds it, and end a"
+                    " step after optimizer.step()"
+                )
             reason = f"no watched optimizer stepped in step {collector.step}"
             self.parameters.unmeasured.setdefault(", ".join(missing), reason)
             gaps.warn_once(

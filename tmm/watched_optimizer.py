@@ -82,13 +82,8 @@ class WatchedOptimizer:
 
     def be_last(self) -> None:
         """Let the hooks run after those that users added later: they belong to the step."""
-        optimizer = self.optimizer
-        for hooks, handle in (
-            (optimizer._optimizer_step_pre_hooks, self._before),
-            (optimizer._optimizer_step_post_hooks, self._after),
-        ):
-            if handle.id in hooks and next(reversed(hooks)) != handle.id:
-                hooks.move_to_end(handle.id)  # type: ignore[attr-defined]
+        _move_to_end(self.optimizer._optimizer_step_pre_hooks, self._before.id)
+        _move_to_end(self.optimizer._optimizer_step_post_hooks, self._after.id)
 
     def gradients(self) -> Tensors:
         """Gradients by name, without the factor of a scaler."""
@@ -108,11 +103,24 @@ class WatchedOptimizer:
         if collector is None:
             return
         step = self._steps.begin(self, GatheredStep)
-        gathered, has_closure = step.gathered, _has_closure(args, kwargs)
-        own = self._named(own_parameters(optimizer))
+        with self._steps.lock:
+            self._begin(collector, step, has_closure=_has_closure(args, kwargs))
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        collector = self._collector()
+        step = None if collector is None else self._steps.end(self)
+        if collector is None or step is None:
+            return
+        with self._steps.lock:
+            self._end(collector, step, has_closure=_has_closure(args, kwargs))
+
+    def _begin(self, collector: StepCollector, step: Step, *, has_closure: bool) -> None:
+        """Keep what a step is about to change."""
+        gathered, own = step.gathered, self._named(own_parameters(self.optimizer))
         if self._parameters.wants("update"):
             # An optimizer without parameters steps those of others.
-            reached = own or self._named(parameters_of(optimizer, self._parameters.names()))
+            reached = own or self._named(parameters_of(self.optimizer, self._parameters.names()))
             parameters: Tensors = {
                 name: parameter  # whose memory a step may replace
                 for parameter, name in reached.items()
@@ -130,14 +138,10 @@ class WatchedOptimizer:
         if not has_closure:
             self._take_gradients(collector, step, own)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        collector = self._collector()
-        step = None if collector is None else self._steps.end(self)
-        if collector is None or step is None:
-            return
-        if _has_closure(args, kwargs):  # those of its last evaluation: there were none before
-            own = self._named(own_parameters(optimizer))
+    def _end(self, collector: StepCollector, step: Step, *, has_closure: bool) -> None:
+        """Measure what a step has changed, if it is not inside of another one."""
+        if has_closure:  # those of its last evaluation: there were none before
+            own = self._named(own_parameters(self.optimizer))
             taken = step.gathered.taken
             # Steps inside saw what this one may have cleared.
             own = {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
@@ -189,6 +193,11 @@ class WatchedOptimizer:
 
 Steps = OpenSteps[WatchedOptimizer, GatheredStep]
 Step = OpenStep[WatchedOptimizer, GatheredStep]
+
+
+def _move_to_end(hooks: dict[int, Any], key: int) -> None:
+    if key in hooks and next(reversed(hooks)) != key:
+        hooks[key] = hooks.pop(key)
 
 
 def _skipped(optimizer: Optimizer) -> torch.Tensor | None:
