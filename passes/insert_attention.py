@@ -77,9 +77,9 @@ def _insert(
     module: GraphModule, options: AttentionOptions, calls: Counter[tuple[tuple[str, str], ...]]
 ) -> Iterator[tuple[Site, str]]:
     bodies = {call: body for call, body in nested_calls(module) if returns_body_outputs(call)}
-    for call, body in nested_calls(module):
-        if call not in bodies:
-            yield from _refuse(body, options, f"inside {call.target}")
+    for nesting, body in nested_calls(module):
+        if nesting not in bodies:
+            yield from _refuse(body, options, f"inside {nesting.target}")
     found = {_caller(attention): attention for attention in find_attention(module)}
     for node in list(module.graph.nodes):
         if node in bodies:

@@ -32,6 +32,7 @@ _BENDING = (
 _INDEXING = ("getitem", "index_select", "gather", "take", "index")
 _MOVING = ("getattr", "getitem", "view", "reshape", "transpose", "permute", "unsqueeze", "to")
 _MOST_NAMES = 6
+_LONGEST_TRAIL = 32  # operations that are remembered
 _NO_HEADS = "written out by hand; which dimension has the heads is not known"
 
 
@@ -127,7 +128,7 @@ def _trail(node: Node, trails: dict[Node, _Trail], activations: Collection[Node]
     trail = next((trail for trail in found if trail.bends), found[0])
     return replace(
         trail,
-        operations=(*trail.operations, name),
+        operations=(*trail.operations, name)[:_LONGEST_TRAIL],
         softmax=node if "softmax" in name or is_softmax(node) else trail.softmax,
         normalizes=trail.normalizes or any(part in name for part in _NORMALIZING),
         bends=trail.bends or any(part in name for part in _BENDING),

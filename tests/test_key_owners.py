@@ -27,6 +27,7 @@ def sites_of(registry: KeyRegistry, *sites: Site, family: str = "activation") ->
 
 PAIRS = [
     (Site("m.head_0.query"), Site("m", ".head_0.query")),
+    (Site("attention.query"), Site("attention", ".query")),  # as of BERT, heads pooled
     (Site("a[0]"), Site("a", "[0]")),
     (Site("m.call_1", ".head_0"), Site("m", ".call_1.head_0")),
     (Site("fc.weight"), Site("fc", ".weight")),

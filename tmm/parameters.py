@@ -319,8 +319,8 @@ def block_of(module: torch.nn.Module, parameter: str) -> str:
         is_list = isinstance(unwrapped(module), (torch.nn.ModuleList, torch.nn.Sequential))
         if is_list:
             return ".".join(parts[: depth + 1])
-        children = unwrapped(module)._modules
-        if children.get(part) is None:
+        child = unwrapped(module)._modules.get(part)
+        if child is None:
             break  # a name that tells modules apart which wrappers give the same one
-        module = children[part]
+        module = child
     return parts[0] if parts else parameter

@@ -16,8 +16,7 @@ def tensors_in(output: object) -> list[tuple[str, torch.Tensor]]:
     """
     found: list[tuple[str, torch.Tensor]] = []
     _walk(output, "", found, False)
-    paths = [path for path, _ in found]
-    if len(set(paths)) < len(paths):
+    if len(found) > 1 and len({path for path, _ in found}) < len(found):
         return _told_apart(output, found)
     return found
 
