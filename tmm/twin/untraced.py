@@ -275,10 +275,7 @@ class Untraced:
         if current.fault is not None:
             return
         try:
-            if runs_under_modes():
-                with apart_from_the_program():
-                    how(current, module, output)
-            else:
+            with apart_from_the_program():
                 how(current, module, output)
         except Exception as error:  # the program goes on
             current.fault = error
@@ -344,11 +341,11 @@ class Untraced:
             return  # nothing that the loss depends on used the tensor
         if current.is_running and not self._is_step_function:
             return  # of what the forward pass itself differentiates, not of the loss
-        with apart_from_the_program():
-            values = values_of(local_part(gradient))
-            if factor is not None:
-                values = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
-            rows = [(one, one.row(values)) for one in wanted]
+        if runs_under_modes():
+            with apart_from_the_program():
+                rows = _rows_of_gradient(gradient, wanted, factor)
+        else:
+            rows = _rows_of_gradient(gradient, wanted, factor)
         task = torch._C._current_graph_task_id()
         if task not in current.backward_rows:
             current.backward_rows[task] = []
@@ -369,6 +366,15 @@ class Untraced:
         if rows and current.sink is not None:
             with apart_from_the_program():
                 current.sink(*self._packer.pack(rows))
+
+
+def _rows_of_gradient(
+    gradient: torch.Tensor, wanted: tuple[Wanted, ...], factor: torch.Tensor | None
+) -> Rows:
+    values = values_of(local_part(gradient))
+    if factor is not None:
+        values = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
+    return [(one, one.row(values)) for one in wanted]
 
 
 def is_repeating() -> bool:
