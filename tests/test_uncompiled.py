@@ -215,10 +215,13 @@ QUESTIONS = {
 
 @pytest.mark.parametrize(
     ("question", "kind"),
-    [*((q, "own") for q in QUESTIONS), *((q, "reference") for q in QUESTIONS)]
-    + [("compiler", "attention")],
+    [
+        *((q, "own") for q in QUESTIONS),
+        *(("compiler", kind) for kind in TRACED),
+        ("utils", "reference"),
+    ],
 )
-@pytest.mark.filterwarnings("ignore:.*is_compiling:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*is_compiling")
 def test_nothing_is_compiling(question: str, kind: str) -> None:
     rules, options = SPECS[kind]
     plain, _ = train(lambda: Asks(QUESTIONS[question]), None)

@@ -136,7 +136,8 @@ class Explanation:
         if self.regions:
             lines += _listed("measured eagerly, outside of graphs:", self.eager)
         elif self.eager:
-            lines += ["measured where the model calls them:", *(f"    {name}" for name in self.eager)]
+            called = (f"    {name}" for name in self.eager)
+            lines += ["measured where the model calls them:", *called]
         if self.not_called:
             lines += ["not called so far:", *(f"    {name}" for name in self.not_called)]
         lines += _listed(_BY_RANK, self.by_rank)

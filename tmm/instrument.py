@@ -256,7 +256,7 @@ def _root(
 def _traced_if_need_be(
     root: Region, regions: list[Region], in_parts: bool, spec: Spec, place: Ranks
 ) -> tuple[Region, list[Region]]:
-    """The regions of a model that is not compiled: traced where only a graph tells what is asked."""
+    """The regions of a model that is not compiled, traced if only a graph tells what is asked."""
     reason = why_traced(spec, place)
     if reason is None or isinstance(root.holder, OptimizedModule):
         return root, regions

@@ -243,9 +243,7 @@ class Untraced:
             else:
                 current.is_repeated |= current.has_gradients
 
-    def _reduce_plainly(
-        self, current: Pass, module: torch.nn.Module, output: torch.Tensor
-    ) -> bool:
+    def _reduce_plainly(self, current: Pass, module: torch.nn.Module, output: torch.Tensor) -> bool:
         """What ``_reduce`` does of most outputs, in less time; False if it is not one of them."""
         wanted = self._plain.get((module, output.dtype))
         is_plain = (
