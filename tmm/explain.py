@@ -66,7 +66,7 @@ class Explanation:
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
         not_called: of a model that is not compiled, the modules that were to be measured and that
-            nothing has called in a monitored step so far.
+            nothing has called in a monitored step so far, with the reason.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -79,7 +79,7 @@ class Explanation:
     eager: dict[str, str]
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
-    not_called: tuple[str, ...] = ()
+    not_called: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -123,7 +123,7 @@ class Explanation:
             eager=eager,
             unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
-            not_called=() if twin.untraced is None else twin.untraced.not_called(),
+            not_called={} if twin.untraced is None else twin.untraced.not_called(),
         )
 
     def __str__(self) -> str:
@@ -138,8 +138,7 @@ class Explanation:
         elif self.eager:
             called = (f"    {name}" for name in self.eager)
             lines += ["measured where the model calls them:", *called]
-        if self.not_called:
-            lines += ["not called so far:", *(f"    {name}" for name in self.not_called)]
+        lines += _listed("not called so far:", self.not_called)
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("not measured:", self.unmeasured)
         lines += [f"\n{graph.diff}" for graph in self.graphs if graph.diff]

@@ -134,13 +134,13 @@ class Untraced:
             if (reason := self._why_not_called(module)) is not None
         }
 
-    def not_called(self) -> tuple[str, ...]:
-        """The names of the others that are to be measured and were not called so far."""
-        return tuple(
-            display_name(self._modules[module])
+    def not_called(self) -> dict[str, str]:
+        """The others that are to be measured and were not called so far, with the reason."""
+        return {
+            display_name(self._modules[module]): self._why_idle(module)
             for module in self._not_called()
             if self._why_not_called(module) is None
-        )
+        }
 
     def close(self) -> None:
         """Hold on to no module."""
@@ -179,18 +179,25 @@ class Untraced:
 
     def _why_not_called(self, module: torch.nn.Module) -> str | None:
         for outer in self._around(module):
-            name = self._attribution.name(outer)
-            if isinstance(outer, torch.nn.MultiheadAttention) and outer in self.ran:
-                return f"{name} uses its parameters without calling it"
-        for outer in self._around(module):
-            name = self._attribution.name(outer)
             if isinstance(outer, torch.nn.TransformerEncoderLayer) and not outer.training:
+                name = self._attribution.name(outer)
                 return f"torch computes {name} as a whole in its fast path, without calling it"
-        if module in self._used_without_call:
+        if module in self._used_without_call and not self._attention_around(module):
             return (
                 "its parameters were used, but no call of it was seen: its forward is called"
                 " directly, or by a function that is compiled by itself"
             )
+        return None
+
+    def _why_idle(self, module: torch.nn.Module) -> str:
+        if (name := self._attention_around(module)) is not None:
+            return f"{name} uses its parameters without ever calling it"
+        return "it has not run in a monitored step"
+
+    def _attention_around(self, module: torch.nn.Module) -> str | None:
+        for outer in self._around(module):
+            if isinstance(outer, torch.nn.MultiheadAttention):
+                return self._attribution.name(outer)
         return None
 
     def _around(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
