@@ -89,7 +89,8 @@ class Untraced:
     @contextmanager
     def forward(self, *, is_measured: bool) -> Iterator[Pass]:
         """Measure what runs in the block; the rows count if it comes to its end."""
-        self._look_around()
+        with apart_from_the_program():
+            self._look_around()
         sink = self._recorder.gradient_sink() if self._measures_gradients and is_measured else None
         outer, current = self._pass, Pass(sink)
         self._pass = current
@@ -218,7 +219,8 @@ class Untraced:
             return
         self._walks += 1
         try:
-            used = parameters_behind([tensor for _, tensor in tensors_in(output)])
+            with apart_from_the_program():
+                used = parameters_behind([tensor for _, tensor in tensors_in(output)])
         except RuntimeError:
             return  # a view that must not be used any more
         self._used_without_call.update(
@@ -252,15 +254,13 @@ class Untraced:
 
     def _reduce_plainly(self, current: Pass, module: torch.nn.Module, output: torch.Tensor) -> bool:
         """What ``_reduce`` does of most outputs, in less time; False if it is not one of them."""
+        if runs_under_modes():
+            return False  # which would see even that attributes are read
         wanted = self._plain.get((module, output.dtype))
-        is_plain = (
-            wanted is not None
-            and output.layout is torch.strided
-            and not (output.is_nested or output.is_meta or runs_under_modes())
-        )
-        if not is_plain:
+        if wanted is None or output.layout is not torch.strided:
             return False
-        assert wanted is not None
+        if output.is_nested or output.is_meta:
+            return False
         try:
             values = output.detach()
             for one in wanted:
