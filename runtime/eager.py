@@ -64,7 +64,8 @@ def apply_function(
 ) -> torch.Tensor:
     """The row, or all the values, of a user's function of a tensor, or of one and its counterpart.
 
-    ``state`` gives random numbers back afterwards. Raises ``RuntimeError``, which names the metric, for a function that fails.
+    ``state`` gives random numbers back afterwards. Raises ``RuntimeError``, which names the metric,
+    for a function that fails.
     """
     assert reduction.function is not None
     state = state or RandomState.capture()

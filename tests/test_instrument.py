@@ -183,7 +183,7 @@ def test_fullgraph_stays_fullgraph() -> None:
         measured(model, torch.randn(1))
 
 
-def test_a_step_whose_parts_are_traced_runs_as_it_stands() -> None:
+def test_a_step_in_parts_runs_as_it_stands() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     traced = []
 
@@ -198,5 +198,6 @@ def test_a_step_whose_parts_are_traced_runs_as_it_stands() -> None:
     assert traced == [False]
     metrics = tmm.monitor(step).get_step_metrics()
     assert metrics["activation/1/rms"] == pytest.approx(output.detach().square().mean().sqrt())
-    assert [graph.owner for graph in tmm.explain(step).graphs] == ["0"]
+    assert "activation/0/rms" in metrics
+    assert not tmm.explain(step).graphs
     assert tmm.remove(step) is train

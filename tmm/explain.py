@@ -68,7 +68,7 @@ class Explanation:
         notes: what rows are of, where their names do not tell it: those of a family, or of a site.
         untold: what could not be told of the model, with the reason; rows do not depend on it.
         not_called: of a model that is not compiled, the modules that were to be measured and that
-            nothing has called in a monitored step so far.
+            nothing has called in a monitored step so far, with the reason.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -83,7 +83,7 @@ class Explanation:
     by_rank: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     untold: tuple[str, ...] = ()
-    not_called: tuple[str, ...] = ()
+    not_called: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -130,7 +130,7 @@ class Explanation:
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
             untold=tuple(twin.notes.texts),
-            not_called=() if twin.untraced is None else twin.untraced.not_called(),
+            not_called={} if twin.untraced is None else twin.untraced.not_called(),
         )
 
     def __str__(self) -> str:
@@ -143,9 +143,9 @@ class Explanation:
         if self.regions:
             lines += _listed("measured eagerly, outside of graphs:", self.eager)
         elif self.eager:
-            lines += ["measured where the model calls them:", *(f"    {name}" for name in self.eager)]
-        if self.not_called:
-            lines += ["not called so far:", *(f"    {name}" for name in self.not_called)]
+            called = (f"    {name}" for name in self.eager)
+            lines += ["measured where the model calls them:", *called]
+        lines += _listed("not called so far:", self.not_called)
         lines += _listed(_BY_RANK, self.by_rank)
         lines += _listed("to be known of rows:", _together(self.notes))
         lines += _listed("not measured:", self.unmeasured)

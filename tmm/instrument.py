@@ -64,8 +64,10 @@ def instrument(
         module: the module whose parts are measured, when ``model`` is a function.
         parts: with a function that is not to be traced itself, where nothing is compiled: the
             modules that are, each on its own, when it calls them.
-        backend: the compiler of the monitored steps of a model that is not compiled at all.
-            Without it they are traced and run by the same eager kernels as the others.
+        backend: the compiler of the monitored steps of a model that is not compiled at all, which
+            are traced then. Without it they run the model's own program, as the others do;
+            ``tmm.attention``, a reference and tensor parallel models need a trace even so, of
+            which the program does not notice anything.
         on_error: what a fault of the monitoring does before the first step has been recorded:
             ``"raise"`` it, or ``"warn"``, drop the step and run the plain program. After that
             it warns in either case.
@@ -258,7 +260,7 @@ def _root(
 def _traced_if_need_be(
     root: Region, regions: list[Region], in_parts: bool, spec: Spec, place: Ranks
 ) -> tuple[Region, list[Region]]:
-    """The regions of a model that is not compiled: traced where only a graph tells what is asked."""
+    """The regions of a model that is not compiled, traced if only a graph tells what is asked."""
     reason = why_traced(spec, place)
     if reason is None or isinstance(root.holder, OptimizedModule):
         return root, regions

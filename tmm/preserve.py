@@ -24,7 +24,7 @@ class RandomState:
     @staticmethod
     def capture(*, of_torch_only: bool = False) -> RandomState:
         """The states now. Does not start an accelerator that is not in use."""
-        started = torch.cuda.is_available() and torch.cuda.is_initialized()
+        started = torch.cuda.is_initialized()
         return RandomState(
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if started else (),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from tmm.show import is_shown, is_traced
 
 if TYPE_CHECKING:

@@ -30,8 +30,10 @@ def apart_from_the_program() -> Iterator[None]:
 
     A default device is left as it is: functions of users may need it.
     """
+    if not runs_under_modes():
+        yield
+        return
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         if _functorch.peek_interpreter_stack() is not None:
             stack.enter_context(temporarily_clear_interpreter_stack())
         if torch._C._len_torch_dispatch_stack():

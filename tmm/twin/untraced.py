@@ -89,7 +89,8 @@ class Untraced:
     @contextmanager
     def forward(self, *, is_measured: bool) -> Iterator[Pass]:
         """Measure what runs in the block; the rows count if it comes to its end."""
-        self._look_around()
+        with apart_from_the_program():
+            self._look_around()
         sink = self._recorder.gradient_sink() if self._measures_gradients and is_measured else None
         outer, current = self._pass, Pass(sink)
         self._pass = current
@@ -134,13 +135,13 @@ class Untraced:
             if (reason := self._why_not_called(module)) is not None
         }
 
-    def not_called(self) -> tuple[str, ...]:
-        """The names of the others that are to be measured and were not called so far."""
-        return tuple(
-            display_name(self._modules[module])
+    def not_called(self) -> dict[str, str]:
+        """The others that are to be measured and were not called so far, with the reason."""
+        return {
+            display_name(self._modules[module]): self._why_idle(module)
             for module in self._not_called()
             if self._why_not_called(module) is None
-        )
+        }
 
     def close(self) -> None:
         """Hold on to no module."""
@@ -179,18 +180,25 @@ class Untraced:
 
     def _why_not_called(self, module: torch.nn.Module) -> str | None:
         for outer in self._around(module):
-            name = self._attribution.name(outer)
-            if isinstance(outer, torch.nn.MultiheadAttention) and outer in self.ran:
-                return f"{name} uses its parameters without calling it"
-        for outer in self._around(module):
-            name = self._attribution.name(outer)
             if isinstance(outer, torch.nn.TransformerEncoderLayer) and not outer.training:
+                name = self._attribution.name(outer)
                 return f"torch computes {name} as a whole in its fast path, without calling it"
-        if module in self._used_without_call:
+        if module in self._used_without_call and not self._attention_around(module):
             return (
                 "its parameters were used, but no call of it was seen: its forward is called"
                 " directly, or by a function that is compiled by itself"
             )
+        return None
+
+    def _why_idle(self, module: torch.nn.Module) -> str:
+        if (name := self._attention_around(module)) is not None:
+            return f"{name} uses its parameters without ever calling it"
+        return "it has not run in a monitored step"
+
+    def _attention_around(self, module: torch.nn.Module) -> str | None:
+        for outer in self._around(module):
+            if isinstance(outer, torch.nn.MultiheadAttention):
+                return self._attribution.name(outer)
         return None
 
     def _around(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -211,7 +219,8 @@ class Untraced:
             return
         self._walks += 1
         try:
-            used = parameters_behind([tensor for _, tensor in tensors_in(output)])
+            with apart_from_the_program():
+                used = parameters_behind([tensor for _, tensor in tensors_in(output)])
         except RuntimeError:
             return  # a view that must not be used any more
         self._used_without_call.update(
@@ -243,19 +252,15 @@ class Untraced:
             else:
                 current.is_repeated |= current.has_gradients
 
-    def _reduce_plainly(
-        self, current: Pass, module: torch.nn.Module, output: torch.Tensor
-    ) -> bool:
+    def _reduce_plainly(self, current: Pass, module: torch.nn.Module, output: torch.Tensor) -> bool:
         """What ``_reduce`` does of most outputs, in less time; False if it is not one of them."""
+        if runs_under_modes():
+            return False  # which would see even that attributes are read
         wanted = self._plain.get((module, output.dtype))
-        is_plain = (
-            wanted is not None
-            and output.layout is torch.strided
-            and not (output.is_nested or output.is_meta or runs_under_modes())
-        )
-        if not is_plain:
+        if wanted is None or output.layout is not torch.strided:
             return False
-        assert wanted is not None
+        if output.is_nested or output.is_meta:
+            return False
         try:
             values = output.detach()
             for one in wanted:
@@ -275,10 +280,7 @@ class Untraced:
         if current.fault is not None:
             return
         try:
-            if runs_under_modes():
-                with apart_from_the_program():
-                    how(current, module, output)
-            else:
+            with apart_from_the_program():
                 how(current, module, output)
         except Exception as error:  # the program goes on
             current.fault = error
@@ -344,11 +346,11 @@ class Untraced:
             return  # nothing that the loss depends on used the tensor
         if current.is_running and not self._is_step_function:
             return  # of what the forward pass itself differentiates, not of the loss
-        with apart_from_the_program():
-            values = values_of(local_part(gradient))
-            if factor is not None:
-                values = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
-            rows = [(one, one.row(values)) for one in wanted]
+        if runs_under_modes():
+            with apart_from_the_program():
+                rows = _rows_of_gradient(gradient, wanted, factor)
+        else:
+            rows = _rows_of_gradient(gradient, wanted, factor)
         task = torch._C._current_graph_task_id()
         if task not in current.backward_rows:
             current.backward_rows[task] = []
@@ -369,6 +371,15 @@ class Untraced:
         if rows and current.sink is not None:
             with apart_from_the_program():
                 current.sink(*self._packer.pack(rows))
+
+
+def _rows_of_gradient(
+    gradient: torch.Tensor, wanted: tuple[Wanted, ...], factor: torch.Tensor | None
+) -> Rows:
+    values = values_of(local_part(gradient))
+    if factor is not None:
+        values = values.to(torch.promote_types(values.dtype, torch.float32)) * factor
+    return [(one, one.row(values)) for one in wanted]
 
 
 def is_repeating() -> bool:
