@@ -204,6 +204,8 @@ def _expression(value: object, needs: Needs) -> str | None:
     if (place := _place(value)) is not None:
         needs.imports.add(f"import {place[0]}")
         return ".".join(place)
+    if isinstance(value, torch._ops.OpOverload):
+        return f"torch.ops.{value}"
     if isinstance(value, functools.partial):
         inner, bound = value.func, [*map(_argument, value.args)]
         bound += [f"{name}={_argument(item)}" for name, item in value.keywords.items()]
@@ -226,7 +228,7 @@ def _place(value: object) -> tuple[str, str] | None:
         owner = getattr(value, "__objclass__", value)  # of what C defines: torch.Tensor.to
         own = str(value.__name__)  # type: ignore[attr-defined]
         name = value.__qualname__ if owner is value else f"{owner.__qualname__}.{own}"  # type: ignore[attr-defined]
-        places = [(owner.__module__, name), ("torch._numpy", own)]
+        places = [(str(owner.__module__), name), ("torch", own), ("torch._numpy", own)]
     except Exception:  # not every callable has these names, and some fail when they are asked
         return None
     return next((place for place in places if _found(*place) is value), None)

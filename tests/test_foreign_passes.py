@@ -150,7 +150,6 @@ def outcome(run: Pass, model: Any) -> object:
         return type(error)
 
 
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("run", "way"), COMBINATIONS)
 def test_a_foreign_pass_leaves_the_step_as_it_is(run: Pass, way: Callable[..., Any]) -> None:

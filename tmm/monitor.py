@@ -480,9 +480,10 @@ class Monitor:
     def run_forward(self, region: Region, plain: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a forward pass of a monitored step.
 
-        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the monitoring is raised until a first step has succeeded (unless
-        ``on_error="warn"``). After that the user's own program runs in its place, from the same
-        random state, and the step is dropped with a warning and an event in the run.
+        One on tensors that hold no numbers runs the user's program, unmeasured. A fault of the
+        monitoring is raised until a first step has succeeded (unless ``on_error="warn"``). After
+        that the user's own program runs in its place, from the same random state, and the step is
+        dropped with a warning and an event in the run.
         """
         collector, twin = self._open, self._twin
         assert twin is not None
