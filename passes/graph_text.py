@@ -204,6 +204,8 @@ def _expression(value: object, needs: Needs) -> str | None:
     if (place := _place(value)) is not None:
         needs.imports.add(f"import {place[0]}")
         return ".".join(place)
+    if isinstance(value, torch._ops.OpOverload):
+        return f"torch.ops.{value}"
     if isinstance(value, functools.partial):
         inner, bound = value.func, [*map(_argument, value.args)]
         bound += [f"{name}={_argument(item)}" for name, item in value.keywords.items()]
@@ -224,15 +226,19 @@ def _place(value: object) -> tuple[str, str] | None:
     """Module and qualified name under which ``value`` itself is found; None if it is not."""
     try:
         owner = getattr(value, "__objclass__", value)  # of what C defines: torch.Tensor.to
-        module, name = owner.__module__, value.__qualname__  # type: ignore[attr-defined]
-        found: object = sys.modules[module]
-        if owner is not value:
-            name = f"{owner.__qualname__}.{value.__name__}"  # type: ignore[attr-defined]
-        for part in name.split("."):
-            found = getattr(found, part)
+        own = str(value.__name__)  # type: ignore[attr-defined]
+        name = value.__qualname__ if owner is value else f"{owner.__qualname__}.{own}"  # type: ignore[attr-defined]
+        places = [(str(owner.__module__), name), ("torch", own), ("torch._numpy", own)]
     except Exception:  # not every callable has these names, and some fail when they are asked
         return None
-    return (module, name) if found is value else None
+    return next((place for place in places if _found(*place) is value), None)
+
+
+def _found(module: str, name: str) -> object:
+    found: object = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _constant(value: object) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tests.graphs import check_golden
+from tmm.passes.graph_text import Needs, _define
 
 RMS = tmm.Spec(tmm.activation("rms"))
 
@@ -195,3 +199,89 @@ def test_a_trace_holds_each_graph_before_and_after_each_pass(
         assert {line.split()[0]: float(line.split()[1]) for line in lines} == pytest.approx(
             report.seconds, abs=1e-6
         )
+
+
+class Nameless:
+    """A callable that has no name, and whose text cannot be written."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def __repr__(self) -> str:
+        raise RecursionError("of itself")
+
+    def __getattr__(self, name: str) -> object:
+        raise ValueError(name)
+
+
+class Numeric(nn.Module):
+    """Calls NumPy, whose functions Dynamo wraps, and a method by its descriptor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.Tensor.mul(self.fc(x), 2.0)
+        scale = np.sqrt(np.arange(4, dtype=np.float32)) + np.abs(np.float32(-1.0))
+        return torch.Tensor.add(y, 1) * torch.from_numpy(scale.clip(0, 1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_forward_that_calls_numpy(backend: str) -> None:
+    module = Numeric()
+    model = tmm.instrument(torch.compile(module, backend=backend, fullgraph=True), RMS)
+    x = torch.randn(2, 4)
+    with tmm.monitor(model).step(0):
+        output = model(x)
+    assert torch.equal(output, torch.compile(module, backend=backend)(x))
+    values = tmm.monitor(model).get_step_metrics()
+    rms = module.fc(x).detach().square().mean().sqrt().item()
+    assert values["activation/fc/rms"] == pytest.approx(rms, rel=1e-6)
+    (graph,) = tmm.explain(model).graphs
+    compile(graph.code, "graph", "exec")
+    assert not tmm.explain(model).notes
+
+
+def test_the_code_of_a_graph_imports_whatever_it_calls() -> None:
+    wrapped = torch._dynamo.utils.numpy_to_tensor_wrapper(torch._numpy.sqrt)
+    method = torch._dynamo.utils.numpy_method_wrapper("clip")
+    functions = (torch.relu, torch.Tensor.abs, functools.partial(torch.add, other=1), wrapped)
+    needs = Needs(set(), {})
+    for index, function in enumerate((*functions, method, Nameless())):
+        _define(f"f{index}", function, needs)
+    space: dict[str, Any] = {}
+    exec("\n".join([*sorted(needs.imports), *needs.definitions]), space)
+    x = torch.tensor([-4.0, 4.0])
+    for index, function in enumerate(functions[:3]):
+        assert torch.equal(space[f"f{index}"](x), function(x))
+    assert torch.equal(space["f3"](x.abs()), x.abs().sqrt())
+    assert space["f4"].method == "clip"
+    assert space["f5"] is None
+
+
+def test_what_only_explains_does_not_break_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> str:
+        raise AttributeError("no name")
+
+    for name in ("node_lines", "runnable_code", "_extra_bytes", "end_of_graph"):
+        monkeypatch.setattr(f"tmm.twin.backend.{name}", fails)
+    monkeypatch.setattr("tmm.twin.trace.node_lines", fails)
+    monkeypatch.setattr(tmm.Explanation, "__str__", fails)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model = torch.compile(module, backend="eager")
+    tmm.instrument(model, RMS, run=tmp_path / "run", trace=tmp_path / "trace")
+    monitor = tmm.monitor(model)
+    x = torch.randn(2, 4)
+    with monitor.step(0):
+        model(x)
+    rms = module[0](x).detach().square().mean().sqrt().item()
+    assert monitor.get_step_metrics()["activation/0/rms"] == pytest.approx(rms, rel=1e-6)
+    notes = tmm.explain(model).notes
+    assert any("graph 0, of [root module]: AttributeError: no name" in note for note in notes)
+    assert any("explain.txt" in note for note in notes)
+    monkeypatch.undo()
+    assert "not told here:" in str(tmm.explain(model))
+    tmm.remove(model)

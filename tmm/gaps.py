@@ -16,6 +16,12 @@ CALL_THE_MODEL = (
     " module=model)"
 )
 
+FAULT_OF_COMPILING = (
+    "tmm: this was raised while the program of the monitored steps was compiled. If the model"
+    " compiles without monitoring, tmm.instrument(..., on_error='warn') lets such a step run the"
+    " user's own program, unrecorded, and tmm.remove(model) takes the monitoring off"
+)
+
 _FAILURES_UNTIL_SILENT = 3  # in a row; each may cost a compilation
 
 

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
 from tmm.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
-from tmm.gaps import CALL_THE_MODEL, Gaps, OnError, words
+from tmm.gaps import CALL_THE_MODEL, FAULT_OF_COMPILING, Gaps, OnError, words
 from tmm.layout import StepRecord
 from tmm.metrics import Aggregate, FloatArray
 from tmm.notices import Notices
 from tmm.parameters import ParameterMonitor
+from tmm.passes.pipeline import PassError
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.ranks import Ranks
 from tmm.reader import open_run
@@ -578,7 +580,11 @@ class Monitor:
                 self._gaps.add_failure(collector.step, fault)
             return output
         if self._gaps.are_raised:
-            return twin.run(region, *args, **kwargs)
+            try:
+                return twin.run(region, *args, **kwargs)
+            except (TorchDynamoException, PassError) as error:
+                error.add_note(FAULT_OF_COMPILING)
+                raise
         random_state, buffers = RandomState.capture(), BufferVersions.capture(self.module)
         try:
             return twin.run(region, *args, **kwargs)
@@ -591,6 +597,17 @@ class Monitor:
             collector.failed = True
             self._gaps.add_failure(collector.step, error)
             return output
+
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost the open step its rows, but not end it."""
+        return self._open is not None and not self._gaps.are_raised
+
+    def bear(self, error: Exception) -> None:
+        """Do not record the open step, for which ``error`` is the reason."""
+        if self._open is not None and not self._open.failed:
+            self._open.failed = True
+            self._gaps.add_failure(self._open.step, error)
 
     def pass_by(self, foreign: str) -> None:
         """Say, once, that a pass which is ``foreign`` (``torch.export``, say) is not measured."""

@@ -124,6 +124,13 @@ class Host(Protocol):
     ) -> torch.Tensor:
         """An extra input of one call of ``graph``, whose gradient will hold rows."""
 
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost a step its rows, but not end it."""
+
+    def bear(self, error: Exception) -> None:
+        """Let the step, in which a graph runs unmeasured, go on without a record."""
+
 
 @dataclass(frozen=True)
 class Witness:
@@ -282,6 +289,26 @@ class MeasuringBackend:
         self.handles.clear()
 
     def _compile(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
+        """A graph that is measured; one as it was traced where only the measuring fails.
+
+        The forward pass may have begun to write by now, and could not be run again.
+        """
+        try:
+            return self._compile_measured(module, inputs)
+        except Exception as error:
+            if not self.host.is_bearing:
+                raise
+            run = self.settings.backend(module, inputs)  # raises what it raises unmeasured
+            self.handles.append(Handle(partial(self._run_unmeasured, run, error)))
+            return self.handles[-1]
+
+    def _run_unmeasured(
+        self, run: Callable[..., Sequence[Any]], error: Exception, *inputs: object
+    ) -> Sequence[Any]:
+        self.host.bear(error)
+        return run(*inputs)
+
+    def _compile_measured(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
         scope = self.host.scope()
         tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
         if tensors and all(x.is_cpu for x in tensors):

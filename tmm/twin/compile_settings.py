@@ -191,9 +191,9 @@ class UsersFrames:
         """What is to run in place of ``frame``."""
         code = frame.f_code
         module = frame.f_locals.get("self") if code.co_name == "forward" else None
-        if isinstance(module, torch.nn.Module) and not self._has_hooks(module):
-            if trace_rules.check(code):
-                return ConvertFrameReturn()
+        is_unhooked = isinstance(module, torch.nn.Module) and not self._has_hooks(module)
+        if is_unhooked and trace_rules.check(code):
+            return ConvertFrameReturn()
         return self._torchdynamo_orig_backend(frame, *state)
 
 

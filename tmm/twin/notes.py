@@ -29,13 +29,10 @@ class Notes:
             self.texts[f"{subject}: {first_line}"] = None
             return instead
 
-    def guarded(
-        self, subject: str, tell: Callable[Parameters, None]
-    ) -> Callable[Parameters, None]:
+    def guarded(self, subject: str, tell: Callable[Parameters, None]) -> Callable[Parameters, None]:
         """``tell``, such that a failure of it becomes a note."""
 
         def told(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
             self.attempt(subject, lambda: tell(*args, **kwargs), None)
 
         return told
-

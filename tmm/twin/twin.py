@@ -84,6 +84,13 @@ class Recorder(Protocol):
     def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
         """What gradients of this forward pass are to be multiplied with, if anything."""
 
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost the open step its rows, but not end it."""
+
+    def bear(self, error: Exception) -> None:
+        """Do not record the open step, for which ``error`` is the reason."""
+
 
 def running_twin() -> Twin | None:
     """The twin whose forward pass is running in this context."""
@@ -384,6 +391,15 @@ class Twin:
         scope = self.attribution.scope(self._frames[-1], self.values.reductions)
         is_step_function = len(self._frames) == self._function_depth
         return replace(scope, is_step_function=True) if is_step_function else scope
+
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost a step its rows, but not end it."""
+        return self.recorder.is_bearing
+
+    def bear(self, error: Exception) -> None:
+        """Let the step, in which a graph runs unmeasured, go on without a record."""
+        self.recorder.bear(error)
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
