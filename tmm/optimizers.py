@@ -134,9 +134,11 @@ class WatchedOptimizer:
         scaler: WatchedScaler | None,
         parameters: ParameterMonitor,
         collector: OpenCollector,
+        note_failure: Callable[[Exception], None],
     ) -> None:
         self.optimizer = optimizer
         self.scaler = scaler
+        self._note_failure = note_failure
         if scaler is not None:
             scaler.optimizers.append(optimizer)
         self._parameters = parameters
@@ -168,6 +170,19 @@ class WatchedOptimizer:
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        try:
+            self._measure_before(args, kwargs)
+        except Exception as error:
+            self._note_failure(error)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        try:
+            self._measure_after(args, kwargs)
+        except Exception as error:
+            self._note_failure(error)
+
+    def _measure_before(self, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         self._now, self._before = {}, {}
         if collector is None:
@@ -185,8 +200,7 @@ class WatchedOptimizer:
         if not _has_closure(args, kwargs):
             self._add_gradients(collector, own)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _measure_after(self, args: Any, kwargs: Any) -> None:
         collector, now, before = self._collector(), self._now, self._before
         self._now, self._before = {}, {}
         if collector is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -12,11 +14,20 @@ from tmm.runtime.collector import StepCollector
 
 
 class Watch:
-    """The optimizers and scalers of one model, and the measurements that they set off."""
+    """The optimizers and scalers of one model, and the measurements that they set off.
 
-    def __init__(self, parameters: ParameterMonitor, collector: OpenCollector) -> None:
+    ``note_failure`` is called with what goes wrong there: no training ends by it.
+    """
+
+    def __init__(
+        self,
+        parameters: ParameterMonitor,
+        collector: OpenCollector,
+        note_failure: Callable[[Exception], None],
+    ) -> None:
         self.parameters = parameters
         self._collector = collector
+        self._note_failure = note_failure
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
 
@@ -39,7 +50,9 @@ class Watch:
             )
         watched_scaler = None if scaler is None else self._watched(scaler)
         self._optimizers.append(
-            WatchedOptimizer(optimizer, watched_scaler, self.parameters, self._collector)
+            WatchedOptimizer(
+                *(optimizer, watched_scaler, self.parameters, self._collector, self._note_failure)
+            )
         )
 
     def may_watch(self, optimizer: Optimizer) -> bool:
@@ -84,9 +97,12 @@ class Watch:
 
     def end_step(self, collector: StepCollector) -> None:
         """Measure what is measured when a step ends."""
-        if collector.monitored and self._optimizers and not collector.has_parameters:
-            self.parameters.add_parameters(collector)
-        self.parameters.end_step(collector)
+        try:
+            if collector.monitored and self._optimizers and not collector.has_parameters:
+                self.parameters.add_parameters(collector)
+            self.parameters.end_step(collector)
+        except Exception as error:
+            self._note_failure(error)
 
     def drop_step(self) -> None:
         """Forget what belongs to the step."""

@@ -21,7 +21,7 @@ from tmm.naming import unwrapped
 from tmm.operators import summarize_attention
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_probes import RowInput
+from tmm.passes.insert_probes import WITHOUT_GRADIENT, RowInput
 from tmm.passes.placed import why_unsummed
 from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
@@ -36,6 +36,7 @@ from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.twin.hooks import ModuleHooks, keep_guard
+from tmm.twin.outputs import tensors_in
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -58,6 +59,9 @@ class Recorder(Protocol):
 
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
+
+    def note_failure(self, error: Exception) -> None:
+        """The step is lost, as something of it could not be measured; raises in the first one."""
 
     def gradient_sink(self) -> GradientSink | None:
         """What takes the rows of gradients of the step that is open; None if none is wanted."""
@@ -288,7 +292,7 @@ class Twin:
             self._add_eagerly(binding, tensor, reduction)
         if self.comparing is not None:
             self.comparing.leave(module, output)
-        if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
+        if self.plan.spec.measures(GRADIENT):
             self._probe_eagerly(module, output)
 
     # Measuring
@@ -306,7 +310,7 @@ class Twin:
             compared=self.comparing is None or not self.comparing.lost,
         )
         if binding is not None and not self._discarding:
-            self.recorder.add(binding, extra)
+            self._guarded(self._hand_over, self.recorder.add, binding, extra)
 
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
@@ -320,8 +324,51 @@ class Twin:
         binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
         sink = None if self._discarding else self.recorder.gradient_sink()
         if binding is not None and sink is not None and torch.is_grad_enabled():
-            rows.register_hook(partial(_hand_over, sink, binding))
+            rows.register_hook(partial(self._take_gradient, sink, binding))
         return rows
+
+    def _take_gradient(
+        self, sink: GradientSink, binding: Binding, rows: torch.Tensor | None
+    ) -> None:
+        if rows is not None:  # else nothing of the graph's outputs had a gradient
+            self._guarded(self._hand_over, sink, binding, [rows])
+
+    def _hand_over(
+        self, sink: GradientSink, binding: Binding, outputs: Sequence[torch.Tensor]
+    ) -> None:
+        if any(map(_is_batched, outputs)):
+            self._refuse_batched(binding)
+        else:
+            sink(binding, outputs)
+
+    def _refuse_batched(self, binding: Binding) -> None:
+        for group in binding.groups:
+            for site in group.sites:
+                self.attribution.unmeasured[site.partition("/")[2]] = "inside torch.func.vmap"
+
+    def _reduce_gradient(
+        self,
+        sink: GradientSink,
+        binding: Binding,
+        reduction: Reduction,
+        factor: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
+        if gradient is None:
+            return  # nothing that the loss depends on used the tensor
+        if _is_batched(gradient):
+            self._refuse_batched(binding)
+            return
+        if factor is not None:
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
+        sink(binding, [reduce_eagerly(gradient, reduction)])
+
+    def _guarded(self, measure: Callable[..., None], *arguments: Any) -> None:
+        """Measure something in the middle of the user's program, which goes on if that fails."""
+        try:
+            measure(*arguments)
+        except Exception as error:
+            self.recorder.note_failure(error)
 
     @property
     def frame(self) -> torch.nn.Module:
@@ -334,9 +381,15 @@ class Twin:
             return
         selected = self.attribution.select_eagerly(module, output, GRADIENT)
         for binding, tensor, reduction in selected:
-            if tensor.requires_grad:
+            if tensor.requires_grad and not torch.is_grad_enabled():
+                for path, given in tensors_in(output):
+                    if given is tensor:
+                        name = self.attribution.name(module) + path
+                        self.attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
+            elif tensor.requires_grad:
                 factor = self.recorder.gradient_factor(tensor.device)
-                tensor.register_hook(partial(_reduce_gradient, sink, binding, reduction, factor))
+                measure = partial(self._reduce_gradient, sink, binding, reduction, factor)
+                tensor.register_hook(partial(self._guarded, measure))
 
     @property
     def has_probes(self) -> bool:
@@ -415,7 +468,10 @@ class Twin:
         tensor = local_part(tensor)
         is_empty = not tensor.numel()
         if not self._is_discarding and not (is_empty and reduction.function is not None):
-            self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
+            self._guarded(self._reduce, binding, tensor, reduction)
+
+    def _reduce(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
+        self.recorder.add(binding, [reduce_eagerly(tensor, reduction)])
 
 
 def _fault_of_the_user(error: BaseException | None) -> Exception | None:
@@ -427,22 +483,14 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
     return None
 
 
-def _hand_over(sink: GradientSink, binding: Binding, rows: torch.Tensor) -> None:
-    sink(binding, [rows])
-
-
-def _reduce_gradient(
-    sink: GradientSink,
-    binding: Binding,
-    reduction: Reduction,
-    factor: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-) -> None:
-    if gradient is None:
-        return  # nothing that the loss depends on used the tensor
-    if factor is not None:
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
-    sink(binding, [reduce_eagerly(gradient, reduction)])
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of those that torch.func.vmap stands for, inside of other wrappers."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
