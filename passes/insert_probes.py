@@ -25,6 +25,9 @@ from tmm.passes.trace_function import trace_function
 
 FAMILY = "activation_gradient"
 
+WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
+"""Why a tensor that requires a gradient has no probe: it would hand on none."""
+
 _PROBED = "tmm_probed"
 
 
@@ -150,7 +153,10 @@ def _place(
     place = _Place(module, calls, mark, tensor, reductions, [site])
     place.share = None if options.share is None else options.share(mark)
     if not is_grad_enabled:
-        place.refusal = "the module gives back its input inside of torch.no_grad"
+        place.refusal = WITHOUT_GRADIENT
+        return place
+    if not example.requires_grad:
+        place.refusal = "the tensor is detached in place later"
         return place
     if is_distributed(example):
         place.refusal = "the gradient of a DTensor may be placed in another way than the tensor"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.autograd import grad_mode
 from torch.fx import Graph, GraphModule, Node
 
 from tmm.layout import VALUE_FAMILY, Measurement, Share, Site
@@ -96,10 +97,12 @@ def insert_reductions(
     Taps of one tensor with no computation between them share their rows. Taps stay in the graph.
     Returns the sites that were selected but have no rows, each with the reason.
     """
-    return tuple(_insert(module, options))
+    return tuple(_insert(module, options, []))
 
 
-def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Site, str]]:
+def _insert(
+    module: GraphModule, options: ReductionOptions, modes: list[bool]
+) -> Iterator[tuple[Site, str]]:
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
@@ -107,15 +110,21 @@ def _insert(module: GraphModule, options: ReductionOptions) -> Iterator[tuple[Si
     for node in list(module.graph.nodes):
         if node.target in (tap_input, tap_attention):
             continue
+        if node.target is grad_mode._enter_inference_mode:
+            modes.append(node.args[0] is True)
+        elif node.target is grad_mode._exit_inference_mode:
+            modes.pop()
         if is_mark(node):
             if not node.meta.setdefault(_MEASURED, False):
                 node.meta[_MEASURED] = True
-                yield from _measure(module, node, options, computed)
+                # AOTAutograd cannot trace a view of a tensor from outside of inference mode in it.
+                reads = copy if modes and modes[-1] else "detach"
+                yield from _measure(module, node, options, computed, reads)
         elif node.op not in ("placeholder", "get_attr"):
             computed.clear()
         for body in bodies.get(node, ()):
             if returns_body_outputs(node):
-                yield from _insert(body, options)
+                yield from _insert(body, options, modes)
             else:
                 yield from _refuse(body, options, f"inside {node.target}")
 
@@ -125,6 +134,7 @@ def _measure(
     node: Node,
     options: ReductionOptions,
     computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]],
+    reads: Callable[..., torch.Tensor] | str,
 ) -> Iterator[tuple[Site, str]]:
     tensor = node.args[0]
     assert isinstance(tensor, Node)
@@ -146,8 +156,8 @@ def _measure(
     following = node.next
     fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]
     if fresh:
-        with module.graph.inserting_after(node):
-            value = insert_call(module.graph, "detach", tensor)
+        with torch.no_grad(), module.graph.inserting_after(node):
+            value = insert_call(module.graph, reads, tensor)
         if is_distributed(example):
             with module.graph.inserting_after(value):
                 value = insert_call(module.graph, "to_local", value)

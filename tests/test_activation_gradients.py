@@ -21,6 +21,7 @@ from tests.ways import WAYS, NoBlocksError, Way, call
 
 METRICS = ("rms", "absmax", "mean", "std")
 SPEC = tmm.Spec(tmm.activation_gradient(*METRICS))
+WITHOUT_AOT = ("uncompiled", "eager")
 BOTH = tmm.Spec(tmm.activation_gradient(*METRICS), tmm.activation("rms"))
 VECTORS = noise(6, 8)
 
@@ -295,13 +296,161 @@ def test_several_losses_and_retained_graphs_are_joined() -> None:
         assert got[key] == pytest.approx(float(value), rel=1e-6)
 
 
-def test_double_backward_is_refused() -> None:
-    model = tmm.instrument(torch.compile(nn.Tanh(), backend="eager"), SPEC)
-    x = VECTORS.clone().requires_grad_()
+def penalized(model: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    """A loss with a penalty of the gradient of the input, as of WGAN-GP and R1."""
+    x = x.clone().requires_grad_()
+    output = model(x).pow(3).sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    return output + gradient.square().sum()
+
+
+@pytest.mark.parametrize("rule", ["rms", "function"])
+@pytest.mark.parametrize("way", ["uncompiled", "eager"])
+def test_a_gradient_penalty_every_third_step_is_bitwise_that_of_the_plain_program(
+    way: str, rule: str
+) -> None:
+    def train(*rules: tmm.Rule) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+        model = module if way == "uncompiled" else torch.compile(module, backend=way)
+        if rules:
+            tmm.instrument(model, tmm.Spec(*rules))
+        optimizer = torch.optim.SGD(module.parameters(), 1e-3)
+        metrics = []
+        for step in range(7):
+            with tmm.monitor(model).step(step) if rules else contextlib.nullcontext():
+                is_lazy = step % 3 == 2
+                loss = penalized(model, VECTORS) if is_lazy else model(VECTORS).square().sum()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics.append(tmm.monitor(model).get_step_metrics() if rules else {})
+        return list(module.parameters()), metrics
+
+    plain, _ = train()
+    chosen = {"rms": tmm.activation_gradient("rms"), "function": tmm.activation_gradient(n=norm)}
+    monitored, metrics = train(chosen[rule])
+    assert all(map(torch.equal, plain, monitored))
+    assert len(metrics[0]) == 4
+    assert all(step.keys() == metrics[0].keys() for step in metrics)
+
+
+def norm(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.norm()
+
+
+def hessian(model: Callable[..., Any], x: torch.Tensor) -> Any:
+    return torch.autograd.functional.hessian(lambda x: model(x).pow(3).sum(), x)
+
+
+def products(model: Callable[..., Any], x: torch.Tensor) -> Any:
+    return torch.autograd.functional.jvp(model, x, torch.ones_like(x))[1]
+
+
+def jacobian(model: Callable[..., Any], x: torch.Tensor) -> Any:
+    return torch.func.jacrev(model)(x)
+
+
+def batched(model: Callable[..., Any], x: torch.Tensor) -> Any:
+    x = x.clone().requires_grad_()
+    output = model(x).flatten()
+    return torch.autograd.grad(output, x, torch.eye(len(output)), is_grads_batched=True)[0]
+
+
+def third(model: Callable[..., Any], x: torch.Tensor) -> Any:
+    x = x.clone().requires_grad_()
+    (once,) = torch.autograd.grad(model(x).pow(4).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(twice.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("derivative", [hessian, products, jacobian, batched, third])
+def test_other_derivatives_are_those_of_the_plain_program(derivative: Any) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 1))
+    want = derivative(module, VECTORS)
+    model = tmm.instrument(torch.compile(module, backend="eager"), SPEC)
     with tmm.monitor(model).step(0):
-        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
+        got = derivative(model, VECTORS)
+    assert want.abs().max() > 0
+    assert torch.equal(got, want)
+
+
+class WithoutGradient(nn.Module):
+    """A module is called where nothing hands on a gradient; what it gives back is used later."""
+
+    def __init__(self, inner: nn.Module, context: Callable[[], Any]) -> None:
+        super().__init__()
+        self.a, self.inner, self.b = nn.Linear(8, 8), inner, nn.Linear(8, 8)
+        self.context = context
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        with self.context():
+            z = self.inner(y)
+        while not isinstance(z, torch.Tensor):
+            z = z[0]
+        return self.b(z)
+
+
+class Gives(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        kinds = {"view": x[:, :], "detached": x.detach(), "new": x * 2}
+        return ((x, None), x + 1) if self.kind == "tuple" else kinds[self.kind]
+
+
+INNER: dict[str, Callable[[], nn.Module]] = {
+    "identity": nn.Identity,
+    "empty": nn.Sequential,
+    "evaluated": lambda: nn.Dropout(0.5).eval(),
+    "no dropout": lambda: nn.Dropout(0.0),
+    "in place": lambda: nn.ReLU(inplace=True),
+    **{kind: (lambda kind=kind: Gives(kind)) for kind in ("tuple", "view", "detached", "new")},
+}
+CONTEXTS = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+    "enabled": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize(
+    ("inner", "context", "way"),
+    [
+        *[(inner, "no_grad", "aot_eager") for inner in INNER],
+        *[(inner, "no_grad", way) for inner in ("identity", "tuple") for way in WITHOUT_AOT],
+        *[("identity", context, "aot_eager") for context in CONTEXTS],
+        *[("empty", context, "eager") for context in CONTEXTS],
+    ],
+)
+def test_a_module_called_without_gradients_does_not_cut_them(
+    inner: str, context: str, way: str
+) -> None:
+    gradients = []
+    for rules in ((), (tmm.activation("rms"),), (tmm.activation_gradient("rms"),)):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module = WithoutGradient(INNER[inner](), CONTEXTS[context])
+        model = module if way == "uncompiled" else torch.compile(module, backend=way)
+        if rules:
+            tmm.instrument(model, tmm.Spec(*rules))
+        with tmm.monitor(model).step(0) if rules else contextlib.nullcontext():
+            model(VECTORS).square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    for plain, *monitored in zip(*gradients, strict=True):
+        assert all(g is plain is None or torch.equal(g, plain) for g in monitored)
+    got, unmeasured = tmm.monitor(model).get_step_metrics(), tmm.explain(model).unmeasured
+    passes_on = inner in ("identity", "empty", "tuple") and context != "enabled"
+    if passes_on and way != "uncompiled":
+        site = "inner[0][0]" if inner == "tuple" else "inner"
+        assert "torch.no_grad" in unmeasured[site]
+        assert f"activation_gradient/{site}/rms" not in got
 
 
 def test_functions_and_histograms() -> None:

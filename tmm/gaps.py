@@ -63,6 +63,10 @@ class Gaps:
         events, self._events = tuple(self._events), []
         return events
 
+    def give_back(self, events: tuple[Event, ...]) -> None:
+        """Hand these out once more: the step that took them is not recorded."""
+        self._events[:0] = events
+
     def add(self, step: int, reason: str) -> None:
         """A step is not recorded."""
         self._events.append(Event(step, "gap", reason))

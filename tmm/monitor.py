@@ -119,7 +119,7 @@ class Monitor:
             *(self.module, twin.plan, self.registry, twin.attribution.unmeasured, reference),
             *(place, twin.attribution.remarks),
         )
-        self._watch = Watch(parameters, self._open_collector)
+        self._watch = Watch(parameters, self._open_collector, self.note_failure)
         self._save_explanation()
 
     # Steps
@@ -180,7 +180,7 @@ class Monitor:
 
         Raises:
             RuntimeError: if no step is open.
-            ValueError: for a user's aggregate that fails.
+            ValueError: for a user's aggregate that fails, in the first monitored step.
             OSError: if what was measured before could not be written.
             tmm.AlertError: for what goes wrong in the step, where the spec says so.
         """
@@ -200,8 +200,8 @@ class Monitor:
             self._gaps.warn_of_missed_forward(finished.step, self.hint)
         self._finished = finished
         finished.events = self._gaps.take_events()
-        if finished.is_on_host:
-            finished.record()
+        if finished.is_on_host and not self._can_be_evaluated(finished):
+            return
         if self.keeps_history:
             self._history[finished.step] = finished
         if self._writer is not None:
@@ -494,6 +494,17 @@ class Monitor:
                 source.has_rows = True
             self._open.add(binding, outputs, source=source)
 
+    def note_failure(self, error: Exception) -> None:
+        """Something of the open step could not be measured: the step is dropped, with a warning.
+
+        Raises ``error`` until a first step has succeeded (unless ``on_error="warn"``).
+        """
+        if self._gaps.are_raised:
+            raise error
+        if self._open is not None and not self._open.failed:
+            self._open.failed = True
+            self._gaps.add_failure(self._open.step, error)
+
     def gradient_sink(self) -> Callable[[Binding, Sequence[torch.Tensor]], None] | None:
         """Takes rows of gradients of the forward passes of this step, as long as it is open."""
         collector, source = self._open_collector(), self._passes.current
@@ -693,6 +704,19 @@ class Monitor:
                 events = alert_events(finished.step, found)
                 self._writer.submit(StepRecord(finished.step, events=events))
             self._alerts.act(finished.step, found)
+
+    def _can_be_evaluated(self, finished: StepCollector) -> bool:
+        """Whether a step can be turned into values; a first one that cannot raises."""
+        try:
+            finished.record()
+        except Exception as error:
+            if self._gaps.are_raised:
+                raise
+            self._finished = None
+            self._gaps.give_back(finished.events)
+            self._gaps.add_failure(finished.step, error)
+            return False
+        return True
 
     def _save_explanation(self) -> None:
         if self._writer is None or self._explain is None:

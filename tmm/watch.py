@@ -30,11 +30,19 @@ class Watch:
 
     An optimizer that holds parameters of one that is watched is watched from its next step on: it
     may take the steps of the other one, or its place.
+
+    ``note_failure`` is called with what goes wrong there: no training ends by it.
     """
 
-    def __init__(self, parameters: ParameterMonitor, collector: OpenCollector) -> None:
+    def __init__(
+        self,
+        parameters: ParameterMonitor,
+        collector: OpenCollector,
+        note_failure: Callable[[Exception], None],
+    ) -> None:
         self.parameters = parameters
         self._collector = collector
+        self._note_failure = note_failure
         self._optimizers: list[WatchedOptimizer] = []
         self._scalers: list[WatchedScaler] = []
         self._steps: Steps = OpenSteps()
@@ -78,6 +86,7 @@ class Watch:
                 self._optimizers.append(
                     WatchedOptimizer(
                         *(each, watched_scaler, self.parameters, self._collector, self._steps),
+                        note_failure=self._note_failure,
                         is_found=is_found,
                     )
                 )
@@ -157,14 +166,20 @@ class Watch:
 
     def end_step(self, collector: StepCollector, gaps: Gaps) -> None:
         """Measure what is measured when a step ends, and warn of what is missing."""
-        parameters = self.parameters
-        if collector.monitored and self._optimizers and not collector.has_parameters:
-            parameters.add_parameters(collector)
+        try:
+            if collector.monitored and self._optimizers and not collector.has_parameters:
+                self.parameters.add_parameters(collector)
+            if collector.monitored:
+                self.parameters.compare_ranks(collector)
+        except Exception as error:
+            self._note_failure(error)
         if collector.monitored:
             self._look_for_gaps(collector, gaps)
-            parameters.compare_ranks(collector)
         self._steps.forget()
-        parameters.end_step(collector)
+        try:
+            self.parameters.end_step(collector)
+        except Exception as error:
+            self._note_failure(error)
 
     def _look_for_gaps(self, collector: StepCollector, gaps: Gaps) -> None:
         written = self.parameters.written_later.found()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,8 @@ class WatchedOptimizer:
 
     A step inside of another one that is watched is part of that: the update is what the outermost
     one did. The gradient of a parameter is the one that the innermost step saw, the last of
-    several. ``is_found`` tells that nobody said that it is to be watched.
+    several. ``is_found`` tells that nobody said that it is to be watched; ``note_failure`` is
+    called with what goes wrong in measuring, so that no step of the optimizer ends by it.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class WatchedOptimizer:
         collector: OpenCollector,
         steps: Steps,
         *,
+        note_failure: Callable[[Exception], None],
         is_found: bool = False,
     ) -> None:
         self.optimizer = optimizer
+        self._note_failure = note_failure
         self.scaler: WatchedScaler | None = None
         self.is_found = is_found
         if scaler is not None:
@@ -104,7 +107,10 @@ class WatchedOptimizer:
             return
         step = self._steps.begin(self, GatheredStep)
         with self._steps.lock:
-            self._begin(collector, step, has_closure=_has_closure(args, kwargs))
+            try:
+                self._begin(collector, step, has_closure=_has_closure(args, kwargs))
+            except Exception as error:
+                self._note_failure(error)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -113,7 +119,10 @@ class WatchedOptimizer:
         if collector is None or step is None:
             return
         with self._steps.lock:
-            self._end(collector, step, has_closure=_has_closure(args, kwargs))
+            try:
+                self._end(collector, step, has_closure=_has_closure(args, kwargs))
+            except Exception as error:
+                self._note_failure(error)
 
     def _begin(self, collector: StepCollector, step: Step, *, has_closure: bool) -> None:
         """Keep what a step is about to change."""

@@ -25,7 +25,7 @@ from tmm.naming import unwrapped
 from tmm.operators import summarize_attention
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_probes import RowInput
+from tmm.passes.insert_probes import WITHOUT_GRADIENT, RowInput
 from tmm.passes.placed import why_unsummed
 from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
@@ -44,6 +44,7 @@ from tmm.twin.foreign import PASSED_BY
 from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.kept_by_dynamo import KeptByDynamo
 from tmm.twin.notes import Notes
+from tmm.twin.outputs import tensors_in
 from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -77,6 +78,9 @@ class Recorder(Protocol):
 
     def follow(self, outputs: Sequence[object]) -> None:
         """A graph of a step function has given ``outputs``."""
+
+    def note_failure(self, error: Exception) -> None:
+        """The step is lost, as something of it could not be measured; raises in the first one."""
 
     def gradient_sink(self) -> GradientSink | None:
         """What takes the rows of gradients of the step that is open; None if none is wanted."""
@@ -438,7 +442,7 @@ class Twin:
             self._add_eagerly(binding, tensor, reduction)
         if self.comparing is not None:
             self.comparing.leave(module, output)
-        if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
+        if self.plan.spec.measures(GRADIENT):
             self._probe_eagerly(module, output)
         if self._is_in_function():
             self.recorder.end_pass(output)
@@ -469,11 +473,11 @@ class Twin:
         if binding is None or self._discarding:
             return
         if not (graph.is_evaluation and self._is_in_function()):
-            self.recorder.add(binding, extra)
+            self._guarded(self._hand_over, self.recorder.add, binding, extra)
             return
         with torch.no_grad():  # as the calls in the graph, whatever holds around it
             self.recorder.begin_pass(None, ())
-        self.recorder.add(binding, extra)
+        self._guarded(self._hand_over, self.recorder.add, binding, extra)
         self.recorder.end_pass(())
 
     def gradient_rows(
@@ -488,8 +492,51 @@ class Twin:
         binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
         sink = None if self._discarding else self.recorder.gradient_sink()
         if binding is not None and sink is not None and torch.is_grad_enabled():
-            rows.register_hook(partial(_hand_over, sink, binding))
+            rows.register_hook(partial(self._take_gradient, sink, binding))
         return rows
+
+    def _take_gradient(
+        self, sink: GradientSink, binding: Binding, rows: torch.Tensor | None
+    ) -> None:
+        if rows is not None:  # else nothing of the graph's outputs had a gradient
+            self._guarded(self._hand_over, sink, binding, [rows])
+
+    def _hand_over(
+        self, sink: GradientSink, binding: Binding, outputs: Sequence[torch.Tensor]
+    ) -> None:
+        if any(map(_is_batched, outputs)):
+            self._refuse_batched(binding)
+        else:
+            sink(binding, outputs)
+
+    def _refuse_batched(self, binding: Binding) -> None:
+        for group in binding.groups:
+            for site in group.sites:
+                self.attribution.unmeasured[site.partition("/")[2]] = "inside torch.func.vmap"
+
+    def _reduce_gradient(
+        self,
+        sink: GradientSink,
+        binding: Binding,
+        reduction: Reduction,
+        factor: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
+        if gradient is None:
+            return  # nothing that the loss depends on used the tensor
+        if _is_batched(gradient):
+            self._refuse_batched(binding)
+            return
+        if factor is not None:
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
+        sink(binding, [reduce_eagerly(gradient, reduction)])
+
+    def _guarded(self, measure: Callable[..., None], *arguments: Any) -> None:
+        """Measure something in the middle of the user's program, which goes on if that fails."""
+        try:
+            measure(*arguments)
+        except Exception as error:
+            self.recorder.note_failure(error)
 
     @property
     def frame(self) -> torch.nn.Module:
@@ -502,9 +549,15 @@ class Twin:
             return
         selected = self.attribution.select_eagerly(module, output, GRADIENT)
         for binding, tensor, reduction in selected:
-            if tensor.requires_grad:
+            if tensor.requires_grad and not torch.is_grad_enabled():
+                for path, given in tensors_in(output):
+                    if given is tensor:
+                        name = self.attribution.name(module) + path
+                        self.attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
+            elif tensor.requires_grad:
                 factor = self.recorder.gradient_factor(tensor.device)
-                tensor.register_hook(partial(_reduce_gradient, sink, binding, reduction, factor))
+                measure = partial(self._reduce_gradient, sink, binding, reduction, factor)
+                tensor.register_hook(partial(self._guarded, measure))
 
     @property
     def has_probes(self) -> bool:
@@ -613,6 +666,9 @@ class Twin:
             assert self.untraced is not None
             self.untraced.do(lambda current: current.direct.extend(rows()))
             return
+        self._guarded(self._add_all, rows)
+
+    def _add_all(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
         for binding, row in rows():
             self.recorder.add(binding, [row])
 
@@ -626,22 +682,14 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
     return None
 
 
-def _hand_over(sink: GradientSink, binding: Binding, rows: torch.Tensor) -> None:
-    sink(binding, [rows])
-
-
-def _reduce_gradient(
-    sink: GradientSink,
-    binding: Binding,
-    reduction: Reduction,
-    factor: torch.Tensor | None,
-    gradient: torch.Tensor | None,
-) -> None:
-    if gradient is None:
-        return  # nothing that the loss depends on used the tensor
-    if factor is not None:
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
-    sink(binding, [reduce_eagerly(gradient, reduction)])
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for several inside of torch.func.vmap."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
