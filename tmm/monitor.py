@@ -27,6 +27,7 @@ from tmm.runtime.cross_rank import CrossRank
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
+from tmm.silent import silent_modules, warning_of
 from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
@@ -157,6 +158,8 @@ class Monitor:
         self._finished = None
         self._open = StepCollector(step, self.registry, monitored=monitored)
         self.recording = monitored
+        if monitored:
+            self._require_twin().begin_step()
         if earlier is not None:
             self._open.take_logged(earlier)
         if self._run is not None:
@@ -178,7 +181,7 @@ class Monitor:
         if self._run is not None:
             self._run.ends(finished)
         self._release_reference()
-        self._open, self.recording = None, False
+        self._close_step()
         if self._ranks is not None and finished.monitored:
             finished.join_ranks(self._ranks)
         if finished.failed or not (finished.monitored or finished.holds_values):
@@ -199,12 +202,14 @@ class Monitor:
             self._writer.submit(record, wait_seconds=wait)
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
+            if finished.ran_forward:
+                self._gaps.warn_of_silent(warning_of(silent_modules(self._require_twin())))
         self._gaps.close()
         self._look_at(finished)
 
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
-        self._open, self.recording = None, False
+        self._close_step()
         self._require_watch().drop_step()
         self._release_reference()
 
@@ -448,6 +453,11 @@ class Monitor:
         if self._open is not None and self.recording:
             self._open.add(binding, outputs)
 
+    def note_forward(self) -> None:
+        """Know that a part of the model ran."""
+        if self._open is not None:
+            self._open.ran_forward = True
+
     def gradient_sink(self) -> Callable[[Binding, Sequence[torch.Tensor]], None] | None:
         """Takes rows of gradients of the forward passes of this step, as long as it is open."""
         collector = self._open_collector()
@@ -584,9 +594,13 @@ class Monitor:
                 if self._ranks is not None:
                     self._open.failed = True
                     self._open.join_ranks(self._ranks)
-            self._open, self.recording = None, False
+            self._close_step()
             self._require_watch().drop_step()
             self._release_reference()
+
+    def _close_step(self) -> None:
+        self._open, self.recording = None, False
+        self._require_twin().end_step()
 
     def _require_step(self, caller: str) -> StepCollector:
         if self._open is None:

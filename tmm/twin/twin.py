@@ -16,9 +16,9 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import ATTENTION, VALUE_FAMILY, Measurement, Site
+from tmm.layout import ATTENTION, DIFFERENCE, VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
-from tmm.naming import unwrapped
+from tmm.naming import display_name, unwrapped
 from tmm.operators import summarize_attention
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
@@ -38,6 +38,7 @@ from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.twin.hooks import ModuleHooks, keep_guard
 from tmm.twin.kept_by_dynamo import KeptByDynamo
+from tmm.twin.outside import OutsideCalls
 from tmm.twin.regions import Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -57,6 +58,12 @@ class Recorder(Protocol):
     @property
     def scales_gradients(self) -> bool:
         """Whether gradients carry a scaler's factor."""
+
+    def is_monitoring(self) -> bool:
+        """Whether a forward pass would be measured now."""
+
+    def note_forward(self) -> None:
+        """Know that a part of the model ran."""
 
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
@@ -117,6 +124,8 @@ class Twin:
         self._in_program = False
         self._isolation_ids: set[int] = set()
         self._discarding = False
+        self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
+        self._outside = OutsideCalls(self._shows_call, self._show_call)
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
@@ -202,6 +211,7 @@ class Twin:
         outer = _running.set(self)
         frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
+        self._outside.pause()
         self._hooks.watch()
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
@@ -211,6 +221,7 @@ class Twin:
             callback_handler.remove_start_callback(self._start_tracing)
             callback_handler.remove_end_callback(self._end_tracing)
             self._hooks.remove()
+            self._outside.resume()
             self._frames = frames
             _running.reset(outer)
 
@@ -299,6 +310,54 @@ class Twin:
             self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
             self._probe_eagerly(module, output)
+
+    # Calls past the forward of the model
+
+    def begin_step(self) -> None:
+        """Measure modules that are called by themselves from now on, too."""
+        regions = (self.root, *self.regions)
+        if self._matched[0] is not self.attribution.names:
+            own = {part for region in regions for part in (region.callee, region.holder)}
+            names = self.attribution.names.items()
+            matched = (m for m, name in names if self.measures_output(display_name(name)))
+            self._matched = (self.attribution.names, tuple(m for m in matched if m not in own))
+        # A program that the user compiled has guards on modules with hooks of the user.
+        is_compiled = any(region.settings is not None for region in regions)
+        self._outside.begin(
+            module for module in self._matched[1] if not (is_compiled and module._forward_hooks)
+        )
+
+    def end_step(self) -> None:
+        """Leave the modules as they were."""
+        self._outside.end()
+
+    def measures_output(self, name: str) -> bool:
+        """Whether a rule asks for the output of the module of that name, or for its gradient."""
+        dtypes, families = (torch.float32, torch.complex64), ("activation", GRADIENT)
+        return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
+
+    def _shows_call(self) -> bool:
+        return (
+            _running.get() is None
+            and self.recorder.is_monitoring()
+            and torch._C._current_graph_task_id() == -1  # no repetition for a backward pass
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch.jit.is_tracing()
+        )
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _show_call(self, module: torch.nn.Module, output: object) -> None:
+        self.recorder.note_forward()
+        self.eager_modules.setdefault(module, unwrapped(self.module))
+        for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+            self._add_eagerly(binding, tensor, reduction)
+        if self.plan.spec.measures(GRADIENT) and torch.is_grad_enabled():
+            self._probe_eagerly(module, output)
+        name = self.attribution.name(module)
+        if self.comparing is not None and self.plan.select(name, torch.float32, DIFFERENCE):
+            self.attribution.unmeasured[f"{name} against the reference"] = (
+                "it is called past the model's own forward, which the reference repeats"
+            )
 
     # Measuring
 
