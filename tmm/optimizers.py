@@ -125,6 +125,18 @@ class WatchedScaler:
         return reference() is gradient and version == gradient._version
 
 
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """``method``, without keeping its object alive: an optimizer may live longer than a model."""
+    reference = weakref.WeakMethod(method)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def call(*arguments: Any) -> None:
+        if (found := reference()) is not None:
+            found(*arguments)
+
+    return call  # type: ignore[no-any-return]
+
+
 class WatchedOptimizer:
     """Measures gradients and updates around each step of one optimizer."""
 
@@ -145,8 +157,8 @@ class WatchedOptimizer:
         self._before: Tensors = {}
         self._copies = Copies()
         self._handles = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(_weakly(self._before_step)),
+            optimizer.register_step_post_hook(_weakly(self._after_step)),
         )
 
     def remove(self) -> None:
