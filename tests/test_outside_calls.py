@@ -197,7 +197,9 @@ def test_nothing_is_measured_outside_of_steps_or_where_it_is_not_to_be() -> None
 
 def test_a_repetition_for_the_backward_pass_does_not_count() -> None:
     net = Net()
-    model = tmm.instrument(net, tmm.Spec(tmm.activation(count=lambda x: torch.ones_like(x).sum(), aggregate="sum")))
+    model = tmm.instrument(
+        net, tmm.Spec(tmm.activation(count=lambda x: torch.ones_like(x).sum(), aggregate="sum"))
+    )
     monitor, x = tmm.monitor(model), torch.randn(3, 8)
     with monitor.step(0):
         checkpoint(net.lm_head, model(x), use_reentrant=False).sum().backward()

@@ -118,7 +118,10 @@ class Explanation:
             rows=len(attribution.rows),
             recorded=tuple(twin.values.reductions),
             eager=eager,
-            unmeasured=attribution.unmeasured | silent | _compiled_methods(twin) | _eager_attention(twin),
+            unmeasured=attribution.unmeasured
+            | silent
+            | _compiled_methods(twin)
+            | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
         )
 
@@ -162,7 +165,9 @@ class Explanation:
             if rule.silent:
                 rest = len(rule.silent) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
-                lines.append(f"    matched, but without rows: {', '.join(rule.silent[:_SHOWN])}{more}")
+                lines.append(
+                    f"    matched, but without rows: {', '.join(rule.silent[:_SHOWN])}{more}"
+                )
             if rule.others:
                 rest = len(rule.others) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""

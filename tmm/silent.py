@@ -54,8 +54,13 @@ def _was_used(twin: Twin, module: torch.nn.Module, relative: str) -> bool:
     A module that runs itself may use those of its children, as ``nn.MultiheadAttention`` does.
     """
     attribution = twin.attribution
-    parents = [parent for parent, name in attribution.names.items() if name == relative.rpartition(".")[0]]
-    if any(attribution.how_measured(parent) and parent is not unwrapped(twin.module) for parent in parents):
+    parents = [
+        parent for parent, name in attribution.names.items() if name == relative.rpartition(".")[0]
+    ]
+    if any(
+        attribution.how_measured(parent) and parent is not unwrapped(twin.module)
+        for parent in parents
+    ):
         return False
     seen = {
         id(parameter)
