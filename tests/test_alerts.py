@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 import tmm
 from tmm.alerts import Alerts, AlertSettings
-from tmm.analysis import Anomaly, Recorded, RecordedSeries, find_anomalies
+from tmm.analysis import Anomaly, Recorded, RecordedSeries, find_anomalies, registry
+from tmm.analysis.detectors.nonfinite import nonfinite
 from tmm.analysis.names import info_of
 from tmm.analysis.recent import RecentSeries
 from tmm.layout import StepRecord, Table
@@ -170,6 +172,150 @@ def test_recent_values_are_bounded() -> None:
         assert len(steps) <= 280
         assert steps[:16].tolist() == list(range(min(16, step + 1)))
         assert steps[-200:].tolist() == list(range(max(0, step - 199), step + 1))
+
+
+class WholeAlerts(Alerts):
+    """The same by the whole detectors, which look at everything that is remembered."""
+
+    def look_at(self, record: StepRecord) -> tuple[Anomaly, ...]:
+        self._recent.add(record)
+        step = record.step
+        detectors = [
+            (name, partial(nonfinite, since=step) if detector is nonfinite else detector)
+            for name, detector in self.settings.detectors
+        ]
+        found = find_anomalies(self._recent, detectors)
+        heard = {
+            (anomaly.kind, anomaly.key): anomaly
+            for anomaly in reversed(found)
+            if anomaly.last_step == step and self._counts(anomaly.severity)
+        }
+        new = tuple(
+            anomaly
+            for anomaly in found
+            if heard.get((anomaly.kind, anomaly.key)) is anomaly and self._is_new(anomaly)
+        )
+        measured = set(self._recent.keys())
+        self._active = {known for known in self._active if known[1] not in measured} | heard.keys()
+        self._seen |= dict.fromkeys(heard, step)
+        return new
+
+
+USUAL = {
+    "activation/a/rms": 1.0,
+    "activation/a/absmax": 1.0,
+    "activation/a.b/rms": 1.0,
+    "activation/a/nan_count": 0.0,
+    "activation/a/inf_count": 0.0,
+    "activation/a.b/min": 1.0,
+    "activation/a.b/max": 1.0,
+    "activation/c/own": 1.0,
+    "activation/a.b/kurtosis": 3.0,
+    "activation/a.b/zero_fraction": 0.3,
+    "value": 1.0,
+    "attention_entropy/a.head_0": 2.0,
+    "attention_normalized_entropy/a.head_1": 0.7,
+    "attention_max_logit/a.head_0": 2.0,
+    "loss": 2.0,
+    "kl_loss": 1.0,
+    "activation_gradient/a/rms": 1.0,
+    "gradient/c.weight/norm": 1.0,
+    "gradient/c.bias/norm": 1.0,
+    "gradient_before_clip/a.weight/norm": 1.0,
+    "step/gradient_norm": 1.0,
+    "step/gradient_norm/0": 1.0,
+    "parameter/c.weight/rms": 1.0,
+    "update/c.weight/relative_norm": 0.001,
+    "update/c.bias/relative_norm": 0.001,
+    "system/process_memory": 1000000000.0,
+    "step/skipped": 0.0,
+    "step/grad_scale": 1024.0,
+}
+UNUSUAL = (
+    *(0.0, 1e-12, 1e-8, 5e-7, 0.01, 0.05, 0.15, 0.85, 0.95, 0.992, 0.999, 1.0, 3.0, 12.0, 30.0),
+    *(60.0, 80.0, 120.0, 300.0, 2e3, 2e4, float("nan"), float("inf"), float("-inf")),
+)
+
+
+def sick_series(random: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    """Series of which many are unusual for a while, once or again and again."""
+    keys = [key for key in USUAL if random.random() < 0.6]
+    if random.random() < 0.5:
+        keys = [key for key in keys if key not in ("step/skipped", "step/grad_scale")]
+    series = {}
+    for key in keys:
+        values = USUAL[key] * np.exp(0.05 * random.standard_normal(count))
+        for _ in range(random.choice([0, 0, 1, 1, 2, 4])):
+            start, length = random.integers(count), random.choice([1, 1, 2, 5, 8, 20, 60, count])
+            part = slice(start, start + (min(length, 2) if key == "step/skipped" else length))
+            part = slice(part.start, part.stop, random.choice([1, 1, 1, 2]))
+            level = 1.0 if key == "step/skipped" else random.choice(UNUSUAL)
+            values[part] = level * np.exp(0.05 * random.standard_normal(len(values[part])))
+        series[key] = values
+    return series
+
+
+@pytest.mark.parametrize(
+    ("seed", "alerts", "count"),
+    [
+        (1, True, 60),
+        (2, True, 60),
+        (3, "low", 60),
+        (4, "high", 60),
+        (5, "critical", 60),
+        (6, True, 320),
+    ],
+)
+def test_only_what_ends_is_looked_at_and_the_findings_are_those_of_all(
+    seed: int, alerts: object, count: int
+) -> None:
+    random = np.random.default_rng(seed)
+    series = sick_series(random, count)
+    missing = {
+        site: random.random(count) < random.choice([0.0, 0.0, 0.2])
+        for site in {key.rpartition("/")[0] or key for key in series}
+    }
+    built = AlertSettings.build(alerts, "warn")  # type: ignore[arg-type]
+    assert built is not None
+    quick, complete = Alerts(built), WholeAlerts(built)
+    infos = {key: info_of(key, place) for place, key in enumerate(series)}
+    told = 0
+    for step in range(count):
+        here = [key for key in series if not missing[key.rpartition("/")[0] or key][step]]
+        values = np.array([series[key][step] for key in here])
+        record = StepRecord(step, (Table(tuple(infos[key] for key in here), values),))
+        found = quick.look_at(record)
+        assert found == complete.look_at(record), step
+        told += len(found)
+    assert told
+
+
+def test_a_step_that_stays_sick_judges_no_series_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = np.arange(40) >= 20
+    series = {
+        f"activation/{place}/{metric}": np.where(sick, np.nan if bad else 900.0, noise(40))
+        for place in range(5)
+        for metric, bad in (("rms", False), ("absmax", False), ("mean", True))
+    }
+    built = AlertSettings.build(True, "warn")
+    assert built is not None
+    looking, told = Alerts(built), []
+    judged: list[str] = []
+
+    def found_by(name: str, *arguments: object) -> list[Anomaly]:
+        judged.append(name)
+        return registry.found_by(name, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tmm.alerts.found_by", found_by)
+    for record in records(series):
+        if record.step in (20, 21):
+            judged.clear()
+        told.append(len(looking.look_at(record)))
+        if record.step == 20:
+            assert set(judged) == {"activation_outliers", "exploding_activations"}
+    assert told[20] > 10
+    assert sum(told) == told[20]
+    assert not judged  # since step 21
 
 
 # In a training

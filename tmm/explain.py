@@ -10,6 +10,7 @@ import torch
 
 from tmm.layout import VALUE_FAMILY
 from tmm.naming import display_name
+from tmm.silent import silent_modules
 from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
@@ -26,12 +27,16 @@ _BY_RANK = (
 
 @dataclass(frozen=True)
 class RuleReport:
-    """A rule: which modules or parameters (the ``subject``) it measures, and which others exist."""
+    """A rule: which modules or parameters (the ``subject``) it measures, and which others exist.
+
+    Those that are matched and have no rows are ``silent``, once the model has run.
+    """
 
     rule: str
     subject: str
     matched: tuple[str, ...]
     others: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Explanation:
         """The state of ``twin`` now."""
         attribution = twin.attribution
         traced = _traced_modules(twin)
+        silent = silent_modules(twin) if attribution.rows else {}
         eager = {
             attribution.name(module): twin.breaks.of(module, caller)
             if module in traced
@@ -101,6 +107,8 @@ class Explanation:
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
             unmeasured |= twin.untraced.bypassed()
+        else:
+            unmeasured |= silent
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -117,6 +125,7 @@ class Explanation:
                     rule.subject,
                     names,
                     tuple(n for n in twin.plan.candidates(rule) if n not in set(names)),
+                    tuple(n for n in names if n in silent) if rule.subject == "modules" else (),
                 )
                 for rule, names in twin.plan.matched.items()
             ),
@@ -175,8 +184,15 @@ class Explanation:
         lines = []
         for rule in self.rules:
             count = len(rule.matched) + len(rule.others)
-            lines.append(f"{rule.rule}: {len(rule.matched)} of {count} {rule.subject}")
+            measured = len(rule.matched) - len(rule.silent)
+            lines.append(f"{rule.rule}: {measured} of {count} {rule.subject}")
             lines += [f"    {name}" for name in rule.matched]
+            if rule.silent:
+                rest = len(rule.silent) - _SHOWN
+                more = f" and {rest} more" if rest > 0 else ""
+                lines.append(
+                    f"    matched, but without rows: {', '.join(rule.silent[:_SHOWN])}{more}"
+                )
             if rule.others:
                 rest = len(rule.others) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""

@@ -83,6 +83,11 @@ class Gaps:
                 stacklevel=4,
             )
 
+    def warn_of_silent(self, text: str | None) -> None:
+        """Warn of matched modules without rows, where there is something to say."""
+        if text is not None:
+            warnings.warn(text, MonitoringWarning, stacklevel=4)
+
     def warn_of_missed_forward(self, step: int, hint: str) -> None:
         """Warn, once, that no forward pass ran in a monitored step, and what to do."""
         if not self._missed_forward:

@@ -31,6 +31,7 @@ from tmm.runtime.cross_rank import CrossRank
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
+from tmm.silent import silent_modules, warning_of
 from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
@@ -169,6 +170,8 @@ class Monitor:
         self._open = StepCollector(step, self.registry, monitored=monitored)
         self._open.raises_clashes = self._gaps.are_raised
         self.recording = monitored
+        if monitored:
+            self._require_twin().begin_step()
         if earlier is not None:
             self._open.take_logged(earlier)
         if self._run is not None:
@@ -191,7 +194,7 @@ class Monitor:
         if self._run is not None:
             self._run.ends(finished)
         self._release_reference()
-        self._open, self.recording = None, False
+        self._close_step()
         if self._ranks is not None and finished.monitored:
             finished.join_ranks(self._ranks)
         if finished.failed or not (finished.monitored or finished.holds_values):
@@ -212,6 +215,8 @@ class Monitor:
             self._writer.submit(record, wait_seconds=wait)
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
+            if finished.ran_forward:
+                self._gaps.warn_of_silent(warning_of(silent_modules(self._require_twin())))
         self._gaps.close()
         if finished.ran_forward:
             self._notices.give(self._require_twin())
@@ -219,7 +224,7 @@ class Monitor:
 
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
-        self._open, self.recording = None, False
+        self._close_step()
         self._passes.forget()
         self._require_watch().drop_step()
         self._release_reference()
@@ -527,6 +532,18 @@ class Monitor:
         if self._passes.current is not None:
             self._passes.end(output)
 
+    @contextmanager
+    def outside_pass(self, module: torch.nn.Module, output: object) -> Iterator[None]:
+        """Rows in the block are of a module that was called past the model's own forward."""
+        if self._open is not None:
+            self._open.ran_forward = True
+        if self._passes.current is not None or not self.keeps_evaluations_apart:
+            yield
+            return
+        with self._passes.running(module, ()):
+            yield
+            self._passes.end(output)
+
     def follow(self, outputs: Sequence[object]) -> None:
         """A graph of a step function has given ``outputs``."""
         if self._passes.current is not None:
@@ -734,10 +751,14 @@ class Monitor:
                 if self._ranks is not None:
                     self._open.failed = True
                     self._open.join_ranks(self._ranks)
-            self._open, self.recording = None, False
+            self._close_step()
             self._passes.forget()
             self._require_watch().drop_step()
             self._release_reference()
+
+    def _close_step(self) -> None:
+        self._open, self.recording = None, False
+        self._require_twin().end_step()
 
     def _require_step(self, caller: str) -> StepCollector:
         if self._open is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,18 @@ class GatheredStep:
     copies: list[Copies] = field(default_factory=list)
 
 
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """``method``, without keeping its object alive: an optimizer may live longer than a model."""
+    reference = weakref.WeakMethod(method)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def call(*arguments: Any) -> None:
+        if (found := reference()) is not None:
+            found(*arguments)
+
+    return call  # type: ignore[no-any-return]
+
+
 class WatchedOptimizer:
     """Measures gradients and updates around each step of one optimizer.
 
@@ -69,8 +82,8 @@ class WatchedOptimizer:
         self._collector = collector
         self._steps = steps
         self._copies = Copies()
-        self._before = optimizer.register_step_pre_hook(self._before_step)
-        self._after = optimizer.register_step_post_hook(self._after_step)
+        self._before = optimizer.register_step_pre_hook(_weakly(self._before_step))
+        self._after = optimizer.register_step_post_hook(_weakly(self._after_step))
 
     def use_scaler(self, scaler: WatchedScaler) -> None:
         """Take the factor of a scaler out of the gradients."""

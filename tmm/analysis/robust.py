@@ -100,7 +100,7 @@ def jumps_now(
 
 
 def is_above_median(value: float, others: FloatArray) -> bool:
-    """Whether a value is above the median logarithm of the positive, finite ``others``."""
+    """Whether a positive value is above the median of ``others`` that `jumps` judges."""
     with np.errstate(invalid="ignore"):
         judged = others[np.isfinite(others) & (others > 0)]
     middle, below = len(judged) // 2, int((judged < value).sum())

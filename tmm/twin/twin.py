@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,9 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import ATTENTION, VALUE_FAMILY, Measurement, Site
+from tmm.layout import ATTENTION, DIFFERENCE, VALUE_FAMILY, Measurement, Site
 from tmm.metrics import Aggregate, Reduction
-from tmm.naming import unwrapped
+from tmm.naming import display_name, unwrapped
 from tmm.operators import summarize_attention
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
@@ -45,6 +45,7 @@ from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.kept_by_dynamo import KeptByDynamo
 from tmm.twin.notes import Notes
 from tmm.twin.outputs import tensors_in
+from tmm.twin.outside import OutsideCalls
 from tmm.twin.regions import COMPILED_CALL, Region
 from tmm.twin.sampling import Sampling
 from tmm.twin.trace import TraceFolder
@@ -66,6 +67,12 @@ class Recorder(Protocol):
     @property
     def scales_gradients(self) -> bool:
         """Whether gradients carry a scaler's factor."""
+
+    def is_monitoring(self) -> bool:
+        """Whether a forward pass would be measured now."""
+
+    def outside_pass(self, module: torch.nn.Module, output: object) -> AbstractContextManager[None]:
+        """Rows in the block are of a module that was called past the model's own forward."""
 
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
@@ -164,6 +171,8 @@ class Twin:
         self._evaluations = 0
         self._isolation_ids: set[int] = set()
         self._discarding = False
+        self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
+        self._outside = OutsideCalls(self._shows_call, self._show_call)
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
@@ -319,6 +328,7 @@ class Twin:
         outer = _running.set(self)
         frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
+        self._outside.pause()
         self._hooks.watch()
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
@@ -329,6 +339,7 @@ class Twin:
             callback_handler.remove_end_callback(self._end_tracing)
             self._answers.stop()
             self._hooks.remove()
+            self._outside.resume()
             self._frames = frames
             _running.reset(outer)
 
@@ -450,6 +461,57 @@ class Twin:
     def _is_in_function(self) -> bool:
         """Whether a step function is running, and no module that it calls."""
         return len(self._frames) == self._function_depth and not self._discarding
+
+    # Calls past the forward of the model
+
+    def begin_step(self) -> None:
+        """Measure modules that are called by themselves from now on, too."""
+        regions = (self.root, *self.regions)
+        if self._matched[0] is not self.attribution.names:
+            own = {part for region in regions for part in (region.callee, region.holder)}
+            names = self.attribution.names.items()
+            matched = (m for m, name in names if self.measures_output(display_name(name)))
+            self._matched = (self.attribution.names, tuple(m for m in matched if m not in own))
+        # A program that the user compiled has guards on modules with hooks of the user.
+        is_compiled = any(region.settings is not None for region in regions)
+        self._outside.begin(
+            module for module in self._matched[1] if not (is_compiled and module._forward_hooks)
+        )
+
+    def end_step(self) -> None:
+        """Leave the modules as they were."""
+        self._outside.end()
+
+    def measures_output(self, name: str) -> bool:
+        """Whether a rule asks for the output of the module of that name, or for its gradient."""
+        dtypes, families = (torch.float32, torch.complex64), ("activation", GRADIENT)
+        return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
+
+    def _shows_call(self) -> bool:
+        return (
+            _running.get() is None
+            and self.recorder.is_monitoring()
+            and torch._C._current_graph_task_id() == -1  # no repetition for a backward pass
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not torch.jit.is_tracing()
+        )
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _show_call(self, module: torch.nn.Module, output: object) -> None:
+        if self.untraced is not None:
+            self.untraced.ran[module] = None
+        else:
+            self.eager_modules.setdefault(module, unwrapped(self.module))
+        with self.recorder.outside_pass(module, output):
+            for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+                self._add_eagerly(binding, tensor, reduction)
+            if self.plan.spec.measures(GRADIENT):
+                self._probe_eagerly(module, output)
+        name = self.attribution.name(module)
+        if self.comparing is not None and self.plan.select(name, torch.float32, DIFFERENCE):
+            self.attribution.unmeasured[f"{name} against the reference"] = (
+                "it is called past the model's own forward, which the reference repeats"
+            )
 
     # Measuring
 

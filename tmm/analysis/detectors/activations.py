@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.ending import Ending, EndsWith, jumping
 from tmm.analysis.names import metric_of
 from tmm.analysis.recent import Newest
+from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
 from tmm.layout import KeyInfo

@@ -136,9 +136,7 @@ class _Found:
         return first.when + more
 
 
-def _all_found(
-    recorded: Recorded, since: int | None, ranks: Mapping[str, Rank]
-) -> list[_Found]:
+def _all_found(recorded: Recorded, since: int | None, ranks: Mapping[str, Rank]) -> list[_Found]:
     """Everything with evidence, in the order of execution."""
     everything = list(evidence(recorded, ranks))
     losses = any(part == LOSS for part, _ in ranks.values())

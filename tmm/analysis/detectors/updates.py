@@ -54,7 +54,9 @@ def large_updates(
             yield episode.anomaly("update_large", severity, limit, text)
 
 
-def small_updates(recorded: Recorded, *, limit: float = _SMALL, least: int = 10) -> Iterator[Anomaly]:
+def small_updates(
+    recorded: Recorded, *, limit: float = _SMALL, least: int = 10
+) -> Iterator[Anomaly]:
     """Parameters that hardly change: low.
 
     A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row (below ten times that

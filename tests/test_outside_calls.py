@@ -1,0 +1,245 @@
+"""Modules that are called past the model's own forward are measured, or named and warned of."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import tmm
+from tmm.gaps import MonitoringWarning
+from tmm.twin.regions import COMPILED_CALL
+
+SPEC = tmm.Spec(tmm.activation("rms"), tmm.activation_gradient("norm"))
+
+
+class Net(nn.Module):
+    """Leaves its head to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.body(x))
+
+
+class Coder(nn.Module):
+    """Is called by its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.decoder = nn.Linear(8, 8)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)  # type: ignore[no-any-return]
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x))
+
+
+def as_it_is(net: nn.Module) -> nn.Module:
+    return net
+
+
+def whole(net: nn.Module) -> nn.Module:
+    return torch.compile(net, backend="aot_eager")  # type: ignore[return-value]
+
+
+def in_parts(net: Net) -> nn.Module:
+    net.body.compile(backend="aot_eager")
+    return net
+
+
+def with_head(net: Net) -> nn.Module:
+    net.lm_head.compile(backend="aot_eager")
+    return net
+
+
+def chunked(model: nn.Module, net: Net, x: torch.Tensor) -> None:
+    hidden = model(x)
+    for part in hidden.chunk(3):
+        net.lm_head(part).square().sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("prepare", [as_it_is, whole, in_parts, with_head])
+def test_a_head_that_the_loss_calls_in_chunks_is_measured(
+    prepare: Callable[[Net], nn.Module],
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Net().double()
+    x = torch.randn(6, 8, dtype=torch.float64)
+    outputs: list[torch.Tensor] = []
+    plain = copy.deepcopy(net)
+    plain.lm_head.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    chunked(plain, plain, x)
+    model = tmm.instrument(prepare(net), SPEC)
+    monitor = tmm.monitor(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitoringWarning)
+        for step in range(2):
+            net.zero_grad()
+            with monitor.step(step):
+                chunked(model, net, x)
+    found = monitor.get_step_metrics()
+    joined = torch.cat(outputs)
+    assert found["activation/lm_head/rms"] == pytest.approx(
+        joined.square().mean().sqrt().item(), rel=1e-12
+    )
+    assert found["activation_gradient/lm_head/norm"] == pytest.approx(
+        (2 * joined).norm().item(), rel=1e-12
+    )
+    explanation = tmm.explain(model)
+    assert not explanation.unmeasured
+    assert "3 of 3 modules" in str(explanation)
+    assert [part.grad is not None for part in net.parameters()] == [True] * 4
+    for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)  # type: ignore[arg-type]
+    if prepare is not with_head:
+        assert COMPILED_CALL not in vars(net.lm_head)
+
+
+@pytest.mark.parametrize("prepare", [as_it_is, whole])
+def test_parts_that_are_called_by_methods_are_measured(
+    prepare: Callable[[nn.Module], nn.Module],
+) -> None:
+    torch._dynamo.reset()
+    net = Coder()
+    model = tmm.instrument(prepare(net), SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitoringWarning)
+        with monitor.step(0):
+            hidden = net.encode(x)
+            for _ in range(3):  # as when tokens are generated
+                hidden = net.decode(hidden)
+            hidden.sum().backward()
+    found = monitor.get_step_metrics()
+    names = ("encoder", "encoder.0", "encoder.1", "decoder")
+    assert {f"activation/{name}/rms" for name in names} <= found.keys()
+    assert {f"activation_gradient/{name}/norm" for name in names} <= found.keys()
+    explanation = tmm.explain(model)
+    assert list(explanation.unmeasured) == ["[root module]"]
+    assert "not called" in explanation.unmeasured["[root module]"]
+    assert "4 of 5 modules" in str(explanation)
+
+
+def test_what_a_compiled_loss_calls_is_named_and_warned_of_once() -> None:
+    torch._dynamo.reset()
+    net = Net()
+    model = tmm.instrument(whole(net), SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    compilations: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        compilations.append(1)
+        return module.forward
+
+    loss = torch.compile(lambda h: net.lm_head(h).sum(), backend=backend, fullgraph=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            with monitor.step(step):
+                loss(model(x)).backward()
+    (warning,) = (item for item in caught if item.category is MonitoringWarning)
+    assert str(warning.message).startswith("lm_head: matched by a rule, but without rows")
+    assert compilations == [1]  # the user's program is compiled once, whether a step is open or not
+    explanation = tmm.explain(model)
+    assert list(explanation.unmeasured) == ["lm_head"]
+    assert "2 of 3 modules" in str(explanation)
+    assert explanation.rules[0].silent == ("lm_head",)
+    with monitor.step(3):
+        net.lm_head(model(x))
+    assert not tmm.explain(model).unmeasured  # it was called where it can be seen
+
+
+def test_nothing_is_measured_outside_of_steps_or_where_it_is_not_to_be() -> None:
+    net = Net()
+    model = tmm.instrument(net, SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with monitor.step(0):
+        hidden = model(x)
+        with monitor.no_monitor():
+            net.lm_head(hidden * 100)
+        net.lm_head(hidden)
+        shown = vars(net.lm_head)[COMPILED_CALL]
+        twin = copy.deepcopy(net)  # as averages of weights are made
+        again = pickle.loads(pickle.dumps(net.lm_head))
+        assert COMPILED_CALL not in vars(twin.lm_head)
+        assert COMPILED_CALL not in vars(again)
+        twin.lm_head(hidden * 100)
+    once = monitor.get_step_metrics()["activation/lm_head/rms"]
+    assert COMPILED_CALL not in vars(net.lm_head)
+    net.lm_head(hidden * 100)
+    with pytest.raises(KeyError), monitor.step(1):
+        raise KeyError
+    assert COMPILED_CALL not in vars(net.lm_head)
+    assert once == pytest.approx(net.lm_head(hidden).square().mean().sqrt().item(), rel=1e-5)
+    with monitor.step(2):
+        model(x)
+        net.lm_head(hidden)
+        assert vars(net.lm_head)[COMPILED_CALL] is shown  # programs may have a guard on it
+    tmm.remove(model)
+    assert COMPILED_CALL not in vars(net.lm_head)
+
+
+def test_a_repetition_for_the_backward_pass_does_not_count() -> None:
+    net = Net()
+    model = tmm.instrument(
+        net, tmm.Spec(tmm.activation(count=lambda x: torch.ones_like(x).sum(), aggregate="sum"))
+    )
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with monitor.step(0):
+        checkpoint(net.lm_head, model(x), use_reentrant=False).sum().backward()
+    assert monitor.get_step_metrics()["activation/lm_head/count"] == 12
+
+
+def test_transformed_calls_run_as_they_did() -> None:
+    net = Net()
+    model = tmm.instrument(net, SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with monitor.step(0):
+        hidden = model(x).detach()
+        mapped = torch.func.vmap(net.lm_head)(hidden)
+    torch.testing.assert_close(mapped, net.lm_head(hidden))
+    assert "lm_head" in tmm.explain(model).unmeasured
+
+
+class Healthy(nn.Module):
+    """Has containers, a branch that is not taken and an attention that uses its child's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.heads = nn.ModuleDict({"a": nn.Linear(8, 2), "b": nn.Linear(8, 2)})
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        x, _ = self.attention(x, x, x)
+        return self.heads["a"](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prepare", [as_it_is, whole])
+def test_a_healthy_model_raises_no_warning(prepare: Callable[[nn.Module], nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = tmm.instrument(prepare(Healthy()), tmm.Spec(tmm.activation("rms")))
+    monitor = tmm.monitor(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitoringWarning)
+        with monitor.step(0):
+            model(torch.randn(2, 3, 8)).sum().backward()
+    assert set(tmm.explain(model).unmeasured) == {"heads.b", "attention.out_proj"}
