@@ -95,7 +95,7 @@ class Explanation:
         unmeasured = attribution.unmeasured | _compiled_methods(twin) | _eager_attention(twin)
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
-            unmeasured |= twin.untraced.bypassed()
+            unmeasured |= twin.untraced.uncalled.bypassed()
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -123,7 +123,7 @@ class Explanation:
             eager=eager,
             unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
-            not_called={} if twin.untraced is None else twin.untraced.not_called(),
+            not_called={} if twin.untraced is None else twin.untraced.uncalled.idle(),
         )
 
     def __str__(self) -> str:
