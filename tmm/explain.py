@@ -106,7 +106,7 @@ class Explanation:
         unmeasured |= _compiled_methods(twin) | _eager_attention(twin)
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
-            unmeasured |= twin.untraced.bypassed()
+            unmeasured |= twin.untraced.uncalled.bypassed()
         else:
             unmeasured |= silent
         return Explanation(
@@ -139,7 +139,7 @@ class Explanation:
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
             untold=tuple(twin.notes.texts),
-            not_called={} if twin.untraced is None else twin.untraced.not_called(),
+            not_called={} if twin.untraced is None else twin.untraced.uncalled.idle(),
         )
 
     def __str__(self) -> str:

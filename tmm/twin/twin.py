@@ -211,7 +211,7 @@ class Twin:
                 output = self.own_programs[region](*args, **kwargs)
                 if region.module is not None and region.attribute == COMPILED_CALL:
                     untraced.leave(region.module, output)  # the call itself was seen by nobody
-                untraced.look_through(output)
+                untraced.uncalled.look_through(output)
         finally:
             _running.reset(outer)
         return output, measured.fault

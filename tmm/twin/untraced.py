@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,13 +22,12 @@ from tmm.twin.attribution import Attribution
 from tmm.twin.module_calls import ModuleCalls
 from tmm.twin.outputs import tensors_in
 from tmm.twin.packing import RowPacker, Rows, Wanted
+from tmm.twin.uncalled import Uncalled
 
 if TYPE_CHECKING:
     from tmm.twin.twin import GradientSink, Recorder
 
 _FAMILIES = ("activation", GRADIENT)
-_MOST_WALKS = 4
-"""Passes whose autograd graph is looked through for parameters that are used without a call."""
 
 
 class Pass:
@@ -56,8 +55,9 @@ class Untraced:
     What it does to a pass is none of the program's business: its faults come after the pass, and
     modes and transforms that the program runs under do not see it.
 
-    ``ran`` are the modules that were called so far. ``is_running`` tells whether a pass is under
-    way in this context, ``is_step_function`` that a pass may hold its own backward pass.
+    ``ran`` are the modules that were called so far, ``uncalled`` tells of the others.
+    ``is_running`` tells whether a pass is under way in this context, ``is_step_function`` that a
+    pass may hold its own backward pass.
     """
 
     def __init__(
@@ -83,8 +83,7 @@ class Untraced:
         self._pass: Pass | None = None
         self._repeated: Pass | None = None
         self._has_started = False
-        self._walks = 0
-        self._used_without_call: dict[torch.nn.Module, None] = {}
+        self.uncalled = Uncalled(attribution, self._modules, self.ran)
 
     @contextmanager
     def forward(self, *, is_measured: bool) -> Iterator[Pass]:
@@ -127,22 +126,6 @@ class Untraced:
         except Exception as error:  # the program goes on
             current.fault = error
 
-    def bypassed(self) -> dict[str, str]:
-        """Modules that took part without being called, hence have no rows; with the reason."""
-        return {
-            display_name(self._modules[module]): reason
-            for module in self._not_called()
-            if (reason := self._why_not_called(module)) is not None
-        }
-
-    def not_called(self) -> dict[str, str]:
-        """The others that are to be measured and were not called so far, with the reason."""
-        return {
-            display_name(self._modules[module]): self._why_idle(module)
-            for module in self._not_called()
-            if self._why_not_called(module) is None
-        }
-
     def close(self) -> None:
         """Hold on to no module."""
         self.rest()
@@ -162,70 +145,17 @@ class Untraced:
             return
         self._attribution.refresh()
         self.close()
-        self._modules = {
-            module: name
+        self._modules.clear()
+        self._modules.update(
+            (module, name)
             for module, name in self._attribution.names.items()
             if self._is_asked_for(display_name(name))
-        }
+        )
 
     def _is_asked_for(self, name: str) -> bool:
         plan = self._attribution.plan
         dtypes = (torch.float32, torch.complex64)
         return any(plan.select(name, dtype, family) for dtype in dtypes for family in _FAMILIES)
-
-    def _not_called(self) -> Iterator[torch.nn.Module]:
-        for module in self._modules if self.ran else ():
-            if module not in self.ran and type(module).forward is not torch.nn.Module.forward:
-                yield module
-
-    def _why_not_called(self, module: torch.nn.Module) -> str | None:
-        for outer in self._around(module):
-            if isinstance(outer, torch.nn.TransformerEncoderLayer) and not outer.training:
-                name = self._attribution.name(outer)
-                return f"torch computes {name} as a whole in its fast path, without calling it"
-        if module in self._used_without_call and not self._attention_around(module):
-            return (
-                "its parameters were used, but no call of it was seen: its forward is called"
-                " directly, or by a function that is compiled by itself"
-            )
-        return None
-
-    def _why_idle(self, module: torch.nn.Module) -> str:
-        if (name := self._attention_around(module)) is not None:
-            return f"{name} uses its parameters without ever calling it"
-        return "it has not run in a monitored step"
-
-    def _attention_around(self, module: torch.nn.Module) -> str | None:
-        for outer in self._around(module):
-            if isinstance(outer, torch.nn.MultiheadAttention):
-                return self._attribution.name(outer)
-        return None
-
-    def _around(self, module: torch.nn.Module) -> Iterator[torch.nn.Module]:
-        """The modules that ``module`` is in."""
-        name = self._modules[module]
-        for outer, prefix in self._attribution.names.items():
-            if outer is not module and name.startswith(f"{prefix}." if prefix else ""):
-                yield outer
-
-    def look_through(self, output: object) -> None:
-        """Find modules whose parameters a pass used without a call, from what it gave back."""
-        owners = {
-            parameter: module
-            for module in self._not_called()
-            for parameter in module.parameters(recurse=False)
-        }
-        if self._walks == _MOST_WALKS or not owners or not torch.is_grad_enabled():
-            return
-        self._walks += 1
-        try:
-            with apart_from_the_program():
-                used = parameters_behind([tensor for _, tensor in tensors_in(output)])
-        except RuntimeError:
-            return  # a view that must not be used any more
-        self._used_without_call.update(
-            (module, None) for parameter, module in owners.items() if parameter in used
-        )
 
     # Measuring
 
@@ -385,18 +315,3 @@ def _rows_of_gradient(
 def is_repeating() -> bool:
     """Whether activation checkpointing repeats a part of a forward pass in the backward pass."""
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-
-
-def parameters_behind(tensors: Iterable[torch.Tensor]) -> set[torch.Tensor]:
-    """The leaves of the autograd graph that computed ``tensors``."""
-    waiting = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen, leaves = set(waiting), set()
-    while waiting:
-        node = waiting.pop()
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.add(leaf)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return leaves
