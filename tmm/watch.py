@@ -57,10 +57,12 @@ class Watch:
         """Watch an optimizer; errors as of ``Monitor.watch``."""
         inside = unwrapped(optimizer)
         if not inside:
+            # Optimizers that are not initialized cannot be printed.
+            kind = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else repr(optimizer)
             raise TypeError(
-                f"optimizer= of type {type(optimizer).__name__} is not a torch.optim.Optimizer that"
-                " calls its step hooks, and keeps none in its attributes; hand over the optimizer"
-                " whose step changes the parameters"
+                f"optimizer={kind} is not a torch.optim.Optimizer that calls its step hooks, and"
+                " keeps none in its attributes; hand over the optimizer whose step changes the"
+                " parameters"
             )
         if scaler is not None and not isinstance(scaler, GradScaler):
             raise TypeError(f"scaler={scaler!r} is not a torch.amp.GradScaler")

@@ -205,11 +205,11 @@ class LiveRun:
         try:
             if optimizer is not None:
                 monitor.watch(optimizer, scaler)
+            elif monitor.watches_optimizers:
+                self._finder = OptimizerFinder(monitor, scaler)
         except BaseException:
             remove(watched)
             raise
-        if optimizer is None and monitor.watches_optimizers:
-            self._finder = OptimizerFinder(monitor, scaler)
         self._begin_monitored()
         return watched
 
