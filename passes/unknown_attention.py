@@ -38,9 +38,13 @@ _NO_HEADS = "written out by hand; which dimension has the heads is not known"
 
 @dataclass(frozen=True)
 class _Trail:
-    """How a tensor came from a product of two activations: by which operations, in order."""
+    """How a tensor came from a product: by which operations, in order.
+
+    ``is_direct`` tells that the product is of two activations and that no layer came after it.
+    """
 
     product: Node
+    is_direct: bool = True
     operations: tuple[str, ...] = ()
     softmax: Node | None = None
     normalizes: bool = False
@@ -107,7 +111,7 @@ def _weights(
         return None
     for place, (weights, values) in enumerate((factors, factors[::-1])):
         trail = trails.get(weights)
-        if trail is None or values not in activations or not trail.bends:
+        if trail is None or values not in activations or not (trail.bends and trail.is_direct):
             continue
         # Activations that are no weights may stand on the right of a product.
         if place == 0 or trail.normalizes:
@@ -118,7 +122,7 @@ def _weights(
 def _trail(node: Node, trails: dict[Node, _Trail], activations: Collection[Node]) -> _Trail | None:
     factors = _factors(node)
     if factors is not None and factors[1] in activations:
-        return _Trail(node)
+        return _Trail(node, is_direct=factors[0] in activations)
     name, example = _name(node), node.meta.get("example_value")
     if isinstance(example, torch.Tensor) and not example.is_floating_point():
         return None  # a mask, say
@@ -126,8 +130,10 @@ def _trail(node: Node, trails: dict[Node, _Trail], activations: Collection[Node]
     if not found or any(part in name for part in _OTHERS):
         return None
     trail = next((trail for trail in found if trail.bends), found[0])
+    is_layer = factors is not None or "conv" in name or "norm" in name
     return replace(
         trail,
+        is_direct=trail.is_direct and not is_layer,
         operations=(*trail.operations, name)[:_LONGEST_TRAIL],
         softmax=node if "softmax" in name or is_softmax(node) else trail.softmax,
         normalizes=trail.normalizes or any(part in name for part in _NORMALIZING),

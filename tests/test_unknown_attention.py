@@ -192,7 +192,15 @@ def contrastive(net: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
     return loss - (torch.eye(6) * torch.log_softmax(logits, -1)).sum(1).mean()
 
 
+def scan(net: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A product whose layer makes the step sizes of another one, as in Mamba."""
+    steps = functional.softplus(net.router @ q.mT).mT
+    states = q @ k.mT @ v
+    return functional.softplus(functional.linear(states, net.router)) @ k.mT * steps.mean()
+
+
 OTHERS: dict[str, Call] = {
+    "scans": scan,
     "layers": lambda net, q, k, v: torch.relu(q @ net.first[0]) @ net.second[0],
     "a gated layer": lambda net, q, k, v: torch.sigmoid(q @ net.router) * k @ net.router,
     "experts": expert_layer,
