@@ -56,9 +56,9 @@ class Reference:
         key = id(own)
         if key in self._here:
             return self._here[key]
-        name, _ = self._names.get(key, ("", None))
-        kept = self._kept.get(name)
-        assert isinstance(own, torch.Tensor) or kept is None
+        if key not in self._names or not isinstance(own, torch.Tensor):
+            return None
+        kept = self._kept.get(self._names[key][0])
         if kept is None or kept.shape != own.shape:
             shared, version = self._shared.get(key, (None, 0))
             return shared.detach() if shared is own and own._version == version else None

@@ -190,8 +190,11 @@ class Follower(TorchDispatchMode):
         if storage in self._storages:
             return
         known = self._known(tensor)
-        is_shared = known is None or known.untyped_storage()._cdata == storage
-        if is_shared or self.reference.keeps(known):
+        if (
+            known is None
+            or known.untyped_storage()._cdata == storage
+            or self.reference.keeps(known)
+        ):
             self._stop_sharing(tensor)
 
     def _stop_sharing(self, tensor: torch.Tensor) -> None:
