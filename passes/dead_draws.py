@@ -247,9 +247,7 @@ class _WatchDraws(TorchDispatchMode):
         super().__init__()
         self.has_seen_one = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         is_known = func.namespace in _KNOWN_NAMESPACES
         if not is_known or torch.Tag.nondeterministic_seeded in func.tags:
             self.has_seen_one = True

@@ -217,5 +217,7 @@ def test_a_graph_without_unused_draws_is_left_alone() -> None:
     graph = trace(module, X)
     before = text(graph)
     options = measure(module, "rms")
-    assert remove_dead_marks(graph, options=DeadMarkOptions(options.modules, [options.select])) == ()
+    assert (
+        remove_dead_marks(graph, options=DeadMarkOptions(options.modules, [options.select])) == ()
+    )
     assert text(graph) == before

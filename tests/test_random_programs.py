@@ -90,7 +90,9 @@ class Eager:
     def expected(self) -> dict[str, Any]:
         wanted = self.values.expected(METRICS, largest=largest)
         recorded = self.recorded.expected(("mean",)).items()
-        return wanted | {k.removeprefix("activation/").removesuffix("/mean"): v for k, v in recorded}
+        return wanted | {
+            k.removeprefix("activation/").removesuffix("/mean"): v for k, v in recorded
+        }
 
     def expected_gradients(self) -> dict[str, Any]:
         values = self.gradients.expected(GRADIENTS).items()
