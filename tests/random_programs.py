@@ -114,9 +114,16 @@ class Program:
         name = f"<program {self.seed}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
         known = {
-            **{"torch": torch, "nn": nn, "functional": functional, "checkpoint": checkpoint},
-            **{"Image": Image, "Part": Part, "first": first, "record": record},
-            **{"WIDTH": WIDTH, "CHANNELS": CHANNELS},
+            "torch": torch,
+            "nn": nn,
+            "functional": functional,
+            "checkpoint": checkpoint,
+            "Image": Image,
+            "Part": Part,
+            "first": first,
+            "record": record,
+            "WIDTH": WIDTH,
+            "CHANNELS": CHANNELS,
         }
         exec(compile(self.source, name, "exec"), known)
         torch.manual_seed(self.seed)

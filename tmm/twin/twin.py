@@ -484,7 +484,7 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
 
 
 def _is_batched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is one of those that torch.func.vmap stands for, inside of other wrappers."""
+    """Whether torch.func.vmap runs over a tensor, which other transforms may have wrapped."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
