@@ -531,3 +531,66 @@ def test_checkpoints_repeat_their_dropouts(use_reentrant: bool, mode: str) -> No
     monitored, values = run(tmm.activation("norm", "zero_fraction"))
     assert all(map(torch.equal, plain, monitored))
     assert values["activation/block/norm"] == pytest.approx(plain[0].norm().item(), rel=1e-5)
+
+
+class Failing:
+    """A metric function, or an aggregate, that works a few times only."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise OverflowError("the metric's own")
+        return x.abs().mean()
+
+
+class NormOutside(nn.Module):
+    """Its norm, outside of all graphs, writes buffers: no forward pass of it can be repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.outside(x))
+
+    @torch.compiler.disable
+    def outside(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda f: tmm.activation(f=f, trace=False),
+        lambda f: tmm.activation_gradient(f=f, modules="norm"),
+        lambda f: tmm.activation(rows=row_norms, aggregate=f, modules="last"),
+        lambda f: tmm.gradient(f=f),
+        lambda f: tmm.parameter(f=f),
+        lambda f: tmm.update(f=f),
+    ],
+)
+def test_a_metric_that_fails_later_ends_no_training(rule: Any) -> None:
+    def run(*rules: tmm.Rule) -> dict[str, torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        module = NormOutside()
+        model = torch.compile(module, backend="eager")
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        if rules:
+            tmm.instrument(model, tmm.Spec(*rules))
+            tmm.monitor(model).watch(optimizer)
+        for step in range(9):
+            with tmm.monitor(model).step(step) if rules else contextlib.nullcontext():
+                model(VECTORS[step % 4]).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return module.state_dict()
+
+    plain = run()
+    with pytest.warns(tmm.gaps.MonitoringWarning, match="the training goes on") as caught:
+        monitored = run(rule(Failing(5)), tmm.activation("rms"))
+    assert not differences(plain, monitored)
+    assert len([w for w in caught if w.category is tmm.gaps.MonitoringWarning]) == 1

@@ -745,7 +745,7 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
 
 
 def _is_batched(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for several inside of torch.func.vmap."""
+    """Whether torch.func.vmap runs over a tensor, which other transforms may have wrapped."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
