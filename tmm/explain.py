@@ -10,7 +10,7 @@ import torch
 
 from tmm.layout import VALUE_FAMILY
 from tmm.naming import display_name
-from tmm.silent import silent_modules
+from tmm.silent import silent_modules, used
 from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
@@ -67,6 +67,7 @@ class Explanation:
         unmeasured: what has no rows, with the reason.
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
+        not_called: the matched modules of which no call was seen that gave a tensor.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -79,6 +80,7 @@ class Explanation:
     eager: dict[str, str]
     unmeasured: dict[str, str]
     by_rank: dict[str, str] = field(default_factory=dict)
+    not_called: tuple[str, ...] = ()
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -119,10 +121,11 @@ class Explanation:
             recorded=tuple(twin.values.reductions),
             eager=eager,
             unmeasured=attribution.unmeasured
-            | silent
+            | used(silent)
             | _compiled_methods(twin)
             | _eager_attention(twin),
             by_rank=dict(attribution.by_rank),
+            not_called=tuple(name for name in silent if name not in used(silent)),
         )
 
     def __str__(self) -> str:
@@ -166,7 +169,7 @@ class Explanation:
                 rest = len(rule.silent) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
                 lines.append(
-                    f"    matched, but without rows: {', '.join(rule.silent[:_SHOWN])}{more}"
+                    f"    matched, but not called in a step: {', '.join(rule.silent[:_SHOWN])}{more}"
                 )
             if rule.others:
                 rest = len(rule.others) - _SHOWN
