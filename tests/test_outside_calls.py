@@ -133,7 +133,7 @@ def test_parts_that_are_called_by_methods_are_measured(
     explanation = tmm.explain(model)
     assert not explanation.unmeasured
     assert explanation.not_called == ("[root module]",)
-    assert "not called in a step: [root module]" in str(explanation)
+    assert "matched, no call seen: [root module]" in str(explanation)
     assert "4 of 5 modules" in str(explanation)
 
 

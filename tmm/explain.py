@@ -168,9 +168,7 @@ class Explanation:
             if rule.silent:
                 rest = len(rule.silent) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
-                lines.append(
-                    f"    matched, but not called in a step: {', '.join(rule.silent[:_SHOWN])}{more}"
-                )
+                lines.append(f"    matched, no call seen: {', '.join(rule.silent[:_SHOWN])}{more}")
             if rule.others:
                 rest = len(rule.others) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
