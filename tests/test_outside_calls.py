@@ -131,8 +131,9 @@ def test_parts_that_are_called_by_methods_are_measured(
     assert {f"activation/{name}/rms" for name in names} <= found.keys()
     assert {f"activation_gradient/{name}/norm" for name in names} <= found.keys()
     explanation = tmm.explain(model)
-    assert list(explanation.unmeasured) == ["[root module]"]
-    assert "not called" in explanation.unmeasured["[root module]"]
+    assert not explanation.unmeasured
+    assert list(explanation.not_called) == ["[root module]"]
+    assert "matched, no call seen: [root module]" in str(explanation)
     assert "4 of 5 modules" in str(explanation)
 
 
@@ -214,7 +215,7 @@ def test_transformed_calls_run_as_they_did() -> None:
         hidden = model(x).detach()
         mapped = torch.func.vmap(net.lm_head)(hidden)
     torch.testing.assert_close(mapped, net.lm_head(hidden))
-    assert "lm_head" in tmm.explain(model).unmeasured
+    assert "lm_head" in tmm.explain(model).not_called
 
 
 class Healthy(nn.Module):
@@ -242,4 +243,5 @@ def test_a_healthy_model_raises_no_warning(prepare: Callable[[nn.Module], nn.Mod
         warnings.simplefilter("error", MonitoringWarning)
         with monitor.step(0):
             model(torch.randn(2, 3, 8)).sum().backward()
-    assert set(tmm.explain(model).unmeasured) == {"heads.b", "attention.out_proj"}
+    assert not tmm.explain(model).unmeasured
+    assert list(tmm.explain(model).not_called) == ["heads.b", "attention.out_proj"]

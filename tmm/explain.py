@@ -10,7 +10,7 @@ import torch
 
 from tmm.layout import VALUE_FAMILY
 from tmm.naming import display_name
-from tmm.silent import silent_modules
+from tmm.silent import silent_modules, used
 from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
 from tmm.twin.twin import Twin
@@ -72,8 +72,8 @@ class Explanation:
             the reason why rows are not joined.
         notes: what rows are of, where their names do not tell it: those of a family, or of a site.
         untold: what could not be told of the model, with the reason; rows do not depend on it.
-        not_called: of a model that is not compiled, the modules that were to be measured and that
-            nothing has called in a monitored step so far, with the reason.
+        not_called: the matched modules of which no call was seen that gave a tensor, with the
+            reason.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -107,8 +107,10 @@ class Explanation:
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
             unmeasured |= twin.untraced.uncalled.bypassed()
+            not_called = twin.untraced.uncalled.idle()
         else:
-            unmeasured |= silent
+            unmeasured |= used(silent)
+            not_called = {name: why for name, why in silent.items() if name not in used(silent)}
         return Explanation(
             modules=tuple(
                 ModuleReport(
@@ -139,7 +141,7 @@ class Explanation:
             by_rank=dict(attribution.by_rank),
             notes=attribution.notes,
             untold=tuple(twin.notes.texts),
-            not_called={} if twin.untraced is None else twin.untraced.uncalled.idle(),
+            not_called=not_called,
         )
 
     def __str__(self) -> str:
@@ -190,9 +192,7 @@ class Explanation:
             if rule.silent:
                 rest = len(rule.silent) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
-                lines.append(
-                    f"    matched, but without rows: {', '.join(rule.silent[:_SHOWN])}{more}"
-                )
+                lines.append(f"    matched, no call seen: {', '.join(rule.silent[:_SHOWN])}{more}")
             if rule.others:
                 rest = len(rule.others) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""

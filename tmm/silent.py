@@ -35,9 +35,14 @@ def silent_modules(twin: Twin) -> dict[str, str]:
     return found
 
 
+def used(silent: dict[str, str]) -> dict[str, str]:
+    """Those that were used all the same."""
+    return {name: reason for name, reason in silent.items() if reason is _UNSEEN}
+
+
 def warning_of(silent: dict[str, str]) -> str | None:
     """What a user should know of them at once; nothing of modules that were just not called."""
-    names = [name for name, reason in silent.items() if reason is _UNSEEN]
+    names = list(used(silent))
     if not names:
         return None
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
