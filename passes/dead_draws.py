@@ -37,7 +37,10 @@ _FILLING = (
     *("copy_", "zero_", "fill_", "bernoulli_", "cauchy_", "exponential_", "geometric_"),
     *("log_normal_", "normal_", "random_", "uniform_"),
 )
-_NORMALIZATIONS = {functional.batch_norm: "training", functional.instance_norm: "use_input_stats"}
+_NORMALIZATIONS: dict[object, str] = {
+    functional.batch_norm: "training",
+    functional.instance_norm: "use_input_stats",
+}
 _KNOWN_NAMESPACES = ("aten", "prims", "prim")
 
 
@@ -244,7 +247,7 @@ class _WatchDraws(TorchDispatchMode):
     """Sees whether an operation draws; one of a library that is not torch's might."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.has_seen_one = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

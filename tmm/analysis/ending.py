@@ -51,7 +51,7 @@ class Ending:
         """Values of which ``is_sure`` tells whether they are flagged."""
         possible = possible & np.isfinite(newest.values)
         sure = np.zeros(len(newest), dtype=np.bool_)
-        for place in np.flatnonzero(possible):
+        for place in np.flatnonzero(possible).tolist():
             sure[place] = is_sure(newest.series(place))
         return cls(sure, sure)
 

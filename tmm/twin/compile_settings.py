@@ -163,7 +163,7 @@ def compile_separately(
         **limits,
     )
     if has_hooks is not None:
-        context.callback = UsersFrames(context.callback, has_hooks)
+        context.callback = UsersFrames(context.callback, has_hooks)  # type: ignore
     compiled: Callable[..., Any] = context(own)
     return room_for_two(compiled), partial(_forget, code, id(backend))
 

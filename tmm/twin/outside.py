@@ -65,7 +65,7 @@ def _shown(
     shows: Callable[[], bool],
     show: Callable[[torch.nn.Module, object], None],
 ) -> Callable[..., Any]:
-    inner = module._call_impl
+    inner: Callable[..., Any] = module._call_impl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)

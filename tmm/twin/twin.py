@@ -40,7 +40,7 @@ from tmm.twin.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.twin.breaks import GraphBreaks
 from tmm.twin.comparing import Comparing
 from tmm.twin.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
-from tmm.twin.foreign import PASSED_BY
+from tmm.twin.foreign import PASSED_BY, foreign_pass
 from tmm.twin.hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.twin.kept_by_dynamo import KeptByDynamo
 from tmm.twin.notes import Notes
@@ -492,8 +492,7 @@ class Twin:
             _running.get() is None
             and self.recorder.is_monitoring()
             and torch._C._current_graph_task_id() == -1  # no repetition for a backward pass
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and not torch.jit.is_tracing()
+            and foreign_pass() is None
         )
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
