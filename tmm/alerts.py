@@ -21,6 +21,7 @@ from tmm.analysis.registry import (
     found_by,
     in_order,
 )
+from tmm.gaps import levels_to_user
 from tmm.layout import Event, StepRecord, Table
 from tmm.reader import Run
 
@@ -193,7 +194,7 @@ class Alerts:
         elif action == "raise":
             raise AlertError(step, anomalies)
         else:
-            warnings.warn(_message(step, anomalies), AlertWarning, stacklevel=4)
+            warnings.warn(_message(step, anomalies), AlertWarning, stacklevel=levels_to_user())
 
     def _is_new(self, anomaly: Anomaly) -> bool:
         """Whether its episode was not heard of: one that pauses is found with its first step."""

@@ -80,13 +80,13 @@ class Gaps:
                 f"monitoring failed on step {step}, which is not recorded; the training goes on."
                 f" {words(error)}",
                 MonitoringWarning,
-                stacklevel=4,
+                stacklevel=levels_to_user(),
             )
 
     def warn_of_silent(self, text: str | None) -> None:
         """Warn of matched modules without rows, where there is something to say."""
         if text is not None:
-            warnings.warn(text, MonitoringWarning, stacklevel=4)
+            warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())
 
     def warn_of_missed_forward(self, step: int, hint: str) -> None:
         """Warn, once, that no forward pass ran in a monitored step, and what to do."""
@@ -96,14 +96,14 @@ class Gaps:
                 f"no forward pass of the instrumented model ran in the monitored step {step}, so"
                 f" that nothing of one was measured. {hint}",
                 MonitoringWarning,
-                stacklevel=4,
+                stacklevel=levels_to_user(),
             )
 
     def warn_once(self, kind: str, text: str) -> None:
         """Warn, once of a kind, of what leaves rows out or makes them less than they seem."""
         if kind not in self._told:
             self._told.add(kind)
-            warnings.warn(text, MonitoringWarning, stacklevel=_levels_to_user())
+            warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())
 
     def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
         """Warn that a forward pass was traced or transformed instead of trained on."""
@@ -112,7 +112,7 @@ class Gaps:
             f" {foreign}; tmm runs such passes as they are and measures nothing of them. Put them"
             " into a block `with monitor.no_monitor():` to say that this is meant",
             MonitoringWarning,
-            stacklevel=4,
+            stacklevel=levels_to_user(),
         )
 
 
@@ -124,8 +124,8 @@ def words(error: BaseException) -> str:
         return f"{type(error).__name__}, whose message cannot be written"
 
 
-def _levels_to_user() -> int:
-    """How far up the stack the caller's caller is that is no part of this package."""
+def levels_to_user() -> int:
+    """How far up the stack the first frame is that is the user's."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -133,4 +133,5 @@ def _levels_to_user() -> int:
 
 
 def _is_own(module: str) -> bool:
-    return module.partition(".")[0] == "tmm" or module == "contextlib"  # of `with monitor.step()`
+    # contextlib is that of `with monitor.step()`, torch that of calls of a module and of hooks.
+    return module.partition(".")[0] in ("tmm", "torch", "contextlib")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import MonitoringWarning, levels_to_user
 from tmm.layout import ATTENTION
 from tmm.twin.twin import Twin
 
@@ -38,7 +38,7 @@ class Notices:
             warnings.warn(
                 f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)",
                 MonitoringWarning,
-                stacklevel=4,
+                stacklevel=levels_to_user(),
             )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import MonitoringWarning, levels_to_user
 from tmm.instrument import instrument, remove
 from tmm.instrument import monitor as monitor_of
 from tmm.monitor import Monitor
@@ -231,4 +231,4 @@ class Session:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, MonitoringWarning, stacklevel=4)
+    warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())

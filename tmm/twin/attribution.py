@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import MonitoringWarning, levels_to_user
 from tmm.layout import (
     ATTENTION,
     ATTENTION_MARK,
@@ -185,7 +185,7 @@ class Attribution:
                 f"{name} cannot be compared with the reference: {reason}. Where that is so it has"
                 " no rows; tmm.explain(model).unmeasured lists what has none, and why",
                 MonitoringWarning,
-                stacklevel=2,
+                stacklevel=levels_to_user(),
             )
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:

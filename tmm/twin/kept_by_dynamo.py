@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import linecache
 import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch._dynamo.guards import CheckFunctionManager
+from torch.fx import graph_module
 
 
 class KeptByDynamo:
@@ -16,12 +18,15 @@ class KeptByDynamo:
     With a code object it keeps what it compiled, which refers to the code in turn, where no garbage
     collector sees it. And whatever a guard compares by identity carries a finalizer that refers to
     all guards of its program: if that is a class or a function, for as long as the process runs.
+    The source of each graph stays, too, for tracebacks.
     """
 
     def __init__(self) -> None:
         self._forgetters: list[Callable[[], None]] = []
         self._finalizers: list[weakref.finalize[[], Any]] = []
         self._marker: weakref.finalize[[], Any] | None = None
+        self._sources: list[str] = []
+        self._known_sources = 0
 
     def add(self, forget: Callable[[], None]) -> None:
         """Know what lets Dynamo forget a program."""
@@ -30,9 +35,11 @@ class KeptByDynamo:
     def begin(self) -> None:
         """Dynamo begins to compile one of the programs, or a frame that it calls."""
         self._marker = weakref.finalize(self, _nothing)
+        self._known_sources = len(_sources())
 
     def end(self) -> None:
         """Dynamo has compiled it."""
+        self._sources += list(_sources())[self._known_sources :]
         marker, self._marker = self._marker, None
         # In the order in which they came.
         everything: dict[weakref.finalize[[], Any], object]
@@ -54,11 +61,21 @@ class KeptByDynamo:
             finalizer()  # as if the object had gone: what was compiled is invalid
         for forget in forgetters:
             forget()
+        sources, self._sources = self._sources, []
+        for name in sources:
+            _sources().pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 def _is_of_guards(function: object) -> bool:
     method = function.func if isinstance(function, partial) else function
     return isinstance(getattr(method, "__self__", None), CheckFunctionManager)
+
+
+def _sources() -> dict[str, str]:
+    """The source of each graph, by the name of the file that it pretends to be in."""
+    kept: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
+    return kept
 
 
 def _nothing() -> None:
