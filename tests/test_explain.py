@@ -279,7 +279,7 @@ def test_what_only_explains_does_not_break_a_step(
         model(x)
     rms = module[0](x).detach().square().mean().sqrt().item()
     assert monitor.get_step_metrics()["activation/0/rms"] == pytest.approx(rms, rel=1e-6)
-    notes = tmm.explain(model).notes
+    notes = tmm.explain(model).untold
     assert any("graph 0, of [root module]: AttributeError: no name" in note for note in notes)
     assert any("explain.txt" in note for note in notes)
     monkeypatch.undo()

@@ -121,7 +121,8 @@ def test_what_one_rank_leaves_out_all_leave_out() -> None:
     """The rows of the other ranks would be those of a part of the batch."""
     reduction = Reduction(("norm",), ("count", "sum_squares"))
     rows = {reduction: [(("kept", "lost"), np.ones((2, 2)))]}
-    own = Gathered(rows, {(reduction, "lost"): []}, {}, frozenset({"lost"}))
+    collected = {(reduction, "lost"): []}
+    own = Gathered(rows, collected, {}, left_out=frozenset({"lost"}))
     theirs = Gathered(rows, {}, {})
     contributions = [contribution_of(gathered).rows for gathered in (own, theirs)]
     kinds = dict.fromkeys(kind for some in contributions for kind in some)

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tmm.autograd import has_storage, is_in_autograd_function, reaches_parameters, tensors_within
+from tmm.twin.apart import apart_from_the_program
 
 EVALUATIONS = "forward passes of evaluations"
 KEPT_APART = (
@@ -165,11 +166,12 @@ class ForwardPasses:
             begun.has_gradients = True
             begun.backward = _PARAMETERS if begun.is_training else 0
         if self._outputs:
-            for tensor in tensors_within(inputs):
-                if has_storage(tensor):
-                    made = self._outputs.get(tensor.untyped_storage()._cdata)
-                    if made is not None:
-                        begun.read.add(made[1])
+            with apart_from_the_program():
+                for tensor in tensors_within(inputs):
+                    if has_storage(tensor):
+                        made = self._outputs.get(tensor.untyped_storage()._cdata)
+                        if made is not None:
+                            begun.read.add(made[1])
         self._passes.append(begun)
         if begun.has_gradients and begun.is_training and module is not None:
             self._in_training.add(module)
@@ -178,6 +180,10 @@ class ForwardPasses:
 
     def end(self, output: object) -> None:
         """The current pass has given ``output``."""
+        with apart_from_the_program():
+            self._end(output)
+
+    def _end(self, output: object) -> None:
         ended = self.current
         assert ended is not None
         tensors = list(tensors_within(output))
@@ -286,6 +292,7 @@ def _note_backward(
 ) -> Callable[[tuple[torch.Tensor, ...]], None]:
     def note(gradients: tuple[torch.Tensor, ...]) -> None:
         if followed.backward != _PARAMETERS:
-            followed.backward = _PARAMETERS if reaches_parameters(module) else _BACKWARD
+            with apart_from_the_program():
+                followed.backward = _PARAMETERS if reaches_parameters(module) else _BACKWARD
 
     return note

@@ -33,6 +33,7 @@ from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.silent import silent_modules, warning_of
 from tmm.spec import ReferenceSource, Spec, check_reference
+from tmm.twin.apart import apart_from_the_program
 from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
@@ -573,9 +574,12 @@ class Monitor:
         """
         collector, passes, module = self._open, self._passes, region.module
         assert collector is not None
-        if (foreign := foreign_inputs(args, kwargs)) is not None:
+        with apart_from_the_program():
+            foreign = foreign_inputs(args, kwargs)
+        if foreign is not None:
             self.pass_by(foreign)
-            return plain(*args, **kwargs)
+            with self.no_monitor():  # nor the modules that it calls
+                return plain(*args, **kwargs)
         if not self.keeps_evaluations_apart:
             return self._run_forward(collector, region, plain, args, kwargs)
         if passes.is_surely_evaluation(module, opened_by_run=self._is_opened_by_run()):

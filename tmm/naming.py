@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
@@ -26,6 +27,12 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
             if inner_or_none is not None:
                 return inner_or_none
     return None
+
+
+def is_container(module: torch.nn.Module) -> bool:
+    """Whether a module has no forward of its own, such as ``torch.nn.ModuleList``."""
+    own = inspect.getattr_static(type(module), "forward", None)  # script modules make theirs up
+    return own is torch.nn.Module.forward and "forward" not in vars(module)
 
 
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:

@@ -162,11 +162,16 @@ class OpenSteps(Generic[Holder, Gathered]):
 
 def _caller() -> FrameType:
     """The frame that called the hook that called a method here."""
-    frame: FrameType | None = sys._getframe(3)
-    while frame is not None and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
-        frame = frame.f_back  # what keeps Dynamo from tracing hooks
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_of_hook(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
     assert frame is not None
     return frame
+
+
+def _is_of_hook(module: str) -> bool:
+    """Whether a frame of ``module`` is ours, or keeps Dynamo from tracing hooks."""
+    return module.partition(".")[0] == "tmm" or module == "torch._dynamo.eval_frame"
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

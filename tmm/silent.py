@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tmm.naming import display_name, unwrapped
+from tmm.naming import display_name, is_container, unwrapped
 from tmm.twin.twin import Twin
 
 _SHOWN = 6  # names in a warning
@@ -25,8 +25,7 @@ def silent_modules(twin: Twin) -> dict[str, str]:
     found = {}
     for module, relative in attribution.names.items():
         name = display_name(relative)
-        is_container = type(module).forward is torch.nn.Module.forward
-        if is_container and "forward" not in vars(module):
+        if is_container(module):
             continue
         if attribution.how_measured(module) or name in known or name in attribution.unmeasured:
             continue

@@ -337,7 +337,7 @@ class Attribution:
         """The site, named as in keys, of what the program shows under a name or a module."""
         if isinstance(owner, str):
             return Site(owner + path, is_shown=True)
-        return Site(self.name(owner), path, is_shown=True)
+        return Site(self.name(owner), path, is_shown=bool(path))  # else it is like an output
 
     def select_shown(self, site: Site, tensor: torch.Tensor) -> list[tuple[Binding, Reduction]]:
         """What to reduce of a tensor that the program shows outside of every graph."""

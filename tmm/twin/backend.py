@@ -266,6 +266,7 @@ class MeasuringBackend:
         self.settings = settings
         self.sampling = sampling
         self.handles: list[Handle] = []
+        self._unmeasured: list[Callable[..., Any]] = []  # which handles do not keep alive
 
     def compiler(self) -> Callable[..., Any]:
         """What Dynamo is to call."""
@@ -287,6 +288,7 @@ class MeasuringBackend:
         for handle in self.handles:
             handle.let_go()
         self.handles.clear()
+        self._unmeasured.clear()
 
     def _compile(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
         """A graph that is measured; one as it was traced where only the measuring fails.
@@ -299,7 +301,8 @@ class MeasuringBackend:
             if not self.host.is_bearing:
                 raise
             run = self.settings.backend(module, inputs)  # raises what it raises unmeasured
-            self.handles.append(Handle(partial(self._run_unmeasured, run, error)))
+            self._unmeasured.append(partial(self._run_unmeasured, run, error))
+            self.handles.append(Handle(self._unmeasured[-1]))
             return self.handles[-1]
 
     def _run_unmeasured(

@@ -14,6 +14,9 @@ from tmm.twin.regions import COMPILED_CALL
 Left = Callable[[torch.nn.Module, object], None]
 """Is told of a module and what it gave back."""
 
+Around = Callable[[torch.nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs the call of a module, with its arguments, and gives its output."""
+
 
 class ModuleCalls:
     """Shows what modules give back, in the block of ``shown``.
@@ -23,8 +26,10 @@ class ModuleCalls:
     then; and those that users add later would run after it and could change what was measured.
     """
 
-    def __init__(self, left: Left) -> None:
+    def __init__(self, left: Left, around: Around | None = None) -> None:
+        """With ``around`` calls are made by it, and ``left`` is told of none."""
         self._left = left
+        self._around = around
         self._calls: dict[torch.nn.Module, tuple[object, Callable[..., Any]]] = {}
         self._depth = 0
 
@@ -74,9 +79,11 @@ class ModuleCalls:
 
     def _call(self, module: torch.nn.Module, standing: Any) -> Callable[..., Any]:
         run = module._call_impl if standing is None else standing
-        left = self._left
+        left, around = self._left, self._around
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if around is not None:
+                return around(module, run, args, kwargs)
             output = run(*args, **kwargs)
             left(module, output)
             return output

@@ -207,7 +207,10 @@ class Twin:
         """Run the user's own program of a region, measured; what it gives, and our own fault."""
         outer = _running.set(self)
         try:
-            with untraced.forward(is_measured=not self._discarding) as measured:
+            is_function = region.module is None
+            with untraced.forward(
+                is_measured=not self._discarding, is_function=is_function
+            ) as measured:
                 output = self.own_programs[region](*args, **kwargs)
                 if region.module is not None and region.attribute == COMPILED_CALL:
                     untraced.leave(region.module, output)  # the call itself was seen by nobody
@@ -498,7 +501,7 @@ class Twin:
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _show_call(self, module: torch.nn.Module, output: object) -> None:
         if self.untraced is not None:
-            self.untraced.ran[module] = None
+            self.untraced.note_call(module)
         else:
             self.eager_modules.setdefault(module, unwrapped(self.module))
         with self.recorder.outside_pass(module, output):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 
-from tmm.naming import display_name
+from tmm.naming import display_name, is_container
 from tmm.twin.apart import apart_from_the_program
 from tmm.twin.attribution import Attribution
 from tmm.twin.outputs import tensors_in
@@ -68,7 +68,7 @@ class Uncalled:
 
     def _uncalled(self) -> Iterator[torch.nn.Module]:
         for module in self._modules if self._ran else ():
-            if module not in self._ran and type(module).forward is not torch.nn.Module.forward:
+            if module not in self._ran and not is_container(module):
                 yield module
 
     def _why_bypassed(self, module: torch.nn.Module) -> str | None:

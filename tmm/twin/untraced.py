@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,10 +34,15 @@ class Pass:
     """One forward pass: its rows so far, and what takes those of its gradients.
 
     ``direct`` are rows that were bound by themselves. Nothing is measured after a ``fault``.
-    ``is_repeated`` tells that modules ran without gradients, as in a reentrant checkpoint.
+    ``is_repeated`` tells that modules ran without gradients, as in a reentrant checkpoint. That of
+    a step function holds a pass for each call of a module by the function.
     """
 
-    def __init__(self, sink: GradientSink | None) -> None:
+    def __init__(
+        self, sink: GradientSink | None, *, is_measured: bool, is_function: bool = False
+    ) -> None:
+        self.is_measured = is_measured
+        self.is_function = is_function
         self.rows: Rows = []
         self.direct: list[tuple[Binding, torch.Tensor]] = []
         self.fault: Exception | None = None
@@ -78,42 +83,81 @@ class Untraced:
         self._modules: dict[torch.nn.Module, str] = {}
         self._wanted: dict[tuple[torch.nn.Module, str, torch.dtype, str], tuple[Wanted, ...]] = {}
         self._plain: dict[tuple[torch.nn.Module, torch.dtype], tuple[Wanted, ...]] = {}
+        self._measured: set[tuple[torch.nn.Module, str, torch.dtype, str]] = set()
         self._packer = RowPacker(attribution.bind_layout)
-        self._calls = ModuleCalls(self.leave)
+        self._calls = ModuleCalls(self.leave, self._call if is_step_function else None)
         self._pass: Pass | None = None
         self._repeated: Pass | None = None
         self._has_started = False
         self.uncalled = Uncalled(attribution, self._modules, self.ran)
 
     @contextmanager
-    def forward(self, *, is_measured: bool) -> Iterator[Pass]:
+    def forward(self, *, is_measured: bool, is_function: bool) -> Iterator[Pass]:
         """Measure what runs in the block; the rows count if it comes to its end."""
         with apart_from_the_program():
             self._look_around()
         sink = self._recorder.gradient_sink() if self._measures_gradients and is_measured else None
-        outer, current = self._pass, Pass(sink)
-        self._pass = current
+        current = Pass(sink, is_measured=is_measured, is_function=is_function)
+        outer, self._pass = self._pass, current
         try:
             with self._calls.shown(tuple(self._modules)):
                 yield current
         finally:
             current.is_running = False
             self._pass = outer
-        if is_measured and current.fault is None:
+        self._finish(current)
+        if current.is_repeated and sink is not None:
+            self._calls.keep_shown(tuple(self._modules))
+
+    def _finish(self, current: Pass) -> None:
+        """A pass has come to its end."""
+        if current.is_measured and current.fault is None:
             try:
                 with apart_from_the_program():
                     self._hand_over(current)
             except Exception as error:  # the program goes on
                 current.fault = error
-        if current.is_repeated and sink is not None:
+        if current.is_repeated and current.sink is not None and not current.is_function:
             self._repeated = current
-            self._calls.keep_shown(tuple(self._modules))
+
+    def _call(
+        self,
+        module: torch.nn.Module,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call of a module; one by a step function is a forward pass of its own."""
+        function = self._pass
+        if function is None or not function.is_function or is_in_backward():
+            output = run(*args, **kwargs)
+            self.leave(module, output)
+            return output
+        self._recorder.begin_pass(module, (args, kwargs))
+        sink = None if function.sink is None else self._recorder.gradient_sink()
+        current = self._pass = Pass(sink, is_measured=function.is_measured)
+        try:
+            output = run(*args, **kwargs)
+            self.leave(module, output)
+        finally:
+            current.is_running, self._pass = False, function
+        self._finish(current)
+        function.fault = function.fault or current.fault
+        function.is_repeated |= current.is_repeated
+        self._recorder.end_pass(output)
+        return output
 
     def rest(self) -> None:
         """Leave the modules alone: the step is over, and what it repeats."""
         if self._repeated is not None:
             self._repeated = None
             self._calls.hide()
+
+    def note_call(self, module: torch.nn.Module) -> None:
+        """Know of a call past the model's own forward."""
+        if module not in self.ran:
+            self._look_around()
+            self.ran[module] = None
 
     def do(self, work: Callable[[Pass], None]) -> None:
         """Do something for the pass that is running, if it is to be measured here."""
@@ -132,6 +176,7 @@ class Untraced:
         self._calls.forget()
         self._wanted.clear()
         self._plain.clear()
+        self._measured.clear()
 
     # Modules
 
@@ -162,7 +207,7 @@ class Untraced:
     def leave(self, module: torch.nn.Module, output: object) -> None:
         """Measure what a module gave back."""
         current = self._pass
-        if torch._C._current_graph_task_id() != -1 and is_repeating():
+        if is_repeating():
             # By a checkpoint: only a reentrant one had no gradients before.
             current = current or self._repeated
             if current is not None and current.sink is not None and module in self._modules:
@@ -251,6 +296,9 @@ class Untraced:
             if reason:
                 self._attribution.unmeasured[self._attribution.name(module) + path] = reason
             else:
+                if key not in self._measured:
+                    self._measured.add(key)
+                    self._attribution.note_eager(self._attribution.name(module))
                 if path == "" and family == "activation":
                     self._plain[module, tensor.dtype] = wanted
                 yield tensor, wanted
@@ -260,8 +308,6 @@ class Untraced:
     ) -> tuple[Wanted, ...]:
         site = Site(self._attribution.name(module), path)
         reductions = self._attribution.plan.select(site.module, dtype, family)
-        if reductions:
-            self._attribution.note_eager(site.module)
         return tuple(Wanted(Measurement(family, site, reduction)) for reduction in reductions)
 
     def _reduce_gradient(
@@ -312,6 +358,11 @@ def _rows_of_gradient(
     return [(one, one.row(values)) for one in wanted]
 
 
+def is_in_backward() -> bool:
+    """Whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_repeating() -> bool:
     """Whether activation checkpointing repeats a part of a forward pass in the backward pass."""
-    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+    return is_in_backward() and torch.is_grad_enabled()
