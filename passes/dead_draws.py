@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tmm.passes.edits import example_like
@@ -116,7 +116,7 @@ def _operands(call: Node) -> list[Node]:
 
 def _inputs_of_value(node: Node) -> list[Node]:
     """The arguments whose elements the result depends on, not only their shape."""
-    if not _memory([node]) and _overwritten(node) is None:
+    if not _tensors(node) and _overwritten(node) is None:
         return []  # a size, or a number
     name = str(getattr(node.target, "__name__", node.target))
     if name in _SHAPED:
@@ -201,9 +201,24 @@ def _memory(nodes: Iterable[Node]) -> set[int]:
     return {
         tensor.untyped_storage()._cdata
         for node in nodes
-        for tensor in tree_leaves(node.meta.get("example_value"))
+        for tensor in _plain_tensors(_tensors(node))
         if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided
     }
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _plain_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors that wrappers, such as a ``DTensor``, are made of."""
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            yield from _plain_tensors(getattr(tensor, name) for name in names)
+        else:
+            yield tensor
 
 
 # Whether an operation draws
