@@ -93,8 +93,8 @@ def test_equals_the_training_on_one_process(two: Path, name: str) -> None:
     if name == "blocks":
         assert outputs > parts | {"embedding", "blocks.0", "side", "[root module]"}
     if name == "sequence":
-        assert outputs > {"blocks.0.norm", "side"}
-        assert "blocks.0" not in outputs
+        # Hooks of a compiled block run outside of its graphs: its output comes as a local tensor.
+        assert outputs > {"blocks.0", "blocks.0.norm", "side"}
 
 
 def test_parts_of_different_sizes(two: Path) -> None:

@@ -76,8 +76,10 @@ def exploding_gradients(
                     text += "; it has been large from the first recorded step (is the loss a sum?)"
             if jumped[place]:
                 limit = limit if value > high else factor * usual[place]
+                with np.errstate(over="ignore"):
+                    times = value / usual[place]
                 text += (
-                    f"; it was {number(value / usual[place])} times its median of the"
+                    f"; it was {number(times)} times its median of the"
                     f" {min(place, window)} recorded steps before ({number(usual[place])})"
                 )
             yield episode.anomaly("gradient_explosion", severity, limit, text + ".")
