@@ -495,3 +495,23 @@ def test_each_output_is_read_once() -> None:
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["tmm::summarize"] == 3
     assert calls["tmm::pack"] == 1
+
+
+def test_a_view_whose_base_is_written_to_afterwards_is_measured() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            view = y.view_as(x)
+            y[:, 1] = x[:, 0]
+            return view
+
+    x = torch.randn(3, 8)
+    model = tmm.instrument(Written(), tmm.Spec(tmm.activation_gradient("norm")))
+    with tmm.monitor(model).step(0):  # torch crashes on a hook of such a view
+        model(x).sum().backward()
+    found = tmm.monitor(model).get_step_metrics()["activation_gradient/[root module]/norm"]
+    assert found == pytest.approx(24**0.5)

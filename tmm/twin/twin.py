@@ -618,7 +618,8 @@ class Twin:
                     if given is tensor:
                         name = self.attribution.name(module) + path
                         self.attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
-            elif tensor.requires_grad:
+            elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
+                # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self.recorder.gradient_factor(tensor.device)
                 measure = partial(self._reduce_gradient, sink, binding, reduction, factor)
                 tensor.register_hook(partial(self._guarded, measure))

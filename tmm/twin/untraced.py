@@ -274,7 +274,9 @@ class Untraced:
             device = tensor.device
             if device not in current.factors:
                 current.factors[device] = self._recorder.gradient_factor(device)
-            if tensor.requires_grad:
+            # Of a view whose base was written to, torch makes the node when it is asked for it; it
+            # crashes if a hook comes first.
+            if tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
                 tensor.register_hook(
                     partial(self._reduce_gradient, current, wanted, current.factors[device])
                 )
