@@ -4,67 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import tmm
-from tests.eager_hooks import Recording, assert_agrees, site_names, tolerance, walk
+from tests.eager_hooks import Recording, assert_agrees, tolerance, walk
 from tests.model_zoo import CASES, Batch, noise
 from tests.ways import WAYS, NoBlocksError, Way, call
+from tmm.testing.hooks import gradient_hooks
 
 METRICS = ("rms", "absmax", "mean", "std")
 SPEC = tmm.Spec(tmm.activation_gradient(*METRICS))
 WITHOUT_AOT = ("uncompiled", "eager")
 BOTH = tmm.Spec(tmm.activation_gradient(*METRICS), tmm.activation("rms"))
 VECTORS = noise(6, 8)
-
-
-@contextmanager
-def gradient_hooks(
-    module: nn.Module, recording: Recording, eager: Collection[str]
-) -> Iterator[None]:
-    """Record the gradient of each tensor that each module gives back, as full backward hooks do.
-
-    They pass outputs through an identity and see the gradient that comes back through it, not
-    that of what the module itself went on to do with the tensor. Theirs is a view, with which
-    models that work in place fail; here it is a copy. Of the ``eager`` modules, which ran outside
-    of graphs, it is the gradient of the tensor itself, as documented. What a module gives back as
-    it was given is left to ``recording.integers``: whose gradient that is, is a matter of taste.
-    """
-
-    def watch(name: str, inputs: object, output: object) -> object:
-        sites = dict(walk(output))
-        given = {id(tensor) for _, tensor in walk(inputs)}
-
-        copies: dict[int, torch.Tensor] = {}
-        for path, tensor in sites.items():
-            if id(tensor) in given:
-                recording.integers.add(name + path)
-            elif not torch.is_grad_enabled():
-                recording.integers.add(name + path)  # nothing hands on a gradient there
-            elif tensor.requires_grad and name in eager:
-                tensor.register_hook(lambda g, site=name + path: recording.add(site, g))
-            elif tensor.requires_grad:
-                copy_of = copies.setdefault(id(tensor), tensor.clone())
-                copy_of.register_hook(lambda g, site=name + path: recording.add(site, g))
-        return tree_map(lambda value: copies.get(id(value), value), output)
-
-    handles = [
-        child.register_forward_hook(lambda _, x, output, name=name: watch(name, x, output))
-        for name, child in site_names(module).items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def loss_of(output: object) -> torch.Tensor:

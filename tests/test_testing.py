@@ -123,3 +123,24 @@ def test_what_hooks_do_not_see_is_refused() -> None:
     model = tmm.instrument(Network(), SPEC)
     with pytest.raises(ValueError, match="instrumented already"):
         assert_matches_hooks(model, BATCH, SPEC)
+
+
+def test_what_runs_without_gradients_does_not_cut_them() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.last = nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            with torch.no_grad():
+                y = self.same(y)
+            output: torch.Tensor = self.last(y)
+            return output
+
+    rows = assert_matches_hooks(
+        torch.compile(Looks(), backend="aot_eager"),  # type: ignore[arg-type]
+        BATCH,
+        tmm.Spec(tmm.activation_gradient("rms"), tmm.gradient("norm")),
+    )
+    assert rows["gradient/first.weight/norm"] > 0

@@ -144,6 +144,8 @@ def gradient_hooks(
         for path, tensor in sites.items():
             if id(tensor) in given:
                 recording.integers.add(name + path)
+            elif not torch.is_grad_enabled():
+                recording.integers.add(name + path)  # nothing hands on a gradient there
             elif tensor.requires_grad and name in eager:
                 tensor.register_hook(lambda g, site=name + path: recording.add(site, g))
             elif tensor.requires_grad:
