@@ -8,6 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+SHARED_MEMORY = "tmm_shared_memory"
+"""Where a graph keeps which traced memory is another's where it runs, see ``join_identities``."""
+
 
 def add_body_input(call: Node, body: GraphModule, value: Node, name: str) -> Node:
     """Make ``value`` an input of the nested graph ``body`` that ``call`` runs."""
@@ -45,9 +48,12 @@ def example_like(example: object) -> object:
 
 def storages(nodes: Iterable[Node]) -> set[int]:
     """The memory that traced tensors lie in."""
-    examples = (node.meta.get("example_value") for node in nodes)
-    return {
-        example.untyped_storage()._cdata
-        for example in examples
-        if isinstance(example, FakeTensor) and example.layout is torch.strided
-    }
+    found = set()
+    for node in nodes:
+        example = node.meta.get("example_value")
+        if isinstance(example, FakeTensor) and example.layout is torch.strided:
+            storage = example.untyped_storage()._cdata
+            owner = node.graph.owning_module
+            joined = {} if owner is None else owner.meta.get(SHARED_MEMORY, {})
+            found.add(joined.get(storage, storage))
+    return found

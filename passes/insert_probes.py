@@ -112,10 +112,11 @@ def _places(
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
+    changing = storages(module.graph.output_node().all_input_nodes) | _overwritten(module)
     recent: dict[Node, _Place] = {}
     for node in module.graph.nodes:
         if is_mark(node):
-            place = _place(module, options, calls, node)
+            place = _place(module, options, calls, node, changing)
             if place is None:
                 continue
             known = recent.get(place.tensor)
@@ -136,6 +137,7 @@ def _place(
     options: ProbeOptions,
     calls: tuple[tuple[GraphModule, Node], ...],
     mark: Node,
+    changing: set[int],
 ) -> _Place | None:
     tensor = mark.args[0]
     assert isinstance(tensor, Node)
@@ -168,11 +170,19 @@ def _place(
         place.refusal = "inside a function transform"
         return place
     # A view that is overwritten, or that leaves the graph beside what it views, is another program.
-    returned = storages(module.graph.output_node().all_input_nodes)
-    place.copies = example._version > 0 or bool(storages([tensor]) & returned)
+    place.copies = bool(storages([tensor]) & changing)
     if place.copies and (_has_other_names(module, tensor, mark) or _is_expanded(example)):
         place.refusal = "the tensor is overwritten or returned, and has other names"
     return place
+
+
+def _overwritten(module: GraphModule) -> set[int]:
+    """The memory that the graph writes to."""
+    return storages(
+        node
+        for node in module.graph.nodes
+        if isinstance(example := node.meta.get("example_value"), FakeTensor) and example._version
+    )
 
 
 def _has_other_names(module: GraphModule, tensor: Node, mark: Node) -> bool:

@@ -16,6 +16,7 @@ from tmm.passes.insert_attention import AttentionOptions, insert_attention
 from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
 from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
 from tmm.passes.insert_reference import ReferenceEnds, ReferenceOptions, insert_reference
+from tmm.passes.join_identities import join_identities
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
@@ -96,6 +97,8 @@ def rewrite(
         return result
 
     rewritten = copy_graph(module)
+    if keeps_unused:
+        join_identities(rewritten)
     evaluations = 0
     if is_step_function:
         evaluations = run("remove_evaluations", lambda: remove_evaluations(rewritten))

@@ -506,3 +506,54 @@ def test_other_names_of_a_tensor_keep_their_memory(kind: str, backend: str) -> N
     for plain, monitored in zip(*found, strict=True):
         assert torch.equal(plain, monitored)
     assert any("has other names" in reason for reason in tmm.explain(model).unmeasured.values())
+
+
+class DropsNothing(nn.Module):
+    """A dropout that drops nothing: its own input where a graph runs as it stands, else a copy."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.out, self.kind = nn.Linear(8, 8), nn.Linear(8, 8), kind
+        self.drop = nn.Dropout(0.5 if kind == "evaluation" else 0.0)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.fc(x) * 1
+        if self.kind == "evaluation":
+            self.drop.eval()
+        if self.kind == "checkpoint":
+            z = checkpoint(self.drop, y, use_reentrant=False)
+        elif self.kind == "twice":
+            z = self.drop(self.drop(y))
+        else:
+            z = self.drop(y)
+        if self.kind == "view":
+            return z + 1, z[:, :4], y
+        if self.kind == "overwritten":
+            y.mul_(2)
+            return self.out(z), self.out(y)
+        return z, y
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "kind", ["training", "evaluation", "checkpoint", "twice", "view", "overwritten"]
+)
+def test_a_dropout_that_drops_nothing_shares_the_memory_that_it_shares_without_probes(
+    kind: str, backend: str
+) -> None:
+    def leave(monitored: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        net = DropsNothing(kind)
+        model = torch.compile(net, backend=backend)
+        if monitored:
+            tmm.instrument(model, SPEC)
+        with tmm.monitor(model).step(0) if monitored else contextlib.nullcontext():
+            outputs = model(VECTORS)
+            with torch.no_grad():
+                outputs[-1].mul_(3)
+            sum(output.sum() * (i + 1) for i, output in enumerate(outputs)).backward()
+        return [*outputs, *(p.grad for p in net.parameters() if p.grad is not None)]
+
+    for plain, monitored in zip(leave(False), leave(True), strict=True):
+        assert torch.equal(plain, monitored)
