@@ -14,16 +14,24 @@ import torch
 from tmm.layout import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
-from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
+from tmm.runtime.cross_rank import (
+    Contribution,
+    CrossRank,
+    NotJoinedError,
+    RanksDisagreeError,
+    Turn,
+)
 from tmm.runtime.eager import apply_function
 from tmm.runtime.joined_step import Gathered, Logged, Rows, contribution_of, of_all_ranks, together
 from tmm.runtime.joining import join
 from tmm.runtime.key_owners import LOGGED_BY_HAND, LOGGED_FOR_RUN, MEASURED
+from tmm.runtime.replicas import REPLICAS
 
 Copies = tuple[Aggregate, list["HostCopy"]]
 """How the values of a key are joined, and the values on their way."""
 
 _FEW = 4  # parts that are evaluated one by one
+_LATE_SECONDS = 60.0  # that other ranks may be behind before a step is recorded without them
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,15 +259,25 @@ class StepCollector:
                 self._clashes.append(key)
         return taken
 
+    def _alone(self, reason: NotJoinedError) -> Gathered:
+        """What is left of a step that is not joined, with an event that says so."""
+        assert self._turn is not None
+        is_whole = isinstance(reason, RanksDisagreeError) or self._turn.contribution() is None
+        kind, text = ("gap", "") if is_whole else ("partial", "the rows of this rank alone: ")
+        self.events = (*self.events, Event(self.step, kind, f"{text}{reason}"))
+        if is_whole or self._sent is None:
+            return Gathered({}, {}, {})
+        own = {kind: parts for kind, parts in self._sent.rows.items() if kind != REPLICAS}
+        return replace(self._sent, rows=own)
+
     def _evaluate(self) -> StepRecord:
         if self._turn is None:
             gathered = self._gathered()
         else:
             try:
-                joined = self._turn.wait()
-            except RanksDisagreeError as error:
-                gathered = Gathered({}, {}, {})
-                self.events = (*self.events, Event(self.step, "gap", str(error)))
+                joined = self._turn.wait(_LATE_SECONDS)
+            except NotJoinedError as error:
+                gathered = self._alone(error)
             else:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)

@@ -129,7 +129,7 @@ def instrument(
         check_distributed(measured, reference)
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
-        ranks = CrossRank(group)
+        ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     writer: RunWriter | SilentWriter | None = None

@@ -45,6 +45,11 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
 
+_BEHIND = (
+    "such steps are recorded with the rows of this rank alone, marked as partial. Every rank has to"
+    " open the same steps; give distributed=False to measure each rank by itself"
+)
+_WAIT_FOR_RANKS = 1.0  # seconds; in the first step, so that the run's file is there for later ones
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
 
 
@@ -198,6 +203,8 @@ class Monitor:
         self._close_step()
         if self._ranks is not None and finished.monitored:
             finished.join_ranks(self._ranks)
+            if self._ranks.behind:
+                self._gaps.warn_once("ranks behind", f"{self._ranks.behind}: {_BEHIND}")
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
         if finished.expects_forward and not finished.ran_forward:
@@ -210,6 +217,8 @@ class Monitor:
             self._history[finished.step] = finished
         if self._writer is not None:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
+            if self._ranks is not None and not self._gaps.has_recorded:
+                wait = _WAIT_FOR_RANKS
             record = finished.record
             if self._run is not None:
                 record = partial(self._run.evaluate, finished)
