@@ -18,7 +18,7 @@ from rich.live import Live
 from tmm.analysis.registry import all_detectors
 from tmm.cli.output import fail
 from tmm.cli.watch_frame import draw, lines_for_keys
-from tmm.runtime.writer import INFO_NAME
+from tmm.runtime.info import INFO_NAME
 from tmm.watching.judge import Findings, Judge
 from tmm.watching.snapshot import Follower, Snapshot
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from tmm.metrics import FloatArray
 from tmm.reader import Run, StepArray
+from tmm.runtime.info import INFO_NAME
 from tmm.runtime.replacing import replacing
-from tmm.runtime.writer import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
 
