@@ -3,7 +3,8 @@
 The beginning of an HDF5 file says how long the file is, and HDF5 refuses a file that is shorter,
 and addresses beyond. Both occur where a writer is at work, and for good where it was killed between
 two of its writes, although everything that was committed is there. So the length is let be endless;
-`SegmentReader` knows from the commits whether something is missing.
+`SegmentReader` knows from the commits whether something is missing. What is larger than the file
+itself is not read at once: no writer asks for that.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from typing import Any
 _SUPERBLOCK = struct.Struct("<8s4B4QI")
 _VERSION, _END, _CHECKSUM = 1, 7, 9
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_BASE, _EXTENSION = 5, 6
+_NOWHERE = (1 << 64) - 1
 _ENDLESS = 1 << 62
+_MOST_AT_ONCE = 32 << 20  # bytes, of a file that is smaller than that
 _WORD = 0xFFFFFFFF
 
 
 class FileView(io.RawIOBase):
-    """A file, read only and endless: zeros follow. It owns ``descriptor``."""
+    """A file, read only and endless: zeros follow. It owns ``descriptor``.
+
+    ``size`` is its real one; ``is_sound`` tells that it begins as a writer of segments lets it.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._position = 0
         self._beginning = _endless(os.pread(descriptor, _SUPERBLOCK.size, 0))
+        self.size = os.fstat(descriptor).st_size
+        self.is_sound = bool(self._beginning)
 
     def readable(self) -> bool:
         """Tell that it can be read."""
@@ -50,12 +59,18 @@ class FileView(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer``; at offsets of its own, as children of this process share the file's."""
         view = memoryview(buffer).cast("B")
+        if len(view) > max(_MOST_AT_ONCE, self.size):
+            raise OSError(f"{len(view):,} bytes at once, of a file of {self.size:,}")
         read = os.preadv(self._descriptor, [view], self._position)
         view[read:] = bytes(len(view) - read)
         beginning = self._beginning[self._position : self._position + len(view)]
         view[: len(beginning)] = beginning
         self._position += len(view)
         return len(view)
+
+    def at(self, offset: int, size: int) -> bytes:
+        """Return ``size`` bytes from ``offset`` on, or as many as there are."""
+        return os.pread(self._descriptor, size, offset)
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -65,11 +80,12 @@ class FileView(io.RawIOBase):
 
 
 def _endless(superblock: bytes) -> bytes:
-    """Return the superblock with another end of file; nothing where HDF5 has to judge it."""
+    """Return the superblock with another end of file; nothing for one that no segment has."""
     if len(superblock) < _SUPERBLOCK.size:
         return b""
     fields = list(_SUPERBLOCK.unpack(superblock))
-    as_expected = fields[0] == _SIGNATURE and fields[_VERSION] == 3
+    is_plain = fields[_BASE] == 0 and fields[_EXTENSION] == _NOWHERE
+    as_expected = fields[0] == _SIGNATURE and fields[_VERSION] == 3 and is_plain
     if not as_expected or fields[_CHECKSUM] != _lookup3(superblock[:-4]):
         return b""
     fields[_END] = _ENDLESS >> 1

@@ -70,10 +70,16 @@ _FILE_FORMAT = ("v110", "v110")  # the first with SWMR, so that every later HDF5
 _NAME = re.compile(r"metrics-(\d{3,})\.h5")
 
 
+def is_segment(name: str) -> bool:
+    """Tell whether a file of that name is a segment."""
+    return _NAME.fullmatch(name) is not None
+
+
 def segment_paths(folder: Path) -> list[Path]:
     """Return the segments in ``folder``, oldest first; files still being created are left out."""
-    numbered = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
+    matches = (_NAME.fullmatch(name) for name in os.listdir(folder))
+    numbered = sorted((int(match[1]), match[0]) for match in matches if match)
+    return [folder / name for _, name in numbered]
 
 
 class SegmentWriter:

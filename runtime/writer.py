@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from tmm.layout import StepRecord
 from tmm.metrics import FloatArray
+from tmm.runtime.info import INFO_NAME, info_text, read_info
 from tmm.runtime.replacing import replace_text
 from tmm.runtime.segment import SegmentWriter
 
@@ -27,8 +28,6 @@ try:
     import fcntl
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
-
-INFO_NAME = "run.json"
 
 Submission: TypeAlias = StepRecord | Callable[[], StepRecord]
 
@@ -302,18 +301,6 @@ def _segment_for(
     )
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """Return what ``run.json`` in ``folder`` holds; ValueError, naming it, where it is damaged."""
-    path = folder / INFO_NAME
-    try:
-        info = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return info
-
-
 def _add_start(folder: Path, info: Mapping[str, object]) -> None:
     if "starts" in info:
         raise ValueError("info must not hold 'starts', which the writer keeps")
@@ -330,8 +317,8 @@ def _add_start(folder: Path, info: Mapping[str, object]) -> None:
             start |= {"info": changed} if changed else {}
         else:
             known = given
-        known.setdefault("starts", []).append(start)
-        replace_text(folder / INFO_NAME, json.dumps(known, indent=2) + "\n")
+        known["starts"] = [*(known.get("starts") or ()), start]
+        replace_text(folder / INFO_NAME, info_text(known))
 
 
 @contextmanager

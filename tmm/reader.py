@@ -21,15 +21,16 @@ from tmm.metrics import FloatArray
 from tmm.runs.remote import fetched, is_remote
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
-from tmm.runtime.matrix import ABSENT, is_measured
+from tmm.runtime.info import INFO_NAME, read_info
+from tmm.runtime.matrix import is_measured
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.segment_reader import SegmentReader
-from tmm.runtime.writer import INFO_NAME, read_info
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 StepArray: TypeAlias = npt.NDArray[np.int64]
+_Rows: TypeAlias = npt.NDArray[np.intp]
 
 _NO_STEPS: StepArray = np.empty(0, dtype=np.int64)
 
@@ -136,21 +137,26 @@ class Run:
         """
         self.refresh()
         self._known(key)
-        held = [
-            segment.series(key) if key in segment.infos or key in segment.histogram_infos else None
-            for segment in self._segments
-        ]
-        shapes = {values.shape[1:] for values in held if values is not None}
-        if len(shapes) > 1:
+        rows, values, before = [], [], 0
+        for segment in self._segments:
+            if segment.has(key):
+                found, measurements = segment.series(key)
+                rows.append(found + before)
+                values.append(measurements)
+            before += len(segment.steps)
+        if len(shapes := {part.shape[1:] for part in values}) > 1:
             raise ValueError(f"segments hold {key!r} in the shapes {shapes}; read it with at(step)")
-        shape = shapes.pop()
-        parts = [
-            np.full((len(segment.steps), *shape), ABSENT) if values is None else values
-            for segment, values in zip(self._segments, held, strict=True)
-        ]
-        values = np.concatenate(parts)[self._rows]
-        measured = is_measured(values)
-        return self._steps[measured], values[measured]
+        return self._counting(np.concatenate(rows), np.concatenate(values))
+
+    def _counting(self, rows: _Rows, values: FloatArray) -> tuple[StepArray, FloatArray]:
+        """Of values in rows of all segments those that count, by step, and these."""
+        places = np.full(sum(len(segment.steps) for segment in self._segments), -1)
+        places[self._rows] = np.arange(len(self._rows))
+        places = places[rows]
+        counts = (places >= 0) & is_measured(values)
+        places, values = places[counts], values[counts]
+        order = np.argsort(places, kind="stable")
+        return self._steps[places[order]], values[order]
 
     def table(self, keys: Sequence[str]) -> tuple[StepArray, FloatArray, npt.NDArray[np.bool_]]:
         """Return many series at once, which is faster than one by one.

@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -48,6 +44,11 @@ def print_table(
 
     Empty columns are left out, and the first ``whole`` ones are not broken into lines.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if not rows:
         console.print(f"{title}: none", markup=False)

@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from tmm.cli.output import Root, fail, told
-from tmm.report import write_report
-from tmm.runs.catalog import find_run
 
 
 def report(
@@ -27,6 +25,9 @@ def report(
     ),
 ) -> None:
     """Write what runs recorded as one page that works offline; needs the extra ``plot``."""
+    from tmm.report import write_report
+    from tmm.runs.catalog import find_run
+
     if output.suffix not in (".html", ".htm"):
         fail(f"--output {str(output)!r}: write a .html file")
     with told():

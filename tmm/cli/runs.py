@@ -6,17 +6,16 @@ import re
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tmm.analysis import Comparison, first_divergence, summarize
-from tmm.analysis import compare as compare_runs
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
-from tmm.reader import open_run
-from tmm.runs.catalog import RunRecord, delete_run, find_run, list_runs, runs_to_prune
-from tmm.runs.export import export_run
 from tmm.runs.state import STATUSES
+
+if TYPE_CHECKING:
+    from tmm.analysis import Comparison
+    from tmm.runs.catalog import RunRecord
 
 app = typer.Typer(help="List, show, compare, delete, prune and export runs.", no_args_is_help=True)
 
@@ -38,6 +37,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List runs, newest first."""
+    from tmm.runs.catalog import list_runs
+
     if status is not None and status not in STATUSES:
         fail(f"--status {status!r} is none of {', '.join(STATUSES)}")
     with told():
@@ -65,6 +66,10 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a run: what it is, and each key's first, last, least and largest value."""
+    from tmm.analysis import summarize
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     with told():
         record = find_run(query, root)
         if record.status == "broken":
@@ -104,6 +109,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: configurations, final values, and where they part first."""
+    from tmm.analysis import compare as compare_runs
+    from tmm.analysis import first_divergence
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     if len(queries) < 2:
         fail("compare needs two runs or more")
     with told():
@@ -165,6 +175,8 @@ def print_comparison(result: Comparison, names: list[str]) -> None:
 @app.command()
 def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
     """Delete a run, after asking."""
+    from tmm.runs.catalog import delete_run, find_run
+
     with told():
         record = find_run(query, root)
         if not yes:
@@ -182,6 +194,8 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete the runs that started longer ago, after asking; never one that is running."""
+    from tmm.runs.catalog import delete_run, runs_to_prune
+
     age = _duration(older_than)
     with told():
         records = runs_to_prune(root, age, keep_tagged=keep_tagged)
@@ -208,6 +222,10 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's values to a file."""
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+    from tmm.runs.export import export_run
+
     with told(), open_run(find_run(query, root).path) as run:
         rows = export_run(run, output, file_format, key)
     typer.echo(f"wrote {rows} rows to {output}")

@@ -17,10 +17,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tmm.metrics import FloatArray
-from tmm.module_monitor.files import save_by_key
 from tmm.reader import Run, StepArray
+from tmm.runtime.info import INFO_NAME
 from tmm.runtime.replacing import replacing
-from tmm.runtime.writer import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
 
@@ -220,6 +219,8 @@ def _groups(numbers: _Numbers) -> Iterator[list[tuple[str, StepArray, FloatArray
 
 
 def _write_hdf5(numbers: _Numbers, path: Path) -> int:
+    from tmm.module_monitor.files import save_by_key  # imports torch
+
     by_key = _ByKey(numbers)
     save_by_key(path, by_key)
     return by_key.rows

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
 from tmm.runtime.replacing import replacing
 
@@ -73,6 +72,8 @@ def _entry(name: object, value: object) -> tuple[str, np.ndarray[Any, np.dtype[A
     escaped = name.replace("%", "%25").replace("/", "%2F")
     if isinstance(value, str):
         return _TEXT + escaped, np.frombuffer(value.encode("utf-8", "surrogatepass"), np.uint8)
+    import torch  # here, as reading needs none
+
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()

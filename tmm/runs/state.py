@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 import time
 import weakref
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import IO, Literal, TypeAlias, get_args
 
 from tmm.runtime.replacing import replace_text
+from tmm.runtime.untrusted import open_file, parse_json, read_file
 
 try:
     import fcntl
@@ -24,6 +27,10 @@ LOCK_NAME = "alive.lock"
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+
+_MOST_BYTES = 1 << 20
+_MOST_REASON = 100_000  # characters
+_TEXTS = ("started", "ended", "reason", "host")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class State:
 
     def end(self, status: Status, reason: str, last_step: int | None) -> State:
         """The state when the process is done with it."""
+        reason = reason[:_MOST_REASON]
         return replace(self, status=status, reason=reason, ended=now(), last_step=last_step)
 
     def write(self, folder: Path) -> None:
@@ -60,7 +68,7 @@ class State:
         """The state that a folder holds; None for a run that nobody started as one.
 
         A run that is said to be running by a process that is gone is "crashed". Raises ValueError
-        for a damaged file.
+        for a damaged file, and OSError for one that cannot be read.
         """
         state = _read(folder / STATE_NAME)
         if state is None or state.status != "running" or _is_alive(folder, state):
@@ -73,7 +81,7 @@ class State:
 
 def _read(path: Path) -> State | None:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(read_file(path, _MOST_BYTES))
         # Later versions may say more.
         known = {field.name for field in fields(State)} & found.keys()
         state = State(**{name: found[name] for name in known})
@@ -81,14 +89,36 @@ def _read(path: Path) -> State | None:
         return None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if state.status not in STATUSES:
-        raise ValueError(f"{path} is damaged: the status {state.status!r} is unknown")
+    if (wrong := _wrong(state)) is not None:
+        raise ValueError(f"{path} is damaged: {wrong}")
     return state
+
+
+def _wrong(state: State) -> str | None:
+    """What is not of the kind that it should be."""
+    if state.status not in STATUSES:
+        return f"the status {state.status!r:.100} is unknown"
+    if not all(isinstance(getattr(state, name), str) for name in _TEXTS):
+        return f"one of {', '.join(_TEXTS)} is no text"
+    if type(state.process) is not int or state.process < 0:
+        return "'process' is no number of a process"
+    if state.last_step is not None and type(state.last_step) is not int:
+        return "'last_step' is no whole number"
+    return None
 
 
 def now() -> str:
     """The time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def parsed_time(text: str) -> datetime | None:
+    """The time that a text of `now` tells; None for another text."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 class Lock:
@@ -102,7 +132,7 @@ class Lock:
         self._file: IO[bytes] | None = None
         if fcntl is None:
             return
-        file = (folder / LOCK_NAME).open("wb")
+        file = _opened(folder / LOCK_NAME)
         try:
             _take(file)
         except BlockingIOError:
@@ -120,6 +150,16 @@ class Lock:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """The file to lock. A link is not followed, nor a FIFO waited for: raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return file
 
 
 def _take(file: IO[bytes]) -> None:
@@ -141,25 +181,25 @@ def _close_copy(reference: weakref.ref[Lock]) -> None:
 
 
 def _is_alive(folder: Path, state: State) -> bool:
-    path = folder / LOCK_NAME
-    if fcntl is not None and path.exists():
+    if fcntl is not None:
         try:
-            with path.open("rb") as file:
+            with open(open_file(folder / LOCK_NAME), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
-            pass  # it cannot be tried here
+        except (OSError, ValueError):
+            pass  # there is none, or it cannot be tried here
         else:
             return False
-    return state.host != platform.node() or _is_running(state.process)
+    return state.host != platform.node() or is_running(state.process)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine runs a process of that number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # more than any process has
         return False
     except OSError:
         return True
-    return True
+    return process > 0
