@@ -23,7 +23,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -103,10 +103,8 @@ class Interpreter:
         self.kill()
         self.wait()
         for file in (self.stdin, self.stdout, self._errors, self._status):
-            try:
+            with suppress(BrokenPipeError):  # what it never read
                 file.close()
-            except BrokenPipeError:  # what it never read
-                pass
 
 
 class Interpreters:
@@ -148,7 +146,7 @@ class Interpreters:
             warns,
         )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        errors = tempfile.TemporaryFile("w+", errors="replace")
+        errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         (their_input, our_input), (our_output, their_output) = os.pipe(), os.pipe()
         with tempfile.TemporaryFile() as asked:
             asked.write(pickle.dumps(request))
@@ -283,11 +281,15 @@ def _take(standard: list[int], *, has_terminal: bool) -> None:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # type: ignore[misc]
-    for place, name in ((1, "stdout"), (2, "stderr")):
-        lines = place == 2 or os.isatty(place)
-        errors = "backslashreplace" if place == 2 else None
-        file = open(place, "w", closefd=False, buffering=1 if lines else -1, errors=errors)
+    for place, name in enumerate(("stdin", "stdout", "stderr")):
+        lines = place == 2 or (place == 1 and os.isatty(place))
+        file = os.fdopen(
+            place,
+            "w" if place else "r",
+            1 if lines else -1,
+            errors="backslashreplace" if place == 2 else None,
+            closefd=False,
+        )
         setattr(sys, name, file)
         setattr(sys, f"__{name}__", file)
 
@@ -307,7 +309,7 @@ def become(request: Request) -> tuple[Callable[..., Any], ...]:
 
 
 if __name__ == "__main__":
-    import tmm.cli
+    import tmm.cli  # noqa: F401
 
     gc.collect()
     gc.freeze()  # what all children share is neither looked at nor copied at their ends
