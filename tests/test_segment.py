@@ -1,8 +1,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from itertools import count
@@ -450,14 +448,8 @@ writer.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_cannot_touch_the_file(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKS, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_a_forked_child_cannot_touch_the_file(tmp_path, interpreters):
+    done = interpreters.run(FORKS, tmp_path, warns=False)
     assert (done.returncode, done.stderr) == (0, "")
     reader = SegmentReader(tmp_path / "metrics-001.h5")
     assert reader.steps.tolist() == list(range(300))
