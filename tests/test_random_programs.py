@@ -113,10 +113,15 @@ def faults(source: Program, way: str) -> list[str] | None:
     found = differences(want, got)
     explanation = tmm.explain(model)
     metrics = monitor.get_step_metrics()
-    eager = Eager(source, None)
     if found:
         again = plain(source, way)  # some read memory that nobody has written
         return found if again is not None and not differences(want, again) else None
+    if way == "aot_eager" and source.changes_in_place and "nn.Dropout(0.0)" in source.source:
+        return []  # a compiler copies what such a dropout gives back as it is
+    try:
+        eager = Eager(source, None)
+    except RuntimeError:
+        return []  # as where the hooks make a checkpoint, which is stricter than a graph, refuse
     if not same(eager.left["random state"], want["random state"]):
         return []  # a compiler that drops a draw gives later ones other numbers
     if EVALUATIONS in explanation.unmeasured:
