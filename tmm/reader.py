@@ -18,13 +18,14 @@ import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
-from tmm.runs.remote import fetched, is_remote
+from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
 from tmm.runtime.info import INFO_NAME, read_info
 from tmm.runtime.matrix import is_measured
 from tmm.runtime.segment import segment_paths
 from tmm.runtime.segment_reader import SegmentReader
+from tmm.runtime.untrusted import read_file
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -41,11 +42,11 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     Of an address such as ``s3://bucket/runs/gpt`` (of any store that fsspec knows) a copy is read,
     as the run is now; it goes with the object.
 
-    Raises FileNotFoundError where there is no such folder, and ValueError where it is no run or
-    one of its files is damaged.
+    Raises FileNotFoundError where there is no such folder, ValueError where it is no run or one of
+    its files is damaged, and OSError where one cannot be read.
     """
     if not is_remote(path):
-        return Run(path)
+        return Run(without_scheme(path))
     copy = fetched(str(path))
     run = Run(copy.name)
     weakref.finalize(run, copy.cleanup)
@@ -214,16 +215,20 @@ class Run:
         return State.read(self.path)
 
     def text(self, name: str) -> str:
-        """Return a text saved with the run; FileNotFoundError names those that there are."""
+        """Return a text saved with the run.
+
+        Raises FileNotFoundError, which names those that there are, and ValueError for what is no
+        text.
+        """
         path = self.path / name
-        if Path(name).name != name or not path.is_file():
+        if not name or name == ".." or Path(name).name != name or not path.exists():
             texts = sorted(
-                found.name
-                for found in self.path.iterdir()
-                if not found.name.startswith(".") and found.suffix != ".h5"
+                found
+                for found in os.listdir(self.path)
+                if not found.startswith(".") and not found.endswith(".h5")
             )
             raise FileNotFoundError(f"{self.path} holds no text {name!r}; it holds: {texts}")
-        return path.read_bytes().decode("utf-8", "surrogatepass")
+        return read_file(path, MOST_TEXT).decode("utf-8", "surrogatepass")
 
     def refresh(self) -> None:
         """Take in what was recorded since the last access; every access does this by itself."""

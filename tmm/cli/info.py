@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
+from tmm.cli.terminal import clean_lines
 
 _OPTIONAL = ("psutil", "nvidia-ml-py", "plotly", "kaleido", "pyarrow", "safetensors")
 
@@ -54,7 +55,7 @@ def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) ->
     if as_json:
         print_json({"id": record.id, "text": text})
     else:
-        typer.echo(text)
+        typer.echo(clean_lines(text))
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 import typer
 
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
+from tmm.cli.terminal import say
 
 if TYPE_CHECKING:
     from tmm.reader import Run
@@ -61,7 +62,7 @@ def plot(
         ]
         print_table(f"{len(keys)} series, first to last", ("key", "", "last"), rows)
     if len(keys) > _MOST:
-        typer.echo(f"the first {_MOST} of {len(keys)} series are shown", err=True)
+        say(f"the first {_MOST} of {len(keys)} series are shown", error=True)
 
 
 def _write(run: Run, key: str, kind: _Kind, log: bool | None, output: Path) -> None:
@@ -71,4 +72,4 @@ def _write(run: Run, key: str, kind: _Kind, log: bool | None, output: Path) -> N
         write_figure(run.plot(key, kind, log=log), output)
     except ImportError as error:
         fail(str(error))
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")

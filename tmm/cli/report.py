@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tmm.cli.output import Root, fail, told
+from tmm.cli.terminal import say
 
 
 def report(
@@ -35,4 +36,4 @@ def report(
             write_report([find_run(query, root) for query in queries], output)
         except ImportError as error:
             fail(str(error))
-    typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
+from tmm.cli.terminal import agreed, say
 from tmm.runs.state import STATUSES
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def compare(
         return
     print_comparison(result, names)
     if divergence is not None:
-        typer.echo(
+        say(
             f"{names[0]} and {names[1]} part at step {divergence.step}, first in {divergence.key}:"
             f" {divergence.a:.6g} and {divergence.b:.6g}"
         )
@@ -180,9 +181,9 @@ def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
     with told():
         record = find_run(query, root)
         if not yes:
-            typer.confirm(f"Delete {record.id} ({record.name}, {record.status})?", abort=True)
+            agreed(f"Delete {record.id} ({record.name}, {record.status})?")
         delete_run(record, root)
-    typer.echo(f"deleted {record.id}")
+    say(f"deleted {record.id}")
 
 
 @app.command()
@@ -201,14 +202,14 @@ def prune(
         records = runs_to_prune(root, age, keep_tagged=keep_tagged)
         if records and not yes:
             for record in records:
-                typer.echo(f"{record.id}  {record.name}  {record.status}", err=True)
-            typer.confirm(f"Delete these {len(records)} runs?", abort=True, err=True)
+                say(f"{record.id}  {record.name}  {record.status}", error=True)
+            agreed(f"Delete these {len(records)} runs?", error=True)
         for record in records:
             delete_run(record, root)
     if as_json:
         print_json([record.id for record in records])
     else:
-        typer.echo(f"deleted {len(records)} runs")
+        say(f"deleted {len(records)} runs")
 
 
 @app.command()
@@ -228,7 +229,7 @@ def export(
 
     with told(), open_run(find_run(query, root).path) as run:
         rows = export_run(run, output, file_format, key)
-    typer.echo(f"wrote {rows} rows to {output}")
+    say(f"wrote {rows} rows to {output}")
 
 
 def described(record: RunRecord) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
-from tmm.runs.remote import fetched, is_remote
+from tmm.runs.remote import fetched, is_remote, without_scheme
 from tmm.runs.state import STATE_NAME, State, Status, parsed_time
 from tmm.runtime.info import INFO_NAME, is_info, read_info
 from tmm.runtime.segment import is_segment
@@ -94,9 +94,10 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     if is_remote(text):
         copy = fetched(text)
         atexit.register(copy.cleanup)  # whoever asks reads it later
-        query = text = str(Path(copy.name).resolve())
+        text = copy.name
+    place = os.path.expanduser(without_scheme(text))
     is_path = os.sep in text or text.startswith((".", "~"))
-    if is_path and (path := Path(text).expanduser().resolve()).is_dir():
+    if is_path and (path := Path(os.path.realpath(place))).is_dir():
         if not _is_run(path, os.listdir(path)):
             raise LookupError(f"{text!r} is not the folder of a run")
         return _counted(_described(path))

@@ -18,6 +18,7 @@ import numpy as np
 
 from tmm.metrics import FloatArray
 from tmm.reader import Run, StepArray
+from tmm.runs.csv_text import spreadsheet_text
 from tmm.runtime.info import INFO_NAME
 from tmm.runtime.replacing import replacing
 
@@ -39,7 +40,9 @@ def export_run(
 
     ==================  ==========================================================================
     ``csv``             ``step,key,value`` in UTF-8, a row per number, by key and then by step;
-                        ``nan``, ``inf`` and ``-inf``; the numbers read back exactly
+                        ``nan``, ``inf`` and ``-inf``; the numbers read back exactly; an
+                        apostrophe comes before a key that begins with one, or that a
+                        spreadsheet would take for a formula
     ``jsonl``           an object per step, ``{"step": n, key: value, ...}``; JSON has no such
                         numbers: they are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``
     ``parquet``         the columns and rows of ``csv``: int64, dictionary of strings, double;
@@ -145,7 +148,8 @@ def _write_csv(numbers: _Numbers, path: Path) -> int:
     with path.open("x", encoding="utf-8", newline="") as file:
         file.write("step,key,value\n")
         for key, steps, values in numbers.series():
-            text = '"' + key.replace('"', '""') + '"' if _QUOTED.search(key) else key
+            cell = spreadsheet_text(key)
+            text = '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
             pairs = zip(steps.tolist(), values.tolist(), strict=True)
             file.writelines(f"{step},{text},{value!r}\n" for step, value in pairs)
             rows += len(steps)
