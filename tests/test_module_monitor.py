@@ -93,7 +93,7 @@ def check_loop(loop: Loop, way: Any, folder: Path, **sizes: int) -> None:
         warnings.simplefilter("error", tmm.MonitoringWarning)
         own = loop(tmm, way, **sizes)
     assert_same(own.get_all_metrics(), other.get_all_metrics(), mixed_up(loop, own))
-    assert len(own.get_all_metrics()[2]) > 15
+    assert len(own.get_all_metrics()[2]) > 7 * sizes.get("blocks", 2)
     for condensed in (True, False):
         own.storage.save_hdf5(folder / "run.h5", condensed=condensed)
         saved = tmm.StorageManager.load_hdf5(folder / "run.h5")
