@@ -192,7 +192,7 @@ class Watch:
                 " that"
             )
             self.parameters.remarks.setdefault("update", text)
-            gaps.warn_once("written later", text)
+            gaps.warn_once("written later", collector.step, text)
         self._look_at_others(collector, gaps)
         missing = [
             family
@@ -214,7 +214,9 @@ class Watch:
             reason = f"no watched optimizer stepped in step {collector.step}"
             self.parameters.unmeasured.setdefault(", ".join(missing), reason)
             gaps.warn_once(
-                "no step", f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}"
+                "no optimizer step",
+                collector.step,
+                f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}",
             )
 
     def _look_at_others(self, collector: StepCollector, gaps: Gaps) -> None:
@@ -237,6 +239,7 @@ class Watch:
             if unmeasured:
                 gaps.warn_once(
                     "unwatched",
+                    collector.step,
                     f"an optimizer that is not watched stepped in step {collector.step}: gradients"
                     f" and updates of its {len(unmeasured)} parameters have no rows, such as"
                     f" {unmeasured[0]}. Call monitor.watch(optimizer) for each optimizer",

@@ -7,10 +7,11 @@ import os
 import platform
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal, TypeAlias, get_args
+from typing import BinaryIO, Literal, TypeAlias, get_args
 
 from tmm.runtime.replacing import replace_text
 
@@ -21,6 +22,7 @@ except ImportError:  # not a Unix
 
 STATE_NAME = "state.json"
 LOCK_NAME = "alive.lock"
+_ROOM = 4096  # bytes; a block of most file systems
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -94,15 +96,18 @@ def now() -> str:
 class Lock:
     """Held on a run's folder until ``release``, or until the process ends in whatever way.
 
-    A child that is forked does not hold it. Raises ``BlockingIOError`` where another process, or
-    another run of this one, holds it.
+    A child that is forked does not hold it. Its file also keeps some room, for what is to be said
+    on a disk that is full. Raises ``BlockingIOError`` where another process, or another run of this
+    one, holds it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[bytes] | None = None
+        self._path = folder / LOCK_NAME
+        self._file: BinaryIO | None = None
+        file = self._path.open("ab", buffering=0)  # whoever holds it is to keep its room
         if fcntl is None:
+            file.close()
             return
-        file = (folder / LOCK_NAME).open("wb")
         try:
             _take(file)
         except BlockingIOError:
@@ -112,8 +117,32 @@ class Lock:
             file.close()
             return
         self._file = file
+        self._links = os.fstat(file.fileno()).st_nlink  # some file systems count none
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_copy(reference))
+        with suppress(OSError):  # a disk that is full already
+            file.truncate(0)
+            file.write(bytes(_ROOM))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it keeps others out: not where there are no locks, nor once it is released."""
+        return self._file is not None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder is still the one that it was taken on: neither deleted nor moved."""
+        if not self._path.exists():
+            return False
+        if self._file is None:
+            return True
+        links = os.fstat(self._file.fileno()).st_nlink
+        return links > 0 or links == self._links
+
+    def give_room(self) -> None:
+        """Give up the room that the file keeps; raises OSError."""
+        if self._file is not None:
+            os.ftruncate(self._file.fileno(), 0)
 
     def release(self) -> None:
         """Hold it no longer."""
@@ -122,7 +151,7 @@ class Lock:
             self._file = None
 
 
-def _take(file: IO[bytes]) -> None:
+def _take(file: BinaryIO) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
