@@ -169,8 +169,9 @@ def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
         record = find_run(query, root)
         if not yes:
             typer.confirm(f"Delete {record.id} ({record.name}, {record.status})?", abort=True)
-        delete_run(record, root)
+        kept = delete_run(record, root)
     typer.echo(f"deleted {record.id}")
+    _tell_of_kept(record, kept)
 
 
 @app.command()
@@ -189,12 +190,26 @@ def prune(
             for record in records:
                 typer.echo(f"{record.id}  {record.name}  {record.status}", err=True)
             typer.confirm(f"Delete these {len(records)} runs?", abort=True, err=True)
-        for record in records:
-            delete_run(record, root)
+        deleted = [record for record in records if _is_deleted(record, root)]
     if as_json:
-        print_json([record.id for record in records])
+        print_json([record.id for record in deleted])
     else:
-        typer.echo(f"deleted {len(records)} runs")
+        typer.echo(f"deleted {len(deleted)} runs")
+
+
+def _is_deleted(record: RunRecord, root: Path) -> bool:
+    """Delete one of several runs; one that somebody records by now is left alone."""
+    try:
+        _tell_of_kept(record, delete_run(record, root))
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        return False
+    return True
+
+
+def _tell_of_kept(record: RunRecord, kept: tuple[str, ...]) -> None:
+    if kept:
+        typer.echo(f"{record.path} keeps what is not the run's: {', '.join(kept)}", err=True)
 
 
 @app.command()
