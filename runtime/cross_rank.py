@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from tmm.gaps import UserLine
 from tmm.metrics import FloatArray
 from tmm.runtime.joined_rows import JoinedLayout, RowKind, Rows, joined, maxima, moments, sums
 
@@ -126,6 +126,7 @@ class CrossRank:
         self._changed = threading.Condition()
         self._closing = False
         self._broken = ""
+        self._begun_at = UserLine.here()  # a thread has no line of the user
         self._thread = threading.Thread(target=self._run, name="tmm ranks", daemon=True)
         self._thread.start()
 
@@ -176,11 +177,8 @@ class CrossRank:
             turn.end(None, self._broken)
         if self._closing and not waiting:
             return  # nothing is lost
-        warnings.warn(
-            f"{self._broken}. The training goes on; its monitored steps are gaps.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"{self._broken}. The training goes on; its monitored steps are gaps."
+        self._begun_at.warn(text, RuntimeWarning)
 
     def _next(self) -> Turn[Any] | None:
         """The next step; None once there is none to come."""

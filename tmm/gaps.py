@@ -176,13 +176,13 @@ class UserLine:
         module = frame.f_globals.get("__name__", "<unknown>")
         return UserLine(frame.f_code.co_filename, frame.f_lineno, module)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str, category: type[Warning] = MonitoringWarning) -> None:
         """Warn of something that began with this line.
 
         Of a filter that makes it an error nothing is raised, as nobody waits for it.
         """
-        with suppress(MonitoringWarning):
-            warnings.warn_explicit(text, MonitoringWarning, self.file, self.number, self.module)
+        with suppress(category):
+            warnings.warn_explicit(text, category, self.file, self.number, self.module)
 
 
 def words(error: BaseException) -> str:

@@ -77,8 +77,12 @@ def _how_taken(path: Path) -> str:
         state = State.read(path)
     except ValueError:
         state = None
-    if (path / INFO_NAME).exists() and (state is None or state.status != "running"):
+    if state is not None and state.status == "running":
+        return f"{path} is being recorded into by another run"
+    if (path / INFO_NAME).exists():
         return f"{path} holds a run already (resume=True goes on with it)"
+    if segment_paths(path):
+        return f"{path} holds segments of a run that has lost its {INFO_NAME}"
     return f"{path} is being recorded into by another run"
 
 
