@@ -167,7 +167,7 @@ class TMMCallback(Callback):
         """Finish the run, as stopped early if somebody called ``state.stop()``."""
         training = self._training
         if training is not None and training.has_batches and not training.has_trained:
-            _warn(
+            warn(
                 "no optimizer that holds parameters of the instrumented module has stepped, so that"
                 " no step was recorded; steps are counted by torch.optim.Optimizer.step"
             )

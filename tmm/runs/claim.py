@@ -44,8 +44,8 @@ def claim(path: Path, *, resume: bool) -> Claim:
     if resume and path.is_dir() and holds_run(path):
         if not (path / INFO_NAME).exists():
             raise ValueError(f"run={str(path)!r} cannot go on: it has no {INFO_NAME}")
-        lock = lock_to_resume(path, f"run={str(path)!r}, resume=True")
-        return Claim(path, lock, resumes=True)
+        known = lock_to_resume(path, f"run={str(path)!r}, resume=True")
+        return Claim(path, known, resumes=True)
     taken = ""
     for candidate in _candidates(path):
         if candidate != path and candidate.exists():
