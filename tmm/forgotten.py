@@ -34,6 +34,16 @@ _CLOSED = (
     " tmm.monitor(model) gives the one of a model that was instrumented anew"
 )
 
+_NO_BACKWARD = (
+    "no backward pass went through a forward pass of the monitored step {step}, so that rules of"
+    " activation_gradient have no rows: end a step after loss.backward()"
+)
+_IN_VAIN = (
+    "watch(optimizer): nothing is measured at its steps, as the spec has no rule of gradients,"
+    " updates, parameters or optimizer state: {spec}. For another spec call tmm.remove(model),"
+    " tmm.instrument(model, spec) and tmm.monitor(model) once more"
+)
+
 STEPS = "steps"
 """Where ``tmm.explain`` tells it."""
 
@@ -108,9 +118,21 @@ class Forgotten:
         text = _NESTED.format(step=step, outer=outer, what=what)
         self._tell("nested", step, text, "note" if step == outer else "gap")
 
+    def note_no_backward(self, step: int) -> None:
+        """Gradients of activations are asked for, and a step had none."""
+        self._tell("no backward", step, _NO_BACKWARD.format(step=step), "note")
+
+    def note_watched_in_vain(self, step: int, spec: str) -> None:
+        """An optimizer is watched, and the spec asks for nothing that its steps tell."""
+        self._gaps.warn_once("in vain", step, _IN_VAIN.format(spec=spec))
+
     def note_closed(self, step: int) -> None:
         """A step is opened after the end."""
         self._gaps.warn_once("closed", step, _CLOSED)
+
+    def tell(self, kind: str, step: int, text: str) -> None:
+        """Say, once of a kind, what was done otherwise than it is meant."""
+        self._tell(kind, step, text, "gap")
 
     def _tell(self, kind: str, step: int, text: str, event: str) -> None:
         if self._gaps.warn_once(kind, step, text, event=event):

@@ -57,6 +57,7 @@ class Gaps:
         self._failures = 0
         self._told: set[str] = set()
         self._events: list[Event] = []
+        self._begun_at = UserLine.here()
         self._late: deque[tuple[int, Exception, bool]] = deque()
 
     @property
@@ -153,12 +154,7 @@ class Gaps:
 
     def _tell(self, step: int, text: str, event: str = "note") -> None:
         self._events.append(Event(step, event, text))
-        warn(text)
-
-
-def warn(text: str) -> None:
-    """Warn of something at the line of the user that led to it."""
-    warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())
+        warn(text, self._begun_at)
 
 
 @dataclass(frozen=True)
@@ -183,6 +179,18 @@ class UserLine:
         """
         with suppress(category):
             warnings.warn_explicit(text, category, self.file, self.number, self.module)
+
+
+def warn(text: str, begun_at: UserLine | None = None) -> None:
+    """Warn of something at the line of the user that led to it.
+
+    Where none did, as at the end of the process, at the line where it had ``begun_at``.
+    """
+    level = levels_to_user()
+    if begun_at is not None and _is_own(sys._getframe(level - 1).f_globals.get("__name__", "")):
+        begun_at.warn(text)
+    else:
+        warnings.warn(text, MonitoringWarning, stacklevel=level)
 
 
 def words(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -234,18 +235,41 @@ def _measured_module(
         if parts is not None:
             raise ValueError("parts= goes with a step function; a module is traced as a whole")
     elif not callable(model):
+        if isinstance(model, ModuleType):
+            raise TypeError(f"model={model!r} is a module of Python, not a torch.nn.Module")
         raise TypeError(f"model={model!r} is neither a module nor a function")
     elif module is None:
-        raise ValueError(
-            f"model={model!r} is a function; say whose modules to measure:"
-            " tmm.instrument(torch.compile(step), spec, module=model)"
-        )
+        raise ValueError(f"model={model!r} {_what_instead(model)}")
     elif not isinstance(module, torch.nn.Module):
         raise TypeError(f"module={module!r} is not a torch.nn.Module")
     found = model if module is None else module
     assert isinstance(found, torch.nn.Module)
     inner: torch.nn.Module = found._orig_mod if isinstance(found, OptimizedModule) else found
     return inner
+
+
+def _what_instead(model: Callable[..., Any]) -> str:
+    """What a callable is that comes without ``module=``, and what to give in its place."""
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        return f"is a class; give a module of it: {model.__name__}(...)"
+    inner, compiled = model, 0
+    while (behind := getattr(inner, "_torchdynamo_orig_callable", None)) is not None:
+        inner, compiled = behind, compiled + 1
+    owner = getattr(inner, "__self__", inner)
+    if isinstance(owner, torch.nn.Module) and compiled > 1:
+        return (
+            "was compiled twice: torch.compile gives a function for a module that is compiled"
+            f" already. Give what the first torch.compile({type(owner).__name__}(...)) gave"
+        )
+    if isinstance(owner, torch.nn.Module) and getattr(inner, "__name__", "") == "forward":
+        return (
+            f"is the forward of a module; give the module itself, {type(owner).__name__}(...), or"
+            " torch.compile of it"
+        )
+    return (
+        "is a function; say whose modules to measure: tmm.instrument(torch.compile(step), spec,"
+        " module=model)"
+    )
 
 
 def _folder_of_rank(run: str | os.PathLike[str] | LiveRun | None) -> Path | None:

@@ -242,6 +242,8 @@ class Monitor:
             finished.join_ranks(self._ranks)
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
+        if finished.ran_forward and self._lacks_activation_gradients(finished):
+            self._forgotten.note_no_backward(finished.step)
         if finished.expects_forward and not finished.ran_forward:
             self._gaps.warn_of_missed_forward(finished.step, self.hint)
         self._finished = finished
@@ -264,6 +266,9 @@ class Monitor:
         if finished.ran_forward:
             self._notices.give(self._require_twin())
         self._look_at(finished)
+
+    def _lacks_activation_gradients(self, finished: StepCollector) -> bool:
+        return self.spec.measures("activation_gradient") and not finished.has_activation_gradients
 
     def _evaluated(self, finished: StepCollector, *, is_raised: bool) -> StepRecord:
         """What the run keeps of a step; called by the writer's thread.
@@ -396,6 +401,10 @@ class Monitor:
             self._gaps.add(step, text, "note")
         elif text is not None:
             self._gaps.warn_once("back", step, text)
+
+    def tell(self, kind: str, step: int, text: str) -> None:
+        """Warn, once of a ``kind``, and keep the text in the run and for ``tmm.explain``."""
+        self._forgotten.tell(kind, step, text)
 
     def note_path(self, notice: str) -> None:
         """Say why the run is at another path than was asked for, if it is."""
@@ -545,6 +554,18 @@ class Monitor:
         """Whether the spec measures what only an optimizer's steps tell."""
         return any(rule.subject == "parameters" for rule in self.spec.rules)
 
+    def parameters_without_rows(self) -> dict[str, str]:
+        """Which parameters a rule matches that had no rows so far, with the reason.
+
+        By the family of the rule, as in ``"gradient of 0.weight"``. Nothing before the first
+        monitored step.
+        """
+        return self._require_watch().without_rows()
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` holds parameters of the model."""
+        return self._require_watch().holds(optimizer)
+
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
         return self._require_watch().may_watch(optimizer)
@@ -571,6 +592,21 @@ class Monitor:
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
+        known = ("parameters", "activation_gradient")
+        if scaler is None and not any(
+            rule.subject in known or rule.family in known for rule in self.spec.rules
+        ):
+            self._forgotten.note_watched_in_vain(self.current_step or 0, str(self.spec))
+        self.watch_found(optimizer, scaler)
+
+    def watch_found(
+        self, optimizer: object, scaler: GradScaler | None = None, *, finds_all: bool = False
+    ) -> None:
+        """``watch`` for an optimizer that is found, whatever the spec measures.
+
+        ``finds_all`` tells that each optimizer that steps is found.
+        """
+        self._require_watch().finds_optimizers |= finds_all
         is_new = scaler is not None and not self._require_watch().knows(scaler)
         if is_new and self._twin is not None and self._twin.has_probes:
             raise RuntimeError(
@@ -656,6 +692,7 @@ class Monitor:
 
         def take(binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
             if self._open is collector:
+                collector.has_activation_gradients = True
                 collector.add(binding, outputs, unless=collector.was_skipped, source=source)
 
         return take

@@ -121,7 +121,7 @@ class Session:
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Watch an optimizer that trains the model and is not watched yet."""
         if self._monitor is not None and self._monitor.trains(optimizer):
-            self._monitor.watch(optimizer, scaler)
+            self._monitor.watch_found(optimizer, scaler)
 
     # Steps
 

@@ -14,8 +14,8 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.gaps import words
-from tmm.layout import StepRecord
+from tmm.gaps import UserLine, warn, words
+from tmm.layout import Event, StepRecord
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.default_spec import default_spec
@@ -23,6 +23,7 @@ from tmm.runs.earlier import Earlier
 from tmm.runs.held import HeldFolder
 from tmm.runs.logged_values import checked_count, numbers_in
 from tmm.runs.optimizers import OptimizerFinder
+from tmm.runs.reminder import StepReminder
 from tmm.runs.samples import write_samples
 from tmm.runs.sinks import NamedSink, RunInfo, Sinks
 from tmm.runs.state import Lock, Status
@@ -117,6 +118,9 @@ class LiveRun:
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
         self._timing: dict[str, float] | None = None
+        self._reminder = StepReminder(self._tell)
+        self._begun_at = UserLine.here()
+        self._begins_own = False  # the step that the monitor begins is one of this run
         self._system = None if system_seconds is None else SystemSampler(system_seconds)
         if self._system is not None:
             self._system.start()
@@ -147,6 +151,7 @@ class LiveRun:
         collector = self._collector()
         for key, number in numbers.items():
             collector.log(key, number, _last, of_all_ranks=False)
+            self._reminder.note_logged(collector.step, key, collector.times_logged(key))
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
         """End the open step and give the number of the next one.
@@ -162,6 +167,7 @@ class LiveRun:
         counts = checked_count("samples", samples), checked_count("tokens", tokens)
         if self.monitor is not None:
             self.monitor.open_collector()
+        self._reminder.note_step()
         self._timing = self._clock.mark(*counts)
         self._end_step(is_ended=True)
         self.current_step += 1
@@ -216,13 +222,14 @@ class LiveRun:
         monitor = monitor_of(watched)
         try:
             if optimizer is not None:
-                monitor.watch(optimizer, scaler)
+                monitor.watch_found(optimizer, scaler)
             elif monitor.watches_optimizers:
                 self._finder = OptimizerFinder(monitor, scaler)
         except BaseException:
             remove(watched)
             raise
         self._begin_monitored()
+        self._reminder.count_updates(monitor.holds, lambda: self.current_step)
         return watched
 
     def attach(self, monitor: Monitor) -> None:
@@ -247,6 +254,8 @@ class LiveRun:
     def begins(self, collector: StepCollector) -> None:
         """The monitor begins a step; called by it."""
         step, self._opened = collector.step, None
+        if not self._begins_own:
+            self._reminder.note_step()
         if self._open is not None and self._open.step == step and self._ended is None:
             collector.take_logged(self._open)
             self._open = None
@@ -333,6 +342,8 @@ class LiveRun:
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
+            if status != "failed":
+                self._reminder.note_end(self.current_step)
             self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
         except BaseException as error:
             failure = error
@@ -361,7 +372,16 @@ class LiveRun:
         else:
             self.fail(error)
 
+    def _tell(self, step: int, text: str) -> None:
+        """Say what was forgotten, and keep it in the run."""
+        if self.monitor is not None:
+            self.monitor.tell("run.step", step, text)
+            return
+        warn(text, self._begun_at)
+        self.writer.submit(StepRecord(step, events=(Event(step, "gap", text),)))
+
     def _close(self, *, is_ended: bool) -> None:
+        self._reminder.stop()
         if self._finder is not None:
             self._finder.stop()
         if self._system is not None:
@@ -396,6 +416,7 @@ class LiveRun:
                     f"step={step} is not the step {self.current_step} that the monitor has open;"
                     " leave out step="
                 )
+            self._reminder.note_step()
             self._end_step(is_ended=True)
             self.current_step = int(step)
             if self.monitor is not None:
@@ -403,7 +424,11 @@ class LiveRun:
 
     def _begin_monitored(self) -> None:
         assert self.monitor is not None
-        self.monitor.begin_step(self.current_step)
+        self._begins_own = True
+        try:
+            self.monitor.begin_step(self.current_step)
+        finally:
+            self._begins_own = False
         self._opened = self.monitor.open_collector()
 
     def _end_step(self, *, is_ended: bool) -> None:
