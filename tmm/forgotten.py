@@ -120,7 +120,8 @@ class Forgotten:
 
     def note_no_backward(self, step: int) -> None:
         """Gradients of activations are asked for, and a step had none."""
-        self._tell("no backward", step, _NO_BACKWARD.format(step=step), "note")
+        text = _NO_BACKWARD.format(step=step)
+        self._tell("no backward", step, text, "note", "activation_gradient")
 
     def note_watched_in_vain(self, step: int, spec: str) -> None:
         """An optimizer is watched, and the spec asks for nothing that its steps tell."""
@@ -134,7 +135,7 @@ class Forgotten:
         """Say, once of a kind, what was done otherwise than it is meant."""
         self._tell(kind, step, text, "gap")
 
-    def _tell(self, kind: str, step: int, text: str, event: str) -> None:
+    def _tell(self, kind: str, step: int, text: str, event: str, subject: str = STEPS) -> None:
         if self._gaps.warn_once(kind, step, text, event=event):
             told = self._explain()
-            told[STEPS] = f"{told[STEPS]}; {text}" if STEPS in told else text
+            told[subject] = f"{told[subject]}; {text}" if subject in told else text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -252,23 +252,24 @@ def _what_instead(model: Callable[..., Any]) -> str:
     """What a callable is that comes without ``module=``, and what to give in its place."""
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         return f"is a class; give a module of it: {model.__name__}(...)"
-    inner, compiled = model, 0
-    while (behind := getattr(inner, "_torchdynamo_orig_callable", None)) is not None:
-        inner, compiled = behind, compiled + 1
-    owner = getattr(inner, "__self__", inner)
-    if isinstance(owner, torch.nn.Module) and compiled > 1:
+    inner: object = model
+    while isinstance(inner, FunctionType):
+        inner = vars(inner).get("_torchdynamo_orig_callable") or vars(inner).get("__wrapped__")
+    owner = inner.__self__ if isinstance(inner, MethodType) else None
+    if not isinstance(owner, torch.nn.Module):
         return (
-            "was compiled twice: torch.compile gives a function for a module that is compiled"
-            f" already. Give what the first torch.compile({type(owner).__name__}(...)) gave"
+            "is a function; say whose modules to measure: tmm.instrument(torch.compile(step),"
+            " spec, module=model)"
         )
-    if isinstance(owner, torch.nn.Module) and getattr(inner, "__name__", "") == "forward":
-        return (
-            f"is the forward of a module; give the module itself, {type(owner).__name__}(...), or"
-            " torch.compile of it"
-        )
+    assert isinstance(inner, MethodType)
+    kind, name = type(owner).__name__, inner.__name__
+    if name != "forward":
+        return f"is a method of a module; say so: tmm.instrument(model.{name}, spec, module=model)"
+    if inner is model:
+        return f"is the forward of {kind}; give the module itself, or torch.compile of it"
     return (
-        "is a function; say whose modules to measure: tmm.instrument(torch.compile(step), spec,"
-        " module=model)"
+        f"is the compiled forward of {kind}. torch.compile gives that for a module that is compiled"
+        " already: it was applied twice. Give what the first torch.compile(module) gave"
     )
 
 
