@@ -88,6 +88,7 @@ class StepCollector:
         self.raises_clashes = False
         self.ran_forward = False
         self.expects_forward = monitored
+        self.has_activation_gradients = False
         self.has_parameters = False
         self.has_gradients = False
         self.has_gradients_before_clip = False
@@ -146,6 +147,10 @@ class StepCollector:
         copied = copy_to_host(values.detach().reshape(-1).clone())
         logged = self._logged if of_all_ranks else self._own
         logged.setdefault(key, (aggregate, []))[1].append(copied)
+
+    def times_logged(self, key: str) -> int:
+        """How often a key was logged for this rank alone."""
+        return len(self._own[key][1]) if key in self._own else 0
 
     def add_numbers(self, keys: Sequence[str], values: torch.Tensor, aggregate: Aggregate) -> None:
         """Take numbers that tmm itself measures: one element of ``values`` for each of the keys.

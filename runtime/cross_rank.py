@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from tmm.gaps import UserLine
 from tmm.metrics import FloatArray
 from tmm.runtime.joined_rows import JoinedLayout, RowKind, Rows, joined, maxima, moments, sums
 
@@ -157,6 +157,7 @@ class CrossRank:
         self._changed = threading.Condition()
         self._closing = False
         self._broken: NotJoinedError | None = None
+        self._begun_at = UserLine.here()  # a thread has no line of the user
         self._thread = threading.Thread(target=self._run, name="tmm ranks", daemon=True)
         self._thread.start()
 
@@ -220,11 +221,8 @@ class CrossRank:
             return  # nothing is lost
         is_lost = isinstance(reason, RanksLostError)
         left = "hold the rows of this rank alone, marked as partial" if is_lost else "are gaps"
-        warnings.warn(
-            f"{text}. The training goes on; its monitored steps {left}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        text = f"{text}. The training goes on; its monitored steps {left}."
+        self._begun_at.warn(text, RuntimeWarning)
 
     def _next(self) -> Turn[Any] | None:
         """The next step; None once there is none to come."""

@@ -119,6 +119,7 @@ class SegmentWriter:
             self._file.swmr_mode = True
             self._file.flush()
             temporary.rename(self.path)
+            self._links = os.fstat(self._descriptor).st_nlink  # some file systems count none
         except Exception as error:  # HDF5 reports a failing disk under many classes
             self.abandon()
             with suppress(OSError):  # the first error says why
@@ -143,6 +144,13 @@ class SegmentWriter:
         """
         if self._descriptor < 0:
             raise OSError(errno.EBADF, f"cannot write step {record.step}: {self.path} is closed")
+        if not self._is_in_place():
+            self.abandon()
+            raise OSError(
+                errno.ENOENT,
+                f"cannot write step {record.step}: {self.path} was deleted or moved while it was"
+                " recorded",
+            )
         if not -(2**63) <= record.step < 2**63:
             raise ValueError(f"step {record.step} does not fit in 64 bits")
         scalars, histograms = stack(record.scalars, 1), stack(record.histograms, 2)
@@ -156,6 +164,11 @@ class SegmentWriter:
             self.abandon()
             message = f"cannot write step {record.step} to {self.path}"
             raise _storage_error(message, error) from error
+
+    def _is_in_place(self) -> bool:
+        """Whether others find the file: what is written to one that was deleted is lost."""
+        links = os.fstat(self._descriptor).st_nlink
+        return (links > 0 or links == self._links) and os.path.exists(self.path)
 
     def _check_keys(self, record: StepRecord) -> None:
         if self._scalars.knows(record.scalars) and self._histograms.knows(record.histograms):

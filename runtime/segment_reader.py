@@ -289,6 +289,6 @@ def _checked_event(line: Any) -> Event:
     return Event(**line)
 
 
-def _check_types(line: Any, types: dict[str, type]) -> None:
+def _check_types(line: Any, types: Mapping[str, type]) -> None:
     if not isinstance(line, dict) or any(type(line[name]) is not types[name] for name in line):
         raise ValueError(f"one of its lines has other fields or types: {line!r:.200}")

@@ -211,7 +211,7 @@ class Run:
 
     @property
     def state(self) -> State | None:
-        """What became of the run; None for one that ``tmm.start_run`` did not start."""
+        """What became of the run; None for one without."""
         return State.read(self.path)
 
     def text(self, name: str) -> str:

@@ -182,8 +182,9 @@ def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
         record = find_run(query, root)
         if not yes:
             agreed(f"Delete {record.id} ({record.name}, {record.status})?")
-        delete_run(record, root)
+        kept = delete_run(record, root)
     say(f"deleted {record.id}")
+    _tell_of_kept(record, kept)
 
 
 @app.command()
@@ -195,7 +196,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete the runs that started longer ago, after asking; never one that is running."""
-    from tmm.runs.catalog import delete_run, runs_to_prune
+    from tmm.runs.catalog import runs_to_prune
 
     age = _duration(older_than)
     with told():
@@ -204,12 +205,28 @@ def prune(
             for record in records:
                 say(f"{record.id}  {record.name}  {record.status}", error=True)
             agreed(f"Delete these {len(records)} runs?", error=True)
-        for record in records:
-            delete_run(record, root)
+        deleted = [record for record in records if _is_deleted(record, root)]
     if as_json:
-        print_json([record.id for record in records])
+        print_json([record.id for record in deleted])
     else:
-        say(f"deleted {len(records)} runs")
+        say(f"deleted {len(deleted)} runs")
+
+
+def _is_deleted(record: RunRecord, root: Path) -> bool:
+    """Delete one of several runs; one that somebody records by now is left alone."""
+    from tmm.runs.catalog import delete_run
+
+    try:
+        _tell_of_kept(record, delete_run(record, root))
+    except ValueError as error:
+        say(str(error), error=True)
+        return False
+    return True
+
+
+def _tell_of_kept(record: RunRecord, kept: tuple[str, ...]) -> None:
+    if kept:
+        say(f"{record.path} keeps what is not the run's: {', '.join(kept)}", error=True)
 
 
 @app.command()

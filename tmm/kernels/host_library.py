@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tmm.gaps import levels_to_user
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that there are kernels for."""
 
@@ -67,7 +69,7 @@ def load_kernels(
         warnings.warn(
             f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
             f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
-            stacklevel=2,
+            stacklevel=levels_to_user(),
         )
         return {}
     kernels = {}

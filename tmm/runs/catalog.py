@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
+from tmm.runs.deletion import delete_folder
 from tmm.runs.remote import fetched, is_remote, without_scheme
+from tmm.runs.samples import FOLDER as SAMPLES
 from tmm.runs.state import STATE_NAME, State, Status, parsed_time
 from tmm.runtime.info import INFO_NAME, is_info, read_info
 from tmm.runtime.segment import is_segment
@@ -118,22 +119,22 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     raise LookupError(f"no run {text!r} among the {len(records)} under {str(root)!r}{hint}")
 
 
-def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> None:
-    """Delete the folder of a run under ``root``.
+def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Delete a run under ``root``, and its folder if nothing else is in it.
+
+    Gives the names of what is in the folder and is not the run's, such as other runs: it stays.
 
     Raises ``ValueError`` for one that is running, and for a folder outside of ``root``.
     """
     if record.status == "running":
         raise ValueError(f"the run {record.id} is running; stop it first")
-    if not record.path.resolve().is_relative_to(Path(root).resolve()):
+    path, within = record.path.resolve(), Path(root).resolve()
+    if not path.is_relative_to(within):
         raise ValueError(f"{record.path} lies outside of {root}; give --root, or delete it by hand")
     if record.path.is_symlink():
         record.path.unlink()
-        return
-    # Renamed first, so that a reader never sees half of it.
-    doomed = record.path.with_name(f".{record.path.name}.deleted")
-    record.path.rename(doomed)
-    shutil.rmtree(doomed)
+        return ()
+    return delete_folder(record.path, keeps_folder=path == within)
 
 
 def runs_to_prune(
@@ -152,17 +153,18 @@ def runs_to_prune(
 
 
 def _folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The folders of runs; what links lead to is not looked at, for it may be there twice."""
+    """The folders of runs, also of runs within others; links are not followed."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError:
         return
-    if any(entry.name == INFO_NAME for entry in entries):
-        if _is_run(root, [entry.name for entry in entries]):
-            yield root
-        return
+    names = [entry.name for entry in entries]
+    is_run = INFO_NAME in names and _is_run(root, names)
+    if is_run:
+        yield root
     for entry in entries:
-        if depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+        is_part = entry.name.startswith(".") or (is_run and entry.name == SAMPLES)
+        if depth and not is_part and entry.is_dir(follow_symlinks=False):
             yield from _folders(Path(entry.path), depth - 1)
 
 

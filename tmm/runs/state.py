@@ -9,10 +9,11 @@ import platform
 import stat
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal, TypeAlias, get_args
+from typing import BinaryIO, Literal, TypeAlias, get_args
 
 from tmm.runtime.replacing import replace_text
 from tmm.runtime.untrusted import open_file, parse_json, read_file
@@ -24,6 +25,7 @@ except ImportError:  # not a Unix
 
 STATE_NAME = "state.json"
 LOCK_NAME = "alive.lock"
+_ROOM = 4096  # bytes; a block of most file systems
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -124,15 +126,18 @@ def parsed_time(text: str) -> datetime | None:
 class Lock:
     """Held on a run's folder until ``release``, or until the process ends in whatever way.
 
-    A child that is forked does not hold it. Raises ``BlockingIOError`` where another process, or
-    another run of this one, holds it.
+    A child that is forked does not hold it. Its file also keeps some room, for what is to be said
+    on a disk that is full. Raises ``BlockingIOError`` where another process, or another run of this
+    one, holds it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[bytes] | None = None
+        self._path = folder / LOCK_NAME
+        self._file: BinaryIO | None = None
+        file = _opened(self._path)
         if fcntl is None:
+            file.close()
             return
-        file = _opened(folder / LOCK_NAME)
         try:
             _take(file)
         except BlockingIOError:
@@ -142,8 +147,32 @@ class Lock:
             file.close()
             return
         self._file = file
+        self._links = os.fstat(file.fileno()).st_nlink  # some file systems count none
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_copy(reference))
+        with suppress(OSError):  # a disk that is full already
+            file.truncate(0)
+            file.write(bytes(_ROOM))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it keeps others out: not where there are no locks, nor once it is released."""
+        return self._file is not None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder is still the one that it was taken on: neither deleted nor moved."""
+        if not self._path.exists():
+            return False
+        if self._file is None:
+            return True
+        links = os.fstat(self._file.fileno()).st_nlink
+        return links > 0 or links == self._links
+
+    def give_room(self) -> None:
+        """Give up the room that the file keeps; raises OSError."""
+        if self._file is not None:
+            os.ftruncate(self._file.fileno(), 0)
 
     def release(self) -> None:
         """Hold it no longer."""
@@ -152,17 +181,17 @@ class Lock:
             self._file = None
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> BinaryIO:
     """The file to lock. A link is not followed, nor a FIFO waited for: raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    file = open(descriptor, "rb", buffering=0)  # noqa: SIM115
+    file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return file
 
 
-def _take(file: IO[bytes]) -> None:
+def _take(file: BinaryIO) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
