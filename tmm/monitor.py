@@ -246,9 +246,8 @@ class Monitor:
         if self._ranks is not None and finished.monitored:
             finished.join_ranks(self._ranks)
             if self._ranks.behind:
-                self._gaps.warn_once(
-                    finished.step, "ranks behind", f"{self._ranks.behind}: {_BEHIND}"
-                )
+                text = f"{self._ranks.behind}: {_BEHIND}"
+                self._gaps.warn_once("ranks behind", finished.step, text)
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
         if finished.ran_forward and self._lacks_activation_gradients(finished):
