@@ -188,8 +188,8 @@ def test_a_rank_that_opens_no_step_stops_nobody(two: Path) -> None:
         expected = rank_trainings.model().first(rank_trainings.batches()[0]).square().mean().sqrt()
         values = run.series("activation/first/rms")[1]
         np.testing.assert_allclose(values, expected.item(), rtol=1e-5)
-        assert {event.kind for event in run.events} == {"partial"}
-        assert [event.step for event in run.events] == list(range(70 - 32))
+        partial = [event.step for event in run.events if event.kind == "partial"]
+        assert partial == list(range(70 - 32))
 
 
 def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(two: Path) -> None:
@@ -200,8 +200,8 @@ def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(two: Path) ->
         for step, part in enumerate((batch, batch[: BATCH // 2])):
             expected = net.first(part).square().mean().sqrt().item()
             assert run.at(step)["activation/first/rms"] == pytest.approx(expected, rel=1e-5)
-        (event,) = run.events
-        assert (event.step, event.kind) == (1, "partial")
+        (event,) = (event for event in run.events if event.kind == "partial")
+        assert event.step == 1
         assert event.text.startswith("the rows of this rank alone: ")
 
 
