@@ -54,6 +54,7 @@ class Watch:
         self.finds_optimizers = False  # somebody watches each one that steps
         self._has_measured = False  # in a monitored step
         self._has_looked_at_unheld = False
+        self._known_at_close: dict[str, str] | None = None
         self._handle: RemovableHandle | None = None
         if any(map(parameters.wants, AROUND_STEPS)):
             # Here, for hooks must not be added while they run; without keeping this alive.
@@ -128,6 +129,8 @@ class Watch:
 
         Nothing before the first monitored step.
         """
+        if self._known_at_close is not None:
+            return self._known_at_close
         if not self._has_measured:
             return {}
         asked: dict[str, dict[str, None]] = {}
@@ -312,6 +315,7 @@ class Watch:
 
     def close(self) -> None:
         """Take all hooks off."""
+        self._known_at_close = self.without_rows()
         if self._handle is not None:
             self._handle.remove()
         for optimizer in self._optimizers:
