@@ -16,7 +16,7 @@ import pytest
 
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.reader import open_run
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import segment_paths
 from tmm.runtime.writer import RunWriter
 
 try:

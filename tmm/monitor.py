@@ -28,7 +28,7 @@ from tmm.reference import Reference, load_reference
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.cross_rank import CrossRank
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.silent import silent_modules, warning_of
