@@ -44,6 +44,12 @@ class Chunks:
     places: Integers
     addresses: Integers
 
+    def within(self, dimension: int, first: int, last: int) -> Chunks:
+        """Those whose place in a dimension is from ``first`` to ``last``."""
+        of_dimension = self.places[:, dimension]
+        kept = (of_dimension >= first) & (of_dimension <= last)
+        return Chunks(self.places[kept], self.addresses[kept])
+
 
 def chunks_of_array(
     file: FileBytes, address: int, dimensions: int, first: int, last: int

@@ -65,6 +65,7 @@ class SegmentFile:
         self.size = self._bytes.size
         self._layouts: dict[str, Layout] = {}
         self._chunks: dict[str, Chunks] = {}
+        self._asked: set[str] = set()
         self._kept: dict[tuple[str, int], FloatArray] = {}
         try:
             self._root: Root = read_root(self._bytes)
@@ -146,8 +147,12 @@ class SegmentFile:
 
     def _fill(self, result: _Array, name: str, rows: slice, columns: slice) -> None:
         """Copy what lies in the chunks of a dataset."""
-        layout, chunks = self._layout(name), self._chunks_of(name, rows)
+        layout = self._layout(name)
         height, *inner = layout.chunk
+        chunks = self._chunks_of(name, rows).within(0, rows.start // height, _last(rows, height))
+        if inner:
+            width = inner[0]
+            chunks = chunks.within(1, columns.start // width, _last(columns, width))
         row_bytes = layout.chunk_bytes // height
         for place, address in zip(chunks.places.tolist(), chunks.addresses.tolist(), strict=True):
             there = [
@@ -175,12 +180,14 @@ class SegmentFile:
         if name in self._chunks:
             return self._chunks[name]
         layout = self._layout(name)
-        # Who reads a series reads others, too.
-        is_kept = layout.index == _TREE and rows.start == 0
-        first, end = rows.start, layout.shape[0] if is_kept else rows.stop
+        # Who asks twice, or for a series, asks again.
+        is_kept = layout.index == _TREE and (rows.start == 0 or name in self._asked)
+        self._asked.add(name)
+        wanted = slice(0, layout.shape[0]) if is_kept else rows
         find = chunks_of_tree if layout.index == _TREE else chunks_of_array
         height, dimensions = layout.chunk[0], len(layout.shape)
-        found = find(self._bytes, layout.address, dimensions, first // height, (end - 1) // height)
+        first, last = wanted.start // height, _last(wanted, height)
+        found = find(self._bytes, layout.address, dimensions, first, last)
         if len(found.addresses) * layout.chunk_bytes > 2 * self.size + _ROOM:
             raise ValueError(f"its {name} has more chunks than it has room for")
         if is_kept:
@@ -214,6 +221,12 @@ class SegmentFile:
         if form.index == _ARRAY and layout.chunk[1:] != shape[1:]:
             raise ValueError(f"its {name} is in chunks of the shape {layout.chunk}")
         return layout
+
+
+def _last(part: slice, size: int) -> int:
+    """The number of the last block of that size in which a part lies."""
+    last: int = (part.stop - 1) // size
+    return last
 
 
 def _common(a: slice, b: slice) -> slice:
