@@ -1,16 +1,14 @@
 """Reads one segment of a run: what its writer has committed, while it grows or afterwards.
 
-Not in SWMR mode. There HDF5 shares one state among all who have a file open in a process, which
-breaks refreshing with two readers, and any reading beside a writer that failed; and it meets a
-wrong checksum with waits that double a hundred times, so that a damaged file hangs. Instead a file
-is opened anew when there is more in it. The order in which a SWMR writer writes keeps every such
-view consistent; a read in the very moment of a write may fail, and is done again.
+A file is opened anew when there is more in it. The order in which a SWMR writer writes keeps every
+such view consistent; a read in the very moment of a write may fail, and is done again.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -22,15 +20,15 @@ import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
-from tmm.runtime.matrix import ABSENT, is_measured
-from tmm.runtime.segment import COMMIT_FIELDS, FORMAT, MATRICES
 from tmm.runtime.segment_file import SegmentFile
+from tmm.runtime.segment_layout import ABSENT, COMMIT_FIELDS, FORMAT, MATRICES, is_measured
 from tmm.runtime.untrusted import parse_json
 
 _PAUSES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # seconds between attempts
 _CLOCK_SECONDS = 2.0  # more than the resolution of a file's time of change
 _VALUE_BYTES = 8
 _BLOCK_VALUES = 1 << 21  # read at once from many series
+_DAMAGE = (ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 _TEXTS = (*MATRICES.values(), "events")
 
 _Result = TypeVar("_Result")
@@ -79,9 +77,10 @@ class SegmentReader:
         try:
             if not self._is_begun:
                 self._begin(file)
-            grown = len(file["steps"]) > len(self.steps)
+            (count,) = file.shape("steps")
+            grown = count > len(self.steps)
             if grown:
-                self._take_rows(file)
+                self._take_rows(file, count)
                 self.close()
                 self._file = file
             return grown
@@ -96,15 +95,15 @@ class SegmentReader:
         file.check()
         replaces_from = file.attribute("replaces_from")
         self.replaces_from = math.inf if replaces_from is None else float(replaces_from)
-        self.histogram_edges = file["histogram_edges"][:] if "histogram_edges" in file else None
+        if "histogram_edges" in file:
+            (edges,) = file.shape("histogram_edges")
+            self.histogram_edges = file.read("histogram_edges", slice(0, edges))
         self._is_begun = True
 
-    def _take_rows(self, file: SegmentFile) -> None:
+    def _take_rows(self, file: SegmentFile, count: int) -> None:
         known = len(self.steps)
         # Of ``steps`` only the length is needed, as ``commits`` has the numbers too.
-        commits = file["commits"][known : len(file["steps"])]
-        if len(commits) != len(file["steps"]) - known:
-            raise ValueError("it has more steps than commits")
+        commits = file.read("commits", slice(known, count), slice(0, len(COMMIT_FIELDS)))
         last = dict(zip(COMMIT_FIELDS, commits[-1].tolist(), strict=True))
         size = os.stat(self.path).st_size
         if not 0 < last["file_bytes"] <= size:
@@ -150,7 +149,7 @@ class SegmentReader:
         """
         name, column = self._places[key]
         rows = self._rows[name]
-        return rows, self._attempt(lambda: self._matrix(name)[: len(rows), column])
+        return rows, self._attempt(lambda: self._matrix(name).column(name, len(rows), column))
 
     def table(self, keys: Sequence[str]) -> FloatArray:
         """Return the numbers of ``keys``, shape (keys, rows); `ABSENT` where not measured.
@@ -166,13 +165,13 @@ class SegmentReader:
                     continue
                 places = np.array(own, dtype=np.intp)
                 columns = np.array([self._places[keys[n]][1] for n in own], dtype=np.intp)
-                dataset, rows = self._matrix(name), self._rows[name]
-                width = dataset.chunks[1]
+                file, rows = self._matrix(name), self._rows[name]
+                width = file.chunk(name)[1]
                 for start in np.unique(columns // width) * width:
                     here = (columns >= start) & (columns < start + width)
                     there = slice(int(start), min(int(start) + width, self._widths[name]))
-                    for some, block in _blocks(dataset, len(rows), there):
-                        found = block[:, columns[here] - start]
+                    for some in _blocks(file.chunk(name)[0], len(rows), there):
+                        found = file.read(name, some, there)[:, columns[here] - start]
                         result[np.ix_(places[here], rows[some])] = found.T
             return result
 
@@ -190,7 +189,8 @@ class SegmentReader:
             for name, width in self._widths.items():
                 place = int(np.searchsorted(self._rows[name], index))
                 if place < len(self._rows[name]) and self._rows[name][place] == index:
-                    values = self._matrix(name)[place, :width]
+                    some = slice(place, place + 1), slice(0, width)
+                    values = self._matrix(name).read(name, *some)[0]
                     plain = values.tolist() if values.ndim == 1 else values
                     rows[name] = plain, is_measured(values).tolist()
             result: dict[str, float | FloatArray] = {}
@@ -201,29 +201,24 @@ class SegmentReader:
 
         return self._attempt(read)
 
-    def _matrix(self, name: str) -> Any:
-        """A dataset of values, which has all that was committed of it."""
+    def _matrix(self, name: str) -> SegmentFile:
+        """The file, whose dataset of that name has all that was committed of it."""
         if self._file is None:
             self._file = SegmentFile(self.path)
-        dataset = self._file[name]
-        rows, width, bins = len(self._rows[name]), self._widths[name], math.prod(dataset.shape[2:])
+        shape, rows, width = self._file.shape(name), len(self._rows[name]), self._widths[name]
         # Each row, and each column, has the bins of one histogram at least.
-        is_in_it = max(rows, width) * bins * _VALUE_BYTES <= self._file.size
-        if len(dataset) < rows or (rows and dataset.shape[1] < width) or not is_in_it:
-            raise ValueError(f"its {name} has the shape {dataset.shape}, for {rows} rows")
-        return dataset
+        is_in_it = max(rows, width) * math.prod(shape[2:]) * _VALUE_BYTES <= self._file.size
+        if shape[0] < rows or (rows and shape[1] < width) or not is_in_it:
+            raise ValueError(f"its {name} has the shape {shape}, for {rows} rows of {width}")
+        return self._file
 
     def _attempt(self, read: Callable[[], _Result]) -> _Result:
         for pause in (*_PAUSES, None):
             stamp = self._stamp()
             try:
                 return read()
-            except MemoryError:
-                raise
-            except Exception as error:  # HDF5 and h5py report damage under many classes
+            except _DAMAGE as error:
                 self.close()
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the system's answer, such as a missing permission, is no damage
                 # Where nobody writes, the next attempt would find the same.
                 is_final = stamp == self._stamp() and not _is_recent(stamp)
                 if pause is None or is_final:
@@ -243,13 +238,11 @@ class SegmentReader:
             self._file = None
 
 
-def _blocks(dataset: Any, rows: int, columns: slice) -> Iterator[tuple[slice, FloatArray]]:
-    """Some columns of a dataset, as many rows at a time as take little memory."""
-    chunk = dataset.chunks[0]
+def _blocks(chunk: int, rows: int, columns: slice) -> Iterator[slice]:
+    """All rows, as many at a time of some columns as take little memory; whole chunks of them."""
     step = max(1, _BLOCK_VALUES // (columns.stop - columns.start) // chunk) * chunk
     for start in range(0, rows, step):
-        some = slice(start, min(start + step, rows))
-        yield some, dataset[some, columns]
+        yield slice(start, min(start + step, rows))
 
 
 def _is_recent(stamp: tuple[int, int]) -> bool:
@@ -268,10 +261,11 @@ def _lines(file: SegmentFile, name: str, start: int, end: int) -> list[Any]:
     """The lines of JSON in a part of a text."""
     if start == end:
         return []
-    text = file[name]
-    if not start < end <= min(len(text), file.size):
-        raise ValueError(f"its {name} end at {end}, of {len(text)} bytes")
-    lines: list[Any] = parse_json(b"[" + b",".join(text[start:end].tobytes().splitlines()) + b"]")
+    (length,) = file.shape(name)
+    if not start < end <= min(length, file.size):
+        raise ValueError(f"its {name} end at {end}, of {length} bytes")
+    text = file.read(name, slice(start, end)).tobytes()
+    lines: list[Any] = parse_json(b"[" + b",".join(text.splitlines()) + b"]")
     return lines
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from tmm.layout import Event, KeyInfo, StepRecord, Table
 from tmm.runtime import segment
-from tmm.runtime.matrix import ABSENT, ABSENT_BITS, is_measured
-from tmm.runtime.segment import SegmentWriter, segment_paths
+from tmm.runtime.segment import SegmentWriter
+from tmm.runtime.segment_layout import ABSENT, ABSENT_BITS, is_measured, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 
 BINS = 3

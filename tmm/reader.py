@@ -22,8 +22,7 @@ from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
 from tmm.runtime.info import INFO_NAME, read_info
-from tmm.runtime.matrix import is_measured
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import is_measured, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
 from tmm.runtime.untrusted import read_file
 

@@ -17,7 +17,7 @@ from tmm.runs.remote import fetched, is_remote, without_scheme
 from tmm.runs.samples import FOLDER as SAMPLES
 from tmm.runs.state import STATE_NAME, State, Status, parsed_time
 from tmm.runtime.info import INFO_NAME, is_info, read_info
-from tmm.runtime.segment import is_segment
+from tmm.runtime.segment_layout import is_segment
 
 _DEPTH = 4  # folders below a root
 _MOST_REASON = 500  # characters

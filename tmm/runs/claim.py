@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tmm.runs.state import STATE_NAME, Lock, State
 from tmm.runtime.info import INFO_NAME, read_info
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import segment_paths
 from tmm.runtime.writer import is_info_of_run
 
 EXPLANATION_NAME = "explain.txt"
