@@ -338,7 +338,7 @@ def test_start_run_goes_on_with_a_run_at_a_path(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"run.json": '{"a": 1}'}, "its run.json is of another program"),
-        ({"run.json": '{"starts": 3}'}, "its run.json is of another program"),
+        ({"run.json": '{"starts": 3}'}, "run.json is damaged: 'starts' is no list of objects"),
         ({"run.json": "[1]"}, "holds no JSON object"),
         ({"run.json": "{"}, "is not readable as JSON"),
         ({"state.json": "{}"}, "has a state.json and no run.json"),
