@@ -18,7 +18,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 
 def find_browser() -> str:
-    """Where Chromium or Chrome is; without it the test is skipped, or fails where it is required."""
+    """Where Chromium or Chrome is; else the test is skipped, or fails where it is required."""
     return _found(*_BROWSERS)
 
 
