@@ -1,3 +1,4 @@
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ import torch
 
 from tests import truth_table
 from tests.interpreters import Interpreters
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage is to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
