@@ -102,10 +102,13 @@ FAULTS = (
     # Forward and backward passes
     Fault(
         "repetition_of_a_checkpoint_counted",
-        "tmm/twin/dispatch.py",
-        "            return self._repeat if repeats else self.plain\n",
-        "            return self._run_on_its_own if repeats else self.plain\n",
-        ("tests/test_forward_passes.py",),
+        "tmm/twin/twin.py",
+        "discarding, self._discarding = self._discarding, True",
+        "discarding, self._discarding = self._discarding, False",
+        (
+            "tests/test_forward_passes.py::test_a_checkpointed_call_of_the_model_counts_once",
+            "tests/test_unusual_models.py::test_recomputed_blocks_count_once",
+        ),
     ),
     Fault(
         "repetition_of_an_outside_call_counted",
@@ -141,7 +144,7 @@ FAULTS = (
         "runtime/eager.py",
         "        state.restore()  # the training's random numbers are not the metric's",
         "        pass",
-        ("tests/test_uncompiled.py",),
+        ("tests/test_module_monitor.py::test_metrics_leave_the_random_numbers_alone",),
     ),
     Fault(
         "hook_left_behind",
@@ -172,7 +175,7 @@ FAULTS = (
         "tmm/twin/compare.py",
         "        state = RandomState.capture()\n",
         "        state = RandomState.capture()\n        torch.rand(())\n",
-        ("tests/test_reference.py",),
+        ("tests/test_reference.py::test_ways",),
     ),
     # Optimizers
     Fault(
@@ -202,14 +205,14 @@ FAULTS = (
         "tmm/runs/live.py",
         "step = self.current_step if self._ended is None else self._ended.step",
         "step = self.current_step if self._ended is None else self._ended.step + 1",
-        ("tests/test_runs.py",),
+        ("tests/test_runs.py::test_what_is_logged_between_steps_belongs_to_the_one_that_ended",),
     ),
     Fault(
         "last_step_lost_by_the_run",
         "tmm/runs/live.py",
         "if self._opened is not None:\n                    self._end_step(",
         "if self._opened is None:\n                    self._end_step(",
-        ("tests/test_runs.py",),
+        ("tests/test_runs.py::test_a_watched_model_is_recorded_in_the_steps_of_the_run",),
     ),
     Fault(
         "last_step_lost_by_the_writer",
@@ -223,14 +226,14 @@ FAULTS = (
         "tmm/runs/live.py",
         "        if self._lock is not None:\n            self._lock.release()\n",
         "",
-        ("tests/test_runs.py",),
+        ("tests/test_runs.py::test_a_run_goes_on",),
     ),
     Fault(
         "resume_overwrites_earlier_steps",
         "tmm/runs/live.py",
         "replaces_from=run.first_step if run.repeats_steps else None,",
         "replaces_from=0 if run.repeats_steps else None,",
-        ("tests/test_runs.py",),
+        ("tests/test_runs.py::test_a_run_goes_back_to_the_step_of_a_checkpoint",),
     ),
     Fault(
         "torn_tail_read_as_data",

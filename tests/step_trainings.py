@@ -71,7 +71,7 @@ class Step:
     before: dict[str, Tensors] = field(default_factory=dict)
     updates: dict[str, Tensors] = field(default_factory=dict)
     scalars: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    of_run: Values = field(default_factory=dict)
 
     @property
     def is_monitored(self) -> bool:
@@ -89,12 +89,8 @@ class Step:
 
     def logged(self) -> Values:
         """Numbers that a monitor takes are averaged; of those that a run takes the last counts."""
-        found: Values = {}
-        if self.scalars:
-            found["scalar"] = sum(self.scalars) / len(self.scalars)
-        if self.losses:
-            found["loss"] = self.losses[-1]
-        return found
+        scalar = {"scalar": sum(self.scalars) / len(self.scalars)} if self.scalars else {}
+        return scalar | self.of_run
 
     def values(self, counted: list[Pass], parameters: dict[str, torch.Tensor]) -> Values:
         """What is recorded, if these passes count."""

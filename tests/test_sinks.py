@@ -316,6 +316,27 @@ def repeated(root: Path) -> Path:
     return run.path
 
 
+def extended(root: Path) -> Path:
+    model = nn.Linear(2, 2)
+    with start(root, *BACKENDS) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms", "histogram"), every=2), run=run)
+        run.log({"early": 1.0})
+        for step in range(4):
+            with tmm.monitor(model).step(step):
+                model(torch.ones(1, 2))
+                run.log({"loss": step} if step != 1 else {})
+            run.log({"validation": {"loss": step, "accuracy": 1.0}} if step != 2 else {})
+    return run.path
+
+
+@each
+def test_what_is_added_to_a_step_that_has_ended(
+    name: str, run_of: Callable[[Scenario], Path]
+) -> None:
+    assert list(recorded(run_of(extended))["validation/loss"]) == [0, 1, 3]
+    BACKENDS[name].check(run_of(extended))
+
+
 @each
 def test_a_step_that_is_recorded_again(name: str, run_of: Callable[[Scenario], Path]) -> None:
     backend = BACKENDS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,31 +16,48 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import tmm
 from tests.step_trainings import SPEC, Net, Pass, Step, Training, Values, check_same, recorded
 from tmm.runs.live import LiveRun
+from tmm.runs.sinks import Value
 
 batches = st.lists(st.integers(-9, 9), min_size=1, max_size=3)
 factors = st.sampled_from([1.0, 2.0, -3.0])
 numbers = st.integers(-9, 9).map(float)
+keys = st.sampled_from(["loss", "accuracy"])
 either = st.booleans()
 mostly = st.sampled_from([True, True, False])
 
 
-def start(root: Path) -> LiveRun:
-    return tmm.start_run("p", root=root, system_seconds=None)
+class Recording:
+    """A run in a folder of its own, and the last that a sink of it was told of each step."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp())
+        self.told: dict[int, Values] = {}
+        self.run = tmm.start_run("p", root=self.root, system_seconds=None, sinks=[self.tell])
+
+    def tell(self, step: int, values: Mapping[str, Value]) -> None:
+        self.told[step] = dict(values)  # type: ignore[arg-type]
+
+    def check_end(self, expected: dict[int, Values]) -> None:
+        """The run is finished."""
+        check_same(recorded(self.run), expected)
+        check_same(self.told, expected)
+        shutil.rmtree(self.root)
 
 
 class Explicit(Training):
     """Steps that begin and end by calls of the monitor, recorded in memory or in a run.
 
     ``late`` is what was logged into the run when no step was open: it belongs to the step
-    ``ended``, the last one, and before any to the one that comes.
+    ``ended``, the last one, and before any to the ``next`` one: ``early`` is what it took.
     """
 
     def __init__(self, run: LiveRun | None = None) -> None:
         super().__init__(run)
         self.number = 0
         self.last: Values = {}
-        self.late: list[float] = []
-        self.early: list[float] = []
+        self.late: Values = {}
+        self.early: Values = {}
+        self.next = 0
         self.ended: int | None = None
         self.ended_before: int | None = None
         self.gaps: list[int] = []
@@ -52,11 +70,11 @@ class Explicit(Training):
     def begun(self, ahead: int) -> None:
         self.drop()
         self.number += ahead
-        self.early = self.late if self.ended is None and self.number == 0 else []
+        self.early = self.late if self.ended is None and self.number == self.next else {}
         if not self.early:
             self.take_late()
-        self.open, self.last, self.late = Step(self.number, losses=[*self.early]), {}, []
-        self.ended_before, self.ended = self.ended, None
+        self.open, self.last, self.late = Step(self.number, of_run=dict(self.early)), {}, {}
+        self.ended_before, self.ended, self.next = self.ended, None, self.number
 
     def drop(self) -> None:
         """The open step is not recorded; in a run, what was logged in it is."""
@@ -69,8 +87,8 @@ class Explicit(Training):
 
     def take_late(self) -> None:
         if self.late:
-            values = self.history.setdefault(0 if self.ended is None else self.ended, {})
-            values["loss"] = self.late[-1]
+            step = self.next if self.ended is None else self.ended
+            self.history[step] = self.history.get(step, {}) | self.late
 
     def end(self) -> None:
         step, self.open = self.open, None
@@ -84,8 +102,6 @@ class Explicit(Training):
     def discard(self) -> None:
         """As if it had not begun."""
         self.monitor.discard_step()
-        if self.run is not None:
-            self.run.discards()
         self.open, self.late, self.ended = None, self.early, self.ended_before
 
     def log(self, number: float, *, force: bool) -> None:
@@ -93,10 +109,10 @@ class Explicit(Training):
         if self.open is not None and (force or self.open.is_monitored):
             self.open.scalars.append(number)
 
-    def log_into_run(self, number: float) -> None:
+    def log_into_run(self, key: str, number: float) -> None:
         if self.run is not None:
-            self.run.log({"loss": number})
-            (self.late if self.open is None else self.open.losses).append(number)
+            self.run.log({key: number})
+            (self.late if self.open is None else self.open.of_run)[key] = number
 
     def check(self) -> None:
         assert self.monitor.is_monitoring() == self.is_measured
@@ -110,14 +126,13 @@ class Steps(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp())
-        self.run = start(self.root)
-        self.trainings = Explicit(), Explicit(self.run)
-        self.training: Explicit = self.trainings[0]
+        self.recording = Recording()
+        self.run = self.recording.run
+        self.training, self.other = Explicit(self.run), Explicit()
 
-    @rule(which=st.integers(0, 1))
-    def turn_to(self, which: int) -> None:
-        self.training = self.trainings[which]
+    @rule()
+    def turn_to_the_other(self) -> None:
+        self.training, self.other = self.other, self.training
 
     @rule(ahead=st.integers(0, 2))
     def begin(self, ahead: int) -> None:
@@ -127,15 +142,20 @@ class Steps(RuleBasedStateMachine):
     def forward(self, values: list[int], training: bool, gradients: bool) -> None:
         self.training.forward(values, training=training, gradients=gradients)
 
-    @rule()
-    def fail(self) -> None:
-        self.training.fail()
-
-    @rule(values=batches, number=numbers)
-    def evaluate(self, values: list[int], number: float) -> None:
-        with self.training.monitor.no_monitor():
-            self.training.outputs(values, training=True, gradients=True)
-            self.training.monitor.log_scalar("scalar", number)
+    @rule(values=batches, number=numbers, is_ahead=either)
+    def be_apart(self, values: list[int], number: float, is_ahead: bool) -> None:
+        """What is no part of a step."""
+        training = self.training
+        if is_ahead and training.open is None:
+            training.monitor.prepare(training.plain.linear.weight.detach())
+            with pytest.raises(RuntimeError, match="no step is open"):
+                training.monitor.end_step()
+        elif is_ahead:
+            training.monitor.after_micro_batch()
+            training.fail()
+        with training.monitor.no_monitor():
+            training.outputs(values, training=True, gradients=True)
+            training.monitor.log_scalar("scalar", number)
 
     @precondition(lambda self: self.training.passes)
     @rule(place=st.integers(-4, -1), factor=factors)
@@ -150,33 +170,22 @@ class Steps(RuleBasedStateMachine):
     def log(self, number: float, force: bool) -> None:
         self.training.log(number, force=force and self.training.open is not None)
 
-    @rule(number=numbers)
-    def log_into_run(self, number: float) -> None:
-        self.training.log_into_run(number)
-
-    @precondition(lambda self: self.training.open is not None)
-    @rule()
-    def next_micro_batch(self) -> None:
-        self.training.monitor.after_micro_batch()
+    @rule(key=keys, number=numbers)
+    def log_into_run(self, key: str, number: float) -> None:
+        self.training.log_into_run(key, number)
 
     @precondition(lambda self: self.training.open is not None)
     @rule()
     def end(self) -> None:
         self.training.end()
 
-    @precondition(lambda self: self.training.open is None)
-    @rule()
-    def end_nothing(self) -> None:
-        with pytest.raises(RuntimeError, match="no step is open"):
-            self.training.monitor.end_step()
-
     @precondition(lambda self: self.training.open is not None)
     @rule()
     def discard(self) -> None:
         self.training.discard()
 
-    @rule(ahead=st.integers(0, 2), values=batches, number=numbers)
-    def interrupt(self, ahead: int, values: list[int], number: float) -> None:
+    @rule(ahead=st.integers(0, 2), values=batches, key=keys, number=numbers)
+    def interrupt(self, ahead: int, values: list[int], key: str, number: float) -> None:
         training = self.training
         with pytest.raises(KeyError), training.monitor.step(training.number + ahead):
             training.begun(ahead)
@@ -184,37 +193,34 @@ class Steps(RuleBasedStateMachine):
             training.backward(-1, 1.0)
             training.optimize(clears=True)
             training.log(number, force=True)
-            training.log_into_run(number)
+            training.log_into_run(key, number)
             raise KeyError
         training.drop()
 
-    @precondition(lambda self: self.training.open is None)
-    @rule()
-    def prepare(self) -> None:
-        self.training.monitor.prepare(self.training.plain.linear.weight.detach())
+    @property
+    def of_run(self) -> Explicit:
+        return self.other if self.training.run is None else self.training
 
     @rule()
     def read(self) -> None:
-        check_same(recorded(self.run), self.trainings[1].history)
+        check_same(recorded(self.run), self.of_run.history)
 
     @invariant()
     def agrees(self) -> None:
-        for training in self.trainings:
+        for training in (self.training, self.other):
             training.check()
             training.check_undisturbed()
 
     def teardown(self) -> None:
-        training = self.trainings[1]
-        training.drop()
-        training.take_late()
+        self.of_run.drop()
+        self.of_run.take_late()
         self.run.finish()
-        for each in self.trainings:
-            tmm.remove(each.model)
-            each.check_removed()
-        check_same(recorded(self.run), training.history)
+        for training in (self.training, self.other):
+            tmm.remove(training.model)
+            training.check_removed()
         with tmm.open_run(self.run.path) as run:
-            assert [event.step for event in run.events] == training.gaps
-        shutil.rmtree(self.root)
+            assert [event.step for event in run.events] == self.of_run.gaps
+        self.recording.check_end(self.of_run.history)
 
 
 class Driven(Training):
@@ -256,8 +262,8 @@ class RunSteps(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp())
-        self.run = start(self.root)
+        self.recording = Recording()
+        self.run = self.recording.run
         self.training = Driven(self.run)
 
     @property
@@ -279,7 +285,7 @@ class RunSteps(RuleBasedStateMachine):
         if ahead:
             self.training.end(is_ended=True)
             self.training.open = Step(step)
-        self.step.losses.append(number)
+        self.step.of_run["loss"] = number
 
     @rule(number=numbers)
     def log_before(self, number: float) -> None:
@@ -296,14 +302,13 @@ class RunSteps(RuleBasedStateMachine):
     def forward(self, values: list[int], training: bool, gradients: bool) -> None:
         self.training.forward(values, training=training, gradients=gradients)
 
-    @rule()
-    def fail(self) -> None:
-        self.training.fail()
-
-    @rule(values=batches)
-    def evaluate(self, values: list[int]) -> None:
+    @rule(values=batches, fails=either)
+    def be_apart(self, values: list[int], fails: bool) -> None:
+        """What is no part of a step."""
         with self.training.monitor.no_monitor():
             self.training.outputs(values, training=True, gradients=True)
+        if fails:
+            self.training.fail()
 
     @precondition(lambda self: self.training.passes)
     @rule(place=st.integers(-4, -1), factor=factors)
@@ -330,13 +335,12 @@ class RunSteps(RuleBasedStateMachine):
             self.run.fail(KeyError())
         else:
             self.run.finish()
-        check_same(recorded(self.run), self.training.history)
         tmm.remove(self.training.model)
         self.training.check_removed()
-        shutil.rmtree(self.root)
+        self.recording.check_end(self.training.history)
 
 
-SHORT = settings(max_examples=20, stateful_step_count=25, deadline=None)
+SHORT = settings(max_examples=30, stateful_step_count=25, deadline=None)
 LONG = settings(max_examples=400, stateful_step_count=50, deadline=None)
 quiet = pytest.mark.filterwarnings("ignore::tmm.MonitoringWarning")  # of steps without a pass
 

@@ -183,7 +183,7 @@ class Monitor:
             self.settle(is_ended=False)
             if self._open.step == step or not self.has_content:
                 earlier = self._open
-                self.discard_step()
+                self._forget_step()
             else:
                 self.end_step()
         if self._open is not None:
@@ -307,10 +307,9 @@ class Monitor:
 
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
-        self._close_step()
-        self._passes.forget()
-        self._require_watch().drop_step()
-        self._release_reference()
+        if self._open is not None and self._run is not None:
+            self._run.discards()
+        self._forget_step()
 
     def settle(self, *, is_ended: bool) -> None:
         """Keep the forward passes of evaluations apart, now that the step is about to end.
@@ -920,6 +919,8 @@ class Monitor:
         try:
             finished.record()
         except Exception as error:
+            if self._run is not None:
+                self._run.drops(finished)
             if self._gaps.are_raised:
                 raise
             self._finished = None
@@ -948,10 +949,13 @@ class Monitor:
                 if self._ranks is not None:
                     self._open.failed = True
                     self._open.join_ranks(self._ranks)
-            self._close_step()
-            self._passes.forget()
-            self._require_watch().drop_step()
-            self._release_reference()
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._close_step()
+        self._passes.forget()
+        self._require_watch().drop_step()
+        self._release_reference()
 
     def _close_step(self) -> None:
         self._open, self.recording = None, False

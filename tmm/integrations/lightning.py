@@ -181,7 +181,7 @@ class TMMCallback(pl.Callback):
         if session.is_step_open and begins_window(trainer, pl_module, batch_idx):
             # The epoch was left in the middle of a window, whose gradients are given up.
             session.go_on()
-            session.monitor.discard_step()
+            session.discard_step()
             self._losses.clear()
         self._methods.install()
 

@@ -153,9 +153,7 @@ class Session:
     def discard_step(self) -> None:
         """Forget the step that is open, if there is one, as if it had not begun."""
         if self.is_step_open:
-            assert self.run is not None
             self.monitor.discard_step()
-            self.run.discards()
 
     def pause(self) -> None:
         """Measure no forward pass until ``go_on``: they are those of an evaluation."""

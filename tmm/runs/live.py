@@ -20,6 +20,7 @@ from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.default_spec import default_spec
 from tmm.runs.earlier import Earlier
+from tmm.runs.ended_step import EndedStep
 from tmm.runs.held import HeldFolder
 from tmm.runs.logged_values import checked_count, numbers_in
 from tmm.runs.optimizers import OptimizerFinder
@@ -112,8 +113,9 @@ class LiveRun:
         self._registry = KeyRegistry()
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None
-        self._ended: StepCollector | None = None  # the last step of the monitor
-        self._ended_before: StepCollector | None = None  # the same when it began the open one
+        self._ended: EndedStep | None = None  # the last step of the monitor
+        self._ended_before: EndedStep | None = None  # the same when it began the open one
+        self._early: StepCollector | None = None  # logged before that, and taken into it
         self._last_step: int | None = None
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
@@ -253,19 +255,19 @@ class LiveRun:
 
     def begins(self, collector: StepCollector) -> None:
         """The monitor begins a step; called by it."""
-        step, self._opened = collector.step, None
+        step, self._opened, self._early = collector.step, None, None
         if not self._begins_own:
             self._reminder.note_step()
         if self._open is not None and self._open.step == step and self._ended is None:
             collector.take_logged(self._open)
-            self._open = None
+            self._early, self._open = self._open, None
         self._flush_own()
         self._ended_before, self._ended = self._ended, None
         self.current_step = step
 
-    def evaluate(self, collector: StepCollector) -> StepRecord:
+    def evaluate(self, step: StepCollector | EndedStep) -> StepRecord:
         """Evaluate a step and hand it to the sinks; called by the writer's thread."""
-        record = collector.record()
+        record = step.record()
         self._sinks.take(record)
         return record
 
@@ -276,22 +278,28 @@ class LiveRun:
             self._clock.mark()
             self.drops(collector)
             return
-        self._ended = collector
+        self._ended = self._known_of(collector.step)
         if collector.monitored or collector.holds_values:
             self._add_own_values(collector)
             self._last_step = collector.step
+            self._ended = EndedStep(collector.step, (collector,))
         elif self._timing is None:
             self._clock.mark()  # so that the next step is not taken for both
 
     def discards(self) -> None:
-        """The monitor has forgotten its open step: what is logged now belongs to the one before."""
-        self._ended = self._ended_before
+        """The monitor forgets its open step: what is logged now belongs to the one before.
+
+        What was logged before it began waits again for the step that comes.
+        """
+        self._ended, self._open, self._early = self._ended_before, self._early, None
 
     def drops(self, collector: StepCollector) -> None:
         """The monitor drops a step, whose logged values are kept; called by it."""
-        self._ended = StepCollector(collector.step, self._registry, monitored=False)
+        self._ended = self._known_of(collector.step)
         if collector.holds_logged:
-            self._ended.take_logged(collector)
+            logged = StepCollector(collector.step, self._registry, monitored=False)
+            logged.take_logged(collector)
+            self._ended = self._ended.with_part(logged)
             self._submit(self._ended)
 
     def detach(self) -> None:
@@ -448,18 +456,21 @@ class LiveRun:
             return
         if self._ended is None:
             self._add_own_values(collector)
-        self._submit(collector, earlier=self._ended)
+            self._submit(EndedStep(collector.step, (collector,)))
+        else:
+            self._ended = self._ended.with_part(collector)
+            self._submit(self._ended)
 
-    def _submit(self, collector: StepCollector, earlier: StepCollector | None = None) -> None:
-        self._last_step = collector.step
+    def _submit(self, ended: EndedStep) -> None:
+        self._last_step = ended.step
         # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
-        wait = _WAIT if collector.is_on_host else 0.0
-        self.writer.submit(partial(self._extend, collector, earlier), wait_seconds=wait)
+        wait = _WAIT if ended.is_on_host else 0.0
+        self.writer.submit(partial(self.evaluate, ended), wait_seconds=wait)
 
-    def _extend(self, collector: StepCollector, earlier: StepCollector | None) -> StepRecord:
-        """What was logged after the end of a step, with what ``earlier`` has recorded of it."""
-        late = self.evaluate(collector)
-        return late if earlier is None else earlier.record().extended(late)
+    def _known_of(self, step: int) -> EndedStep:
+        """What was recorded of a step before it began for the last time."""
+        before = self._ended_before
+        return before if before is not None and before.step == step else EndedStep(step)
 
     def _add_own_values(self, collector: StepCollector) -> None:
         values = self._clock.mark() if self._timing is None else self._timing

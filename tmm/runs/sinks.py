@@ -20,7 +20,8 @@ Value: TypeAlias = float | FloatArray
 
 Sink: TypeAlias = Callable[[int, Mapping[str, Value]], None]
 """Takes a step and what it recorded, by key: numbers, and histograms as arrays of shape (bins,)
-whose edges are ``tmm.HISTOGRAM_EDGES``. Steps increase; one that is recorded again comes again."""
+whose edges are ``tmm.HISTOGRAM_EDGES``. Steps increase; one that is recorded again, or to which
+values are added after its end, comes again, as a whole."""
 
 GROUP = "tmm.sinks"
 """The group of the entry points by which packages offer sinks."""
