@@ -486,7 +486,8 @@ def test_runs_that_only_instrument_recorded(tmp_path: Path) -> None:
     (record,) = list_runs(tmp_path)
     assert (record.id, record.status, record.steps) == ("plain", "finished", 1)
     with tmm.open_run(record.path) as run:
-        assert run.state is None
+        assert run.state is not None
+        assert (run.state.status, run.state.last_step) == ("finished", 0)
 
 
 # One line

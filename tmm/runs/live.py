@@ -342,9 +342,11 @@ class LiveRun:
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
-            if status != "failed":
-                self._reminder.note_end(self.current_step)
-            self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
+            try:
+                if status != "failed":
+                    self._reminder.note_end(self.current_step)
+            finally:
+                self._close(is_ended=status == "failed")  # by what failed, in a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure
@@ -448,7 +450,11 @@ class LiveRun:
             return
         if self._ended is None:
             self._add_own_values(collector)
-        self._submit(collector, earlier=self._ended)
+        try:
+            self._submit(collector, earlier=self._ended)
+        except (KeyboardInterrupt, SystemExit):
+            self._open = collector  # it is recorded when the run ends
+            raise
 
     def _submit(self, collector: StepCollector, earlier: StepCollector | None = None) -> None:
         self._last_step = collector.step
@@ -459,7 +465,10 @@ class LiveRun:
     def _extend(self, collector: StepCollector, earlier: StepCollector | None) -> StepRecord:
         """What was logged after the end of a step, with what ``earlier`` has recorded of it."""
         late = self.evaluate(collector)
-        return late if earlier is None else earlier.record().extended(late)
+        try:
+            return late if earlier is None else earlier.record().extended(late)
+        except Exception:  # of an aggregate: its step is a gap already
+            return late
 
     def _add_own_values(self, collector: StepCollector) -> None:
         values = self._clock.mark() if self._timing is None else self._timing
