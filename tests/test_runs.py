@@ -488,7 +488,7 @@ def test_runs_that_only_instrument_recorded(tmp_path: Path) -> None:
     assert (record.id, record.status, record.steps) == ("plain", "finished", 1)
     with tmm.open_run(record.path) as run:
         assert run.state is not None
-        assert run.state.status == "finished"
+        assert (run.state.status, run.state.last_step) == ("finished", 0)
 
 
 # One line

@@ -125,7 +125,7 @@ class Forgotten:
 
     def note_watched_in_vain(self, step: int, spec: str) -> None:
         """An optimizer is watched, and the spec asks for nothing that its steps tell."""
-        self._gaps.warn_once("in vain", step, _IN_VAIN.format(spec=spec))
+        self._tell("in vain", step, _IN_VAIN.format(spec=spec), "note", "watch(optimizer)")
 
     def note_closed(self, step: int) -> None:
         """A step is opened after the end."""

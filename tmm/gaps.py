@@ -118,11 +118,6 @@ class Gaps:
             f" {words(error)}"
         )
 
-    def warn_of_silent(self, step: int, text: str | None) -> None:
-        """Warn of matched modules without rows, where there is something to say."""
-        if text is not None:
-            self._tell(step, text)
-
     def warn_of_missed_forward(self, step: int, hint: str) -> None:
         """Warn, once, that no forward pass ran in a monitored step, and what to do."""
         self.warn_once(
@@ -140,19 +135,20 @@ class Gaps:
         if kind in self._told:
             return False
         self._told.add(kind)
-        self._tell(step, text, event)
+        self.tell(step, text, event)
         return True
 
     def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
         """Warn that a forward pass was traced or transformed instead of trained on."""
-        self._tell(
+        self.tell(
             step,
             f"a forward pass of the instrumented model in the monitored step {step} ran under"
             f" {foreign}; tmm runs such passes as they are and measures nothing of them. Put them"
             " into a block `with monitor.no_monitor():` to say that this is meant",
         )
 
-    def _tell(self, step: int, text: str, event: str = "note") -> None:
+    def tell(self, step: int, text: str, event: str = "note") -> None:
+        """Warn, and keep the text in the run as an ``event`` of that kind."""
         self._events.append(Event(step, event, text))
         warn(text, self._begun_at)
 

@@ -171,7 +171,8 @@ def instrument(
             own.give_up()
         raise
     if own is not None:
-        own.close_at_exit(monitor.close)
+        # Other ranks may have exited, without a word: nobody waits for them.
+        own.close_at_exit(monitor.close if ranks is None else own.writer.close)
         monitor.note_path(own.notice)
     for region in regions:
         if region.holder is not root.holder:

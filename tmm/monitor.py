@@ -270,12 +270,15 @@ class Monitor:
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
             if finished.ran_forward:
-                silent = silent_modules(self._require_twin())
-                self._gaps.warn_of_silent(finished.step, warning_of(silent))
+                self._tell(finished.step, warning_of(silent_modules(self._require_twin())))
         self._gaps.close()
         if finished.ran_forward:
-            self._notices.give(self._require_twin())
+            self._tell(finished.step, self._notices.news(self._require_twin()))
         self._look_at(finished)
+
+    def _tell(self, step: int, text: str | None) -> None:
+        if text is not None:
+            self._gaps.tell(step, text)
 
     def _lacks_activation_gradients(self, finished: StepCollector) -> bool:
         return self.spec.measures("activation_gradient") and not finished.has_activation_gradients
@@ -864,11 +867,11 @@ class Monitor:
         self._take_off()
         if self._open is not None:
             self._drop_step("was not ended")
-        self._forgotten.note_end(is_recorded=self._writer is not None)
         self._require_watch().close()
         if self._ranks is not None:
             self._ranks.close()
         try:
+            self._forgotten.note_end(is_recorded=self._writer is not None)
             if self._writer is not None:
                 if self._ranks is not None:
                     self._writer.flush()  # what ranks have of their own is known then

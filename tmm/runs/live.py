@@ -350,9 +350,11 @@ class LiveRun:
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
-            if status != "failed":
-                self._reminder.note_end(self.current_step)
-            self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
+            try:
+                if status != "failed":
+                    self._reminder.note_end(self.current_step)
+            finally:
+                self._close(is_ended=status == "failed")  # by what failed, in a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure
@@ -456,10 +458,15 @@ class LiveRun:
             return
         if self._ended is None:
             self._add_own_values(collector)
-            self._submit(EndedStep(collector.step, (collector,)))
+            ended = EndedStep(collector.step, (collector,))
         else:
-            self._ended = self._ended.with_part(collector)
-            self._submit(self._ended)
+            ended = self._ended.with_part(collector)
+        try:
+            self._submit(ended)
+        except (KeyboardInterrupt, SystemExit):
+            self._open = collector  # it is recorded when the run ends
+            raise
+        self._ended = ended if self._ended is not None else None
 
     def _submit(self, ended: EndedStep) -> None:
         self._last_step = ended.step
