@@ -112,7 +112,7 @@ def checksum(data: bytes) -> int:
     a, b, c = (a + x) & _WORD, (b + y) & _WORD, (c + z) & _WORD
     for shift in (14, 11, 25, 16, 4, 14, 24):
         a, b, c = b, ((c ^ b) - (b << shift | b >> (32 - shift))) & _WORD, a
-    return b
+    return int(b)
 
 
 def checksums(blocks: npt.NDArray[np.uint8]) -> _Words:
@@ -130,4 +130,5 @@ def checksums(blocks: npt.NDArray[np.uint8]) -> _Words:
     a, b, c = a + words[-3], b + words[-2], c + words[-1]
     for shift in (14, 11, 25, 16, 4, 14, 24):
         a, b, c = b, (c ^ b) - (b << shift | b >> (32 - shift)), a
-    return b
+    found: _Words = b
+    return found

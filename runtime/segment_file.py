@@ -50,7 +50,11 @@ _FORMS = {
     **dict.fromkeys((*MATRICES.values(), "events"), _Form(BYTE, 1, _ARRAY)),
     "histogram_edges": _Form(FLOAT, 1, 0, is_whole=True),
 }
-_TYPES = {INTEGER: np.dtype("<i8"), BYTE: np.dtype("u1"), FLOAT: np.dtype("<f8")}
+_TYPES: dict[bytes, np.dtype[Any]] = {
+    INTEGER: np.dtype("<i8"),
+    BYTE: np.dtype("u1"),
+    FLOAT: np.dtype("<f8"),
+}
 
 
 class SegmentFile:
@@ -111,12 +115,13 @@ class SegmentFile:
             inner = (columns.stop - columns.start, *inner[1:])
         dtype = _TYPES[layout.type]
         empty = ABSENT if layout.type == FLOAT else 0
-        result = np.full((rows.stop - rows.start, *inner), empty, dtype=dtype)
+        result: _Array = np.full((rows.stop - rows.start, *inner), empty, dtype=dtype)
         if not result.size:
             return result
         if not layout.chunk:
             data = self._bytes.at(layout.address + rows.start * dtype.itemsize, result.nbytes)
-            return np.frombuffer(data, dtype=dtype).copy()
+            found: _Array = np.frombuffer(data, dtype=dtype).copy()
+            return found
         self._fill(result, name, rows, columns)
         return result
 

@@ -101,7 +101,7 @@ def _cache_class() -> Any:
     from torch._inductor.utils import clear_on_fresh_cache
 
     class TrustedCache(CppCodeCache):
-        cache: ClassVar[dict[str, Any]] = {}
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
         cache_clear = staticmethod(cache.clear)
 
         @staticmethod
