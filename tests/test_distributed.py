@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,35 +14,40 @@ import torch
 
 import tmm
 from tests import rank_trainings
+from tests.interpreters import ROOT, Interpreters
 from tests.rank_trainings import BATCH, Metrics, alone, evenly, spec, unevenly
 
-ROOT = Path(__file__).parent.parent
 EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled", "distributed_states", "averaged_inside")
 OTHERS = ("explained", "ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
 AVERAGED = ("averaged_in_the_step",)
 RECORDING = ("recorded", "each_by_itself", "absent", "frozen")
 
 
+AS_A_MODULE = """
+import runpy, sys, torch
+torch.set_num_threads(1)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 def launch(
-    ranks: int, folder: Path, names: Iterable[str], trainings: str = "tests.rank_trainings"
+    interpreters: Interpreters,
+    ranks: int,
+    folder: Path,
+    names: Iterable[str],
+    trainings: str = "tests.rank_trainings",
 ) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    return subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", "-m", trainings, folder, *names],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    """Run these trainings as torchrun would."""
+    return interpreters.run_ranks(
+        ranks, AS_A_MODULE, trainings, folder, *names, folder=ROOT, timeout=400
     )
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, interpreters: Interpreters) -> Path:
     """What two ranks have measured in each training."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(2, folder, (*EVEN, *OTHERS, *AVERAGED, *RECORDING))
+    done = launch(interpreters, 2, folder, (*EVEN, *OTHERS, *AVERAGED, *RECORDING))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -205,9 +208,9 @@ def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(two: Path) ->
         assert event.text.startswith("the rows of this rank alone: ")
 
 
-def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path) -> None:
+def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path, interpreters: Interpreters) -> None:
     begun = time.monotonic()
-    done = launch(2, tmp_path, ["killed"])
+    done = launch(interpreters, 2, tmp_path, ["killed"])
     assert done.returncode != 0
     assert time.monotonic() - begun < 180
     (record,) = tmm.list_runs(tmp_path)
@@ -218,8 +221,8 @@ def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path: Path) -> None:
-    done = launch(4, tmp_path, ["ddp_inside", "ddp_uneven", "fsdp", "hybrid"])
+def test_four_ranks(tmp_path: Path, interpreters: Interpreters) -> None:
+    done = launch(interpreters, 4, tmp_path, ["ddp_inside", "ddp_uneven", "fsdp", "hybrid"])
     assert done.returncode == 0, done.stderr[-5000:]
     check(result(tmp_path, "ddp_inside"), alone(evenly, 4))
     check(result(tmp_path, "ddp_uneven"), alone(unevenly, 4))
