@@ -1,6 +1,7 @@
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch reads it once
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests import truth_table
+from tests.interpreters import Interpreters
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,13 @@ def fresh_compiler() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         yield
+
+
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Interpreters]:
+    """Processes that have imported tmm; the first one takes seconds, each other one little."""
+    with closing(Interpreters()) as server:
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

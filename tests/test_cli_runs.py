@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import tmm
 from tmm.cli import app
-from tmm.cli.plot import sparkline
+from tmm.cli.sparkline import sparkline
 
 Command = Callable[..., Result]
 

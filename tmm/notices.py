@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-from tmm.gaps import MonitoringWarning, levels_to_user
+from tmm.gaps import warn
 from tmm.layout import ATTENTION
 from tmm.twin.twin import Twin
 
@@ -35,11 +33,7 @@ class Notices:
         if new:
             listed = "; ".join(f"{name}: {new[name]}" for name in list(new)[:_SHOWN])
             more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
-            warnings.warn(
-                f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)",
-                MonitoringWarning,
-                stacklevel=levels_to_user(),
-            )
+            warn(f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)")
 
 
 def _attention_nowhere(twin: Twin) -> dict[str, str]:

@@ -23,6 +23,7 @@ from tmm.analysis.detectors.nonfinite import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce, Recorded
+from tmm.gaps import levels_to_user
 
 Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
 
@@ -121,4 +122,5 @@ def in_order(found: Iterable[Anomaly], keys: Iterable[str]) -> tuple[Anomaly, ..
 
 
 def _warn(text: str, error: Exception) -> None:
-    warnings.warn(f"{text}: {type(error).__name__}: {error}", stacklevel=3)
+    text = f"{text}: {type(error).__name__}: {error}"
+    warnings.warn(text, stacklevel=levels_to_user())

@@ -29,7 +29,14 @@ class EndedStep:
 
     def record(self) -> StepRecord:
         """The whole step; waits for copies under way. With the events of the last part alone."""
-        first, *later = (part.record() for part in self.parts)
+        first, *later = map(_record, self.parts)
         for record in later:
             first = first.extended(record)
         return first
+
+
+def _record(part: StepCollector) -> StepRecord:
+    try:
+        return part.record()
+    except Exception:  # which was told when the step itself was evaluated
+        return part.logged(is_certain=True).record()
