@@ -166,6 +166,19 @@ class StepCollector:
             for key, (aggregate, copies) in theirs.items():
                 mine.setdefault(key, (aggregate, []))[1].extend(copies)
 
+    def logged(self, *, is_certain: bool = False) -> StepCollector:
+        """A step of what was logged by hand in this one, which is dropped or cannot be evaluated.
+
+        Of a step that waits for other ranks, without what all of them join. With ``is_certain``
+        without what a user's function joins, which may fail.
+        """
+        found = StepCollector(self.step, self.registry, monitored=False)
+        found.take_logged(self)
+        for key, (aggregate, _) in self._logged.items():
+            if self._turn is not None or (is_certain and callable(aggregate)):
+                del found._logged[key]
+        return found
+
     def was_skipped(self) -> bool:
         """Whether an optimizer skipped its step; known once the step is over."""
         return any(map(_is_nonzero, self.skipped))

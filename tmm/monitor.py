@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -289,11 +290,14 @@ class Monitor:
         Of one that is on an accelerator or on its way to other ranks, it is not known before
         whether it can be evaluated.
         """
+        evaluate = StepCollector.record if self._run is None else self._run.evaluate
         try:
-            return finished.record() if self._run is None else self._run.evaluate(finished)
+            return evaluate(finished)
         except Exception as error:
             gap = self._gaps.add_late_failure(finished.step, error, is_raised=is_raised)
-            return StepRecord(finished.step, events=(*finished.events, gap))
+            return replace(
+                evaluate(finished.logged(is_certain=True)), events=(*finished.events, gap)
+            )
 
     def _count_records(self) -> int:
         """How many steps are in the hands of the run, or in memory."""
@@ -305,6 +309,8 @@ class Monitor:
         if self._open is finished:
             self._drop_step(reason)
         elif finished.monitored or finished.holds_values:
+            if self._run is not None:
+                self._run.drops(finished)
             self._gaps.give_back(finished.events)
             self._gaps.add(finished.step, reason)
 
@@ -922,11 +928,11 @@ class Monitor:
         try:
             finished.record()
         except Exception as error:
-            if self._run is not None:
-                self._run.drops(finished)
             if self._gaps.are_raised:
                 raise
             self._finished = None
+            if self._run is not None:
+                self._run.drops(finished)
             self._gaps.give_back(finished.events)
             self._gaps.add_failure(finished.step, error)
             return False

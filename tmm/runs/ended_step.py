@@ -28,18 +28,15 @@ class EndedStep:
         return self.parts[-1].is_on_host
 
     def record(self) -> StepRecord:
-        """The whole step; waits for copies under way. With the events of the last part alone.
+        """The whole step; waits for copies under way. With the events of the last part alone."""
+        first, *later = map(_record, self.parts)
+        for record in later:
+            first = first.extended(record)
+        return first
 
-        Raises ``ValueError`` for an aggregate of the last part that fails.
-        """
-        known: StepRecord | None = None
-        for part in self.parts:
-            try:
-                record = part.record()
-            except ValueError:
-                if part is self.parts[-1]:
-                    raise
-                continue  # its step is a gap already
-            known = record if known is None else known.extended(record)
-        assert known is not None
-        return known
+
+def _record(part: StepCollector) -> StepRecord:
+    try:
+        return part.record()
+    except Exception:  # which was told when the step itself was evaluated
+        return part.logged(is_certain=True).record()

@@ -297,9 +297,7 @@ class LiveRun:
         """The monitor drops a step, whose logged values are kept; called by it."""
         self._ended = self._known_of(collector.step)
         if collector.holds_logged:
-            logged = StepCollector(collector.step, self._registry, monitored=False)
-            logged.take_logged(collector)
-            self._ended = self._ended.with_part(logged)
+            self._ended = self._ended.with_part(collector.logged())
             self._submit(self._ended)
 
     def detach(self) -> None:
