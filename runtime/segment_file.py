@@ -26,6 +26,7 @@ _Array: TypeAlias = npt.NDArray[Any]
 _LEAST_CHUNK, _MOST_CHUNK = 512, 16 << 20  # bytes; the latter in a file that is smaller than that
 _ROOM = 1 << 20  # bytes that a file may lack of what it has room for, where its writer was killed
 _KEPT_BYTES = 32 << 20  # of columns that were read beside those that were asked for
+_MARK_BYTES = 256  # of a header; with the shape, which comes first
 _ARRAY, _TREE = 4, 5  # kinds of index
 
 
@@ -55,6 +56,22 @@ _TYPES: dict[bytes, np.dtype[Any]] = {
     BYTE: np.dtype("u1"),
     FLOAT: np.dtype("<f8"),
 }
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the header of a dataset is, by which one sees whether the dataset has grown."""
+
+    address: int
+    header: bytes
+
+    def is_still_in(self, path: Path) -> bool:
+        """Whether a file has the same there; raises ValueError and OSError."""
+        file = FileBytes(path)
+        try:
+            return file.at(self.address, len(self.header)) == self.header
+        finally:
+            file.close()
 
 
 class SegmentFile:
@@ -92,6 +109,11 @@ class SegmentFile:
         if found is None and name in self._root.attributes:
             raise ValueError(f"its {name} is no whole number")
         return found
+
+    def mark(self, name: str) -> Mark:
+        """What the header of a dataset is now."""
+        address = self._root.objects[name]
+        return Mark(address, self._bytes.at(address, _MARK_BYTES))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a dataset."""

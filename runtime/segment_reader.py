@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
-from tmm.runtime.segment_file import SegmentFile
+from tmm.runtime.segment_file import Mark, SegmentFile
 from tmm.runtime.segment_layout import ABSENT, COMMIT_FIELDS, FORMAT, MATRICES, is_measured
 from tmm.runtime.untrusted import parse_json
 
@@ -59,7 +59,7 @@ class SegmentReader:
         self._texts = dict.fromkeys(_TEXTS, 0)  # bytes read so far
         self._file: SegmentFile | None = None
         self._seen: tuple[int, int] | None = None
-        self._is_begun = False  # whether its format and edges are known
+        self._mark: Mark | None = None  # of ``steps``, once the format and edges are known
         self.refresh()
 
     def refresh(self) -> bool:
@@ -73,9 +73,12 @@ class SegmentReader:
         return grown
 
     def _take_in(self) -> bool:
+        if self._mark is not None and self._mark.is_still_in(self.path):
+            return False
         file = SegmentFile(self.path)
         try:
-            if not self._is_begun:
+            mark = file.mark("steps")  # first: what comes meanwhile is seen the next time
+            if self._mark is None:
                 self._begin(file)
             (count,) = file.shape("steps")
             grown = count > len(self.steps)
@@ -83,6 +86,7 @@ class SegmentReader:
                 self._take_rows(file, count)
                 self.close()
                 self._file = file
+            self._mark = mark
             return grown
         finally:
             if file is not self._file:
@@ -98,7 +102,6 @@ class SegmentReader:
         if "histogram_edges" in file:
             (edges,) = file.shape("histogram_edges")
             self.histogram_edges = file.read("histogram_edges", slice(0, edges))
-        self._is_begun = True
 
     def _take_rows(self, file: SegmentFile, count: int) -> None:
         known = len(self.steps)

@@ -59,7 +59,10 @@ def read_samples(run: Path, step: int) -> dict[str, Sample]:
     path = _path(run, step)
     if not path.exists():
         raise KeyError(f"step {step} has no samples; steps that have some: {sample_steps(run)}")
-    return dict(_sample(name, array) for name, array in _read(path).items())
+    try:
+        return dict(_sample(name, array) for name, array in _read(path).items())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not readable as samples: {error}") from error
 
 
 def sample_steps(run: Path) -> list[int]:
