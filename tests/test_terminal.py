@@ -1,4 +1,4 @@
-"""What commands print of texts that others wrote: nothing that a terminal obeys, or a spreadsheet."""
+"""What commands print of texts of others: nothing that a terminal or a spreadsheet obeys."""
 
 from __future__ import annotations
 
