@@ -77,6 +77,8 @@ class SegmentReader:
             return False
         file = SegmentFile(self.path)
         try:
+            if self._mark is None and (found := file.attribute("format")) != FORMAT:
+                raise ValueError(f"its format is {found}, not {FORMAT}")
             mark = file.mark("steps")  # first: what comes meanwhile is seen the next time
             if self._mark is None:
                 self._begin(file)
@@ -93,9 +95,6 @@ class SegmentReader:
                 file.close()
 
     def _begin(self, file: SegmentFile) -> None:
-        found = file.attribute("format")
-        if found != FORMAT:
-            raise ValueError(f"its format is {found}, not {FORMAT}")
         file.check()
         replaces_from = file.attribute("replaces_from")
         self.replaces_from = math.inf if replaces_from is None else float(replaces_from)

@@ -7,10 +7,11 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 DEEPEST = 100
 """How many objects and arrays of JSON may lie inside of one another."""
@@ -68,6 +69,8 @@ def parse_json(text: bytes) -> Any:
 
 def _depth(text: bytes) -> int:
     """How many brackets are open at once; brackets in strings do not count."""
+    import numpy as np  # slow to import
+
     characters = np.frombuffer(_ESCAPED.sub(b"", text), dtype=np.uint8)
     in_string = np.logical_xor.accumulate(characters == ord('"'))
     changes = _CHANGES[characters]
@@ -77,6 +80,8 @@ def _depth(text: bytes) -> int:
 
 def _changes() -> npt.NDArray[np.int8]:
     """By the number of a character, by how much it changes the depth."""
+    import numpy as np
+
     changes = np.zeros(256, dtype=np.int8)
     changes[list(b"[{")], changes[list(b"]}")] = 1, -1
     changes.setflags(write=False)

@@ -503,10 +503,12 @@ def test_a_long_reason_is_kept_in_part(tmp_path: Path) -> None:
     assert "xxx" in found.reason
 
 
-def test_a_start_is_added_to_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / INFO_NAME).write_text('{"starts": null, "name": "n"}')
-    RunWriter(tmp_path, info={}).close()
-    assert len(json.loads((tmp_path / INFO_NAME).read_text())["starts"]) == 1
+def test_what_names_no_starts_is_of_another_program(tmp_path: Path) -> None:
+    text = '{"starts": null, "name": "n"}'
+    (tmp_path / INFO_NAME).write_text(text)
+    with pytest.raises(ValueError, match="is of another program"):
+        RunWriter(tmp_path, info={})
+    assert (tmp_path / INFO_NAME).read_text() == text
 
 
 # Samples

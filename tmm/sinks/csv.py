@@ -46,7 +46,9 @@ class CSVSink:
 def _rows(step: int, values: Mapping[str, Value]) -> bytes:
     text = StringIO()
     rows = numbers(values, None).items()
-    csv.writer(text, lineterminator="\n").writerows(
-        (step, spreadsheet_text(key), value) for key, value in rows
-    )
+    plain = csv.writer(text, lineterminator="\n")
+    # It leaves a carriage return bare, where readers see the end of a row.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for key, value in rows:
+        (quoted if "\r" in key else plain).writerow((step, spreadsheet_text(key), value))
     return text.getvalue().encode("utf-8", "surrogatepass")
