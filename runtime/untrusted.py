@@ -7,11 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from typing import Any
 
 DEEPEST = 100
 """How many objects and arrays of JSON may lie inside of one another."""
@@ -73,22 +69,11 @@ def _depth(text: bytes) -> int:
 
     characters = np.frombuffer(_ESCAPED.sub(b"", text), dtype=np.uint8)
     in_string = np.logical_xor.accumulate(characters == ord('"'))
-    changes = _CHANGES[characters]
+    change = np.zeros(256, dtype=np.int8)  # of the depth, by the number of a character
+    change[list(b"[{")], change[list(b"]}")] = 1, -1
+    changes = change[characters]
     changes[in_string] = 0
     return int(changes.cumsum(dtype=np.int32).max(initial=0))
-
-
-def _changes() -> npt.NDArray[np.int8]:
-    """By the number of a character, by how much it changes the depth."""
-    import numpy as np
-
-    changes = np.zeros(256, dtype=np.int8)
-    changes[list(b"[{")], changes[list(b"]}")] = 1, -1
-    changes.setflags(write=False)
-    return changes
-
-
-_CHANGES = _changes()
 
 
 def _check_kind(path: Path, mode: int) -> None:
