@@ -660,7 +660,7 @@ def test_gradients_of_activations_without_a_backward_pass(tmp_path: Path) -> Non
             with monitor.step(step), torch.no_grad():
                 model(X)
     assert told.lines == [line]
-    assert "no backward pass went through a forward pass of the monitored step 0" in told.text
+    assert "no gradient of an activation came in the monitored step 0" in told.text
     assert tmm.explain(model).unmeasured == {"activation_gradient": told.text}
     with Told() as later, monitor.step(3):
         train(model)

@@ -35,8 +35,8 @@ _CLOSED = (
 )
 
 _NO_BACKWARD = (
-    "no backward pass went through a forward pass of the monitored step {step}, so that rules of"
-    " activation_gradient have no rows: end a step after loss.backward()"
+    "no gradient of an activation came in the monitored step {step}, so that rules of"
+    " activation_gradient have no rows in it: end a step after loss.backward()"
 )
 _IN_VAIN = (
     "watch(optimizer): nothing is measured at its steps, as the spec has no rule of gradients,"

@@ -109,6 +109,8 @@ def instrument(
         raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
     if on_error not in ("raise", "warn"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'warn'")
+    if resume and (run is None or isinstance(run, LiveRun)):
+        raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     measured = _measured_module(model, module, parts)
     if root_dispatch(model) is not None or root_dispatch(measured) is not None:
         raise ValueError(
@@ -140,8 +142,6 @@ def instrument(
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
-    if resume and (run is None or isinstance(run, LiveRun)):
-        raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
         run = _folder_of_rank(run)
@@ -157,18 +157,21 @@ def instrument(
         writer, earlier = own.writer, own.earlier
     registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
     siblings: list[Dispatch] = []
+    monitor: Monitor | None = None
     try:
         monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks, earlier)
+        if live is not None:
+            live.attach(monitor)
         twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
         monitor.attach(
             *(twin, lambda: str(Explanation.of(twin)), reference, place),
             take_off=partial(_take_off, siblings, is_mark_left=live is not None),
         )
-        if live is not None:
-            live.attach(monitor)
     except BaseException:
         if own is not None:
             own.give_up()
+        if live is not None and live.monitor is monitor:
+            live.detach()
         raise
     if own is not None:
         # Other ranks may have exited, without a word: nobody waits for them.

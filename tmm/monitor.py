@@ -227,7 +227,6 @@ class Monitor:
         if self._is_closed:
             self._close_step()
             return
-        self._gaps.tell_late_failures()
         before = self._count_records()
         try:
             self._end_step(finished)
@@ -387,7 +386,8 @@ class Monitor:
             self.recording = self._nested.pop() if block.is_nested else self._nested[0]
         if block.is_nested:
             return
-        self._block, self._nested = None, []
+        self._block = None
+        self._nested.clear()
         if error is not None:
             self._drop_step(f"ended by {words(error)}")
         elif self._open is block.collector or not self._is_opened_by_run():
@@ -891,6 +891,7 @@ class Monitor:
                 self._writer.close()
             twin = self._require_twin()
             twin.compare_with(None)
+        self._gaps.tell_late_failures()
 
     def _open_collector(self) -> StepCollector | None:
         return self._open if self.is_monitoring() else None
@@ -968,6 +969,7 @@ class Monitor:
 
     def _close_step(self) -> None:
         self._open, self.recording = None, False
+        self._nested.clear()
         self._require_twin().end_step()
 
     def _require_step(self, caller: str) -> StepCollector:

@@ -160,9 +160,8 @@ def detach(dispatch: Dispatch, *, is_mark_left: bool = False) -> None:
 
 def bears_mark(model: object) -> bool:
     """Whether a model was instrumented until its run ended."""
-    return any(
-        call is None or getattr(call, _MARK, False) for call in _calls_of(model, absent=False)
-    )
+    calls = _calls_of(model, absent=False) if isinstance(model, torch.nn.Module) else []
+    return any(call is None or getattr(call, _MARK, False) for call in calls)
 
 
 def dispatch_of(call: object) -> Dispatch | None:
