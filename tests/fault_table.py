@@ -212,7 +212,7 @@ FAULTS = (
         "tmm/runs/live.py",
         "if self._opened is not None:\n                    self._end_step(",
         "if self._opened is None:\n                    self._end_step(",
-        ("tests/test_runs.py::test_a_watched_model_is_recorded_in_the_steps_of_the_run",),
+        ("tests/test_runs.py", "tests/test_steps_machine.py"),
     ),
     Fault(
         "last_step_lost_by_the_writer",
@@ -223,9 +223,9 @@ FAULTS = (
     ),
     Fault(
         "lock_not_released",
-        "tmm/runs/live.py",
-        "        if self._lock is not None:\n            self._lock.release()\n",
-        "",
+        "tmm/runs/held.py",
+        "            finally:\n                self._lock.release()\n",
+        "            finally:\n                pass\n",
         ("tests/test_runs.py::test_a_run_goes_on",),
     ),
     Fault(
@@ -242,13 +242,27 @@ FAULTS = (
         'if not 0 < last["file_bytes"]:',
         ("tests/test_segment.py",),
     ),
+    Fault(
+        "late_value_takes_the_place_of_its_step",
+        "tmm/runs/live.py",
+        "self._ended = self._ended.with_part(collector)\n",
+        "self._ended = EndedStep(collector.step, (collector,))\n",
+        ("tests/test_late_values.py",),
+    ),
+    Fault(
+        "step_known_to_a_backend_gets_no_late_values",
+        "tmm/sinks/mlflow.py",
+        "elif self._known is None or step < self._next_step - 1:",
+        "elif self._known is None or step < self._next_step:",
+        ("tests/test_sinks.py::test_what_is_added_to_a_step_that_has_ended",),
+    ),
     # What users get of them
     Fault(
         "sink_without_the_last_row",
         "tmm/sinks/csv.py",
-        "for key, value in rows)",
-        "for key, value in [*rows][:-1])",
-        ("tests/test_sinks.py",),
+        "(step, spreadsheet_text(key), value) for key, value in rows\n",
+        "(step, spreadsheet_text(key), value) for key, value in [*rows][:-1]\n",
+        ("tests/test_sinks.py::test_it_holds_what_the_run_holds",),
     ),
     Fault(
         "export_with_a_column_shifted",

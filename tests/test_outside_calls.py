@@ -245,3 +245,14 @@ def test_a_healthy_model_raises_no_warning(prepare: Callable[[nn.Module], nn.Mod
             model(torch.randn(2, 3, 8)).sum().backward()
     assert not tmm.explain(model).unmeasured
     assert list(tmm.explain(model).not_called) == ["heads.b", "attention.out_proj"]
+
+
+def test_a_repetition_by_a_reentrant_checkpoint_does_not_count() -> None:
+    net = Net()
+    model = tmm.instrument(
+        net, tmm.Spec(tmm.activation(count=lambda x: torch.ones_like(x).sum(), aggregate="sum"))
+    )
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with monitor.step(0):
+        checkpoint(net.lm_head, model(x), use_reentrant=True).sum().backward()
+    assert monitor.get_step_metrics()["activation/lm_head/count"] == 12
