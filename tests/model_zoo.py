@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,11 @@ TEXT_SIZES = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 32),
 }
 IMAGE_SIZES = {**SIZES, "image_size": 32, "patch_size": 8, "num_labels": 2}
+CLASSES = {"problem_type": "single_label_classification"}
+"""Else the first call finds it out and writes it down, so that the second one compiles again."""
 GROUPED = {"num_key_value_heads": 2}
+SHALLOW = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 1)
+"""One layer, where another architecture shows what two make."""
 LABELS = torch.tensor([0, 1])
 
 
@@ -73,6 +77,9 @@ def _hugging_face(architecture: str, batch: Callable[[], Batch], options: dict[s
     def make() -> nn.Module:
         model_class = getattr(transformers, architecture)
         model: nn.Module = model_class(model_class.config_class(**options))
+        if getattr(model, "loss_type", "") is None:
+            # The default; but a warning that it is not set breaks the graph.
+            model.loss_type = "ForCausalLM"  # type: ignore[assignment]
         return model
 
     return Case(architecture, make, batch)
@@ -83,8 +90,8 @@ def _text(architecture: str, **options: Any) -> Case:
 
 
 def _image(architecture: str, *, labels: bool = True, **options: Any) -> Case:
-    batch = pictures if labels else unlabelled
-    return _hugging_face(architecture, batch, {**IMAGE_SIZES, **options})
+    batch, classes = (pictures, CLASSES) if labels else (unlabelled, {})
+    return _hugging_face(architecture, batch, {**IMAGE_SIZES, **classes, **options})
 
 
 def pictures() -> Batch:
@@ -113,6 +120,17 @@ def captions() -> Batch:
     return {"input_ids": tokens(), "pixel_values": noise(2, 3, 32, 32), "return_loss": True}
 
 
+def as_transformers_gives_it(case: Case) -> Case:
+    """Without a type of loss: a warning of that breaks the graph."""
+
+    def make() -> nn.Module:
+        model: Any = case.make()
+        model.loss_type = None
+        return model  # type: ignore[no-any-return]
+
+    return replace(case, name=f"{case.name} (graph break)", make=make)
+
+
 _WINDOWS = {
     "image_size": 32,
     "patch_size": 4,
@@ -121,18 +139,20 @@ _WINDOWS = {
     "num_heads": [2, 4],
     "window_size": 4,
     "num_labels": 2,
+    **CLASSES,
 }
-_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2}
+_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 _PROJECTION = {"projection_dim": 8}
 
 CORE = (
     Case("Sequential", perceptron, lambda: {"input": noise(6, 8)}),
-    _text("GPT2LMHeadModel"),
+    _text("GPT2LMHeadModel", **SHALLOW),
     _text("LlamaForCausalLM", **GROUPED),
-    _text("BertForMaskedLM"),
-    _image("ViTForImageClassification"),
+    _text("BertForMaskedLM", **SHALLOW),
+    _image("ViTForImageClassification", **SHALLOW),
     _image("ResNetForImageClassification", **_STAGES, layer_type="basic"),
-    _text("T5ForConditionalGeneration"),
+    _text("T5ForConditionalGeneration", **SHALLOW),
+    as_transformers_gives_it(_text("GPT2LMHeadModel", **SHALLOW)),
 )
 
 FURTHER = (
@@ -185,7 +205,7 @@ FURTHER = (
         decoder_num_attention_heads=4,
     ),
     _hugging_face("SwinForImageClassification", pictures, _WINDOWS),
-    _image("ConvNextForImageClassification", **_STAGES),
+    _image("ConvNextForImageClassification", **{**_STAGES, "depths": [1, 2]}),
     _image("MobileNetV2ForImageClassification", depth_multiplier=0.1),
     _image(
         "SegformerForImageClassification",
@@ -465,12 +485,11 @@ class Layer(nn.Module):
 class Checkpointed(nn.Module):
     """A small GPT that recomputes its layers in the backward pass."""
 
-    def __init__(self, way: str) -> None:
+    def __init__(self, way: str, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(64, 8)
-        layers = [Layer() for _ in range(3)]
         self.layers = nn.ModuleList(
-            checkpoint_wrapper(layer) if way == "wrapper" else layer for layer in layers
+            checkpoint_wrapper(Layer()) if way == "wrapper" else Layer() for _ in range(layers)
         )
         self.head = nn.Linear(8, 64)
         self.way = way
@@ -495,7 +514,7 @@ class Checkpointed(nn.Module):
     def run(self, x: torch.Tensor) -> torch.Tensor:
         x, _ = checkpoint(self.layers[0], x, use_reentrant=False)
         x, _ = self.layers[1](x)
-        x, _ = checkpoint(self.layers[2], x * 2, use_reentrant=False)
+        x, _ = checkpoint(self.layers[1], x * 2, use_reentrant=False)
         return self.layers[0](x)[0]
 
 

@@ -28,7 +28,8 @@ import tmm
 from tests.interpreters import Interpreters
 from tmm.cli import app
 from tmm.cli.sparkline import sparkline
-from tmm.cli.watch_frame import clean, draw, duration, lines_for_keys
+from tmm.cli.terminal import clean
+from tmm.cli.watch_frame import draw, duration, lines_for_keys
 from tmm.layout import Event, KeyInfo, StepRecord, Table
 from tmm.runs.state import State
 from tmm.runtime.segment import SegmentWriter

@@ -11,7 +11,7 @@ import pytest
 from tests.crashing_processes import DONE, histogram, values
 from tests.interpreters import ROOT
 from tmm.reader import open_run
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import segment_paths
 
 TRIALS = 30
 CALL = """

@@ -15,12 +15,12 @@ import torch
 import tmm
 from tests import rank_trainings
 from tests.interpreters import ROOT, Interpreters
-from tests.rank_trainings import Metrics, alone, evenly, spec, unevenly
+from tests.rank_trainings import BATCH, Metrics, alone, evenly, spec, unevenly
 
 EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled", "distributed_states", "averaged_inside")
 OTHERS = ("explained", "ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
 AVERAGED = ("averaged_in_the_step",)
-RECORDING = ("recorded", "each_by_itself")
+RECORDING = ("recorded", "each_by_itself", "absent", "frozen")
 
 
 AS_A_MODULE = """
@@ -178,6 +178,34 @@ def test_every_rank_may_record_by_itself(two: Path) -> None:
     for run, part in ((first, batch[:6]), (second, batch[6:])):
         with run:
             assert run.at(0)[key] == pytest.approx(net.first(part).norm().item(), rel=1e-5)
+
+
+def test_a_rank_that_opens_no_step_stops_nobody(two: Path) -> None:
+    (found,) = result(two, "absent").values()
+    assert found["seconds"] < 60
+    (text,) = (text for text in found["warnings"] if "behind" in text)
+    assert "32 monitored steps behind: such steps are recorded with the rows of this rank" in text
+    (record,) = (record for record in tmm.list_runs(two) if record.project == "absent")
+    with tmm.open_run(record.path) as run:
+        assert run.steps.tolist() == list(range(70))
+        expected = rank_trainings.model().first(rank_trainings.batches()[0]).square().mean().sqrt()
+        values = run.series("activation/first/rms")[1]
+        np.testing.assert_allclose(values, expected.item(), rtol=1e-5)
+        partial = [event.step for event in run.events if event.kind == "partial"]
+        assert partial == list(range(70 - 32))
+
+
+def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(two: Path) -> None:
+    (found,) = result(two, "frozen").values()
+    assert 2 < found["seconds"] < 30
+    with tmm.open_run(two / "frozen") as run:
+        batch, net = rank_trainings.batches()[0], rank_trainings.model()
+        for step, part in enumerate((batch, batch[: BATCH // 2])):
+            expected = net.first(part).square().mean().sqrt().item()
+            assert run.at(step)["activation/first/rms"] == pytest.approx(expected, rel=1e-5)
+        (event,) = (event for event in run.events if event.kind == "partial")
+        assert event.step == 1
+        assert event.text.startswith("the rows of this rank alone: ")
 
 
 def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path, interpreters: Interpreters) -> None:

@@ -481,11 +481,14 @@ def test_runs_that_only_instrument_recorded(tmp_path: Path) -> None:
     tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=tmp_path / "plain")
     with tmm.monitor(model).step(0):
         model(torch.randn(1, 2))
+    (record,) = list_runs(tmp_path)
+    assert (record.id, record.status) == ("plain", "running")
     tmm.remove(model)
     (record,) = list_runs(tmp_path)
     assert (record.id, record.status, record.steps) == ("plain", "finished", 1)
     with tmm.open_run(record.path) as run:
-        assert run.state is None
+        assert run.state is not None
+        assert (run.state.status, run.state.last_step) == ("finished", 0)
 
 
 # One line

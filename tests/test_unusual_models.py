@@ -15,7 +15,7 @@ from torch import nn
 
 import tmm
 from tests.eager_hooks import Recording, assert_agrees, eager_hooks, record_calls, tolerance
-from tests.model_zoo import LABELS, noise, tokens
+from tests.model_zoo import CASES, LABELS, noise, tokens
 from tests.ways import WAYS, NoBlocksError, Way, call
 from tmm.gaps import MonitoringWarning
 
@@ -161,14 +161,12 @@ def adapted() -> nn.Module:
 
 
 def adapted_language_model() -> nn.Module:
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0
-    )
-    config.attn_pdrop = config.embd_pdrop = 0.0
     lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    model: nn.Module = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
+    base = CASES["GPT2LMHeadModel"].build()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model: nn.Module = peft.get_peft_model(base, lora)
     return model
 
 
@@ -184,6 +182,9 @@ SHAPES: tuple[Callable[[], nn.Module], ...] = (
 )
 
 
+FEW_WAYS = ("whole", "blocks in place", "not compiled")
+
+
 def build(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return make().train()
@@ -197,8 +198,30 @@ def expected(module: nn.Module, batch: dict[str, Any]) -> Recording:
     return record_calls(copy.deepcopy(module), [lambda model: call(model, batch)])
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=str)
-@pytest.mark.parametrize("make", SHAPES, ids=lambda make: str(make.__name__))
+# Faults lie in shapes or in ways, seldom in both: each shape is seen whole and uncompiled, each
+# way sees one shape that breaks its graph and one that calls itself.
+ALL_WAYS = (Choice, Recursive)
+ONCE = {
+    "in place": Containers,
+    "blocks in place": Sequences,
+    "blocks wrapped": Tied,
+    "parts inside whole": adapted,
+    "compiled step": parametrized,
+}
+
+
+def shapes_and_ways() -> list[Any]:
+    parameters = []
+    for make in SHAPES:
+        for way in WAYS.values():
+            quick = way.name in ("whole", "not compiled") or make in ALL_WAYS
+            quick = quick or ONCE[way.name] is make
+            marks = () if quick else (pytest.mark.slow,)
+            parameters.append(pytest.param(make, way, marks=marks, id=f"{make.__name__}-{way}"))
+    return parameters
+
+
+@pytest.mark.parametrize(("make", "way"), shapes_and_ways())
 def test_every_shape_under_every_way(make: Callable[[], nn.Module], way: Way) -> None:
     module, batch = build(make), batch_of(make)
     recording = expected(module, batch)
@@ -228,7 +251,13 @@ def test_inference_mode(way: Way) -> None:
         assert_agrees(monitor.get_step_metrics(), want, tolerance("aot_eager"))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=str)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=() if name in FEW_WAYS else pytest.mark.slow, id=name)
+        for name, way in WAYS.items()
+    ],
+)
 def test_compiled_autograd(way: Way) -> None:
     module = build(Sequence)
     recording = expected(module, {"x": VECTORS})
@@ -251,7 +280,14 @@ def _with_gradients(module: nn.Module) -> list[Any]:
     return list(module.parameters())
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "reduce-overhead",
+        pytest.param("max-autotune", marks=pytest.mark.slow),
+        pytest.param("max-autotune-no-cudagraphs", marks=pytest.mark.slow),
+    ],
+)
 def test_modes_of_inductor_with_micro_batches(mode: str) -> None:
     module = build(Sequence)
     batches = [noise(6, 8, seed=seed) for seed in range(3)]
@@ -377,7 +413,7 @@ class Repeated(nn.Module):
     def __init__(self, *, reentrant: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))])
-        self.blocks.extend(copy.deepcopy(self.blocks[0]) for _ in range(2))
+        self.blocks.append(copy.deepcopy(self.blocks[0]))
         self.reentrant = reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -386,8 +422,13 @@ class Repeated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "reentrant"),
+    [
+        *[("aot_eager", False), ("aot_eager", True), ("inductor", False)],
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+    ],
+)
 def test_recomputed_blocks_count_once(backend: str, reentrant: bool) -> None:
     module = build(lambda: Repeated(reentrant=reentrant))
     x = VECTORS.clone().requires_grad_()

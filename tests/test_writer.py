@@ -11,8 +11,9 @@ import pytest
 
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.reader import open_run
-from tmm.runtime.segment import segment_paths
-from tmm.runtime.writer import RunWriter, read_info
+from tmm.runtime.info import read_info
+from tmm.runtime.segment_layout import segment_paths
+from tmm.runtime.writer import RunWriter
 
 INFOS = tuple(KeyInfo(f"k/{i}", "k", str(i), i, "mean") for i in range(20))
 LONG = 60.0  # seconds that no test waits
