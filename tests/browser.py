@@ -6,10 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
 
 REQUIRED = "TMM_REQUIRE_BROWSER"
 """Environment variable: with it, a missing browser fails the tests that need one."""
@@ -35,6 +37,9 @@ def _found(*names: str) -> str:
 @contextmanager
 def open_browser() -> Iterator[Chrome]:
     """A headless Chromium; without one the test is skipped, or fails where one is required."""
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
     browser, driver = find_browser(), _found("chromedriver")
     options = ChromeOptions()
     options.binary_location = browser

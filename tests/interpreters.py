@@ -245,6 +245,8 @@ def serve(channel: socket.socket) -> Request | None:
             continue
         asked, numbers, _, _ = socket.recv_fds(channel, 1, 5)
         if not asked:
+            for child in running:  # of a test that was ended
+                os.kill(child, signal.SIGKILL)
             return None
         *standard, status, file = numbers
         with os.fdopen(file, "rb") as pickled:
@@ -309,8 +311,10 @@ def become(request: Request) -> tuple[Callable[..., Any], ...]:
 
 
 if __name__ == "__main__":
-    import tmm.cli  # noqa: F401
+    import tmm.cli
 
+    for _name in tmm.__all__:  # imported when it is first asked for
+        getattr(tmm, _name)
     gc.collect()
     gc.freeze()  # what all children share is neither looked at nor copied at their ends
     _request = serve(socket.socket(fileno=int(sys.argv[1])))

@@ -76,10 +76,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """``side`` stays as it is, whatever else is parallel."""
 
-    def __init__(self, hidden: int = 32, dropout: float = 0.0) -> None:
+    def __init__(self, hidden: int = 32, dropout: float = 0.0, blocks: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block(hidden, dropout) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(hidden, dropout) for _ in range(blocks))
         self.side = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
@@ -194,23 +194,23 @@ def alone(**options: Any) -> Metrics:
     return train(torch.compile(net, backend=BACKEND), net, same, spec())
 
 
-def whole(backend: str = BACKEND) -> Metrics:
-    net = parallel(model(), mesh())
-    return explained(torch.compile(net, backend=backend), net)
+def whole(blocks: int = 1) -> Metrics:
+    net = parallel(model(blocks=blocks), mesh())
+    return explained(torch.compile(net, backend=BACKEND), net)
 
 
 def with_dropout() -> Metrics:
-    net = parallel(model(dropout=0.5), mesh())
+    net = parallel(model(dropout=0.5, blocks=1), mesh())
     return explained(torch.compile(net, backend=BACKEND), net)
 
 
 def uncompiled() -> Metrics:
-    net = parallel(model(), mesh())
+    net = parallel(model(blocks=1), mesh())
     return explained(net, net)
 
 
 def uneven(hidden: int) -> Metrics:
-    net = parallel(model(hidden=hidden), mesh(), UNEVEN)
+    net = parallel(model(hidden=hidden, blocks=1), mesh(), UNEVEN)
     return explained(torch.compile(net, backend=BACKEND), net)
 
 
@@ -257,7 +257,7 @@ def two_dimensions(plan: Mapping[str, Any] = PLAIN) -> Metrics:
 
 
 def losses(*, measured: bool, backend: str) -> list[float]:
-    net = parallel(model(), mesh())
+    net = parallel(model(blocks=1), mesh())
     called = torch.compile(net, backend=backend)
     if measured:
         called = tmm.instrument(called, spec())
@@ -292,6 +292,7 @@ def undisturbed() -> Metrics:
 
 TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "whole": lambda _: whole(),
+    "whole_of_two_blocks": lambda _: whole(2),
     "with_dropout": lambda _: with_dropout(),
     "uncompiled": lambda _: uncompiled(),
     "uneven": lambda _: uneven(7),

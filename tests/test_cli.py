@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tmm
 from tmm.cli import app
-from tmm.demo.gpt import GPT
+from tmm.demo.gpt import GPT, GPTConfig
 from tmm.demo.training import TrainingSettings
 
 STEPS, EVERY = 8, 3
@@ -32,7 +32,7 @@ def demo(run: Path, *options: str) -> str:
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("demo") / "run"
-    return run, demo(run, "--backend", "aot_eager")
+    return run, demo(run, "--backend", "eager")
 
 
 def measured_modules() -> list[str]:
@@ -104,7 +104,11 @@ def test_demo_never_mixes_two_runs(tmp_path: Path) -> None:
     assert not any(any((tmp_path / name).iterdir()) for name in ("run", "run-2"))
 
 
-def test_demo_without_a_compiler_names_a_backend_that_needs_none(tmp_path: Path) -> None:
+def test_demo_without_a_compiler_names_a_backend_that_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = GPTConfig(256, context=128, layers=1, heads=1, width=8)
+    monkeypatch.setattr("tmm.demo.training.GPTConfig", lambda *sizes, **options: small)
     cpp_builder.cpp_compiler_search.cache_clear()
     with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
         result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run"), "--steps", "1"])

@@ -6,22 +6,25 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from selenium.webdriver import Chrome, Keys
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
 from torch import nn
 
 import tmm
 from tests.browser import REQUIRED, errors, open_browser, show_as
+from tests.lazily import Lazily
 from tmm.explain import Explanation, ModuleReport, RuleReport
 from tmm.explain_page import page
 from tmm.passes.graph_text import NodeLine
 from tmm.twin.backend import GraphReport
 
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.remote.webelement import WebElement
+
+webdriver, by = Lazily("selenium.webdriver"), Lazily("selenium.webdriver.common.by")
 HOSTILE = "</script><script>window.executed = true</script><img src=x onerror='executed = true'>"
 
 
@@ -100,11 +103,11 @@ def opened(chrome: Chrome, explanation: Explanation, folder: Path, scheme: str =
 
 
 def all_of(chrome: Chrome, selector: str) -> list[WebElement]:
-    return chrome.find_elements(By.CSS_SELECTOR, selector)
+    return chrome.find_elements(by.By.CSS_SELECTOR, selector)
 
 
 def text_of(chrome: Chrome, selector: str) -> str:
-    return chrome.find_element(By.CSS_SELECTOR, selector).text
+    return chrome.find_element(by.By.CSS_SELECTOR, selector).text
 
 
 def shown_rows(chrome: Chrome, kind: str = "") -> list[str]:
@@ -119,11 +122,11 @@ def choose(chrome: Chrome, module: str) -> None:
     item = next(
         i for i in all_of(chrome, "[role=treeitem]") if i.get_dom_attribute("title") == module
     )
-    item.find_element(By.CSS_SELECTOR, ".label").click()
+    item.find_element(by.By.CSS_SELECTOR, ".label").click()
 
 
 def search(chrome: Chrome, text: str) -> None:
-    box = chrome.find_element(By.ID, "search")
+    box = chrome.find_element(by.By.ID, "search")
     box.clear()
     box.send_keys(text)
 
@@ -193,9 +196,9 @@ def test_search_counts_and_filters(browser: Chrome, tmp_path: Path) -> None:
     assert count("layer_norm(") == 2
     assert count("pack_rows") == sum(node.inserted_by == "pack_rows" for node in graph.after)
     assert count("insert_reductions detach") == 22
-    search(browser, "x" + Keys.BACKSPACE)
+    search(browser, "x" + webdriver.Keys.BACKSPACE)
     assert len(shown_rows(browser)) == every
-    browser.find_element(By.ID, "changes").click()
+    browser.find_element(by.By.ID, "changes").click()
     assert len(shown_rows(browser)) == 1 + sum(bool(node.inserted_by) for node in graph.after)
 
 
@@ -221,10 +224,10 @@ def test_a_module_shows_its_nodes(browser: Chrome, tmp_path: Path) -> None:
         texts = [cell.text for cell in all_of(browser, ".belongs:not([hidden]) > .after code")]
         assert texts == expected(name)
         assert len(shown_rows(browser)) == len(rows)
-    browser.find_element(By.ID, "only").click()
+    browser.find_element(by.By.ID, "only").click()
     assert len(shown_rows(browser)) == every
     assert shown_rows(browser, ".belongs") == rows
-    browser.find_element(By.ID, "clear").click()
+    browser.find_element(by.By.ID, "clear").click()
     assert shown_rows(browser, ".belongs") == []
 
 
@@ -260,7 +263,7 @@ def test_a_module_that_shares_the_graph_of_an_equal_one(browser: Chrome, tmp_pat
     opened(browser, explanation, tmp_path)
     choose(browser, "blocks.1.up")
     assert shown_rows(browser) == []
-    browser.find_element(By.CSS_SELECTOR, "#counterpart button").click()
+    browser.find_element(by.By.CSS_SELECTOR, "#counterpart button").click()
     assert text_of(browser, "#selected") == "blocks.0.up"
     assert shown_rows(browser, ".belongs")
     choose(browser, "unused")
@@ -275,14 +278,14 @@ def test_keyboard(browser: Chrome, tmp_path: Path) -> None:
         return browser.switch_to.active_element
 
     browser.execute_script("document.querySelector('[role=treeitem]').focus()")
-    assert press(Keys.ARROW_DOWN).get_dom_attribute("title") == "blocks"
-    assert press(Keys.ARROW_LEFT).get_dom_attribute("aria-expanded") == "false"
-    assert press(Keys.ARROW_DOWN).get_dom_attribute("title") == "head"
-    press(Keys.ENTER)
+    assert press(webdriver.Keys.ARROW_DOWN).get_dom_attribute("title") == "blocks"
+    assert press(webdriver.Keys.ARROW_LEFT).get_dom_attribute("aria-expanded") == "false"
+    assert press(webdriver.Keys.ARROW_DOWN).get_dom_attribute("title") == "head"
+    press(webdriver.Keys.ENTER)
     assert text_of(browser, "#selected") == "head"
     assert press("/").get_dom_attribute("id") == "search"
     all_of(browser, "#tabs button")[0].click()
-    assert press(Keys.ARROW_RIGHT).get_dom_attribute("aria-selected") == "true"
+    assert press(webdriver.Keys.ARROW_RIGHT).get_dom_attribute("aria-selected") == "true"
     assert text_of(browser, "#about").startswith("Graph 1 ")
 
 

@@ -192,8 +192,10 @@ def one_thread() -> Iterator[None]:
 
 # Healthy
 
+SEEDS = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 
-@pytest.mark.parametrize("seed", range(2))
+
+@SEEDS
 def test_a_healthy_regression(tmp_path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = perceptron()
@@ -201,7 +203,7 @@ def test_a_healthy_regression(tmp_path: Path, seed: int) -> None:
     assert alarms(train(tmp_path, model, regression, optimizer, steps=100)) == []
 
 
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_a_healthy_classification(tmp_path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = convolutions()
@@ -212,7 +214,7 @@ def test_a_healthy_classification(tmp_path: Path, seed: int) -> None:
     assert "4.bias" in idle <= {"0.bias", "4.bias"}  # before a batch norm
 
 
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_a_healthy_language_model(tmp_path: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = Language()

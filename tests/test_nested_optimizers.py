@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer, _apply_optimizer_in_backward
@@ -20,9 +18,11 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import tmm
+from tests.lazily import Lazily
 from tests.model_zoo import noise
 from tmm.runs.optimizers import OptimizerFinder
 
+accelerate = Lazily("accelerate.optimizer")
 VECTORS = noise(6, 4)
 RULES = (tmm.gradient("norm", own=lambda g: g.sum()), tmm.update("norm", "histogram"))
 
@@ -481,7 +481,7 @@ def by_parts(optimizer: Optimizer) -> Unfinished:
 
 
 WRAPPERS: dict[str, Callable[[Optimizer], Any]] = {
-    "accelerate": AcceleratedOptimizer,
+    "accelerate": lambda o: accelerate.AcceleratedOptimizer(o),
     "local SGD": lambda o: PostLocalSGDOptimizer(o, Never()),
     "old": OldLookahead,
     "old twice": lambda o: OldLookahead(OldLookahead(o)),  # type: ignore[arg-type]
@@ -492,7 +492,7 @@ WRAPPERS: dict[str, Callable[[Optimizer], Any]] = {
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_wrappers_of_optimizers_are_unwrapped(kind: str) -> None:
     if kind == "accelerate":
-        Accelerator(cpu=True)
+        Lazily("accelerate").Accelerator(cpu=True)
     module = network()
     wrapper = WRAPPERS[kind](SGD(module.parameters(), lr=0.1))
     model = tmm.instrument(module, tmm.Spec(*RULES))

@@ -8,21 +8,17 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from selenium.webdriver import Chrome, Keys
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 from torch import nn
 from typer.testing import CliRunner
 
 import tmm
 from tests.browser import errors, open_browser, show_as
+from tests.lazily import Lazily
 from tmm.analysis.names import info_of
 from tmm.cli import app
 from tmm.demo.gpt import GPT, GPTConfig
@@ -33,6 +29,12 @@ from tmm.report.pack import four_digits
 from tmm.runs.catalog import find_run
 from tmm.runtime.writer import RunWriter
 
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.remote.webelement import WebElement
+
+webdriver = Lazily("selenium.webdriver")
+by, ui = Lazily("selenium.webdriver.common.by"), Lazily("selenium.webdriver.support.ui")
 HOSTILE = "</script><script>window.executed = true</script><img src=x onerror='executed = true'>"
 NAN, INF = math.nan, math.inf
 SECONDS = 30
@@ -146,15 +148,15 @@ def show(chrome: Chrome, page: Path, scheme: str = "light", width: int = 1280) -
 
 
 def until(chrome: Chrome, condition: Callable[[], Any]) -> Any:
-    return WebDriverWait(chrome, SECONDS, 0.05).until(lambda _: condition())
+    return ui.WebDriverWait(chrome, SECONDS, 0.05).until(lambda _: condition())
 
 
 def all_of(chrome: Chrome, selector: str) -> list[WebElement]:
-    return chrome.find_elements(By.CSS_SELECTOR, selector)
+    return chrome.find_elements(by.By.CSS_SELECTOR, selector)
 
 
 def one(chrome: Chrome, selector: str) -> WebElement:
-    return chrome.find_element(By.CSS_SELECTOR, selector)
+    return chrome.find_element(by.By.CSS_SELECTOR, selector)
 
 
 def drawn(chrome: Chrome, selector: str) -> WebElement:
@@ -188,8 +190,8 @@ def traces(chrome: Chrome, plot: WebElement) -> list[dict[str, Any]]:
 
 def cards(chrome: Chrome) -> dict[str, str]:
     return {
-        card.find_element(By.CSS_SELECTOR, ".what").text: card.find_element(
-            By.CSS_SELECTOR, ".value"
+        card.find_element(by.By.CSS_SELECTOR, ".what").text: card.find_element(
+            by.By.CSS_SELECTOR, ".value"
         ).text
         for card in all_of(chrome, ".card")
     }
@@ -214,12 +216,12 @@ def click_cell(chrome: Chrome, plot: WebElement, row: int, column: int) -> None:
         return [Math.round(x), Math.round(y)];
     """
     x, y = chrome.execute_script(script, plot, row, column)
-    actions = ActionChains(chrome)
+    actions = webdriver.ActionChains(chrome)
     actions.w3c_actions.pointer_action.move_to_location(x, y)
     actions.w3c_actions.pointer_action.pause(0.3)
     actions.perform()
     until(chrome, lambda: not one(chrome, "#tip").get_property("hidden"))
-    ActionChains(chrome).click().perform()
+    webdriver.ActionChains(chrome).click().perform()
 
 
 def test_the_report_of_a_real_run(
@@ -277,7 +279,7 @@ def test_a_cell_opens_its_layer_and_the_layer_its_metrics(
     (line, *_) = traces(browser, drawn(browser, f'#layer .chart[data-key="{key}"]'))
     assert line["x"] == steps.tolist()
     assert line["y"] == pytest.approx(values.tolist(), rel=1e-4)
-    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    browser.switch_to.active_element.send_keys(webdriver.Keys.ESCAPE)
     until(browser, lambda: not all_of(browser, "#layer[open]"))
     assert not all_of(browser, "#layer .chart")
 
@@ -318,9 +320,9 @@ def test_a_nan_is_said_first_marked_and_leads_to_its_layer(
     one(browser, "#layer-close").click()
     # Groups of many are folded, and open on a click.
     folded = next(g for g in all_of(browser, "#findings .group") if "\u00d7" in g.text)
-    assert not folded.find_elements(By.CSS_SELECTOR, ".finding")
-    click(browser, folded.find_element(By.CSS_SELECTOR, "summary"))
-    until(browser, lambda: folded.find_elements(By.CSS_SELECTOR, ".finding"))
+    assert not folded.find_elements(by.By.CSS_SELECTOR, ".finding")
+    click(browser, folded.find_element(by.By.CSS_SELECTOR, "summary"))
+    until(browser, lambda: folded.find_elements(by.By.CSS_SELECTOR, ".finding"))
 
 
 def test_a_mark_on_a_curve_opens_the_layer(browser: Chrome, pages: dict[str, Path]) -> None:
@@ -396,7 +398,7 @@ def test_finding_a_layer_by_name(browser: Chrome, pages: dict[str, Path]) -> Non
     key = "attention_entropy/h.1.attn.head_1"
     box.send_keys("head_1 Entropy h.1")
     until(browser, lambda: [b.text for b in all_of(browser, "#found button")] == [key])
-    box.send_keys(Keys.ENTER)
+    box.send_keys(webdriver.Keys.ENTER)
     until(browser, lambda: one(browser, "#layer-name").text == "h.1.attn")
 
 

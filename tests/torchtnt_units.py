@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchtnt.framework.auto_unit import AutoUnit
+from torchtnt.framework.auto_unit import SWAParams as SWAParams
 from torchtnt.framework.callback import Callback
+from torchtnt.framework.callbacks import DistributedCheckpointSaver
+from torchtnt.framework.evaluate import evaluate as evaluate
+from torchtnt.framework.fit import fit as fit
+from torchtnt.framework.predict import predict as predict
+from torchtnt.framework.train import train as train
+from torchtnt.framework.unit import EvalUnit, TrainUnit
+from torchtnt.utils.prepare_module import ActivationCheckpointParams as ActivationCheckpointParams
+from torchtnt.utils.prepare_module import CheckpointImpl as CheckpointImpl
 from torchtnt.utils.prepare_module import TorchCompileParams
 
 import tmm
@@ -179,18 +189,6 @@ def assert_equal_weights(left: nn.Module, right: nn.Module) -> None:
         assert torch.equal(tensor, others[name.replace("_orig_mod.", "")]), name
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"accumulation": 3},
-    "clip_norm": {"clip_norm": 0.3},
-    "clip_value": {"clip_value": 0.02, "accumulation": 2},
-    "bf16": {"precision": torch.bfloat16, "clip_norm": 0.3},
-    "fp16": {"precision": torch.float16},
-    "fp16_clip": {"precision": torch.float16, "clip_norm": 0.3, "accumulation": 2},
-}
-COMPILED = ["uncompiled", "parameters", "handed_in", "in_place"]
-
-
 def auto_unit(settings: dict[str, Any], compiled: str = "uncompiled", **further: Any) -> Unit:
     module: Any = Net()
     if compiled == "parameters":
@@ -233,3 +231,90 @@ class Interrupting(Failing):
     def on_train_step_start(self, state: Any, unit: Any) -> None:
         if unit.train_progress.num_steps_completed == self.at:
             raise KeyboardInterrupt
+
+
+class OwnUnit(TrainUnit[Batch], EvalUnit[Batch]):
+    """Accumulates over ``accumulation`` batches, clips by itself, and returns a dictionary."""
+
+    def __init__(self, callback: TMMCallback | None = None, accumulation: int = 1) -> None:
+        super().__init__()
+        self.network = Net()
+        self.callback, self.accumulation = callback, accumulation
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.05)
+
+    def train_step(self, state: Any, data: Batch) -> Any:
+        loss = cross_entropy(self.network(data[0]), data[1])
+        (loss / self.accumulation).backward()
+        if (self.train_progress.num_steps_completed + 1) % self.accumulation == 0:
+            if self.callback is not None:
+                self.callback.measure_before_clip()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 0.3)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return {"loss": loss, "half": loss.item() / 2, "outputs": data[0], "name": "text"}
+
+    def eval_step(self, state: Any, data: Batch) -> Any:
+        return {"accuracy": float(len(data[0]))}
+
+
+class IteratorUnit(TrainUnit[Iterator[Batch]], EvalUnit[Batch]):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Net()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.05)
+
+    def train_step(self, state: Any, data: Iterator[Batch]) -> torch.Tensor:
+        inputs, targets = next(data)
+        loss = cross_entropy(self.network(inputs), targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def eval_step(self, state: Any, data: Batch) -> Any:
+        return {"size": len(data[0])}
+
+
+# TorchTNT looks at the annotation, and does not read one that is text.
+IteratorUnit.train_step.__annotations__["data"] = Iterator[Batch]
+
+
+class Adversarial(TrainUnit[Batch]):
+    """Two networks, with an optimizer and a scaler each; the second steps every third batch."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        super().__init__()
+        self.judge, self.maker = Net(), Net()
+        self.judges = torch.optim.SGD(self.judge.parameters(), lr=0.1)
+        maker = torch.optim.SGD(self.maker.parameters(), lr=0.1)
+        self.makers: Any = [maker] if hidden else maker  # a list is not tracked
+
+    def train_step(self, state: Any, data: Batch) -> torch.Tensor:
+        cross_entropy(self.judge(data[0]), data[1]).backward()
+        self.judges.step()
+        self.judges.zero_grad()
+        loss = cross_entropy(self.maker(data[0]), data[1])
+        loss.backward()
+        if self.train_progress.num_steps_completed % 3 == 2:
+            optimizer = self.makers[0] if isinstance(self.makers, list) else self.makers
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+
+class Joined(Unit):
+    def compute_loss(self, state: Any, data: Batch) -> Any:
+        return cross_entropy(self.module(data[0]) + self.other(data[0]), data[1]), None
+
+
+class Bypassing(OwnUnit):
+    def train_step(self, state: Any, data: Batch) -> torch.Tensor:
+        loss = cross_entropy(self.network.forward(data[0]), data[1])
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+def saver(root: Path, **options: Any) -> DistributedCheckpointSaver:
+    return DistributedCheckpointSaver(str(root / "checkpoints"), **options)
