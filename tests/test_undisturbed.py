@@ -72,7 +72,7 @@ def drop_images() -> nn.Module:
 
 
 def pairs() -> nn.Module:
-    return Stack([Pair(3.0**i, PAUSES["print"]) for i in range(2)])
+    return Stack([Pair(3.0, PAUSES["print"])], repeated=1)
 
 
 VECTORS = [noise(12, 8, seed=seed) for seed in range(4)]
