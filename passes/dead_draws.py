@@ -51,7 +51,7 @@ def marks_of_dead_draws(module: GraphModule) -> tuple[tuple[GraphModule, Node], 
     compiler keeps a draw, as of what gives away its shape only, it counts as dropped.
     """
     dead: set[Node] = set()  # operations that nothing depends on, and marks of such tensors
-    _find_dead(module, lambda position: True, dead)
+    _find_dead(module, lambda position: True, lambda position: True, dead)
     draws = {node for node in dead if not is_mark(node) and _draws(node)}
     found = _marks(module, draws, (), set()) if draws else ()
     return tuple((graph, mark) for graph, mark in found if mark in dead)
@@ -61,13 +61,21 @@ def marks_of_dead_draws(module: GraphModule) -> tuple[tuple[GraphModule, Node], 
 
 
 def _find_dead(
-    module: GraphModule, is_used: Callable[[int], bool], dead: set[Node]
+    module: GraphModule,
+    is_used: Callable[[int], bool],
+    is_read: Callable[[int], bool],
+    dead: set[Node],
 ) -> tuple[bool, ...]:
-    """Add what no used output depends on to ``dead``; tells which inputs one depends on."""
+    """Add what no used output depends on to ``dead``; tells which inputs one depends on.
+
+    What is written to an input counts as an output where ``is_read`` says so of its position.
+    """
     bodies = dict(nested_calls(module))
     used: set[Node] = set()
     read: set[int] = set()  # the memory that something later reads
-    given = _memory(n for n in module.graph.nodes if n.op in ("placeholder", "get_attr"))
+    placeholders = module.graph.find_nodes(op="placeholder")
+    given = _memory(n for i, n in enumerate(placeholders) if is_read(i))
+    given |= _memory(module.graph.find_nodes(op="get_attr"))
     changed: set[int] = set()
     unread: list[Node] = []
 
@@ -91,8 +99,10 @@ def _find_dead(
         is_needed = node in used or bool(written & (read | given))
         if node in bodies and returns_body_outputs(node):
             positions = {user.args[1] for user in node.users if user in used}
-            inputs = _find_dead(bodies[node], positions.__contains__, dead)
-            use(n for n, needed in zip(_operands(node), inputs, strict=True) if needed)
+            operands, needed = _operands(node), read | given
+            later = [bool(_memory([operand]) & needed) for operand in operands]
+            inputs = _find_dead(bodies[node], positions.__contains__, later.__getitem__, dead)
+            use(n for n, is_input_used in zip(operands, inputs, strict=True) if is_input_used)
         elif not is_needed:
             dead.add(node)
         elif target is not None and _fills(node):
@@ -106,7 +116,7 @@ def _find_dead(
         tensors = mark.all_input_nodes
         if not used.issuperset(tensors) or _memory(tensors) & changed:
             dead.add(mark)
-    return tuple(node in used for node in module.graph.find_nodes(op="placeholder"))
+    return tuple(node in used for node in placeholders)
 
 
 def _operands(call: Node) -> list[Node]:

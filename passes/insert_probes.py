@@ -112,11 +112,11 @@ def _places(
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
-    changing = storages(module.graph.output_node().all_input_nodes) | _overwritten(module)
+    returned, overwritten = storages(module.graph.output_node().all_input_nodes), _written(module)
     recent: dict[Node, _Place] = {}
     for node in module.graph.nodes:
         if is_mark(node):
-            place = _place(module, options, calls, node, changing)
+            place = _place(module, options, calls, node, returned, overwritten)
             if place is None:
                 continue
             known = recent.get(place.tensor)
@@ -137,7 +137,8 @@ def _place(
     options: ProbeOptions,
     calls: tuple[tuple[GraphModule, Node], ...],
     mark: Node,
-    changing: set[int],
+    returned: set[int],
+    overwritten: set[int],
 ) -> _Place | None:
     tensor = mark.args[0]
     assert isinstance(tensor, Node)
@@ -170,13 +171,16 @@ def _place(
         place.refusal = "inside a function transform"
         return place
     # A view that is overwritten, or that leaves the graph beside what it views, is another program.
-    place.copies = bool(storages([tensor]) & changing)
-    if place.copies and (_has_other_names(module, tensor, mark) or _is_expanded(example)):
+    is_overwritten = bool(storages([tensor]) & overwritten)
+    place.copies = is_overwritten or bool(storages([tensor]) & returned)
+    if place.copies and (
+        _has_other_names(module, tensor, mark, is_overwritten) or _is_expanded(example)
+    ):
         place.refusal = "the tensor is overwritten or returned, and has other names"
     return place
 
 
-def _overwritten(module: GraphModule) -> set[int]:
+def _written(module: GraphModule) -> set[int]:
     """The memory that the graph writes to."""
     return storages(
         node
@@ -185,10 +189,11 @@ def _overwritten(module: GraphModule) -> set[int]:
     )
 
 
-def _has_other_names(module: GraphModule, tensor: Node, mark: Node) -> bool:
+def _has_other_names(module: GraphModule, tensor: Node, mark: Node, is_overwritten: bool) -> bool:
     """Whether something from before ``mark`` that shares the memory of ``tensor`` is used after.
 
-    What is made of the tensor after the mark is made of the probe's result.
+    What is made of the tensor after the mark is made of the probe's result. To be measured is a use
+    if the tensor is overwritten, which a copy would not show.
     """
     storage = storages([tensor])
     for node in module.graph.nodes:
@@ -197,7 +202,8 @@ def _has_other_names(module: GraphModule, tensor: Node, mark: Node) -> bool:
         if node is tensor or sites_of(node) or not storages([node]) & storage:
             continue
         if node.op == "placeholder" or any(
-            mark < user and not is_mark(user) and not sites_of(user) for user in node.users
+            mark < user and (is_overwritten or not is_mark(user)) and not sites_of(user)
+            for user in node.users
         ):
             return True
     return False

@@ -45,4 +45,4 @@ def _drops_nothing(node: Node) -> bool:
     given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
     probability = given.get("p", 0.5)
     is_training = given.get("training", given.get("train", True))
-    return is_training is False or probability == 0
+    return is_training is False or (isinstance(probability, (int, float)) and probability == 0)

@@ -14,16 +14,24 @@ import torch
 from tmm.layout import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.metrics import Aggregate, FloatArray, Reduction, finalize, merge
 from tmm.runtime.binding import Binding, KeyRegistry
-from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError, Turn
+from tmm.runtime.cross_rank import (
+    Contribution,
+    CrossRank,
+    NotJoinedError,
+    RanksDisagreeError,
+    Turn,
+)
 from tmm.runtime.eager import apply_function
 from tmm.runtime.joined_step import Gathered, Logged, Rows, contribution_of, of_all_ranks, together
 from tmm.runtime.joining import join
 from tmm.runtime.key_owners import LOGGED_BY_HAND, LOGGED_FOR_RUN, MEASURED
+from tmm.runtime.replicas import REPLICAS
 
 Copies = tuple[Aggregate, list["HostCopy"]]
 """How the values of a key are joined, and the values on their way."""
 
 _FEW = 4  # parts that are evaluated one by one
+_LATE_SECONDS = 60.0  # that other ranks may be behind before a step is recorded without them
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +88,7 @@ class StepCollector:
         self.raises_clashes = False
         self.ran_forward = False
         self.expects_forward = monitored
+        self.has_activation_gradients = False
         self.has_parameters = False
         self.has_gradients = False
         self.has_gradients_before_clip = False
@@ -139,6 +148,10 @@ class StepCollector:
         logged = self._logged if of_all_ranks else self._own
         logged.setdefault(key, (aggregate, []))[1].append(copied)
 
+    def times_logged(self, key: str) -> int:
+        """How often a key was logged for this rank alone."""
+        return len(self._own[key][1]) if key in self._own else 0
+
     def add_numbers(self, keys: Sequence[str], values: torch.Tensor, aggregate: Aggregate) -> None:
         """Take numbers that tmm itself measures: one element of ``values`` for each of the keys.
 
@@ -152,6 +165,19 @@ class StepCollector:
         for mine, theirs in ((self._logged, other._logged), (self._own, other._own)):
             for key, (aggregate, copies) in theirs.items():
                 mine.setdefault(key, (aggregate, []))[1].extend(copies)
+
+    def logged(self, *, is_certain: bool = False) -> StepCollector:
+        """A step of what was logged by hand in this one, which is dropped or cannot be evaluated.
+
+        Of a step that waits for other ranks, without what all of them join. With ``is_certain``
+        without what a user's function joins, which may fail.
+        """
+        found = StepCollector(self.step, self.registry, monitored=False)
+        found.take_logged(self)
+        for key, (aggregate, _) in self._logged.items():
+            if self._turn is not None or (is_certain and callable(aggregate)):
+                del found._logged[key]
+        return found
 
     def was_skipped(self) -> bool:
         """Whether an optimizer skipped its step; known once the step is over."""
@@ -251,15 +277,25 @@ class StepCollector:
                 self._clashes.append(key)
         return taken
 
+    def _alone(self, reason: NotJoinedError) -> Gathered:
+        """What is left of a step that is not joined, with an event that says so."""
+        assert self._turn is not None
+        is_whole = isinstance(reason, RanksDisagreeError) or self._turn.contribution() is None
+        kind, text = ("gap", "") if is_whole else ("partial", "the rows of this rank alone: ")
+        self.events = (*self.events, Event(self.step, kind, f"{text}{reason}"))
+        if is_whole or self._sent is None:
+            return Gathered({}, {}, {})
+        own = {kind: parts for kind, parts in self._sent.rows.items() if kind != REPLICAS}
+        return replace(self._sent, rows=own)
+
     def _evaluate(self) -> StepRecord:
         if self._turn is None:
             gathered = self._gathered()
         else:
             try:
-                joined = self._turn.wait()
-            except RanksDisagreeError as error:
-                gathered = Gathered({}, {}, {})
-                self.events = (*self.events, Event(self.step, "gap", str(error)))
+                joined = self._turn.wait(_LATE_SECONDS)
+            except NotJoinedError as error:
+                gathered = self._alone(error)
             else:
                 assert self._sent is not None
                 gathered = of_all_ranks(joined, self._sent)

@@ -14,19 +14,10 @@ import numpy.typing as npt
 from tmm.layout import KeyInfo, Table
 from tmm.metrics import FloatArray
 from tmm.runtime.growing import GrowingDataset
-
-ABSENT_BITS = np.uint64(0x7FF8616273656E74)  # a quiet NaN whose payload says "absent" in ASCII
-ABSENT = ABSENT_BITS.view(np.float64)
+from tmm.runtime.segment_layout import ABSENT
 
 _KNOWN_LAYOUTS = 64
 _Indices: TypeAlias = npt.NDArray[np.intp]
-
-
-def is_measured(values: FloatArray) -> npt.NDArray[np.bool_]:
-    """Tell which of ``values``, shape (n,) or (n, bins), were measured, as shape (n,)."""
-    measured = values.view(np.uint64) != ABSENT_BITS
-    whole: npt.NDArray[np.bool_] = measured.all(axis=tuple(range(1, values.ndim)))
-    return whole
 
 
 class Matrix:

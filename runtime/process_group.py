@@ -16,7 +16,8 @@ class ProcessGroup:
     """Collectives between all processes of the training, over gloo.
 
     The rows lie in host memory when they are joined, and a group of its own can be used by a thread
-    of its own while the training uses another one. To be made by all ranks together.
+    of its own while the training uses another one. To be made by all ranks together. ``patience``
+    is how many seconds the training's own collectives wait for a rank.
 
     Raises:
         RuntimeError: if not all ranks make theirs within ``start_seconds``.
@@ -24,6 +25,7 @@ class ProcessGroup:
 
     def __init__(self, *, start_seconds: float = 120.0, seconds: float = 1800.0) -> None:
         self.rank = dist.get_rank()
+        self.patience = _patience()
         self._size = dist.get_world_size()
         try:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_seconds))
@@ -97,3 +99,9 @@ class ProcessGroup:
         if self.rank < spare:
             dist.send(own, self.rank + doubled, group=self._group)
         return own.numpy()
+
+
+def _patience() -> float:
+    group = dist.distributed_c10d._get_default_group()
+    backends = [group._get_backend(device) for device in group._device_types]
+    return min(backend.options._timeout.total_seconds() for backend in backends)

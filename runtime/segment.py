@@ -1,28 +1,4 @@
-"""One HDF5 file of a run, readable by others while it grows and after its writer was killed.
-
-A file holds these datasets and nothing else, because SWMR mode allows no new ones:
-
-===================  ==================  ==========================================================
-``steps``            rows                int64; the commit marker: a row counts once it is here
-``commits``          rows x 10           int64, see `COMMIT_FIELDS`; written before ``steps`` grows
-``values``           some rows x keys    float64, `ABSENT` where a key was not measured
-``keys``             bytes               UTF-8 JSON, one line per column of ``values``
-``few_values``       some rows x keys    as ``values``, of keys that came in a small table
-``few_keys``         bytes               UTF-8 JSON, one line per column of ``few_values``
-``histograms``       rows x keys x bins  float64, `ABSENT` where a key was not measured
-``histogram_keys``   bytes               UTF-8 JSON, one line per column of ``histograms``
-``histogram_edges``  edges               float64, only where the run has them
-``events``           bytes               UTF-8 JSON, one line per event
-===================  ==================  ==========================================================
-
-Its attributes are ``format`` and, where a run went back to an earlier step, ``replaces_from``: the
-steps from that one on in earlier segments no longer count.
-
-Text is kept as bytes because SWMR mode cannot grow variable-length strings. ``values``,
-``few_values`` and ``histograms`` have rows of those steps only that have values for them: a row of
-``commits`` says how many there were after it. ``few_values`` is apart since a loss that is logged
-in each step would fill a wide row each time.
-"""
+"""Writes one HDF5 file of a run; `segment_layout` tells what is in it."""
 
 from __future__ import annotations
 
@@ -43,23 +19,8 @@ from h5py import h5f
 from tmm.layout import StepRecord, Table
 from tmm.metrics import FloatArray
 from tmm.runtime.growing import GrowingDataset
-from tmm.runtime.matrix import ABSENT, Matrices, Matrix, append_lines, stack
-
-FORMAT = 2
-COMMIT_FIELDS = (
-    "step",
-    "measured",
-    "file_bytes",
-    "key_bytes",
-    "few_key_bytes",
-    "histogram_key_bytes",
-    "event_bytes",
-    "rows",
-    "few_rows",
-    "histogram_rows",
-)
-MATRICES = {"values": "keys", "few_values": "few_keys", "histograms": "histogram_keys"}
-"""Datasets of values, and those that name their columns."""
+from tmm.runtime.matrix import Matrices, Matrix, append_lines, stack
+from tmm.runtime.segment_layout import ABSENT, COMMIT_FIELDS, FORMAT, MATRICES, segment_paths
 
 _CHUNK_ROWS = 32
 _CHUNK_VALUES = 8192  # 64 KiB: larger chunks waste space in short runs, smaller ones cost writes
@@ -67,13 +28,6 @@ _CHUNK_BYTES = 8192  # of the datasets that hold text
 _FEW = 16  # keys of a table that is small
 _FEW_CHUNK = (64, 8)
 _FILE_FORMAT = ("v110", "v110")  # the first with SWMR, so that every later HDF5 reads it
-_NAME = re.compile(r"metrics-(\d{3,})\.h5")
-
-
-def segment_paths(folder: Path) -> list[Path]:
-    """Return the segments in ``folder``, oldest first; files still being created are left out."""
-    numbered = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
 
 class SegmentWriter:
@@ -113,6 +67,7 @@ class SegmentWriter:
             self._file.swmr_mode = True
             self._file.flush()
             temporary.rename(self.path)
+            self._links = os.fstat(self._descriptor).st_nlink  # some file systems count none
         except Exception as error:  # HDF5 reports a failing disk under many classes
             self.abandon()
             with suppress(OSError):  # the first error says why
@@ -137,6 +92,13 @@ class SegmentWriter:
         """
         if self._descriptor < 0:
             raise OSError(errno.EBADF, f"cannot write step {record.step}: {self.path} is closed")
+        if not self._is_in_place():
+            self.abandon()
+            raise OSError(
+                errno.ENOENT,
+                f"cannot write step {record.step}: {self.path} was deleted or moved while it was"
+                " recorded",
+            )
         if not -(2**63) <= record.step < 2**63:
             raise ValueError(f"step {record.step} does not fit in 64 bits")
         scalars, histograms = stack(record.scalars, 1), stack(record.histograms, 2)
@@ -150,6 +112,11 @@ class SegmentWriter:
             self.abandon()
             message = f"cannot write step {record.step} to {self.path}"
             raise _storage_error(message, error) from error
+
+    def _is_in_place(self) -> bool:
+        """Whether others find the file: what is written to one that was deleted is lost."""
+        links = os.fstat(self._descriptor).st_nlink
+        return (links > 0 or links == self._links) and os.path.exists(self.path)
 
     def _check_keys(self, record: StepRecord) -> None:
         if self._scalars.knows(record.scalars) and self._histograms.knows(record.histograms):

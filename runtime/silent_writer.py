@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tmm.runtime.writer import Submission
@@ -18,6 +19,18 @@ class SilentWriter:
     def submit(self, record: Submission, *, wait_seconds: float = 0.0) -> bool:
         """Give up a step."""
         return False
+
+    def replace_from(self, step: int) -> None:
+        """Nothing was recorded."""
+
+    def describe(self, info: Mapping[str, object]) -> dict[str, object]:
+        """Give it up; nothing was said before."""
+        return {}
+
+    @property
+    def submitted(self) -> int:
+        """No record was kept."""
+        return 0
 
     def flush(self) -> None:
         """Nothing waits."""

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import sys
 import threading
 import weakref
 from collections import deque
@@ -20,6 +21,7 @@ from typing import Any, TypeAlias
 
 from tmm.layout import StepRecord
 from tmm.metrics import FloatArray
+from tmm.runtime.info import INFO_NAME, info_text, read_info
 from tmm.runtime.replacing import replace_text
 from tmm.runtime.segment import SegmentWriter
 
@@ -28,9 +30,12 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
-INFO_NAME = "run.json"
+_STARTS = "starts"
 
 Submission: TypeAlias = StepRecord | Callable[[], StepRecord]
+Ended: TypeAlias = Callable[[Exception | None, BaseException | None, int | None], None]
+"""Told why the recording failed, if it did, the exception that was being handled where the writer
+was closed, and the last step that was written."""
 
 
 class RunWriter:
@@ -41,7 +46,8 @@ class RunWriter:
     first record starts the thread and a new segment, and calls ``started``, which may register an
     exit handler that runs before the writer's own. ``histogram_edges`` has shape (bins + 1,). With
     ``replaces_from``, what the run had recorded from that step on no longer counts once there is a
-    first record.
+    first record. ``ended`` is called once, when nothing more will be written: by the thread, or by
+    who closes or forgets a writer that recorded nothing.
 
     At most ``capacity`` records wait; where nothing gets written for ``stall_seconds``, a caller
     who needs room or closes gets a TimeoutError. A record that cannot be built, makes no sense or
@@ -63,6 +69,7 @@ class RunWriter:
         stall_seconds: float = 60.0,
         replaces_from: int | None = None,
         started: Callable[[], None] | None = None,
+        ended: Ended | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
@@ -71,10 +78,10 @@ class RunWriter:
         _add_start(self.path, info)
         self._edges, self._replaces_from = histogram_edges, replaces_from
         self._started = started
-        self._channel = _Channel(self.path, capacity, stall_seconds)
+        self._channel = _Channel(self.path, capacity, stall_seconds, ended)
         self._thread: threading.Thread | None = None
         # Only a signal, no join: the garbage collector may run in the middle of anything.
-        weakref.finalize(self, self._channel.end).atexit = False
+        weakref.finalize(self, _forget, self._channel).atexit = False
 
     def submit(self, record: Submission, *, wait_seconds: float = 0.0) -> bool:
         """Hand over one step, or a function that the writer's thread calls to get it.
@@ -96,6 +103,7 @@ class RunWriter:
                     name="tmm-writer",
                     daemon=True,
                 )
+                channel.has_thread = True
                 # Not weakref.finalize, which may come after h5py's own exit handler: that one
                 # changes HDF5's tables without a lock.
                 atexit.register(channel.finish)
@@ -114,18 +122,44 @@ class RunWriter:
         self._refuse_child()
         self._channel.raise_failure()
 
+    def replace_from(self, step: int) -> None:
+        """What the run had recorded from ``step`` on no longer counts, once there is a record.
+
+        Nothing happens after the first record of this writer.
+        """
+        if self._thread is None:
+            known = self._replaces_from
+            self._replaces_from = step if known is None else min(step, known)
+
+    def describe(self, info: Mapping[str, object]) -> dict[str, object]:
+        """Keep more of the process in ``run.json``; gives what was said before and differs now.
+
+        Raises OSError and ValueError as the constructor does.
+        """
+        self._refuse_child()
+        return _describe(self.path, info)
+
+    @property
+    def submitted(self) -> int:
+        """How many records were handed over."""
+        return self._channel._put
+
     @property
     def failure(self) -> Exception | None:
         """What ended the recording, if something did."""
         return self._channel._failure
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file into the run, whole or not at all; raises OSError at once."""
+        """Write a small file into the run, whole or not at all; raises OSError at once.
+
+        Nothing happens once the recording has failed: somebody else may go on with the run.
+        """
         self._refuse_child()
         plain = name and Path(name).name == name and not name.startswith(".")
         if not plain or name == INFO_NAME or name.endswith(".h5"):
             raise ValueError(f"a run cannot take a text under the name {name!r}")
-        replace_text(self.path / name, text)
+        if self.failure is None:
+            replace_text(self.path / name, text)
 
     def close(self) -> None:
         """Write what was submitted and end the thread; a second call does nothing.
@@ -133,7 +167,8 @@ class RunWriter:
         Raises what `submit` would raise, unless it did.
         """
         if not self._channel.ended:
-            self._channel.end()
+            self._channel.handled = sys.exception()
+            self._channel.forget()
             if self._thread is not None:
                 atexit.unregister(self._channel.finish)
                 self._channel.finish()
@@ -160,11 +195,17 @@ class RunWriter:
 class _Channel:
     """What the training thread and the writer's thread share, so that neither holds the other."""
 
-    def __init__(self, path: Path, capacity: int, stall_seconds: float) -> None:
+    def __init__(
+        self, path: Path, capacity: int, stall_seconds: float, tell_end: Ended | None
+    ) -> None:
         self.path = path
         self.process = os.getpid()
         self.changed = threading.Condition()
         self.ended = False  # no more is put
+        self.has_thread = False  # which tells the end
+        self.last_step: int | None = None
+        self.handled: BaseException | None = None
+        self._tell_end = tell_end
         self._capacity, self._stall_seconds = capacity, stall_seconds
         self._waiting: deque[Submission] = deque()
         self._put = self._written = 0
@@ -193,9 +234,11 @@ class _Channel:
             self.changed.notify_all()
             return self._waiting.popleft()
 
-    def mark_written(self) -> None:
+    def mark_written(self, step: int | None) -> None:
+        """A record was written, that of ``step`` or of events alone."""
         with self.changed:
             self._written += 1
+            self.last_step = self.last_step if step is None else step
             self.changed.notify_all()
 
     def wait_written(self, number: int, seconds: float) -> bool:
@@ -224,6 +267,19 @@ class _Channel:
                 self.ended = True
                 self.changed.notify_all()
 
+    def forget(self) -> None:
+        """As `end`, and say so if nothing was recorded."""
+        self.end()
+        if not self.has_thread and self.process == os.getpid():
+            self.tell_end(None)
+
+    def tell_end(self, failure: Exception | None) -> None:
+        """Say, once, that nothing more will be written."""
+        tell, self._tell_end = self._tell_end, None
+        handled, self.handled = self.handled, None
+        if tell is not None:
+            tell(failure, handled, self.last_step)
+
     def finish(self) -> None:
         """End, wait for the thread and raise what was not raised yet."""
         if self.process == os.getpid():
@@ -248,6 +304,11 @@ class _Channel:
                 raise TimeoutError(errno.ETIMEDOUT, reason)
 
 
+def _forget(channel: _Channel) -> None:
+    with suppress(OSError):  # there is nobody to tell, and nothing that was recorded is lost
+        channel.forget()
+
+
 def _write_all(channel: _Channel, edges: FloatArray | None, replaces_from: int | None) -> None:
     failure: Exception | None = RuntimeError("something ended the writer's thread")
     try:
@@ -258,6 +319,10 @@ def _write_all(channel: _Channel, edges: FloatArray | None, replaces_from: int |
         clear_frames(error.__traceback__)
         failure = error
     finally:
+        try:
+            channel.tell_end(failure)
+        except Exception as error:  # as above
+            failure = failure or error
         # Last of all, and with every HDF5 object gone: the interpreter may exit at once, and a
         # thread that it ends inside of h5py holds h5py's lock for ever.
         channel.stop(failure)
@@ -274,7 +339,7 @@ def _write_until_end(
                 created = _segment_for(channel, record, edges, replaces_from)
                 segment = stack.enter_context(closing(created))
             segment.write(record)
-            channel.mark_written()
+            channel.mark_written(record.step if record.scalars or record.histograms else None)
             del submission, record  # so that their memory need not wait for the next ones
 
 
@@ -302,20 +367,13 @@ def _segment_for(
     )
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """Return what ``run.json`` in ``folder`` holds; ValueError, naming it, where it is damaged."""
-    path = folder / INFO_NAME
-    try:
-        info = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return info
+def is_info_of_run(info: Mapping[str, Any]) -> bool:
+    """Whether a file of the name of ``run.json`` is one that a writer keeps."""
+    return isinstance(info.get(_STARTS), list)
 
 
 def _add_start(folder: Path, info: Mapping[str, object]) -> None:
-    if "starts" in info:
+    if _STARTS in info:
         raise ValueError("info must not hold 'starts', which the writer keeps")
     given: dict[str, Any] = json.loads(json.dumps(dict(info)))
     start: dict[str, Any] = {
@@ -326,12 +384,36 @@ def _add_start(folder: Path, info: Mapping[str, object]) -> None:
     with _locked(folder):
         if (folder / INFO_NAME).exists():
             known = read_info(folder)
+            if not is_info_of_run(known):
+                raise ValueError(f"{folder / INFO_NAME} is of another program: it is no run's")
             changed = {key: value for key, value in given.items() if known.get(key) != value}
             start |= {"info": changed} if changed else {}
         else:
-            known = given
-        known.setdefault("starts", []).append(start)
-        replace_text(folder / INFO_NAME, json.dumps(known, indent=2) + "\n")
+            known = {**given, _STARTS: []}
+        known[_STARTS].append(start)
+        _replace_info(folder, known)
+
+
+def _describe(folder: Path, info: Mapping[str, object]) -> dict[str, object]:
+    """Add ``info`` to the newest start, as far as it differs from what was said before."""
+    given: dict[str, Any] = json.loads(json.dumps(dict(info)))
+    with _locked(folder):
+        known = read_info(folder)
+        said = dict(known)
+        for start in known[_STARTS]:
+            said |= start.get("info") or {}
+        new = {key: value for key, value in given.items() if key not in said}
+        before = {key: said[key] for key in given.keys() - new.keys() if said[key] != given[key]}
+        known |= new
+        if before:
+            newest = known[_STARTS][-1]
+            newest["info"] = (newest.get("info") or {}) | {key: given[key] for key in before}
+        _replace_info(folder, known)
+    return before
+
+
+def _replace_info(folder: Path, info: Mapping[str, Any]) -> None:
+    replace_text(folder / INFO_NAME, info_text(info))
 
 
 @contextmanager

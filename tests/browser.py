@@ -17,17 +17,25 @@ REQUIRED = "TMM_REQUIRE_BROWSER"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@contextmanager
-def open_browser() -> Iterator[Chrome]:
-    """A headless Chromium; without one the test is skipped, or fails where one is required."""
-    browser = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
-    driver = shutil.which("chromedriver")
-    if browser is None or driver is None:
-        missing = "chromium" if browser is None else "chromedriver"
-        reason = f"{missing} is not installed (Debian: apt-get install chromium chromium-driver)"
+def find_browser() -> str:
+    """Where Chromium or Chrome is; else the test is skipped, or fails where it is required."""
+    return _found(*_BROWSERS)
+
+
+def _found(*names: str) -> str:
+    path = next((path for name in names if (path := shutil.which(name))), None)
+    if path is None:
+        reason = f"{names[0]} is not installed (Debian: apt-get install chromium chromium-driver)"
         if os.environ.get(REQUIRED):
             pytest.fail(f"{reason}, and {REQUIRED} is set")
         pytest.skip(reason)
+    return path
+
+
+@contextmanager
+def open_browser() -> Iterator[Chrome]:
+    """A headless Chromium; without one the test is skipped, or fails where one is required."""
+    browser, driver = find_browser(), _found("chromedriver")
     options = ChromeOptions()
     options.binary_location = browser
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):

@@ -1,6 +1,8 @@
+import gc
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch reads it once
@@ -9,6 +11,14 @@ import pytest
 import torch
 
 from tests import truth_table
+from tests.interpreters import Interpreters
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage is to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +30,13 @@ def fresh_compiler() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         yield
+
+
+@pytest.fixture(scope="session")
+def interpreters() -> Iterator[Interpreters]:
+    """Processes that have imported tmm; the first one takes seconds, each other one little."""
+    with closing(Interpreters()) as server:
+        yield server
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -15,7 +15,7 @@ Metrics = dict[int, dict[str, float]]
 Compile = Callable[[nn.Module], nn.Module]
 
 
-def make_model(library: ModuleType) -> nn.Module:
+def make_model(library: ModuleType, blocks: int = 2) -> nn.Module:
     """A small transformer: embedding, normalization, attention that logs, a tuple as output."""
 
     class Attention(nn.Module, library.MonitorMixin):  # type: ignore[name-defined,misc]
@@ -47,8 +47,8 @@ def make_model(library: ModuleType) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.embedding = nn.Embedding(11, 12)
-            self.norms = nn.ModuleList([nn.LayerNorm(12), nn.LayerNorm(12)])
-            self.blocks = nn.ModuleList([Attention(), Attention()])
+            self.norms = nn.ModuleList(nn.LayerNorm(12) for _ in range(blocks))
+            self.blocks = nn.ModuleList(Attention() for _ in range(blocks))
             self.pair, self.head = Pair(), nn.Linear(12, 11)
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -72,11 +72,11 @@ def train(
     prepare: Callable[[Any, nn.Module], Any],
     step: Callable[..., None] | None = None,
     *,
+    blocks: int = 2,
     steps: int = 5,
-    metrics: Callable[[Any], None] | None = None,
 ) -> Any:
     """A monitor after a short training in which ``step`` runs between backward and update."""
-    model = make_model(library)
+    model = make_model(library, blocks)
     called = compile_model(model)
     monitor = library.ModuleMonitor(monitor_step_fn=lambda step: step % 2 == 0)
     monitor.set_module(called)
@@ -104,18 +104,18 @@ def train(
     return monitor
 
 
-def basic(library: ModuleType, compile_model: Compile) -> Any:
+def basic(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """The README's first loop."""
-
-    def prepare(monitor: Any, model: nn.Module) -> None:
-        monitor.add_activation_metric("mean", lambda x: x.mean())
-        monitor.add_parameter_metric("norm", lambda x: x.norm())
-        monitor.add_gradient_metric("norm", lambda x: x.norm())
-
-    return train(library, compile_model, prepare)
+    return train(library, compile_model, basic_metrics, **sizes)
 
 
-def reference(library: ModuleType, compile_model: Compile) -> Any:
+def basic_metrics(monitor: Any, model: nn.Module) -> None:
+    monitor.add_activation_metric("mean", lambda x: x.mean())
+    monitor.add_parameter_metric("norm", lambda x: x.norm())
+    monitor.add_gradient_metric("norm", lambda x: x.norm())
+
+
+def reference(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """Comparison with the model at initialization, whose forward pass the loop runs itself."""
 
     def prepare(monitor: Any, model: nn.Module) -> None:
@@ -127,10 +127,10 @@ def reference(library: ModuleType, compile_model: Compile) -> Any:
         )
         monitor.add_parameter_difference_metric("l2_distance", lambda p, q: (p - q).norm())
 
-    return train(library, compile_model, prepare)
+    return train(library, compile_model, prepare, **sizes)
 
 
-def coordinate_check(library: ModuleType, compile_model: Compile) -> Any:
+def coordinate_check(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """The refined coordinate check, after backward; tuples are excluded, which it cannot take."""
 
     def prepare(monitor: Any, model: nn.Module) -> Any:
@@ -143,7 +143,7 @@ def coordinate_check(library: ModuleType, compile_model: Compile) -> Any:
         if monitor.current_step != 2:  # not recorded where nobody asks
             check.refined_coordinate_check()
 
-    return train(library, compile_model, prepare, step)
+    return train(library, compile_model, prepare, step, **sizes)
 
 
 def micro_batches(monitor: Any, model: nn.Module, extra: object, loss: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ def micro_batches(monitor: Any, model: nn.Module, extra: object, loss: torch.Ten
     monitor.after_micro_batch()
 
 
-def accumulation(library: ModuleType, compile_model: Compile) -> Any:
+def accumulation(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """Two micro-batches of different size, joined by the mean and by functions."""
 
     def prepare(monitor: Any, model: nn.Module) -> None:
@@ -168,57 +168,86 @@ def accumulation(library: ModuleType, compile_model: Compile) -> Any:
             "kept", lambda x: x, "head", lambda v: {"": v.mean().item(), "[n]": v.numel()}
         )
 
-    return train(library, compile_model, prepare, micro_batches)
+    return train(library, compile_model, prepare, micro_batches, **sizes)
 
 
 def max_of(values: torch.Tensor) -> torch.Tensor:
     return values.max()
 
 
-def clipping(library: ModuleType, compile_model: Compile) -> Any:
+def clipping(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """Gradients before and after clipping."""
 
     def prepare(monitor: Any, model: nn.Module) -> None:
         monitor.add_gradient_metric("norm", lambda g: g.norm())
-        monitor.add_gradient_metric("share", lambda g: (g > 0).float().mean().item(), ".*weight")
+        add_share(monitor)
 
-    def step(monitor: Any, model: nn.Module, extra: object, loss: torch.Tensor) -> None:
-        monitor.monitor_gradients(before_clip=True)
-        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-
-    return train(library, compile_model, prepare, step)
+    return train(library, compile_model, prepare, clip, **sizes)
 
 
-def attention(library: ModuleType, compile_model: Compile) -> Any:
+def add_share(monitor: Any) -> None:
+    monitor.add_gradient_metric("share", lambda g: (g > 0).float().mean().item(), ".*weight")
+
+
+def clip(monitor: Any, model: nn.Module, extra: object, loss: torch.Tensor) -> None:
+    monitor.monitor_gradients(before_clip=True)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def attention(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """Metrics of heads, which the module shows itself."""
 
     def prepare(monitor: Any, model: nn.Module) -> None:
         monitor.add_gradient_metric("norm", lambda x: x.norm())
-        monitor.add_activation_metric("rms", lambda x: x.square().mean().sqrt())
-        monitor.add_activation_metric("max", lambda x: x.amax(), r".*head_1\.(key|value)")
+        add_metrics_of_heads(monitor)
 
-    return train(library, compile_model, prepare)
+    return train(library, compile_model, prepare, **sizes)
 
 
-def custom(library: ModuleType, compile_model: Compile) -> Any:
+def add_metrics_of_heads(monitor: Any) -> None:
+    monitor.add_activation_metric("rms", lambda x: x.square().mean().sqrt())
+    monitor.add_activation_metric("max", lambda x: x.amax(), r".*head_1\.(key|value)")
+
+
+def custom(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
     """Metrics that return vectors, matrices or numbers, and names of the user's own."""
 
     def prepare(monitor: Any, model: nn.Module) -> None:
-        monitor.add_activation_metric("entropy", lambda x: -(x.softmax(-1) * x.log_softmax(-1)))
-        monitor.add_activation_metric(
-            "sorted", lambda x: x.flatten().sort().values[:3], "head|norm"
-        )
-        monitor.add_parameter_metric("opnorm", lambda p: torch.linalg.matrix_norm(p, 2), ".*qkv.*w")
-        monitor.add_parameter_metric("count", lambda p: p.numel())
-        monitor.add_parameter_metric("fraction", lambda p: float((p > 0).sum()) / p.numel())
         monitor.add_gradient_metric("norm", lambda g: g.norm())
+        add_own_metrics(monitor)
 
-    def step(monitor: Any, model: nn.Module, extra: object, loss: torch.Tensor) -> None:
-        monitor.log_scalar("loss", loss)
-        monitor.log_scalar("every", loss.item(), force=True)
-        monitor.log_tensor("losses", loss.detach().expand(3), lambda v: {"[sum]": v.sum()})
-
-    return train(library, compile_model, prepare, step)
+    return train(library, compile_model, prepare, log, **sizes)
 
 
-LOOPS = (basic, reference, coordinate_check, accumulation, clipping, attention, custom)
+def add_own_metrics(monitor: Any) -> None:
+    monitor.add_activation_metric("entropy", lambda x: -(x.softmax(-1) * x.log_softmax(-1)))
+    monitor.add_activation_metric("sorted", lambda x: x.flatten().sort().values[:3], "head|norm")
+    monitor.add_parameter_metric("opnorm", lambda p: torch.linalg.matrix_norm(p, 2), ".*qkv.*w")
+    monitor.add_parameter_metric("count", lambda p: p.numel())
+    monitor.add_parameter_metric("fraction", lambda p: float((p > 0).sum()) / p.numel())
+
+
+def log(monitor: Any, model: nn.Module, extra: object, loss: torch.Tensor) -> None:
+    monitor.log_scalar("loss", loss)
+    monitor.log_scalar("every", loss.item(), force=True)
+    monitor.log_tensor("losses", loss.detach().expand(3), lambda v: {"[sum]": v.sum()})
+
+
+def together(library: ModuleType, compile_model: Compile, **sizes: int) -> Any:
+    """What the loops without a reference measure, in one."""
+
+    def prepare(monitor: Any, model: nn.Module) -> None:
+        basic_metrics(monitor, model)
+        add_share(monitor)
+        add_metrics_of_heads(monitor)
+        add_own_metrics(monitor)
+
+    def step(*arguments: Any) -> None:
+        clip(*arguments)
+        log(*arguments)
+
+    return train(library, compile_model, prepare, step, **sizes)
+
+
+WITH_REFERENCE = (reference, coordinate_check, accumulation)
+LOOPS = (basic, clipping, attention, custom, *WITH_REFERENCE)

@@ -8,10 +8,13 @@ Each training writes what rank 0 has measured to ``FOLDER/TRAINING.pt``.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -334,6 +337,54 @@ def disagreeing() -> Metrics:
     return {0: {"measured": measured, "warnings": texts}}
 
 
+def absent(folder: Path) -> Metrics:
+    """Rank 1 opens no step, and rank 0 more than may wait."""
+    done = folder / "absent-done"
+    net = model()
+    run = tmm.start_run("absent", root=folder, system_seconds=None)
+    run.watch(net, tmm.Spec(tmm.activation("rms")))
+    begun = time.monotonic()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(70 if dist.get_rank() == 0 else 0):
+            with tmm.monitor(net).step(step):
+                net(batches()[0])
+    seconds = time.monotonic() - begun
+    if dist.get_rank() == 0:
+        done.touch()
+    while not done.exists():
+        time.sleep(0.02)
+    run.finish()
+    return {0: {"seconds": seconds, "warnings": [str(item.message) for item in caught]}}
+
+
+def frozen(folder: Path) -> Metrics:
+    """Rank 1 is stopped after a step; the training's own collectives wait for it 3 seconds."""
+    numbers: list[Any] = [None, None]
+    dist.all_gather_object(numbers, os.getpid())
+    whole = dist.distributed_c10d._get_default_group()
+    before = whole._get_backend(torch.device("cpu")).options._timeout
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), whole)
+    called = tmm.instrument(model(), tmm.Spec(tmm.activation("rms")), run=folder / "frozen")
+    dist.distributed_c10d._set_pg_timeout(before, whole)
+    monitor = tmm.monitor(called)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with monitor.step(0):
+            called(own(evenly, batches()[0])[0])
+        monitor.get_step_metrics()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with monitor.step(1):
+            called(own(evenly, batches()[0])[0])
+        begun = time.monotonic()
+        tmm.remove(called)
+        seconds = time.monotonic() - begun
+        if dist.get_rank() == 0:
+            os.kill(numbers[1], signal.SIGCONT)
+    return {0: {"seconds": seconds}}
+
+
 def killed(folder: Path) -> Metrics:
     """Rank 1 dies in step 3."""
     run = tmm.start_run("ranks", root=folder, system_seconds=None)
@@ -397,6 +448,8 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "skipping": lambda _: skipping(),
     "counted": lambda _: counted(),
     "disagreeing": lambda _: disagreeing(),
+    "absent": absent,
+    "frozen": frozen,
     "killed": killed,
     "recorded": recorded,
     "each_by_itself": each_by_itself,

@@ -571,3 +571,42 @@ def test_a_dropout_that_drops_nothing_shares_the_memory_that_it_shares_without_p
 
     for plain, monitored in zip(leave(False), leave(True), strict=True):
         assert torch.equal(plain, monitored)
+
+
+class MeasuredLater(nn.Module):
+    """What ``first`` gives is overwritten under the name that ``second`` gave it."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), second
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        first = self.first(x)
+        second = self.second(first)
+        second[:, :1].mul_(2)
+        return {"overwritten": second, "under its first name": first}
+
+
+class UsesOne(nn.Module):
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.part = MeasuredLater(second)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.part(x)["overwritten"].sin()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("second", [nn.Flatten(), nn.Unflatten(1, (2, 4)), nn.Identity()], ids=repr)
+def test_a_tensor_that_is_only_measured_later_is_measured_as_it_is_then(
+    second: nn.Module, backend: str
+) -> None:
+    net = UsesOne(second)
+    expected = net.part(VECTORS)["under its first name"].double().square().mean().sqrt().item()
+    rules = (tmm.activation("rms"), tmm.activation_gradient("rms"))
+    model = tmm.instrument(torch.compile(net, backend=backend), tmm.Spec(*rules))
+    with tmm.monitor(model).step(0):
+        model(VECTORS).sum().backward()
+    found = tmm.monitor(model).get_step_metrics()
+    key = "activation/part[under its first name]/rms"
+    assert found[key] == pytest.approx(expected, rel=1e-6)

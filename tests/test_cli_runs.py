@@ -14,8 +14,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tmm
+from tests.browser import find_browser
 from tmm.cli import app
-from tmm.cli.plot import sparkline
+from tmm.cli.sparkline import sparkline
 
 Command = Callable[..., Result]
 
@@ -154,11 +155,17 @@ def test_plot(tmm_command: Command, root: Path, tmp_path: Path) -> None:
     assert "█" in text
     found = json.loads(tmm_command("plot", "first", "accuracy", "--json").stdout)
     assert found["accuracy"]["steps"] == [0, 1, 2, 3]
-    for name in ("out.html", "out.svg"):
-        tmm_command("plot", "first", "-o", str(tmp_path / name), "--log")
-        assert (tmp_path / name).stat().st_size > 1000
+    tmm_command("plot", "first", "-o", str(tmp_path / "out.html"), "--log")
+    assert (tmp_path / "out.html").stat().st_size > 1000
     assert "no key matches 'x'" in tmm_command("plot", "first", "x", status=1).output
     assert "write a .html" in tmm_command("plot", "first", "-o", "out.txt", status=1).output
+
+
+def test_plot_as_a_picture(tmm_command: Command, root: Path, tmp_path: Path) -> None:
+    find_browser()
+    record(root, "first", FALLING)
+    tmm_command("plot", "first", "-o", str(tmp_path / "out.svg"), "--log")
+    assert (tmp_path / "out.svg").stat().st_size > 1000
 
 
 def test_sparkline() -> None:

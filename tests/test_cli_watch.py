@@ -9,8 +9,7 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +25,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import tmm
+from tests.interpreters import Interpreters
 from tmm.cli import app
 from tmm.cli.sparkline import sparkline
-from tmm.cli.watch_frame import clean, draw, duration, lines_for_keys
+from tmm.cli.terminal import clean
+from tmm.cli.watch_frame import draw, duration, lines_for_keys
 from tmm.layout import Event, KeyInfo, StepRecord, Table
 from tmm.runs.state import State
 from tmm.runtime.segment import SegmentWriter
@@ -67,57 +68,69 @@ with tmm.start_run("p", "a run", root=root, system_seconds=None) as run:
 class Writer:
     """A process that records a run."""
 
-    def __init__(self, root: Path, steps: int) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(root), str(steps)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdout is not None
+    def __init__(self, interpreters: Interpreters, root: Path, steps: int) -> None:
+        self.process = interpreters.start(WRITER, root, steps)
         self.path = Path(self.process.stdout.readline().strip())
 
     def go_on(self) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
-    def end(self) -> int:
-        self.process.kill()
-        return self.process.wait(LONG)
+
+Start = Callable[[int], Writer]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[int], Writer]]:
+def start(interpreters: Interpreters, tmp_path: Path) -> Iterator[Start]:
     writers: list[Writer] = []
 
     def begin(steps: int) -> Writer:
-        writers.append(Writer(tmp_path / "runs", steps))
+        writers.append(Writer(interpreters, tmp_path / "runs", steps))
         return writers[-1]
 
     yield begin
     for writer in writers:
-        writer.end()
+        writer.process.close()
+
+
+AS_A_MODULE = 'import runpy; runpy.run_module("tmm", run_name="__main__", alter_sys=True)'
 
 
 class Terminal:
     """``tmm watch`` in a terminal of ``rows`` lines and ``columns`` cells."""
 
-    def __init__(self, run: Path, rows: int, columns: int, *arguments: str) -> None:
-        pexpect = pytest.importorskip("pexpect", reason="needs pseudo-terminals")
+    def __init__(
+        self, interpreters: Interpreters, run: Path, rows: int, columns: int, *arguments: str
+    ) -> None:
+        pytest.importorskip("pexpect", reason="needs pseudo-terminals")
+        from pexpect import fdpexpect
+
         hidden = {"COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"}
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["-m", "tmm", "watch", str(run), "--every", "0.1", *arguments],
-            dimensions=(rows, columns),
+        self.master, theirs = os.openpty()
+        self.resize(rows, columns)
+        command = ("watch", run, "--every", "0.1", *arguments)
+        self.process = interpreters.start(
+            AS_A_MODULE,
+            *command,
+            environment={**environment, "TERM": "xterm-256color"},
+            terminal=theirs,
+        )
+        os.close(theirs)
+        self.child = fdpexpect.fdspawn(
+            self.master,
             encoding="utf-8",
             codec_errors="replace",  # a terminal drops what is on its way when it gets Ctrl-C
-            env={**environment, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
             timeout=LONG,
         )
         self.output = ""
+
+    def resize(self, rows: int, columns: int) -> None:
+        termios.tcsetwinsize(self.master, (rows, columns))
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        os.write(self.master, b"\x03")
 
     def sees(self, pattern: str) -> re.Match[str]:
         """Wait for ``pattern`` in what is shown from now on."""
@@ -132,10 +145,13 @@ class Terminal:
 
         self.child.expect(pexpect.EOF)
         self.output += self.child.before
-        self.child.wait()  # closing at once hangs up on a process that is still ending
+        status = self.process.wait(LONG)  # closing at once hangs up on one that is still ending
+        self.close()
+        return status
+
+    def close(self) -> None:
+        self.process.close()
         self.child.close()
-        status: int | None = self.child.exitstatus
-        return -self.child.signalstatus if status is None else status
 
     def final(self) -> str:
         """What stays on the screen."""
@@ -147,6 +163,22 @@ class Terminal:
         return text.count(ENTER_SCREEN) == text.count(LEAVE_SCREEN) == 1 and text.rfind(
             SHOW_CURSOR
         ) > text.rfind(HIDE_CURSOR)
+
+
+Watch = Callable[..., Terminal]
+
+
+@pytest.fixture
+def watch(interpreters: Interpreters) -> Iterator[Watch]:
+    terminals: list[Terminal] = []
+
+    def begin(run: Path, rows: int, columns: int, *arguments: str) -> Terminal:
+        terminals.append(Terminal(interpreters, run, rows, columns, *arguments))
+        return terminals[-1]
+
+    yield begin
+    for terminal in terminals:
+        terminal.close()
 
 
 def plain(text: str) -> str:
@@ -165,9 +197,9 @@ def values_of(path: Path) -> dict[str, list[float]]:
         return {key: run.series(key)[1].tolist() for key in keys}
 
 
-def test_a_run_is_followed_until_it_ends(start: Callable[[int], Writer]) -> None:
+def test_a_run_is_followed_until_it_ends(start: Start, watch: Watch) -> None:
     writer, undisturbed = start(80), start(80)
-    terminals = [Terminal(writer.path, rows, columns) for rows, columns in SIZES]
+    terminals = [watch(writer.path, rows, columns) for rows, columns in SIZES]
     for terminal in terminals:
         terminal.sees("no step yet")
         terminal.sees("nothing recorded yet")
@@ -201,10 +233,10 @@ def test_a_run_is_followed_until_it_ends(start: Callable[[int], Writer]) -> None
         np.testing.assert_array_equal(found[key], expected[key])
 
 
-def test_a_killed_process_is_said_to_have_crashed(start: Callable[[int], Writer]) -> None:
+def test_a_killed_process_is_said_to_have_crashed(start: Start, watch: Watch) -> None:
     writer = start(1000)
     writer.go_on()
-    terminal = Terminal(writer.path, 24, 80, "-m", "loss")
+    terminal = watch(writer.path, 24, 80, "-m", "loss")
     terminal.sees("step 39")
     writer.process.send_signal(signal.SIGKILL)
     assert terminal.status() == 0
@@ -215,17 +247,17 @@ def test_a_killed_process_is_said_to_have_crashed(start: Callable[[int], Writer]
     assert "step 39  its process" in terminal.final()
 
 
-def test_leaving_leaves_the_training_alone(start: Callable[[int], Writer]) -> None:
+def test_leaving_leaves_the_training_alone(start: Start, watch: Watch) -> None:
     writer = start(60)
-    terminal, other = Terminal(writer.path, 24, 80), Terminal(writer.path, 24, 80)
+    terminal, other = watch(writer.path, 24, 80), watch(writer.path, 24, 80)
     writer.go_on()
     terminal.sees(r"step \d+")
-    terminal.child.setwinsize(12, 50)
+    terminal.resize(12, 50)
     wait_until(lambda: terminal.sees("step 39") and len(frames(terminal.output)[-1]) == 12)
-    terminal.child.sendintr()
+    terminal.interrupt()
     assert terminal.status() == 128 + signal.SIGINT
     other.sees(r"step \d+")
-    other.child.kill(signal.SIGTERM)
+    other.process.send_signal(signal.SIGTERM)
     assert other.status() == 128 + signal.SIGTERM
     for left in (terminal, other):
         assert left.is_restored()
@@ -239,10 +271,10 @@ def test_leaving_leaves_the_training_alone(start: Callable[[int], Writer]) -> No
         assert run.steps.tolist() == list(range(60))
 
 
-def test_a_run_that_is_deleted_while_it_is_watched(start: Callable[[int], Writer]) -> None:
+def test_a_run_that_is_deleted_while_it_is_watched(start: Start, watch: Watch) -> None:
     writer = start(1000)
     writer.go_on()
-    terminal = Terminal(writer.path, 24, 80)
+    terminal = watch(writer.path, 24, 80)
     terminal.sees(r"step \d+")
     shutil.rmtree(writer.path)
     assert terminal.status() == 1
@@ -407,10 +439,10 @@ def test_rates_are_those_of_the_time_that_steps_took() -> None:
     assert recorded_rates({}) == {}
 
 
-def test_a_run_of_tmm_instrument_alone_goes_by_its_process(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
-    )
+def test_a_run_of_tmm_instrument_alone_goes_by_its_process(
+    tmp_path: Path, interpreters: Interpreters
+) -> None:
+    ended = interpreters.run("import os; print(os.getpid())")
     now = datetime.now(UTC).isoformat()
     for process, host, status, is_over in (
         (os.getpid(), platform.node(), "alive", False),
@@ -432,7 +464,9 @@ def test_a_run_that_ends_while_it_is_looked_at_has_not_crashed(
     assert standing(tmp_path, {}).status == "finished"
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4))]
+)
 def test_what_is_kept_of_series_is_what_the_run_says(tmp_path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
     (tmp_path / "run.json").write_text("{}")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tmm
-from tests.browser import REQUIRED
+from tests.browser import find_browser
 from tmm.cli import app
 from tmm.coordinate_check import TERMS, Growth
 from tmm.coordinate_check import plot as plot_module
@@ -294,12 +293,8 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_without_an_ending_both_are_written(tmp_path: Path) -> None:
-    try:
-        written = FOUND.save(tmp_path / "width.check")
-    except RuntimeError as error:
-        if "Chrome" not in str(error) or os.environ.get(REQUIRED):
-            raise
-        pytest.skip("kaleido finds no Chrome or Chromium")
+    find_browser()
+    written = FOUND.save(tmp_path / "width.check")
     assert [path.name for path in written] == ["width.check.html", "width.check.png"]
     assert written[1].read_bytes().startswith(b"\x89PNG")
 

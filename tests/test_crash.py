@@ -1,73 +1,24 @@
 """What was flushed is there after a process was killed or its disk was full."""
 
-import ctypes
 import errno
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
-from contextlib import suppress
-from multiprocessing import get_context
 
-import numpy as np
 import pytest
 
-from tmm.layout import KeyInfo, StepRecord, Table
+from tests.crashing_processes import DONE, histogram, values
+from tests.interpreters import ROOT
 from tmm.reader import open_run
-from tmm.runtime.segment import segment_paths
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.segment_layout import segment_paths
 
-try:
-    import resource
-except ImportError:  # not a Unix
-    resource = None
-
-LONG = 60.0
 TRIALS = 30
-STEPS = 80  # in each trial, if it lives to write them
-
-
-def info(key, position):
-    return KeyInfo(key, "k", key, position, "mean")
-
-
-def values(step, trial):
-    """Of which step and trial they are; more keys as steps go on, and gaps."""
-    random_values = np.random.default_rng((step, trial)).standard_normal(20 + step // 3)
-    known = {f"k/{i}": value for i, value in enumerate(random_values.tolist()) if (i + step) % 4}
-    return {"trial": float(trial), **known}
-
-
-def histogram(step, trial):
-    return [step + i / 1024 + trial for i in range(10)]
-
-
-def record(step, trial):
-    known = values(step, trial)
-    infos = tuple(info(key, i) for i, key in enumerate(known))
-    histograms = ()
-    if step % 5 == 0:
-        histograms = (Table((info("h", 1000),), np.array([histogram(step, trial)])),)
-    return StepRecord(step, (Table(infos, np.array(list(known.values()))),), histograms)
-
-
-def write_until_killed(path, first, trial, connection):
-    writer = RunWriter(path, info={"id": "x"})
-    for step in range(first, first + STEPS):
-        if writer.submit(record(step, trial), wait_seconds=LONG):
-            connection.send(step)
-    connection.send(None)
-    time.sleep(LONG)
-
-
-def received(connection):
-    while True:
-        try:
-            yield connection.recv()
-        except EOFError:
-            return
+CALL = """
+import sys
+from tests import crashing_processes
+getattr(crashing_processes, sys.argv[1])(sys.argv[2], *map(int, sys.argv[3:]))
+"""
 
 
 def check_step(run, step, trial):
@@ -77,27 +28,25 @@ def check_step(run, step, trial):
     assert run.at(step) == expected
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_a_killed_process_loses_nothing_that_was_flushed(tmp_path):
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
+def test_a_killed_process_loses_nothing_that_was_flushed(tmp_path, interpreters):
     moment = random.Random(0)
     owner: dict[int, int] = {}  # of each step that was acknowledged, the newest trial
     cut_short = 0
     for trial in range(TRIALS):
         first = max(0, max(owner, default=0) - 5)  # as from a checkpoint, a few steps back
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=write_until_killed, args=(tmp_path, first, trial, theirs))
-        process.start()
-        theirs.close()
+        process = interpreters.start(
+            CALL, "write_until_killed", tmp_path, first, trial, folder=ROOT
+        )
+        said = []
         if trial % 3:  # else the moment may be within the creation of the segment
-            assert ours.poll(LONG)
+            said.append(process.stdout.readline())
         time.sleep(moment.uniform(0.0, 0.1))
         process.kill()
-        process.join(LONG)
-        acknowledged = list(received(ours))
-        cut_short += acknowledged[-1:] != [None]
-        steps = [step for step in acknowledged if step is not None]
+        said += process.stdout
+        process.close()
+        acknowledged = [line.strip() for line in said]
+        cut_short += acknowledged[-1:] != [DONE]
+        steps = [int(step) for step in acknowledged if step != DONE]
         assert steps == list(range(first, first + len(steps)))
         owner |= dict.fromkeys(steps, trial)
         if not (tmp_path / "run.json").exists():
@@ -170,8 +119,6 @@ if closes:
 def small_disk(request, tmp_path):
     """A folder that takes two megabytes, and the limit that the process has to set for it."""
     if request.param == "file size":
-        if resource is None:
-            pytest.skip("needs RLIMIT_FSIZE")
         yield tmp_path, 2_000_000, errno.EFBIG
         return
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path]
@@ -185,15 +132,9 @@ def small_disk(request, tmp_path):
 
 @pytest.mark.parametrize("reads", [False, True], ids=["alone", "read in the process"])
 @pytest.mark.parametrize("closes", [True, False], ids=["closed", "not closed"])
-def test_a_full_disk_raises_in_the_loop_and_harms_nothing(small_disk, closes, reads):
+def test_a_full_disk_raises_in_the_loop_and_harms_nothing(small_disk, closes, reads, interpreters):
     folder, limit, number = small_disk
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FULL, folder, str(limit), str(closes), str(reads)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = interpreters.run(FULL, folder, limit, closes, reads, warns=False)
     assert (done.returncode, done.stderr) == (0, "")
     *steps, raised, again, once_more = done.stdout.splitlines()
     count = len(steps)
@@ -209,33 +150,13 @@ def test_a_full_disk_raises_in_the_loop_and_harms_nothing(small_disk, closes, re
             assert run.series(key)[1].tolist() == [step + 0.5 for step in range(count)]
 
 
-def fill_disk(path, limit, connection):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    writer = RunWriter(path, info={})
-    with suppress(OSError):
-        for step in range(STEPS):
-            if writer.submit(record(step, 0), wait_seconds=LONG):
-                connection.send(step)
-    with suppress(OSError):
-        writer.close()
-    ctypes.CDLL(None).exit(0)  # as an interpreter does, with what HDF5 does then
-
-
-@pytest.mark.skipif(resource is None, reason="needs RLIMIT_FSIZE")
-def test_wherever_in_the_file_the_disk_becomes_full(tmp_path):
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
+def test_wherever_in_the_file_the_disk_becomes_full(tmp_path, interpreters):
     counts = set()
     for limit in (*range(1000, 57_000, 1999), *range(57_000, 400_000, 12_000)):
         folder = tmp_path / str(limit)
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=fill_disk, args=(folder, limit, theirs))
-        process.start()
-        theirs.close()
-        steps = list(received(ours))
-        process.join(LONG)
-        assert process.exitcode == 0, limit
+        done = interpreters.run(CALL, "fill_disk", folder, limit, folder=ROOT)
+        assert done.returncode == 0, limit
+        steps = [int(line) for line in done.stdout.splitlines()]
         counts.add(len(steps))
         with open_run(folder) as run:
             assert run.steps.tolist() == steps == list(range(len(steps)))
@@ -244,18 +165,11 @@ def test_wherever_in_the_file_the_disk_becomes_full(tmp_path):
     assert len(counts) > 5
 
 
-@pytest.mark.skipif(resource is None, reason="needs RLIMIT_FSIZE")
-def test_a_disk_that_is_full_from_the_start(tmp_path):
+def test_a_disk_that_is_full_from_the_start(tmp_path, interpreters):
     script = FULL.replace(
         "run = open_run", "resource.setrlimit(resource.RLIMIT_FSIZE, (9,) * 2)\nrun = open_run"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, tmp_path, "100000", "True", "False"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = interpreters.run(script, tmp_path, 100_000, True, False, warns=False)
     assert (done.returncode, done.stderr) == (0, "")
     raised, *_ = done.stdout.splitlines()
     assert raised.startswith(f"raised {errno.EFBIG} ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 
 from tmm.metrics import FloatArray, builtin_reductions, finalize
-from tmm.runtime.cross_rank import Contribution, CrossRank, RanksDisagreeError
+from tmm.runtime.cross_rank import (
+    Contribution,
+    CrossRank,
+    NotJoinedError,
+    RanksDisagreeError,
+    RanksLostError,
+    Turn,
+)
 from tmm.runtime.joined_rows import RowKind
 
 (RMS,) = builtin_reductions(("rms", "max"), is_complex=False)
@@ -42,6 +50,10 @@ class World:
         if rank == 0:
             self.calls[name] += 1
         return result
+
+    def wait_until_called(self) -> None:
+        while not self._barrier.n_waiting:
+            time.sleep(0.001)
 
 
 @dataclass
@@ -110,7 +122,7 @@ def run(ranks: list[list[Step]]) -> tuple[World, list[list[Any]]]:
         for turn in turns:
             try:
                 results[rank].append(turn.wait())
-            except RanksDisagreeError as error:
+            except NotJoinedError as error:
                 results[rank].append(error)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(ranks))]
@@ -217,9 +229,66 @@ def test_a_rank_that_dies_does_not_hang_the_others() -> None:
     joining = CrossRank(Lost(World(1), 0))
     with pytest.warns(RuntimeWarning, match="The training goes on"):
         turn = joining.submit(Step(0, {"a": A}))
-        with pytest.raises(RanksDisagreeError, match="connection reset"):
+        with pytest.raises(RanksLostError, match="connection reset"):
             turn.wait()
     later = joining.submit(Step(1, {"a": A}))
-    with pytest.raises(RanksDisagreeError, match="connection reset"):
+    with pytest.raises(RanksLostError, match="connection reset"):
         later.wait()
     joining.close()
+
+
+def test_ranks_that_are_behind_cost_steps_their_rows_and_nobody_time() -> None:
+    world = World(2)
+    first = CrossRank(Member(world, 0), capacity=3)
+    turns = [first.submit(Step(0, {"a": A}))]
+    world.wait_until_called()
+    turns += [first.submit(Step(n, {"a": A})) for n in range(1, 8)]
+    for turn in turns[:5]:
+        with pytest.raises(RanksLostError, match="3 monitored steps behind"):
+            turn.wait()
+    assert first.behind == "the other ranks are 3 monitored steps behind"
+    second = CrossRank(Member(world, 1))
+    others = [second.submit(Step(n, {"a": B})) for n in range(8)]
+    first.close()
+    second.close()
+    assert [value(turn.wait(), "a")[1] for turn in turns[5:]] == [5.0, 5.0, 5.0]
+    # The first of them was under way; of the others that were given up, nothing is joined.
+    assert [value(turn.wait(), "a")[1] for turn in others] == [5.0] * 8
+    assert [turn.wait().rows[RowKind.of(RMS)][1][0, 0] for turn in others] == [
+        *(3, 1, 1, 1, 1),
+        *(3, 3, 3),
+    ]
+
+
+def test_a_step_is_given_up_when_others_are_late() -> None:
+    joining = CrossRank(Member(World(2), 0), end_seconds=0.1)
+    turn = joining.submit(Step(0, {"a": A}))
+    with pytest.raises(RanksLostError, match="more than 0 s late"):
+        turn.wait(0.05)
+    with pytest.raises(RanksLostError, match="more than 0 s late"):
+        turn.wait()  # what was said is not taken back
+    assert "late" in joining.behind
+    waiting = joining.submit(Step(1, {"a": A}))
+    begun = time.monotonic()
+    with pytest.warns(RuntimeWarning, match="rows of this rank alone, marked as partial"):
+        joining.close()
+    assert time.monotonic() - begun < 5
+    with pytest.raises(RanksLostError, match="late"):
+        waiting.wait()
+
+
+def test_a_contribution_is_asked_for_once() -> None:
+    asked = []
+
+    class Counted(Step):
+        def contribution(self) -> Contribution | None:
+            asked.append(self.step)
+            return super().contribution()
+
+    turn = Turn(Counted(0, {"a": A}))
+    threads = [threading.Thread(target=turn.contribution) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == [0]

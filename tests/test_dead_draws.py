@@ -50,6 +50,8 @@ class Drawing(nn.Module):
         self.first, self.draw, self.after = nn.Linear(4, 4), Calls(draw), Calls(lambda u: u * 2)
         self.norm, self.last, self.use = nn.BatchNorm1d(4), nn.Dropout(0.3), use
         self.both = Calls(lambda y: (y + 1, self.draw(y)))
+        self.halve = Calls(lambda y: self.after(y) + y.mul_(0.5))
+        self.fill = Calls(lambda y: y.fill_(3) * 2)
         self.register_buffer("seen", torch.zeros(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,10 +105,39 @@ def before_a_break(m: Drawing, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def in_place_in_a_checkpoint(m: Drawing, y: torch.Tensor) -> torch.Tensor:
+    """The checkpoint writes to what was drawn, which nothing reads afterwards."""
+    z = m.draw(y.detach()) * 1
+    checkpoint(m.halve, z, use_reentrant=False)
+    return y
+
+
+def in_two_checkpoints(m: Drawing, y: torch.Tensor) -> torch.Tensor:
+    """The inner one writes to what the outer one was given."""
+    z = m.draw(y.detach()) * 1
+    checkpoint(lambda w: checkpoint(m.halve, w, use_reentrant=False) * 2, z, use_reentrant=False)
+    return y
+
+
+def filled_before_a_checkpoint(m: Drawing, y: torch.Tensor) -> torch.Tensor:
+    z = torch.empty(3, 4).normal_() + m.draw(y.detach()).sum()
+    checkpoint(m.fill, z, use_reentrant=False)
+    m.after(z)
+    return y
+
+
 DEAD = (
     *(unused, recorded, in_a_checkpoint, shape_only, added_to_what_is_unused, overwritten),
-    *(without_gradient, before_a_break),
+    *(without_gradient, before_a_break, in_place_in_a_checkpoint, in_two_checkpoints),
+    filled_before_a_checkpoint,
 )
+
+
+def read_after_a_checkpoint(m: Drawing, y: torch.Tensor) -> torch.Tensor:
+    """The checkpoint writes to what was drawn, and it is read afterwards."""
+    z = m.draw(y.detach()) * 1
+    checkpoint(m.halve, z, use_reentrant=False)
+    return y + z.sum()
 
 
 def used(m: Drawing, y: torch.Tensor) -> torch.Tensor:
@@ -137,7 +168,10 @@ def after_a_break(m: Drawing, y: torch.Tensor) -> torch.Tensor:
     return y
 
 
-LIVE = (used, in_running_statistics, in_a_buffer, in_a_view_of_what_is_used, after_a_break)
+LIVE = (
+    *(used, in_running_statistics, in_a_buffer, in_a_view_of_what_is_used, after_a_break),
+    read_after_a_checkpoint,
+)
 
 
 def left_by(module: Drawing, backend: str, *rules: tmm.Rule) -> tuple[list[Any], Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,35 +14,40 @@ import torch
 
 import tmm
 from tests import rank_trainings
-from tests.rank_trainings import Metrics, alone, evenly, spec, unevenly
+from tests.interpreters import ROOT, Interpreters
+from tests.rank_trainings import BATCH, Metrics, alone, evenly, spec, unevenly
 
-ROOT = Path(__file__).parent.parent
 EVEN = ("ddp_inside", "ddp_outside", "ddp_uncompiled", "distributed_states", "averaged_inside")
 OTHERS = ("explained", "ddp_uneven", "fsdp", "fsdp_uneven", "skipping", "counted", "disagreeing")
 AVERAGED = ("averaged_in_the_step",)
-RECORDING = ("recorded", "each_by_itself")
+RECORDING = ("recorded", "each_by_itself", "absent", "frozen")
+
+
+AS_A_MODULE = """
+import runpy, sys, torch
+torch.set_num_threads(1)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 
 
 def launch(
-    ranks: int, folder: Path, names: Iterable[str], trainings: str = "tests.rank_trainings"
+    interpreters: Interpreters,
+    ranks: int,
+    folder: Path,
+    names: Iterable[str],
+    trainings: str = "tests.rank_trainings",
 ) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    return subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", "-m", trainings, folder, *names],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    """Run these trainings as torchrun would."""
+    return interpreters.run_ranks(
+        ranks, AS_A_MODULE, trainings, folder, *names, folder=ROOT, timeout=400
     )
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, interpreters: Interpreters) -> Path:
     """What two ranks have measured in each training."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(2, folder, (*EVEN, *OTHERS, *AVERAGED, *RECORDING))
+    done = launch(interpreters, 2, folder, (*EVEN, *OTHERS, *AVERAGED, *RECORDING))
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -177,9 +180,37 @@ def test_every_rank_may_record_by_itself(two: Path) -> None:
             assert run.at(0)[key] == pytest.approx(net.first(part).norm().item(), rel=1e-5)
 
 
-def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path) -> None:
+def test_a_rank_that_opens_no_step_stops_nobody(two: Path) -> None:
+    (found,) = result(two, "absent").values()
+    assert found["seconds"] < 60
+    (text,) = (text for text in found["warnings"] if "behind" in text)
+    assert "32 monitored steps behind: such steps are recorded with the rows of this rank" in text
+    (record,) = (record for record in tmm.list_runs(two) if record.project == "absent")
+    with tmm.open_run(record.path) as run:
+        assert run.steps.tolist() == list(range(70))
+        expected = rank_trainings.model().first(rank_trainings.batches()[0]).square().mean().sqrt()
+        values = run.series("activation/first/rms")[1]
+        np.testing.assert_allclose(values, expected.item(), rtol=1e-5)
+        partial = [event.step for event in run.events if event.kind == "partial"]
+        assert partial == list(range(70 - 32))
+
+
+def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(two: Path) -> None:
+    (found,) = result(two, "frozen").values()
+    assert 2 < found["seconds"] < 30
+    with tmm.open_run(two / "frozen") as run:
+        batch, net = rank_trainings.batches()[0], rank_trainings.model()
+        for step, part in enumerate((batch, batch[: BATCH // 2])):
+            expected = net.first(part).square().mean().sqrt().item()
+            assert run.at(step)["activation/first/rms"] == pytest.approx(expected, rel=1e-5)
+        (event,) = (event for event in run.events if event.kind == "partial")
+        assert event.step == 1
+        assert event.text.startswith("the rows of this rank alone: ")
+
+
+def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path, interpreters: Interpreters) -> None:
     begun = time.monotonic()
-    done = launch(2, tmp_path, ["killed"])
+    done = launch(interpreters, 2, tmp_path, ["killed"])
     assert done.returncode != 0
     assert time.monotonic() - begun < 180
     (record,) = tmm.list_runs(tmp_path)
@@ -190,8 +221,8 @@ def test_a_rank_that_dies_leaves_a_readable_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path: Path) -> None:
-    done = launch(4, tmp_path, ["ddp_inside", "ddp_uneven", "fsdp", "hybrid"])
+def test_four_ranks(tmp_path: Path, interpreters: Interpreters) -> None:
+    done = launch(interpreters, 4, tmp_path, ["ddp_inside", "ddp_uneven", "fsdp", "hybrid"])
     assert done.returncode == 0, done.stderr[-5000:]
     check(result(tmp_path, "ddp_inside"), alone(evenly, 4))
     check(result(tmp_path, "ddp_uneven"), alone(unevenly, 4))

@@ -6,11 +6,15 @@ import linecache
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch._dynamo.backends.debugging import aot_eager
 from typer.testing import CliRunner
 
+import tmm
 from tmm.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +31,8 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text[: m.start(1)].count("\n") + 1, m.group(1)) for m in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
-def test_blocks_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -42,6 +45,47 @@ def test_blocks_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.M
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+RUNNING = pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
+)
+
+
+@RUNNING
+def test_blocks_run_as_printed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what they have Inductor compile runs as it was traced, which takes far less time."""
+
+    def as_traced(inductor: object, graph: Any, inputs: Any, **options: object) -> Any:
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", as_traced)
+    run_page(page, tmp_path, monkeypatch)
+    if page.name == "integrations.md":
+        check_frameworks(tmp_path / "runs")
+
+
+@pytest.mark.slow
+@RUNNING
+def test_blocks_run_under_inductor(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_page(page, tmp_path, monkeypatch)
+
+
+def check_frameworks(root: Path) -> None:
+    """Each training is a run, which has measured its steps."""
+    records = tmm.list_runs(root)
+    assert {(record.project, record.status) for record in records} == {("example", "finished")}
+    assert len(records) == 3
+    steps: dict[str, tuple[list[int], int]] = {}
+    for record in records:
+        with tmm.open_run(record.path) as run:
+            for key in run.keys("update|gradient"):
+                steps[key] = run.series(key)[0].tolist(), len(run.steps)
+    assert steps["update/transformer.wte.weight/relative_norm"][0] == [0]
+    assert steps["update/net.0.weight/relative_norm"] == ([0, 10, 20, 30], 2 * 64 // 4)
+    assert steps["gradient/0.weight/norm"] == ([0, 10, 20], 3 * 20 // 2)
 
 
 def commands() -> list[str]:

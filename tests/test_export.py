@@ -60,7 +60,7 @@ def read_csv(path):
     with open(path, encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file, strict=True)
     assert head == ["step", "key", "value"]
-    return by_key((int(step), key, float(value)) for step, key, value in rows)
+    return by_key((int(step), key.removeprefix("'"), float(value)) for step, key, value in rows)
 
 
 def read_parquet(path):

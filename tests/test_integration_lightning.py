@@ -853,12 +853,3 @@ def test_missing_packages(missing: list[str], monkeypatch: pytest.MonkeyPatch) -
     else:
         with pytest.raises(ImportError, match=re.escape("pip install 'tmm-compile[lightning]'")):
             importlib.import_module(name)
-
-
-def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
-    own = re.split(r"^## ", text, flags=re.M)
-    (section,) = (part for part in own if part.startswith("Lightning"))
-    example = re.findall(r"```python\n(.*?)```", section, re.S)[0]
-    exec(compile(example, "integrations.md", "exec"), {})
-    assert len(recorded(tmp_path)) == 2 * 64 / 4

@@ -649,21 +649,6 @@ def test_two_ranks_are_one_training(settings: dict[str, Any], tmp_path: Path) ->
         assert found[key] == pytest.approx(series, rel=1e-4, abs=1e-6), key
 
 
-def test_the_example_of_the_documentation_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
-    example = text.partition("## Transformers")[2].partition("```python\n")[2].partition("```")[0]
-    compiled, quickly = "torch_compile=True", "torch_compile=True, torch_compile_backend='eager'"
-    assert compiled in example
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example.replace(compiled, quickly), "integrations.md", "exec"), {})
-    record = the_run(tmp_path / "runs")
-    assert (record.project, record.status) == ("example", "finished")
-    with tmm.open_run(record.path) as run:
-        assert run.series("update/transformer.wte.weight/relative_norm")[0].tolist() == [0]
-
-
 class ClipsEachBatch(Trainer):
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
         loss = super().training_step(*arguments, **options)

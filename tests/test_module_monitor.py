@@ -10,6 +10,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,17 @@ from torch_module_monitor.refined_coordinate_check import (
 )
 
 import tmm
-from tests.module_monitor_loops import LOOPS, accumulation, coordinate_check, make_model
+from tests.module_monitor_loops import (
+    LOOPS,
+    WITH_REFERENCE,
+    accumulation,
+    coordinate_check,
+    make_model,
+    together,
+)
 from tests.ways import Counting
 
-Loop = Callable[[Any, Callable[[nn.Module], nn.Module]], Any]
+Loop = Callable[..., Any]
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -55,11 +63,10 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    """What torch-module-monitor records in each loop."""
+def expected(loop: Loop, **sizes: int) -> Any:
+    """What torch-module-monitor records."""
     original.RefinedCoordinateCheck = OriginalCheck
-    return {loop.__name__: loop(original, as_it_is) for loop in LOOPS}
+    return loop(original, as_it_is, **sizes)
 
 
 def mixed_up(loop: Loop, monitor: Any) -> str:
@@ -80,34 +87,55 @@ def assert_same(own: dict[Any, Any], other: dict[Any, Any], without: str = "$.^"
             assert isinstance(found[key], float), key
 
 
-WAYS = (
-    *(as_it_is, whole),
-    *(pytest.param(way, marks=pytest.mark.slow) for way in (blocks, in_place)),
-)
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_documented_loops(loop: Loop, way: Any, expected: dict[str, Any], tmp_path: Any) -> None:
-    other = expected[loop.__name__]
+def check_loop(loop: Loop, way: Any, folder: Path, **sizes: int) -> None:
+    other = expected(loop, **sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("error", tmm.MonitoringWarning)
-        own = loop(tmm, way)
+        own = loop(tmm, way, **sizes)
     assert_same(own.get_all_metrics(), other.get_all_metrics(), mixed_up(loop, own))
-    assert len(own.get_all_metrics()[2]) > 15
+    assert len(own.get_all_metrics()[2]) > 7 * sizes.get("blocks", 2)
     for condensed in (True, False):
-        own.storage.save_hdf5(tmp_path / "run.h5", condensed=condensed)
-        saved = tmm.StorageManager.load_hdf5(tmp_path / "run.h5")
+        own.storage.save_hdf5(folder / "run.h5", condensed=condensed)
+        saved = tmm.StorageManager.load_hdf5(folder / "run.h5")
         kept = own.storage.condensed_log_dict() if condensed else own.storage.log_dict
         assert saved == kept
     assert set(own.module_names.values()) == set(other.module_names.values())
 
 
-def test_inductor(expected: dict[str, Any]) -> None:
-    for loop in (coordinate_check, accumulation):
-        own = loop(tmm, lambda model: torch.compile(model, fullgraph=True))  # type: ignore[arg-type,return-value]
-        other = expected[loop.__name__].get_all_metrics()
-        assert_same(own.get_all_metrics(), other, mixed_up(loop, own))
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_documented_loops(loop: Loop, tmp_path: Path) -> None:
+    check_loop(loop, as_it_is, tmp_path)
+
+
+@pytest.mark.parametrize("loop", WITH_REFERENCE, ids=lambda loop: loop.__name__)
+def test_documented_loops_with_a_reference_compiled(loop: Loop, tmp_path: Path) -> None:
+    check_loop(loop, whole, tmp_path, blocks=1)
+
+
+def test_the_other_documented_loops_at_once_compiled(tmp_path: Path) -> None:
+    check_loop(together, whole, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [whole, blocks, in_place], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_documented_loops_compiled_in_every_way(loop: Loop, way: Any, tmp_path: Path) -> None:
+    check_loop(loop, way, tmp_path)
+
+
+def inductor(model: nn.Module) -> nn.Module:
+    compiled: nn.Module = torch.compile(model, fullgraph=True)  # type: ignore[assignment]
+    return compiled
+
+
+def test_inductor(tmp_path: Path) -> None:
+    check_loop(coordinate_check, inductor, tmp_path, blocks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [coordinate_check, accumulation], ids=lambda loop: loop.__name__)
+def test_inductor_with_micro_batches_and_several_blocks(loop: Loop, tmp_path: Path) -> None:
+    check_loop(loop, inductor, tmp_path)
 
 
 # Single behaviours

@@ -162,7 +162,7 @@ def test_what_a_compiled_loss_calls_is_named_and_warned_of_once() -> None:
     assert "2 of 3 modules" in str(explanation)
     assert explanation.rules[0].silent == ("lm_head",)
     with monitor.step(3):
-        net.lm_head(model(x))
+        net.lm_head(model(x)).sum().backward()
     assert not tmm.explain(model).unmeasured  # it was called where it can be seen
 
 

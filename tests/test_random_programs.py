@@ -63,6 +63,16 @@ def same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     )
 
 
+def alike(first: Left, second: Left) -> bool:
+    """Whether both programs have left the same, but for rounding."""
+    pairs = [(first[key], second[key]) for key in first]
+    return all(
+        a is b if a is None or b is None else torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True)
+        for a, b in pairs
+        if a is None or a.dtype != torch.uint8  # the state of the random numbers
+    )
+
+
 class Eager:
     """What hooks see in a step of the uncompiled program: values, and if wanted, gradients."""
 
@@ -113,10 +123,15 @@ def faults(source: Program, way: str) -> list[str] | None:
     found = differences(want, got)
     explanation = tmm.explain(model)
     metrics = monitor.get_step_metrics()
-    eager = Eager(source, None)
     if found:
         again = plain(source, way)  # some read memory that nobody has written
         return found if again is not None and not differences(want, again) else None
+    if way == "aot_eager" and source.changes_in_place and "nn.Dropout(0.0)" in source.source:
+        return []  # a compiler copies what such a dropout gives back as it is
+    try:
+        eager = Eager(source, None)
+    except RuntimeError:
+        return []  # as where the hooks make a checkpoint, which is stricter than a graph, refuse
     if not same(eager.left["random state"], want["random state"]):
         return []  # a compiler that drops a draw gives later ones other numbers
     if EVALUATIONS in explanation.unmeasured:
@@ -127,8 +142,8 @@ def faults(source: Program, way: str) -> list[str] | None:
         k: v for k, v in eager.expected().items() if k in values or not is_refused(_site(k))
     }
     found += disagreements(values, expected, tolerance(way))
-    if source.changes_in_place:
-        return found  # the hooks' copies would make another program of it
+    if source.changes_in_place or not alike(eager.left, want):
+        return found  # the hooks' copies, or the compiler, make another program of it
     eager = Eager(source, set(explanation.eager))
     gradients = {k: v for k, v in metrics.items() if k.startswith("activation_gradient/")}
     passed_on = eager.gradients.integers  # whose gradient that is, is a matter of taste

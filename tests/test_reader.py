@@ -1,6 +1,6 @@
+import inspect
 import math
 import tempfile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -289,21 +289,26 @@ def write_live(path, first):
             writer.submit(record(step, expected_values(step), histograms, gap))
 
 
+WRITER = f"""
+import math, sys
+import numpy as np
+from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.runtime.writer import RunWriter
+STEPS = {STEPS}
+{"".join(map(inspect.getsource, (info, record, expected_values, write_live)))}
+write_live(sys.argv[1], int(sys.argv[2]))
+"""
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_other_processes_write_while_this_one_reads(tmp_path, processes):
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
+def test_other_processes_write_while_this_one_reads(tmp_path, processes, interpreters):
     write(tmp_path, [])
-    writers = [
-        context.Process(target=write_live, args=(tmp_path, STEPS * i)) for i in range(processes)
-    ]
     random = np.random.default_rng(0)
     with open_run(tmp_path) as run:
-        for writer in writers:
-            writer.start()
+        writers = [interpreters.start(WRITER, tmp_path, STEPS * i) for i in range(processes)]
         known: set[int] = set()
         lengths = set()
-        while any(writer.is_alive() for writer in writers):
+        while any(writer.poll() is None for writer in writers):
             steps = set(run.steps.tolist())
             assert known <= steps
             known = steps
@@ -316,7 +321,9 @@ def test_other_processes_write_while_this_one_reads(tmp_path, processes):
                 at, values = run.series("key/3")
                 assert values.tolist() == [expected_values(s)["key/3"] for s in at.tolist()]
                 assert {step for step in steps if step % 3} <= set(at.tolist())
-        assert [writer.exitcode for writer in writers] == [0] * processes
+        assert [writer.wait() for writer in writers] == [0] * processes
+        for writer in writers:
+            writer.close()
         assert len(lengths) > 3  # it did read in between
         total = range(STEPS * processes)
         assert run.steps.tolist() == list(total)

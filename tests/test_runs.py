@@ -7,11 +7,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from torch import nn
 
 import tmm
+from tests.interpreters import Interpreter, Interpreters
 from tmm.runs.catalog import delete_run, find_run, list_runs, runs_to_prune
 from tmm.runs.current import current_run
 from tmm.runs.live import LiveRun
@@ -36,9 +35,16 @@ def start(root: Path, **options: Any) -> LiveRun:
     return tmm.start_run(**{"project": "p", "root": root, "system_seconds": None, **options})
 
 
-def script(root: Path, body: str) -> subprocess.Popen[str]:
-    """A process that starts a run, says its id, and goes on with ``body``."""
-    code = f"""
+Script = Callable[[str], Interpreter]
+
+
+@pytest.fixture
+def script(root: Path, interpreters: Interpreters) -> Iterator[Script]:
+    """Makes processes that start a run, say its id, and go on with what is given."""
+    processes: list[Interpreter] = []
+
+    def begin(body: str) -> Interpreter:
+        code = f"""
 import os, sys, tmm
 run = tmm.start_run("p", root={str(root)!r}, system_seconds=None)
 run.log({{"loss": 1.0}})
@@ -46,13 +52,12 @@ run.step()
 print(run.id, flush=True)
 {body}
 """
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        processes.append(interpreters.start(code))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.close()
 
 
 def own_keys(run: tmm.Run) -> list[str]:
@@ -288,35 +293,31 @@ def test_a_run_that_is_stopped_early(root: Path) -> None:
         ("os._exit(1)", "crashed", "its process is gone"),
     ],
 )
-def test_the_end_of_a_process(root: Path, body: str, status: str, reason: str) -> None:
-    process = script(root, body)
-    name = process.communicate(timeout=120)[0].strip()
+def test_the_end_of_a_process(
+    root: Path, script: Script, body: str, status: str, reason: str
+) -> None:
+    name = script(body).communicate()[0].strip()
     record = find_run(name, root)
     steps = 2 if "open" in body else 1  # what is open is recorded, too
     assert (record.status, record.reason, record.steps) == (status, reason, steps)
 
 
-def test_a_running_run_of_another_process(root: Path) -> None:
-    process = script(root, "sys.stdin.read()")
-    assert process.stdout is not None
+def test_a_running_run_of_another_process(root: Path, script: Script) -> None:
+    process = script("sys.stdin.read()")
     name = process.stdout.readline().strip()
-    try:
-        record = find_run(name, root)
-        assert (record.status, record.steps) == ("running", 1)
-        with pytest.raises(ValueError, match="is running; stop it first"):
-            delete_run(record, root)
-        with pytest.raises(ValueError, match="is running already"):
-            start(root, resume=name)
-        assert runs_to_prune(root, timedelta(0)) == ()
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        assert find_run(name, root).status == "crashed"
-    finally:
-        process.kill()
-        process.communicate()
+    record = find_run(name, root)
+    assert (record.status, record.steps) == ("running", 1)
+    with pytest.raises(ValueError, match="is running; stop it first"):
+        delete_run(record, root)
+    with pytest.raises(ValueError, match="is running already"):
+        start(root, resume=name)
+    assert runs_to_prune(root, timedelta(0)) == ()
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    assert find_run(name, root).status == "crashed"
 
 
-def test_a_fork_does_not_keep_a_run_alive(root: Path) -> None:
+def test_a_fork_does_not_keep_a_run_alive(root: Path, script: Script) -> None:
     body = """
 if os.fork() == 0:
     try:
@@ -328,13 +329,11 @@ if os.fork() == 0:
     os._exit(0)
 os.kill(os.getpid(), 9)
 """
-    process = script(root, body)
+    process = script(body)
     process.wait(timeout=60)
-    assert process.stdout is not None
     name, refusal = process.stdout.read().splitlines()
     assert "a child forked from it cannot record" in refusal
     assert find_run(name, root).status == "crashed"
-    assert process.stdin is not None
     process.stdin.close()
 
 
@@ -399,14 +398,14 @@ def test_a_run_that_went_back_is_followed_by_who_reads_it_already(root: Path) ->
 # Many
 
 
-def test_many_runs_at_once(root: Path) -> None:
-    processes = [script(root, "") for _ in range(4)]
+def test_many_runs_at_once(root: Path, script: Script) -> None:
+    processes = [script("") for _ in range(4)]
     threads = [threading.Thread(target=lambda: start(root).finish()) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    names = {process.communicate(timeout=120)[0].strip() for process in processes}
+    names = {process.communicate()[0].strip() for process in processes}
     records = list_runs(root)
     assert len(records) == 8
     assert names <= {record.id for record in records}
@@ -482,11 +481,14 @@ def test_runs_that_only_instrument_recorded(tmp_path: Path) -> None:
     tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=tmp_path / "plain")
     with tmm.monitor(model).step(0):
         model(torch.randn(1, 2))
+    (record,) = list_runs(tmp_path)
+    assert (record.id, record.status) == ("plain", "running")
     tmm.remove(model)
     (record,) = list_runs(tmp_path)
     assert (record.id, record.status, record.steps) == ("plain", "finished", 1)
     with tmm.open_run(record.path) as run:
-        assert run.state is None
+        assert run.state is not None
+        assert (run.state.status, run.state.last_step) == ("finished", 0)
 
 
 # One line
@@ -592,14 +594,16 @@ def test_sinks_of_other_packages(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 # What a review found
 
 
-def test_an_earlier_error_of_the_session_is_not_the_runs(root: Path) -> None:
+def test_an_earlier_error_of_the_session_is_not_the_runs(
+    root: Path, interpreters: Interpreters
+) -> None:
     code = f"""
 import sys, tmm
 sys.last_value = sys.last_exc = ZeroDivisionError("of a line before")
 run = tmm.start_run("p", root={str(root)!r}, system_seconds=None)
 run.log({{"a": 1.0}})
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    interpreters.run(code).check_returncode()
     (record,) = list_runs(root)
     assert (record.status, record.steps) == ("finished", 1)
 
@@ -720,20 +724,15 @@ def test_a_recording_that_failed_is_no_finished_run(root: Path) -> None:
     assert "does not fit" in record.reason
 
 
-def test_a_lock_outlives_who_looks_at_it(root: Path) -> None:
+def test_a_lock_outlives_who_looks_at_it(root: Path, script: Script) -> None:
     process = script(
-        root, "import shutil; shutil.copytree(run.path, run.path.parent / 'copy')\nsys.stdin.read()"
+        "import shutil; shutil.copytree(run.path, run.path.parent / 'copy')\n"
+        "print('copied', flush=True); sys.stdin.read()"
     )
-    assert process.stdout is not None
     name = process.stdout.readline().strip()
-    try:
-        while not (root / "p" / "copy" / "state.json").exists():
-            time.sleep(0.01)
-        assert find_run(name, root).status == "running"
-        assert find_run("copy", root).status == "crashed"  # nobody holds that lock
-    finally:
-        process.kill()
-        process.communicate()
+    assert process.stdout.readline() == "copied\n"
+    assert find_run(name, root).status == "running"
+    assert find_run("copy", root).status == "crashed"  # nobody holds that lock
 
 
 def test_a_run_that_is_resumed_is_not_resumed_again(root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import os
@@ -12,9 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from torch import nn
 import tmm
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import RunInfo, Sinks, Value
+from tmm.runs.sinks import RunInfo, RunSink, Sinks, Value
 from tmm.sinks.mlflow import key_of, metric_name
 
 Series = dict[str, dict[int, Any]]
@@ -35,19 +37,16 @@ ODD_KEYS = ("loss (nats), 50 %", 'a"b', "a//b", "ünï", "line\nbreak", "../up",
 
 
 @pytest.fixture(scope="module", autouse=True)
-def wandb_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("wandb")  # W&B looks at its settings once in a process
+def private_backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Places of this module's own; backends take long to set up one, and W&B looks once for it."""
+    folder = tmp_path_factory.mktemp("backends")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_DIR", str(folder))
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def private_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.chdir(tmp_path)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.chdir(folder)
+        yield
 
 
 def start(root: Path, *sinks: Any, **options: Any) -> LiveRun:
@@ -221,36 +220,230 @@ def in_mlflow(series: Series) -> Series:
     }
 
 
-READERS = {
-    "csv": (read_csv, False),
-    "jsonl": (read_jsonl, True),
-    "tensorboard": (read_tensorboard, True),
-    "wandb": (read_wandb, True),
-    "mlflow": (read_mlflow, False),
+@dataclass(frozen=True)
+class Backend:
+    """A sink and its backend's own reader.
+
+    ``kept`` is what becomes of values there. Of a step that comes again, the backend has the last
+    record if it ``replaces`` what it holds: the step before ("last"), any ("earlier") or none.
+    ``survives_a_kill`` tells that a process need not end for its values to be there.
+    """
+
+    sink: Callable[..., RunSink]
+    read: Callable[[Path], Series]
+    has_histograms: bool = True
+    replaces: Literal["none", "last", "earlier"] = "earlier"
+    survives_a_kill: bool = True
+    kept: Callable[[Series], Series] = dict
+
+    def expected(self, path: Path) -> Series:
+        """What it is to hold of the run."""
+        return self.kept(recorded(path, histograms=self.has_histograms))
+
+    def check(self, path: Path) -> None:
+        """It holds what the run holds."""
+        check_same(self.read(path), self.expected(path))
+
+    def check_resumed(self, path: Path) -> None:
+        """The same of a run that repeats steps, with the same numbers."""
+        found, expected = self.read(path), self.expected(path)
+        if self.replaces != "earlier":
+            for series in (found, expected):
+                series.pop("system/step_seconds")  # a start has none at its first step
+            steps = {key: list(series) for key, series in expected.items()}
+            assert {key: list(series) for key, series in found.items()} == steps
+            logged = [key for key in steps if key.startswith(("loss", "odd"))]
+            found, expected = ({key: all_[key] for key in logged} for all_ in (found, expected))
+        check_same(found, expected)
+
+
+BACKENDS = {
+    "csv": Backend(tmm.sinks.CSVSink, read_csv, has_histograms=False),
+    "jsonl": Backend(tmm.sinks.JSONLinesSink, read_jsonl),
+    "tensorboard": Backend(tmm.sinks.TensorBoardSink, read_tensorboard),
+    "wandb": Backend(tmm.sinks.WandbSink, read_wandb, replaces="last", survives_a_kill=False),
+    "mlflow": Backend(
+        *(tmm.sinks.MLflowSink, read_mlflow), has_histograms=False, replaces="none", kept=in_mlflow
+    ),
 }
+each = pytest.mark.parametrize("name", BACKENDS)
+Scenario = Callable[[Path], Path]
 
 
-def check_all(path: Path) -> None:
-    for name, (read, has_histograms) in READERS.items():
-        expected = recorded(path, histograms=has_histograms)
-        check_same(read(path), in_mlflow(expected) if name == "mlflow" else expected)
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], Path]:
+    """The run of a scenario, which all backends get at once."""
+    return functools.cache(lambda scenario: scenario(tmp_path_factory.mktemp("runs")))
 
 
-def test_every_backend_holds_what_the_run_holds(tmp_path: Path) -> None:
-    with start(tmp_path / "runs", *READERS, config={"lr": 0.1}, tags=["a b"], name="n") as run:
+def whole(root: Path) -> Path:
+    with start(root, *BACKENDS, config={"lr": 0.1}, tags=["a b"], name="n") as run:
         train(run, range(7))
     assert len(recorded(run.path)["activation/1/histogram"]) == 4
-    check_all(run.path)
-    (found,) = mlflow_runs(run.path)
+    return run.path
+
+
+@each
+def test_it_holds_what_the_run_holds(name: str, run_of: Callable[[Scenario], Path]) -> None:
+    BACKENDS[name].check(run_of(whole))
+
+
+def resumed(root: Path) -> Path:
+    with start(root, *BACKENDS) as run:
+        train(run, range(6))
+    with start(root, *BACKENDS, resume=run.id, step=3) as again:
+        torch.manual_seed(0)
+        train(again, range(3, 9))
+    assert list(recorded(run.path)["loss"]) == list(range(9))
+    return run.path
+
+
+@each
+def test_a_resumed_run_goes_on_without_duplicates(
+    name: str, run_of: Callable[[Scenario], Path]
+) -> None:
+    BACKENDS[name].check_resumed(run_of(resumed))
+
+
+def repeated(root: Path) -> Path:
+    model = nn.Linear(2, 2)
+    with start(root, *BACKENDS) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=run)
+        for step, scale in ((0, 1.0), (1, 2.0), (1, 3.0), (2, 4.0)):
+            with tmm.monitor(model).step(step):
+                model(torch.full((1, 2), scale))
+                run.log({"loss": scale})
+    return run.path
+
+
+def extended(root: Path) -> Path:
+    model = nn.Linear(2, 2)
+    with start(root, *BACKENDS) as run:
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms", "histogram"), every=2), run=run)
+        run.log({"early": 1.0})
+        for step in range(4):
+            with tmm.monitor(model).step(step):
+                model(torch.ones(1, 2))
+                run.log({"loss": step} if step != 1 else {})
+            run.log({"validation": {"loss": step, "accuracy": 1.0}} if step != 2 else {})
+    return run.path
+
+
+@each
+def test_what_is_added_to_a_step_that_has_ended(
+    name: str, run_of: Callable[[Scenario], Path]
+) -> None:
+    assert list(recorded(run_of(extended))["validation/loss"]) == [0, 1, 3]
+    BACKENDS[name].check(run_of(extended))
+
+
+@each
+def test_a_step_that_is_recorded_again(name: str, run_of: Callable[[Scenario], Path]) -> None:
+    backend = BACKENDS[name]
+    found = backend.read(run_of(repeated))
+    assert found["loss"] == {0: 1.0, 1: 2.0 if backend.replaces == "none" else 3.0, 2: 4.0}
+    if backend.replaces != "none":
+        backend.check(run_of(repeated))
+
+
+def selected(root: Path) -> Path:
+    with start(root, *(backend.sink(keys="loss$") for backend in BACKENDS.values())) as run:
+        train(run, range(3))
+    return run.path
+
+
+@each
+def test_keys_select(name: str, run_of: Callable[[Scenario], Path]) -> None:
+    path, backend = run_of(selected), BACKENDS[name]
+    check_same(backend.read(path), {"loss": recorded(path)["loss"]})
+    with pytest.raises(ValueError, match=r"keys='\(' is no regular expression"):
+        backend.sink(keys="(")
+
+
+def failed(root: Path) -> Path:
+    with pytest.raises(ZeroDivisionError), start(root, *BACKENDS) as run:
+        run.log({"loss": 1.0})
+        raise ZeroDivisionError
+    return run.path
+
+
+@each
+def test_it_holds_what_a_run_that_fails_has_recorded(
+    name: str, run_of: Callable[[Scenario], Path]
+) -> None:
+    BACKENDS[name].check(run_of(failed))
+
+
+def left_by_a_process(root: Path, names: Iterable[str], steps: int, end: str) -> Path:
+    code = f"""
+import os, tmm
+run = tmm.start_run("p", root={str(root)!r}, system_seconds=None, sinks={[*names]!r})
+for step in range({steps}):
+    run.log({{"loss": step / 3}})
+    run.step()
+{end}
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == (-signal.SIGKILL if end else 0), process.stderr
+    assert "MonitoringWarning" not in process.stderr
+    (path,) = (root / "p").iterdir()
+    return path
+
+
+def exited(root: Path) -> Path:
+    return left_by_a_process(root, BACKENDS, 3, "")
+
+
+@each
+def test_a_process_that_just_ends_flushes_it(name: str, run_of: Callable[[Scenario], Path]) -> None:
+    BACKENDS[name].check(run_of(exited))
+
+
+SURVIVING = [name for name, backend in BACKENDS.items() if backend.survives_a_kill]
+
+
+def killed(root: Path) -> Path:
+    path = left_by_a_process(root, SURVIVING, 50, "os.kill(os.getpid(), 9)")
+    for file, text in (("values.csv", b"49,lo"), ("values.jsonl", b'{"step": 49, "val')):
+        with (path / file).open("ab") as opened:
+            opened.write(text)  # what a disk may hold of a line
+    with start(root, *SURVIVING, resume=path.name, step=0) as run:
+        for step in range(60):
+            run.log({"loss": step / 3})
+            run.step()
+    return path
+
+
+@pytest.mark.parametrize("name", SURVIVING)
+def test_what_a_killed_process_had_delivered_is_gone_on_with(
+    name: str, run_of: Callable[[Scenario], Path]
+) -> None:
+    BACKENDS[name].check_resumed(run_of(killed))
+
+
+# What is of one backend
+
+
+def test_mlflow_knows_the_run(run_of: Callable[[Scenario], Path]) -> None:
+    (found,) = mlflow_runs(run_of(whole))
     assert (found.info.status, found.info.run_name) == ("FINISHED", "n")
     assert found.data.params == {"lr": "0.1"}
     assert "a b" in found.data.tags
-    assert json.loads(json.dumps(wandb_about(run.path))) == {
+    assert len(mlflow_runs(run_of(resumed))) == 1
+    assert mlflow_runs(run_of(failed))[0].info.status == "FAILED"
+
+
+def test_wandb_knows_the_run(run_of: Callable[[Scenario], Path]) -> None:
+    assert json.loads(json.dumps(wandb_about(run_of(whole)))) == {
         "project": "p",
         "display_name": "n",
         "tags": ["a b"],
         "config": {"lr": 0.1},
     }
+    assert wandb_exit_code(run_of(whole)) == 0
+    assert wandb_exit_code(run_of(failed)) == 1
 
 
 def wandb_about(path: Path) -> dict[str, Any]:
@@ -262,69 +455,10 @@ def wandb_about(path: Path) -> dict[str, Any]:
     return {**names, "config": config}
 
 
-def test_a_resumed_run_goes_on_without_duplicates(tmp_path: Path) -> None:
-    root = tmp_path / "runs"
-    with start(root, *READERS) as run:
-        train(run, range(6))
-    with start(root, *READERS, resume=run.id, step=3) as again:
-        torch.manual_seed(0)
-        train(again, range(3, 9))
-    assert list(recorded(run.path)["loss"]) == list(range(9))
-    check_resumed(run.path, READERS)
-    assert len(mlflow_runs(run.path)) == 1
-
-
-def check_resumed(path: Path, names: Iterable[str]) -> None:
-    for name in names:
-        read, has_histograms = READERS[name]
-        found, expected = read(path), recorded(path, histograms=has_histograms)
-        if name == "mlflow":
-            expected = in_mlflow(expected)
-        if name in ("mlflow", "wandb"):  # they keep what they have of the steps that came again
-            for series in (found, expected):
-                series.pop("system/step_seconds")  # a start has none at its first step
-            steps = {key: list(series) for key, series in expected.items()}
-            assert {key: list(series) for key, series in found.items()} == steps
-            logged = [key for key in steps if key.startswith(("loss", "odd"))]
-            found, expected = ({key: all_[key] for key in logged} for all_ in (found, expected))
-        check_same(found, expected)
-
-
-def test_what_a_killed_process_had_delivered_is_gone_on_with(tmp_path: Path) -> None:
-    root = tmp_path / "runs"
-    names = ["csv", "jsonl", "tensorboard", "mlflow"]
-    code = f"""
-import os, tmm, time
-run = tmm.start_run("p", root={str(root)!r}, system_seconds=None, sinks={names!r})
-for step in range(50):
-    run.log({{"loss": step / 3}})
-    run.step()
-os.kill(os.getpid(), 9)
-"""
-    process = subprocess.run([sys.executable, "-c", code], check=False, timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    (path,) = (root / "p").iterdir()
-    for name, text in (("values.csv", b"49,lo"), ("values.jsonl", b'{"step": 49, "val')):
-        with (path / name).open("ab") as file:
-            file.write(text)  # what a disk may hold of a line
-    with start(root, *names, resume=path.name, step=0) as run:
-        for step in range(60):
-            run.log({"loss": step / 3})
-            run.step()
-    check_resumed(path, names)
-
-
-def test_a_step_that_is_recorded_again_replaces_the_first(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2)
-    names = ["csv", "jsonl", "tensorboard", "wandb"]
-    with start(tmp_path / "runs", *names) as run:
-        tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=run)
-        for step, scale in ((0, 1.0), (1, 2.0), (1, 3.0), (2, 4.0)):
-            with tmm.monitor(model).step(step):
-                model(torch.full((1, 2), scale))
-                run.log({"loss": scale})
-    for name in names:
-        check_same(READERS[name][0](run.path), recorded(run.path))
+def wandb_exit_code(path: Path) -> int:
+    (file,) = wandb_files(path.name)
+    (code,) = (r.exit.exit_code for r in wandb_records(file) if r.HasField("exit"))
+    return int(code)
 
 
 def test_event_files_of_one_second_are_read_in_the_order_of_writing(
@@ -345,24 +479,6 @@ def test_event_files_of_one_second_are_read_in_the_order_of_writing(
             again.log({"loss": -step})
             again.step()
     assert list(read_tensorboard(run.path)["loss"].values()) == [0, 1, -2, -3, -4, -5]
-
-
-def test_keys_select(tmp_path: Path) -> None:
-    sinks = [
-        tmm.sinks.CSVSink(keys="loss$"),
-        tmm.sinks.JSONLinesSink(keys="loss$"),
-        tmm.sinks.TensorBoardSink(keys="loss$"),
-        tmm.sinks.WandbSink(keys="loss$"),
-        tmm.sinks.MLflowSink(keys="loss$"),
-    ]
-    with start(tmp_path / "runs", *sinks) as run:
-        train(run, range(3))
-    expected = {"loss": recorded(run.path)["loss"]}
-    for read, _ in READERS.values():
-        check_same(read(run.path), expected)
-    for sink in sinks:
-        with pytest.raises(ValueError, match=r"keys='\(' is no regular expression"):
-            type(sink)(keys="(")
 
 
 def test_files_of_ones_own(tmp_path: Path) -> None:
@@ -400,33 +516,6 @@ def test_programs_own_runs_of_wandb_and_mlflow_are_left_alone(tmp_path: Path) ->
         run.log({"loss": 1.0})
         assert wandb.run is None
         assert mlflow.active_run() is None
-
-
-def test_failed_runs_are_failed_everywhere(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), start(tmp_path / "runs", *READERS) as run:
-        run.log({"loss": 1.0})
-        raise ZeroDivisionError
-    check_all(run.path)
-    assert mlflow_runs(run.path)[0].info.status == "FAILED"
-    (file,) = wandb_files(run.id)
-    (code,) = (r.exit.exit_code for r in wandb_records(file) if r.HasField("exit"))
-    assert code == 1
-
-
-def test_a_process_that_just_ends_flushes_its_sinks(tmp_path: Path) -> None:
-    code = f"""
-import tmm
-run = tmm.start_run("p", root={str(tmp_path / "runs")!r}, system_seconds=None, sinks={[*READERS]!r})
-for step in range(3):
-    run.log({{"loss": step / 3}})
-    run.step()
-"""
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "MonitoringWarning" not in process.stderr
-    (path,) = (tmp_path / "runs" / "p").iterdir()
-    check_all(path)
 
 
 @given(st.text(st.characters(exclude_categories=()), min_size=1, max_size=60))

@@ -3,7 +3,6 @@
 import gc
 import math
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -179,14 +178,14 @@ def test_a_sampler_that_is_forgotten_leaves_no_thread():
     wait_until(lambda: not threads())
 
 
-def test_an_interpreter_that_exits_does_not_mind():
+def test_an_interpreter_that_exits_does_not_mind(interpreters):
     program = (
         "import time; from tmm.runs.system import SystemSampler\n"
         "sampler = SystemSampler(0.001); sampler.start(); time.sleep(0.3)\n"
         "assert sampler.latest()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    done = interpreters.run(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf])

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tmm
+from tests.interpreters import Interpreters
 from tests.rank_trainings import Metrics, batches
 from tests.tensor_parallel_trainings import EXPLAINED, TRAININGS, alone, model
 from tests.test_distributed import _noise, launch, result
@@ -29,11 +30,11 @@ OF_A_RANK = re.compile(r"\[rank (\d)\]")
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, interpreters: Interpreters) -> Path:
     """What two ranks have measured in each training."""
     folder = tmp_path_factory.mktemp("two")
     names = (name for name in TRAININGS if name != "two_dimensions")
-    done = launch(2, folder, names, MODULE)
+    done = launch(interpreters, 2, folder, names, MODULE)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
@@ -136,8 +137,10 @@ def test_trainings_are_not_disturbed(two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path: Path) -> None:
-    done = launch(4, tmp_path, ["whole", "sequence", "empty", "two_dimensions"], MODULE)
+def test_four_ranks(tmp_path: Path, interpreters: Interpreters) -> None:
+    done = launch(
+        interpreters, 4, tmp_path, ["whole", "sequence", "empty", "two_dimensions"], MODULE
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     check(result(tmp_path, "whole"), expected(), 4)
     check(result(tmp_path, "sequence"), expected(), 4)

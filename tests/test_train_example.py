@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import tmm
+from tests.interpreters import Interpreters
 from tmm.runs.catalog import RunRecord, list_runs
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
@@ -60,17 +61,29 @@ def train(folder: Path, **options: Any) -> Any:
     return script.train(settings(folder, **options), ONE)
 
 
-def run_python(*arguments: str, status: int = 0) -> None:
-    """A process that computes with as many threads as this one."""
-    process = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert process.returncode == status, process.stderr
+Python = Callable[..., None]
+
+
+@pytest.fixture
+def python(interpreters: Interpreters) -> Python:
+    """Runs a program in processes that compute with as many threads as this one."""
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+
+    def run(program: str, *arguments: str, ranks: int = 0, status: int = 0) -> None:
+        if ranks:
+            process = interpreters.run_ranks(ranks, threads + program, *arguments)
+        else:
+            process = interpreters.run(threads + program, *arguments)
+        assert process.returncode == status, process.stderr
+
+    return run
+
+
+RUN_FILE = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def the_run(folder: Path) -> RunRecord:
@@ -183,13 +196,13 @@ def command_line(chosen: Any) -> list[str]:
 
 @pytest.mark.parametrize(("place", "calls"), [("update", range(2, 22)), ("save", range(2, 8))])
 def test_a_killed_process_leaves_what_can_be_resumed(
-    tmp_path: Path, place: str, calls: range
+    tmp_path: Path, python: Python, place: str, calls: range
 ) -> None:
     options = {**DEMANDING, "deterministic": False}
     call = random.Random().choice(calls)
     code = KILLED.format(folder=str(SCRIPT.parent))
     arguments = command_line(settings(tmp_path / "parts", **options))
-    run_python("-c", code, place, str(call), *arguments, status=-signal.SIGKILL)
+    python(code, place, str(call), *arguments, status=-signal.SIGKILL)
     assert the_run(tmp_path / "parts").status == "crashed"
     parts = train(tmp_path / "parts", **options, resume=True)
     whole = train(tmp_path / "whole", **options)
@@ -226,17 +239,22 @@ def test_weights_are_the_same_without_tmm(tmp_path: Path, options: dict[str, Any
     assert "activation/blocks.0.mlp.1/rms" in recorded(tmp_path / "monitored")
 
 
-def test_checkpoints_and_the_script_go_on_without_tmm(tmp_path: Path) -> None:
+NO_TMM = """
+import sys
+for name in ["tmm", *(name for name in sys.modules if name.startswith("tmm."))]:
+    sys.modules[name] = None
+"""
+
+
+def test_checkpoints_and_the_script_go_on_without_tmm(tmp_path: Path, python: Python) -> None:
     options = {"steps": 9, "compile": "eager", "deterministic": True, "schedule": "constant"}
     train(tmp_path / "a", **{**options, "steps": 4})
     whole = train(tmp_path / "b", **options)
     source, bare = SCRIPT.read_text(), tmp_path / "bare.py"
     assert source.count("import tmm  # tmm\n") == 1
-    bare.write_text(
-        source.replace("import tmm  # tmm\n", "import sys; sys.modules['tmm'] = None\n")
-    )
+    bare.write_text(source.replace("import tmm  # tmm\n", ""))
     chosen = settings(tmp_path / "a", **options, resume=True, monitor_every=0)
-    run_python(str(bare), *command_line(chosen))
+    python(NO_TMM + RUN_FILE, str(bare), *command_line(chosen))
     state = newest(tmp_path / "a")
     check_same_weights(whole.module, state["model"])
     assert set(state["model"]) == set(script.build_model(chosen).state_dict())
@@ -582,16 +600,41 @@ def test_tmm_is_in_few_lines() -> None:
 # Several processes
 
 
+Distributed = Callable[[Any], None]
+
+
+@pytest.fixture
+def as_under_torchrun(python: Python) -> Distributed:
+    """Runs the script in two processes."""
+    return lambda chosen: python(RUN_FILE, str(SCRIPT), *command_line(chosen), ranks=2)
+
+
 def torchrun(chosen: Any) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    run_python(*launcher, str(SCRIPT), *command_line(chosen))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), *command_line(chosen)],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    check_two_processes(tmp_path, torchrun, "")
 
 
 @pytest.mark.parametrize("backend", ["", pytest.param("eager", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(tmp_path: Path, backend: str) -> None:
+def test_two_processes_train_as_one_does(
+    tmp_path: Path, as_under_torchrun: Distributed, backend: str
+) -> None:
+    check_two_processes(tmp_path, as_under_torchrun, backend)
+
+
+def check_two_processes(tmp_path: Path, run: Distributed, backend: str) -> None:
     options = {"dropout": 0.0, "accumulate": 3, "compile": backend, "steps": 8}
     one = train(tmp_path / "one", **options)
-    torchrun(settings(tmp_path / "two", **options))
+    run(settings(tmp_path / "two", **options))
     weights, expected_weights = newest(tmp_path / "two")["model"], one.module.state_dict()
     for name in [name for name in weights if name.endswith("qkv.bias")]:
         # Gradients of the biases of keys are zero but for rounding, which Adam scales up.
@@ -608,11 +651,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path, backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_are_resumed(tmp_path: Path) -> None:
+def test_two_processes_are_resumed(tmp_path: Path, as_under_torchrun: Distributed) -> None:
     options = {"deterministic": True, "accumulate": 3, "validate_every": 2}
-    torchrun(settings(tmp_path / "parts", **options, steps=6, schedule="constant"))
-    torchrun(settings(tmp_path / "parts", **options, resume=True, schedule="constant"))
-    torchrun(settings(tmp_path / "whole", **options, schedule="constant"))
+    as_under_torchrun(settings(tmp_path / "parts", **options, steps=6, schedule="constant"))
+    as_under_torchrun(settings(tmp_path / "parts", **options, resume=True, schedule="constant"))
+    as_under_torchrun(settings(tmp_path / "whole", **options, schedule="constant"))
     first, second = newest(tmp_path / "parts"), newest(tmp_path / "whole")
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     assert str(first["random"]) == str(second["random"])

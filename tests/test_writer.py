@@ -2,19 +2,18 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import weakref
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.reader import open_run
-from tmm.runtime.segment import segment_paths
-from tmm.runtime.writer import RunWriter, read_info
+from tmm.runtime.info import read_info
+from tmm.runtime.segment_layout import segment_paths
+from tmm.runtime.writer import RunWriter
 
 INFOS = tuple(KeyInfo(f"k/{i}", "k", str(i), i, "mean") for i in range(20))
 LONG = 60.0  # seconds that no test waits
@@ -26,16 +25,6 @@ def record(step):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def run_script(script, *arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @pytest.fixture
@@ -310,7 +299,7 @@ def record(step):
 """
 
 
-def test_the_interpreter_writes_what_is_queued_before_it_exits(tmp_path):
+def test_the_interpreter_writes_what_is_queued_before_it_exits(tmp_path, interpreters):
     script = """
 kept = RunWriter(sys.argv[1], info={})
 dropped = RunWriter(sys.argv[2], info={})
@@ -319,14 +308,16 @@ for step in range(50):
     dropped.submit(record(step))
 del dropped
 """
-    done = run_script(SCRIPT + script, tmp_path / "kept", tmp_path / "dropped")
+    done = interpreters.run(SCRIPT + script, tmp_path / "kept", tmp_path / "dropped", warns=False)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("kept", "dropped"):
         with open_run(tmp_path / name) as run:
             assert run.steps.tolist() == list(range(50))
 
 
-def test_exit_reports_an_error_nobody_saw_and_a_hanging_device_and_never_hangs(tmp_path):
+def test_exit_reports_an_error_nobody_saw_and_a_hanging_device_and_never_hangs(
+    tmp_path, interpreters
+):
     script = """
 failing = RunWriter(sys.argv[1], info={})
 failing.submit(record(0))
@@ -335,7 +326,7 @@ stuck = RunWriter(sys.argv[2], info={}, stall_seconds=0.2)
 stuck.submit(record(0), wait_seconds=60)
 stuck.submit(threading.Event().wait)
 """
-    done = run_script(SCRIPT + script, tmp_path / "failing", tmp_path / "stuck")
+    done = interpreters.run(SCRIPT + script, tmp_path / "failing", tmp_path / "stuck", warns=False)
     assert done.returncode == 0
     assert "division by zero" in done.stderr
     assert "nothing was written" in done.stderr
@@ -345,7 +336,7 @@ stuck.submit(threading.Event().wait)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_is_refused_and_disturbs_nothing(tmp_path):
+def test_a_forked_child_is_refused_and_disturbs_nothing(tmp_path, interpreters):
     script = """
 import os
 writer = RunWriter(sys.argv[1], info={})
@@ -372,33 +363,37 @@ for step in range(100):
         assert os.waitpid(child, 0)[1] == 0
 writer.close()
 """
-    done = run_script(SCRIPT + script, tmp_path)
+    done = interpreters.run(SCRIPT + script, tmp_path, warns=False)
     assert (done.returncode, done.stderr) == (0, "")
     with open_run(tmp_path) as run:
         assert run.series("k/19")[1].tolist() == [step + 19.0 for step in range(100)]
     assert names(tmp_path) == ["metrics-001.h5", "run.json"]
 
 
-def write_some(path, first, start):
-    start.wait(LONG)
-    with RunWriter(path, info={"id": "x"}) as writer:
-        for step in range(first, first + 50):
-            writer.submit(record(step))
-            writer.submit(StepRecord(step, events=(Event(step, "note", str(first)),)))
+WRITES_SOME = """
+from tmm.layout import Event
+
+folder, first = sys.argv[1], int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+with RunWriter(folder, info={"id": "x"}) as writer:
+    for step in range(first, first + 50):
+        writer.submit(record(step))
+        writer.submit(StepRecord(step, events=(Event(step, "note", str(first)),)))
+"""
 
 
-def test_processes_that_open_one_run_at_once_get_segments_of_their_own(tmp_path):
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tmm.runtime.writer", "tmm.reader"])
-    start = context.Event()
+def test_processes_that_open_one_run_at_once_get_segments_of_their_own(tmp_path, interpreters):
     firsts = [100 * i for i in range(4)]
-    processes = [context.Process(target=write_some, args=(tmp_path, f, start)) for f in firsts]
+    processes = [interpreters.start(SCRIPT + WRITES_SOME, tmp_path, first) for first in firsts]
     for process in processes:
-        process.start()
-    start.set()
+        assert process.stdout.readline() == "ready\n"
     for process in processes:
-        process.join(LONG)
-        assert process.exitcode == 0
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        assert process.wait() == 0
+        process.close()
     assert len(segment_paths(tmp_path)) == 4
     assert json.loads((tmp_path / "run.json").read_text())["id"] == "x"
     assert len(read_info(tmp_path)["starts"]) == 4

@@ -2,48 +2,60 @@
 
 ``tmm.instrument(torch.compile(model), spec)`` rewrites the graph that Dynamo traces, so that the
 statistics of every module are computed inside of it, on the steps that ``spec`` monitors.
+
+What the package offers is imported when it is first asked for: whoever only reads runs does not
+wait for torch.
 """
 
-from tmm import analysis, sinks
-from tmm.alerts import AlertError, AlertWarning
-from tmm.coordinate_check import CoordinateCheck, coord_check
-from tmm.explain import Explanation
-from tmm.gaps import MonitoringWarning
-from tmm.instrument import explain, instrument, monitor, remove
-from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
-from tmm.module_monitor import (
-    HooksManager,
-    ModuleMonitor,
-    MonitorMixin,
-    RefinedCoordinateCheck,
-    StorageManager,
-    default_format_module_name_fn,
-    l2_norm,
-    monitor_scaled_dot_product_attention,
-)
-from tmm.monitor import Monitor
-from tmm.nonfinite import Nonfinite, find_nonfinite
-from tmm.reader import Run, open_run
-from tmm.record import record
-from tmm.rules import (
-    Rule,
-    activation,
-    activation_difference,
-    activation_gradient,
-    attention,
-    gradient,
-    optimizer_state,
-    parameter,
-    parameter_difference,
-    rcc,
-    update,
-)
-from tmm.runs.catalog import RunRecord, list_runs
-from tmm.runs.current import finish, init, log, step, watch
-from tmm.runs.default_spec import default_spec
-from tmm.runs.live import LiveRun
-from tmm.runs.start import start_run
-from tmm.spec import Spec
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tmm import analysis, sinks
+    from tmm.alerts import AlertError, AlertWarning
+    from tmm.coordinate_check import CoordinateCheck, coord_check
+    from tmm.explain import Explanation
+    from tmm.gaps import MonitoringWarning
+    from tmm.instrument import explain, instrument, monitor, remove
+    from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
+    from tmm.module_monitor import (
+        HooksManager,
+        ModuleMonitor,
+        MonitorMixin,
+        RefinedCoordinateCheck,
+        StorageManager,
+        default_format_module_name_fn,
+        l2_norm,
+        monitor_scaled_dot_product_attention,
+    )
+    from tmm.monitor import Monitor
+    from tmm.nonfinite import Nonfinite, find_nonfinite
+    from tmm.reader import Run, open_run
+    from tmm.record import record
+    from tmm.rules import (
+        Rule,
+        activation,
+        activation_difference,
+        activation_gradient,
+        attention,
+        gradient,
+        optimizer_state,
+        parameter,
+        parameter_difference,
+        rcc,
+        update,
+    )
+    from tmm.runs.catalog import RunRecord, list_runs
+    from tmm.runs.current import finish, init, log, step, watch
+    from tmm.runs.default_spec import default_spec
+    from tmm.runs.live import LiveRun
+    from tmm.runs.start import start_run
+    from tmm.spec import Spec
 
 __all__ = [
     "HISTOGRAM_EDGES",
@@ -97,3 +109,75 @@ __all__ = [
     "update",
     "watch",
 ]
+
+_NAMES = {
+    "alerts": ("AlertError", "AlertWarning"),
+    "coordinate_check": ("CoordinateCheck", "coord_check"),
+    "explain": ("Explanation",),
+    "gaps": ("MonitoringWarning",),
+    "instrument": ("explain", "instrument", "monitor", "remove"),
+    "metrics": ("HISTOGRAM_EDGES", "METRIC_NAMES"),
+    "module_monitor": (
+        "HooksManager",
+        "ModuleMonitor",
+        "MonitorMixin",
+        "RefinedCoordinateCheck",
+        "StorageManager",
+        "default_format_module_name_fn",
+        "l2_norm",
+        "monitor_scaled_dot_product_attention",
+    ),
+    "monitor": ("Monitor",),
+    "nonfinite": ("Nonfinite", "find_nonfinite"),
+    "reader": ("Run", "open_run"),
+    "record": ("record",),
+    "rules": (
+        "Rule",
+        "activation",
+        "activation_difference",
+        "activation_gradient",
+        "attention",
+        "gradient",
+        "optimizer_state",
+        "parameter",
+        "parameter_difference",
+        "rcc",
+        "update",
+    ),
+    "runs.catalog": ("RunRecord", "list_runs"),
+    "runs.current": ("finish", "init", "log", "step", "watch"),
+    "runs.default_spec": ("default_spec",),
+    "runs.live": ("LiveRun",),
+    "runs.start": ("start_run",),
+    "spec": ("Spec",),
+}
+_HOMES = MappingProxyType({name: module for module, names in _NAMES.items() for name in names})
+"""The module that each name comes from."""
+
+
+class _Package(ModuleType):
+    """The package, with what it offers once that is asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        """What ``__all__`` names, or a module of the package; raises AttributeError."""
+        found: object
+        if name in _HOMES:
+            found = getattr(import_module(f"tmm.{_HOMES[name]}"), name)
+        elif not name.startswith("_") and name.isidentifier() and find_spec(f"tmm.{name}"):
+            found = import_module(f"tmm.{name}")
+        else:
+            message = f"module 'tmm' has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=self)
+        self.__dict__[name] = found
+        return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # An import of the module tmm.watch must not put it in the place of the function.
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

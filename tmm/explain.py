@@ -10,6 +10,7 @@ import torch
 
 from tmm.layout import VALUE_FAMILY
 from tmm.naming import display_name
+from tmm.rules import Rule
 from tmm.silent import silent_modules, used
 from tmm.twin.backend import GraphReport
 from tmm.twin.compile_settings import settings_of
@@ -37,6 +38,7 @@ class RuleReport:
     matched: tuple[str, ...]
     others: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Explanation:
         untold: what could not be told of the model, with the reason; rows do not depend on it.
         not_called: the matched modules of which no call was seen that gave a tensor, with the
             reason.
+        without_rows: the matched parameters that had no rows in any step so far, by the family of
+            the rule, as in ``"gradient of 0.weight"``, with the reason.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -89,6 +93,7 @@ class Explanation:
     notes: dict[str, str] = field(default_factory=dict)
     untold: tuple[str, ...] = ()
     not_called: dict[str, str] = field(default_factory=dict)
+    without_rows: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(twin: Twin) -> Explanation:
@@ -102,6 +107,7 @@ class Explanation:
             else NOT_COMPILED
             for module, caller in twin.eager_modules.items()
         }
+        without_rows = twin.recorder.parameters_without_rows()
         unmeasured = attribution.unmeasured | twin.recorder.registry.owners.refused
         unmeasured |= _compiled_methods(twin) | _eager_attention(twin)
         if twin.untraced is not None:
@@ -127,7 +133,8 @@ class Explanation:
                     rule.subject,
                     names,
                     tuple(n for n in twin.plan.candidates(rule) if n not in set(names)),
-                    tuple(n for n in names if n in silent) if rule.subject == "modules" else (),
+                    _silent(rule, names, silent, without_rows),
+                    rule.family,
                 )
                 for rule, names in twin.plan.matched.items()
             ),
@@ -142,6 +149,7 @@ class Explanation:
             notes=attribution.notes,
             untold=tuple(twin.notes.texts),
             not_called=not_called,
+            without_rows=without_rows,
         )
 
     def __str__(self) -> str:
@@ -188,8 +196,12 @@ class Explanation:
             count = len(rule.matched) + len(rule.others)
             measured = len(rule.matched) - len(rule.silent)
             lines.append(f"{rule.rule}: {measured} of {count} {rule.subject}")
-            lines += [f"    {name}" for name in rule.matched]
-            if rule.silent:
+            if rule.subject == "parameters":
+                lines += [f"    {name}" for name in rule.matched if name not in rule.silent]
+                lines += self._without_rows(rule)
+            else:
+                lines += [f"    {name}" for name in rule.matched]
+            if rule.silent and rule.subject == "modules":
                 rest = len(rule.silent) - _SHOWN
                 more = f" and {rest} more" if rest > 0 else ""
                 lines.append(f"    matched, no call seen: {', '.join(rule.silent[:_SHOWN])}{more}")
@@ -198,6 +210,10 @@ class Explanation:
                 more = f" and {rest} more" if rest > 0 else ""
                 lines.append(f"    not matched: {', '.join(rule.others[:_SHOWN])}{more}")
         return lines
+
+    def _without_rows(self, rule: RuleReport) -> list[str]:
+        reasons = {name: self.without_rows[f"{rule.family} of {name}"] for name in rule.silent}
+        return [f"    without rows: {some}: {why}" for some, why in _together(reasons).items()]
 
     def _programs(self) -> list[str]:
         own = "not compiled: the model's own program runs on every step, and is measured there"
@@ -211,6 +227,8 @@ class Explanation:
         if self.eager and not self.graphs:
             further = ["no graph: everything ran eagerly"] if self.regions else []
             return [f"rows in a step: {self.rows}", *further]
+        if not self.regions and not any(rule.subject == "modules" for rule in self.rules):
+            return []  # nothing is asked of them
         if not self.regions:
             return ["no rows yet: the model has not run in a monitored step"]
         if not self.graphs:
@@ -228,6 +246,14 @@ class Explanation:
             if graph.ended_by:
                 lines.append(f"    ended by a graph break at {graph.ended_by}")
         return lines
+
+
+def _silent(
+    rule: Rule, names: tuple[str, ...], modules: dict[str, str], parameters: dict[str, str]
+) -> tuple[str, ...]:
+    if rule.subject == "modules":
+        return tuple(name for name in names if name in modules)
+    return tuple(name for name in names if f"{rule.family} of {name}" in parameters)
 
 
 def _listed(title: str, items: dict[str, str]) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from tmm.layout import Event
@@ -21,6 +24,18 @@ FAULT_OF_COMPILING = (
     " compiles without monitoring, tmm.instrument(..., on_error='warn') lets such a step run the"
     " user's own program, unrecorded, and tmm.remove(model) takes the monitoring off"
 )
+
+_OWN = frozenset(("tmm", "torch", "contextlib"))
+"""Packages whose frames are no user's. contextlib is that of ``with monitor.no_monitor()``, torch
+that of calls of a module and of hooks."""
+
+_FRAMEWORKS = frozenset(
+    (
+        *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"),
+        *("transformers", "accelerate", "torchtnt"),
+    )
+)
+"""Packages that call tmm, and that a user calls."""
 
 _FAILURES_UNTIL_SILENT = 3  # in a row; each may cost a compilation
 
@@ -40,9 +55,10 @@ class Gaps:
         self.has_recorded = False
         self._on_error = on_error
         self._failures = 0
-        self._missed_forward = False
         self._told: set[str] = set()
         self._events: list[Event] = []
+        self._begun_at = UserLine.here()
+        self._late: deque[tuple[int, Exception, bool]] = deque()
 
     @property
     def are_raised(self) -> bool:
@@ -67,53 +83,110 @@ class Gaps:
         """Hand these out once more: the step that took them is not recorded."""
         self._events[:0] = events
 
-    def add(self, step: int, reason: str) -> None:
-        """A step is not recorded."""
-        self._events.append(Event(step, "gap", reason))
+    def add(self, step: int, reason: str, kind: str = "gap") -> None:
+        """A step is not recorded, or an event of another ``kind`` is to be kept with it."""
+        self._events.append(Event(step, kind, reason))
 
     def add_failure(self, step: int, error: Exception) -> None:
         """A step is not recorded because monitoring failed; warns of the first one in a row."""
         self._failures += 1
         self.add(step, f"monitoring failed: {words(error)}")
         if self._failures == 1:
-            warnings.warn(
-                f"monitoring failed on step {step}, which is not recorded; the training goes on."
-                f" {words(error)}",
-                MonitoringWarning,
-                stacklevel=levels_to_user(),
-            )
+            self._warn_of_failure(step, error)
 
-    def warn_of_silent(self, text: str | None) -> None:
-        """Warn of matched modules without rows, where there is something to say."""
-        if text is not None:
-            warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())
+    def add_late_failure(self, step: int, error: Exception, *, is_raised: bool) -> Event:
+        """A step that was handed over could not be evaluated; called by the writer's thread.
+
+        The training thread raises it, or warns, at its next step; gives the event for the run.
+        """
+        self._late.append((step, error, is_raised))
+        return Event(step, "gap", f"monitoring failed: {words(error)}")
+
+    def tell_late_failures(self) -> None:
+        """Raise, or warn of, what the writer's thread could not evaluate."""
+        while self._late:
+            step, error, is_raised = self._late.popleft()
+            if is_raised:
+                raise error
+            self._failures += 1
+            if self._failures == 1:
+                self._warn_of_failure(step, error)
+
+    def _warn_of_failure(self, step: int, error: Exception) -> None:
+        warn(
+            f"monitoring failed on step {step}, which is not recorded; the training goes on."
+            f" {words(error)}"
+        )
 
     def warn_of_missed_forward(self, step: int, hint: str) -> None:
         """Warn, once, that no forward pass ran in a monitored step, and what to do."""
-        if not self._missed_forward:
-            self._missed_forward = True
-            warnings.warn(
-                f"no forward pass of the instrumented model ran in the monitored step {step}, so"
-                f" that nothing of one was measured. {hint}",
-                MonitoringWarning,
-                stacklevel=levels_to_user(),
-            )
+        self.warn_once(
+            "missed forward",
+            step,
+            f"no forward pass of the instrumented model ran in the monitored step {step}, so"
+            f" that nothing of one was measured. {hint}",
+        )
 
-    def warn_once(self, kind: str, text: str) -> None:
-        """Warn, once of a kind, of what leaves rows out or makes them less than they seem."""
-        if kind not in self._told:
-            self._told.add(kind)
-            warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())
+    def warn_once(self, kind: str, step: int, text: str, *, event: str = "note") -> bool:
+        """Warn, once of a kind, of what leaves rows out or makes them less than they seem.
+
+        The run keeps it as an ``event`` of that kind. Tells whether it was the first time.
+        """
+        if kind in self._told:
+            return False
+        self._told.add(kind)
+        self.tell(step, text, event)
+        return True
 
     def warn_of_foreign_pass(self, step: int, foreign: str) -> None:
         """Warn that a forward pass was traced or transformed instead of trained on."""
-        warnings.warn(
+        self.tell(
+            step,
             f"a forward pass of the instrumented model in the monitored step {step} ran under"
             f" {foreign}; tmm runs such passes as they are and measures nothing of them. Put them"
             " into a block `with monitor.no_monitor():` to say that this is meant",
-            MonitoringWarning,
-            stacklevel=levels_to_user(),
         )
+
+    def tell(self, step: int, text: str, event: str = "note") -> None:
+        """Warn, and keep the text in the run as an ``event`` of that kind."""
+        self._events.append(Event(step, event, text))
+        warn(text, self._begun_at)
+
+
+@dataclass(frozen=True)
+class UserLine:
+    """A line of the user's program, for what is told later, or by another thread."""
+
+    file: str
+    number: int
+    module: str
+
+    @staticmethod
+    def here() -> UserLine:
+        """The line that is running now."""
+        frame = sys._getframe(levels_to_user() - 1)
+        module = frame.f_globals.get("__name__", "<unknown>")
+        return UserLine(frame.f_code.co_filename, frame.f_lineno, module)
+
+    def warn(self, text: str, category: type[Warning] = MonitoringWarning) -> None:
+        """Warn of something that began with this line.
+
+        Of a filter that makes it an error nothing is raised, as nobody waits for it.
+        """
+        with suppress(category):
+            warnings.warn_explicit(text, category, self.file, self.number, self.module)
+
+
+def warn(text: str, begun_at: UserLine | None = None) -> None:
+    """Warn of something at the line of the user that led to it.
+
+    Where none did, as at the end of the process, at the line where it had ``begun_at``.
+    """
+    level = levels_to_user()
+    if begun_at is not None and _is_own(sys._getframe(level - 1).f_globals.get("__name__", "")):
+        begun_at.warn(text)
+    else:
+        warnings.warn(text, MonitoringWarning, stacklevel=level)
 
 
 def words(error: BaseException) -> str:
@@ -125,7 +198,7 @@ def words(error: BaseException) -> str:
 
 
 def levels_to_user() -> int:
-    """How far up the stack the first frame is that is the user's."""
+    """How far up the stack the first frame is that is the user's; 1 is the frame that asks."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
@@ -133,5 +206,5 @@ def levels_to_user() -> int:
 
 
 def _is_own(module: str) -> bool:
-    # contextlib is that of `with monitor.step()`, torch that of calls of a module and of hooks.
-    return module.partition(".")[0] in ("tmm", "torch", "contextlib")
+    package = module.partition(".")[0]
+    return package in _OWN or package in _FRAMEWORKS

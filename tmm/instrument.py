@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +16,11 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
 from tmm.explain import Explanation
 from tmm.gaps import OnError
-from tmm.metrics import HISTOGRAM_EDGES
 from tmm.monitor import Monitor
 from tmm.naming import display_name, parameter_names, relative_names
 from tmm.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.reference import load_reference
-from tmm.run_info import describe_environment
+from tmm.runs.at_path import PathRun
 from tmm.runs.live import LiveRun
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.cross_rank import CrossRank
@@ -28,7 +29,7 @@ from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
 from tmm.twin.compile_settings import CompilerFunction, settings_for, settings_of
-from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch
+from tmm.twin.dispatch import Dispatch, attach, bears_mark, detach, root_dispatch
 from tmm.twin.regions import Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
@@ -43,6 +44,7 @@ def instrument(
     spec: Spec,
     run: str | os.PathLike[str] | LiveRun | None = None,
     *,
+    resume: bool = False,
     module: torch.nn.Module | None = None,
     parts: Iterable[torch.nn.Module] | None = None,
     backend: str | CompilerFunction | None = None,
@@ -59,8 +61,13 @@ def instrument(
             parts of it one by one) or not at all; or, with ``module``, a step function that calls
             the module, such as what ``torch.compile(step)`` returned.
         spec: what to measure, where and when.
-        run: folder to record into; one that exists is continued. Or a run of ``tmm.start_run``,
-            which then has the steps of this model. In memory only without it.
+        run: folder to record into. Where it holds a run already, or one is being recorded there,
+            this one is recorded beside it, as ``path-2``, and a warning names that folder;
+            ``tmm.monitor(model).path`` is where it is. Or a run of ``tmm.start_run``, which then
+            has the steps of this model. In memory only without it.
+        resume: go on with the run in the folder ``run``, if there is one. What it had recorded from
+            the first step of this training on no longer counts. A spec or model that differs from
+            the recorded one is warned of, and an event of the run.
         module: the module whose parts are measured, when ``model`` is a function.
         parts: with a function that is not to be traced itself, where nothing is compiled: the
             modules that are, each on its own, when it calls them.
@@ -93,9 +100,10 @@ def instrument(
         ValueError: if the model is instrumented already or has nothing to measure, a rule
             matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
             with ``model``, ``placements`` is not as it should be, ``run`` holds something that is
-            not a run, or the model is distributed in a way that is not supported.
+            not a run, the run to resume is running, or the model is distributed in a way that is
+            not supported.
         RuntimeError: if not all processes call this.
-        OSError: if ``run`` or ``trace`` cannot be written.
+        OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
     if not isinstance(spec, Spec):
         raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
@@ -129,31 +137,47 @@ def instrument(
         check_distributed(measured, reference)
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
-        ranks = CrossRank(group)
+        ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
-    writer: RunWriter | SilentWriter | None = None
+    if resume and (run is None or isinstance(run, LiveRun)):
+        raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
         run = _folder_of_rank(run)
+    writer: RunWriter | SilentWriter | None = None
+    own: PathRun | None = None
+    earlier = None
     if live is not None:
-        writer = live.writer
+        writer, earlier = live.writer, live.earlier
     elif run is not None and place.rank > 0:
         writer = SilentWriter(Path(run))  # type: ignore[arg-type]
     elif run is not None:
-        info = describe_environment(spec)
-        writer = RunWriter(run, info=info, histogram_edges=HISTOGRAM_EDGES)  # type: ignore[arg-type]
+        own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
+        writer, earlier = own.writer, own.earlier
     registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
-    monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks)
-    twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
-    monitor.attach(twin, lambda: str(Explanation.of(twin)), reference, place)
     siblings: list[Dispatch] = []
+    try:
+        monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks, earlier)
+        twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
+        monitor.attach(
+            *(twin, lambda: str(Explanation.of(twin)), reference, place),
+            take_off=partial(_take_off, siblings, is_mark_left=live is not None),
+        )
+        if live is not None:
+            live.attach(monitor)
+    except BaseException:
+        if own is not None:
+            own.give_up()
+        raise
+    if own is not None:
+        # Other ranks may have exited, without a word: nobody waits for them.
+        own.close_at_exit(monitor.close if ranks is None else own.writer.close)
+        monitor.note_path(own.notice)
     for region in regions:
         if region.holder is not root.holder:
             is_root = region.callee is measured
             attach(Dispatch.of(region, monitor, twin, siblings, is_root=is_root))
-    if live is not None:
-        live.attach(monitor)
     function = attach(Dispatch.of(root, monitor, twin, siblings, is_root=True, plain=model))
     return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 
@@ -170,15 +194,18 @@ def monitor(model: Callable[..., Any]) -> Monitor:
 def remove(model: Model) -> Model:
     """Take the monitoring off ``model``, write what is left of its run, and give ``model`` back.
 
-    Of an instrumented function, the function that it was made of is given back.
+    A run of ``tmm.start_run`` that ends does so by itself, after which this does nothing. Of an
+    instrumented function, the function that it was made of is given back.
 
     Raises:
         ValueError: if the model is not instrumented.
         OSError: if what was measured could not be written.
     """
+    dispatch = root_dispatch(model)
+    if dispatch is None and bears_mark(model):
+        return model  # its run has ended, and taken the monitoring off
     dispatch = _require(model)
-    for attached in dispatch.siblings:
-        detach(attached)
+    _take_off(dispatch.siblings, is_mark_left=False)
     dispatch.monitor.close()
     if isinstance(model, torch.nn.Module):
         return model
@@ -209,18 +236,42 @@ def _measured_module(
         if parts is not None:
             raise ValueError("parts= goes with a step function; a module is traced as a whole")
     elif not callable(model):
+        if isinstance(model, ModuleType):
+            raise TypeError(f"model={model!r} is a module of Python, not a torch.nn.Module")
         raise TypeError(f"model={model!r} is neither a module nor a function")
     elif module is None:
-        raise ValueError(
-            f"model={model!r} is a function; say whose modules to measure:"
-            " tmm.instrument(torch.compile(step), spec, module=model)"
-        )
+        raise ValueError(f"model={model!r} {_what_instead(model)}")
     elif not isinstance(module, torch.nn.Module):
         raise TypeError(f"module={module!r} is not a torch.nn.Module")
     found = model if module is None else module
     assert isinstance(found, torch.nn.Module)
     inner: torch.nn.Module = found._orig_mod if isinstance(found, OptimizedModule) else found
     return inner
+
+
+def _what_instead(model: Callable[..., Any]) -> str:
+    """What a callable is that comes without ``module=``, and what to give in its place."""
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        return f"is a class; give a module of it: {model.__name__}(...)"
+    inner: object = model
+    while isinstance(inner, FunctionType):
+        inner = vars(inner).get("_torchdynamo_orig_callable") or vars(inner).get("__wrapped__")
+    owner = inner.__self__ if isinstance(inner, MethodType) else None
+    if not isinstance(owner, torch.nn.Module):
+        return (
+            "is a function; say whose modules to measure: tmm.instrument(torch.compile(step),"
+            " spec, module=model)"
+        )
+    assert isinstance(inner, MethodType)
+    kind, name = type(owner).__name__, inner.__name__
+    if name != "forward":
+        return f"is a method of a module; say so: tmm.instrument(model.{name}, spec, module=model)"
+    if inner is model:
+        return f"is the forward of {kind}; give the module itself, or torch.compile of it"
+    return (
+        f"is the compiled forward of {kind}. torch.compile gives that for a module that is compiled"
+        " already: it was applied twice. Give what the first torch.compile(module) gave"
+    )
 
 
 def _folder_of_rank(run: str | os.PathLike[str] | LiveRun | None) -> Path | None:
@@ -270,8 +321,19 @@ def _traced_if_need_be(
     return replace(root, settings=settings), regions
 
 
+def _take_off(siblings: list[Dispatch], *, is_mark_left: bool) -> None:
+    """Let a model run its own program again."""
+    for attached in siblings:
+        detach(attached, is_mark_left=is_mark_left)
+
+
 def _require(model: Callable[..., Any]) -> Dispatch:
     dispatch = root_dispatch(model)
+    if dispatch is None and bears_mark(model):
+        raise ValueError(
+            "the model is not instrumented any more: its run has ended. Its folder has explain.txt:"
+            " tmm.open_run(run.path).text('explain.txt')"
+        )
     if dispatch is None:
         raise ValueError("the model is not instrumented; call tmm.instrument(model, spec) first")
     return dispatch

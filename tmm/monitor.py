@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
+from tmm.forgotten import Forgotten
 from tmm.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.gaps import CALL_THE_MODEL, FAULT_OF_COMPILING, Gaps, OnError, words
 from tmm.layout import StepRecord
@@ -25,14 +28,17 @@ from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.ranks import Ranks
 from tmm.reader import open_run
 from tmm.reference import Reference, load_reference
+from tmm.run_info import describe_measured
+from tmm.runs.claim import EXPLANATION_NAME
+from tmm.runs.earlier import Earlier, differences
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.cross_rank import CrossRank
-from tmm.runtime.segment import segment_paths
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.silent import silent_modules, warning_of
 from tmm.spec import ReferenceSource, Spec, check_reference
+from tmm.step_block import StepBlock
 from tmm.twin.apart import apart_from_the_program
 from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
@@ -45,6 +51,11 @@ if TYPE_CHECKING:
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
 
+_BEHIND = (
+    "such steps are recorded with the rows of this rank alone, marked as partial. Every rank has to"
+    " open the same steps; give distributed=False to measure each rank by itself"
+)
+_WAIT_FOR_RANKS = 1.0  # seconds; in the first step, so that the run's file is there for later ones
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
 
 
@@ -70,6 +81,7 @@ class Monitor:
         on_error: OnError = "raise",
         run: LiveRun | None = None,
         ranks: CrossRank | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
         self.spec = spec
         self.module = module
@@ -82,6 +94,7 @@ class Monitor:
         self._writer = writer
         self._run = run
         self._ranks = ranks
+        self._earlier = earlier
         self._averaged = 1.0
         self._gaps = Gaps(on_error)
         self._notices = Notices()
@@ -92,15 +105,16 @@ class Monitor:
         self._open: StepCollector | None = None
         self._finished: StepCollector | None = None
         self._history: dict[int, StepCollector] = {}
+        self._forgotten = Forgotten(self._gaps, lambda: self._require_twin().attribution.unmeasured)
+        self._block: StepBlock | None = None
+        self.is_unused = True  # no step was opened, and nobody was told so
+        self._nested: list[bool] = []  # of each step inside of the block, whether it was recording
+        self._take_off: Callable[[], None] = lambda: None
+        self._is_closed = False
         self._alerts = None if spec.alerts is None else Alerts(spec.alerts)
-        if (
-            self._alerts is not None
-            and writer is not None
-            and writer.path.is_dir()
-            and segment_paths(writer.path)
-        ):
-            with open_run(writer.path) as earlier:
-                self._alerts.recall(earlier)
+        if self._alerts is not None and earlier is not None and writer is not None:
+            with open_run(writer.path) as recorded:
+                self._alerts.recall(recorded)
 
     def attach(
         self,
@@ -108,12 +122,15 @@ class Monitor:
         explain: Callable[[], str],
         reference: Reference | None = None,
         place: Ranks | None = None,
+        take_off: Callable[[], None] = lambda: None,
     ) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them.
 
-        ``reference`` is what they are compared with, ``place`` that of this process among others.
+        ``reference`` is what they are compared with, ``place`` that of this process among others;
+        ``take_off`` lets the model run its own program again.
         """
         place = place or Ranks()
+        self._take_off = take_off
         self._averaged = place.averaged
         self._twin, self._explain = twin, explain
         twin.compare_with(reference)
@@ -122,6 +139,8 @@ class Monitor:
             *(place, twin.attribution.remarks),
         )
         self._watch = Watch(parameters, self._open_collector, self.note_failure)
+        if self._writer is not None:
+            self._describe(self._writer)
         self._save_explanation()
 
     # Steps
@@ -138,7 +157,9 @@ class Monitor:
         """Open ``step`` and tell whether it is monitored.
 
         A step that is recorded once more replaces the earlier record. A step that was never
-        ended, as after an exception, is dropped and leaves an event in the run.
+        ended, as after an exception, is dropped and leaves an event in the run. One that begins
+        inside of the block ``with monitor.step(n):`` of another one is none: it belongs to that if
+        it has its number, else what runs in it is not measured, until its ``end_step``.
 
         Raises:
             TypeError: if ``step`` is not an integer.
@@ -148,23 +169,34 @@ class Monitor:
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             raise TypeError(f"step={step!r} is not an integer")
         step = int(step)
+        if self._block is not None and self._open is self._block.collector:
+            return self._begin_nested(step)
         if self.current_step is not None and step < self.current_step:
             raise ValueError(
                 f"step={step} lies before the current step {self.current_step}; steps must not"
-                " decrease"
+                " decrease, also from epoch to epoch: step = epoch * len(batches) + batch"
             )
+        if self._is_closed:
+            return self._begin_in_vain(step)
+        self._gaps.tell_late_failures()
         earlier = None
         if self._open is not None and self._is_opened_by_run():
             self.settle(is_ended=False)
             if self._open.step == step or not self.has_content:
                 earlier = self._open
-                self.discard_step()
+                self._forget_step()
             else:
                 self.end_step()
         if self._open is not None:
+            if self._open.monitored:
+                self._forgotten.note_not_ended(self._open.step, step)
             self._drop_step("was not ended")
         if self._writer is not None:
             self._writer.raise_pending()
+            if self._forgotten.is_unused:
+                self._begin_to_record(self._writer, step)
+        self.is_unused = False
+        self._forgotten.note_begin()
         monitored = self.is_step_monitored(step)
         self.current_step = step
         self._finished = None
@@ -188,7 +220,23 @@ class Monitor:
             OSError: if what was measured before could not be written.
             tmm.AlertError: for what goes wrong in the step, where the spec says so.
         """
+        if self._nested:
+            self.recording = self._nested.pop()
+            return
         finished = self._require_step("end_step")
+        if self._is_closed:
+            self._close_step()
+            return
+        self._gaps.tell_late_failures()
+        before = self._count_records()
+        try:
+            self._end_step(finished)
+        except BaseException as error:
+            if self._count_records() == before:
+                self._note_lost(finished, error)
+            raise
+
+    def _end_step(self, finished: StepCollector) -> None:
         self.settle(is_ended=True)
         self.after_micro_batch()
         self._require_watch().end_step(finished, self._gaps)
@@ -198,8 +246,13 @@ class Monitor:
         self._close_step()
         if self._ranks is not None and finished.monitored:
             finished.join_ranks(self._ranks)
+            if self._ranks.behind:
+                text = f"{self._ranks.behind}: {_BEHIND}"
+                self._gaps.warn_once("ranks behind", finished.step, text)
         if finished.failed or not (finished.monitored or finished.holds_values):
             return
+        if finished.ran_forward and self._lacks_activation_gradients(finished):
+            self._forgotten.note_no_backward(finished.step)
         if finished.expects_forward and not finished.ran_forward:
             self._gaps.warn_of_missed_forward(finished.step, self.hint)
         self._finished = finished
@@ -210,25 +263,62 @@ class Monitor:
             self._history[finished.step] = finished
         if self._writer is not None:
             wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
-            record = finished.record
-            if self._run is not None:
-                record = partial(self._run.evaluate, finished)
+            if self._ranks is not None and not self._gaps.has_recorded:
+                wait = _WAIT_FOR_RANKS
+            record = partial(self._evaluated, finished, is_raised=self._gaps.are_raised)
             self._writer.submit(record, wait_seconds=wait)
+        self._forgotten.note_record(finished.step)
         if not self._gaps.has_recorded:
             self._save_explanation()  # the graphs are known now
             if finished.ran_forward:
-                self._gaps.warn_of_silent(warning_of(silent_modules(self._require_twin())))
+                self._tell(finished.step, warning_of(silent_modules(self._require_twin())))
         self._gaps.close()
         if finished.ran_forward:
-            self._notices.give(self._require_twin())
+            self._tell(finished.step, self._notices.news(self._require_twin()))
         self._look_at(finished)
+
+    def _tell(self, step: int, text: str | None) -> None:
+        if text is not None:
+            self._gaps.tell(step, text)
+
+    def _lacks_activation_gradients(self, finished: StepCollector) -> bool:
+        return self.spec.measures("activation_gradient") and not finished.has_activation_gradients
+
+    def _evaluated(self, finished: StepCollector, *, is_raised: bool) -> StepRecord:
+        """What the run keeps of a step; called by the writer's thread.
+
+        Of one that is on an accelerator or on its way to other ranks, it is not known before
+        whether it can be evaluated.
+        """
+        evaluate = StepCollector.record if self._run is None else self._run.evaluate
+        try:
+            return evaluate(finished)
+        except Exception as error:
+            gap = self._gaps.add_late_failure(finished.step, error, is_raised=is_raised)
+            return replace(
+                evaluate(finished.logged(is_certain=True)), events=(*finished.events, gap)
+            )
+
+    def _count_records(self) -> int:
+        """How many steps are in the hands of the run, or in memory."""
+        return len(self._history) if self._writer is None else self._writer.submitted
+
+    def _note_lost(self, finished: StepCollector, error: BaseException) -> None:
+        """Something ended ``end_step`` before the step was handed over."""
+        reason = f"ended by {words(error)}"
+        if self._open is finished:
+            self._drop_step(reason)
+        elif finished.monitored or finished.holds_values:
+            if self._run is not None:
+                self._run.drops(finished)
+            self._gaps.give_back(finished.events)
+            self._gaps.add(finished.step, reason)
 
     def discard_step(self) -> None:
         """Forget the open step, if there is one, as if it had not begun."""
-        self._close_step()
-        self._passes.forget()
-        self._require_watch().drop_step()
-        self._release_reference()
+        if self._open is not None and self._run is not None:
+            self._run.discards()
+        self._forget_step()
 
     def settle(self, *, is_ended: bool) -> None:
         """Keep the forward passes of evaluations apart, now that the step is about to end.
@@ -244,10 +334,16 @@ class Monitor:
         if verdict.apart and not verdict.counts_any:
             collector.ran_forward = collector.expects_forward = False
         if verdict.doubt:
-            self._gaps.warn_once(verdict.doubt, verdict.doubt)
+            self._gaps.warn_once(verdict.doubt, collector.step, verdict.doubt)
         if self._passes.count_apart:
             remark = KEPT_APART.format(count=self._passes.count_apart)
             self._require_twin().attribution.unmeasured[EVALUATIONS] = remark
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the run that this process records; None without one."""
+        writer = self._writer
+        return None if writer is None or isinstance(writer, SilentWriter) else writer.path
 
     @property
     def is_step_open(self) -> bool:
@@ -267,19 +363,82 @@ class Monitor:
         """
         return self._require_step("log")
 
-    @contextmanager
-    def step(self, step: int) -> Iterator[bool]:
-        """``begin_step(step)`` before and ``end_step()`` after the block.
+    def step(self, step: int) -> StepBlock:
+        """``with monitor.step(n):`` is ``begin_step(n)`` before and ``end_step()`` after the block.
 
         An exception in the block drops what the step measured; the monitor stays usable.
         """
-        yield_value = self.begin_step(step)
-        try:
-            yield yield_value
-        except BaseException as error:
+        block = StepBlock(self, step)
+        self._forgotten.note_block(block)
+        return block
+
+    def enter(self, block: StepBlock) -> bool:
+        """Begin the step of a block; called by it."""
+        count = len(self._nested)
+        monitored = self.begin_step(block.step)
+        block.is_nested = len(self._nested) > count
+        if not block.is_nested:
+            block.collector, self._block = self._open, block
+        return monitored
+
+    def leave(self, block: StepBlock, error: BaseException | None) -> None:
+        """End the step of a block, or drop it because of ``error``; called by it."""
+        if self._nested:
+            self.recording = self._nested.pop() if block.is_nested else self._nested[0]
+        if block.is_nested:
+            return
+        self._block, self._nested = None, []
+        if error is not None:
             self._drop_step(f"ended by {words(error)}")
-            raise
-        self.end_step()
+        elif self._open is block.collector or not self._is_opened_by_run():
+            self.end_step()  # else run.step() has ended it, and opened the next one
+
+    def _begin_nested(self, step: int) -> bool:
+        """A step inside of the block of another one, which goes on."""
+        assert self._open is not None
+        self._forgotten.note_nested(step, self._open.step)
+        self._nested.append(self.recording)
+        self.recording = self.recording and step == self._open.step
+        return self.recording
+
+    def _begin_in_vain(self, step: int) -> bool:
+        """A step of a monitor that is closed: nothing of it is measured."""
+        self._forgotten.note_closed(step)
+        self.current_step = step
+        self._finished = None
+        self._open = StepCollector(step, self.registry, monitored=False)
+        return False
+
+    def _begin_to_record(self, writer: RunWriter | SilentWriter, step: int) -> None:
+        """The first step of a run that may go on with what was recorded before."""
+        if self._earlier is None or writer.submitted:
+            return
+        writer.replace_from(step)
+        text = self._earlier.goes_back(step)
+        if text is not None and self._earlier.is_expected(step):
+            self._gaps.add(step, text, "note")
+        elif text is not None:
+            self._gaps.warn_once("back", step, text)
+
+    def tell(self, kind: str, step: int, text: str) -> None:
+        """Warn, once of a ``kind``, and keep the text in the run and for ``tmm.explain``."""
+        self._forgotten.tell(kind, step, text)
+
+    def note_path(self, notice: str) -> None:
+        """Say why the run is at another path than was asked for, if it is."""
+        if notice:
+            self._gaps.warn_once("path", 0, notice)
+
+    def _describe(self, writer: RunWriter | SilentWriter) -> None:
+        """Keep in the run what is measured, and say how that differs from what was before."""
+        described = describe_measured(self.module, self.spec)
+        before = writer.describe(described)
+        if before and self._earlier is not None:
+            text = (
+                f"the run {writer.path} goes on with something else than it had recorded:"
+                f" {differences(before, described)}"
+            )
+            self._gaps.warn_once("differs", self._earlier.last or 0, text)
 
     def after_micro_batch(self) -> None:
         """Mark the end of a micro-batch. All micro-batches of a step are joined.
@@ -413,6 +572,18 @@ class Monitor:
         """Whether the spec measures what only an optimizer's steps tell."""
         return any(rule.subject == "parameters" for rule in self.spec.rules)
 
+    def parameters_without_rows(self) -> dict[str, str]:
+        """Which parameters a rule matches that had no rows so far, with the reason.
+
+        By the family of the rule, as in ``"gradient of 0.weight"``. Nothing before the first
+        monitored step.
+        """
+        return self._require_watch().without_rows()
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` holds parameters of the model."""
+        return self._require_watch().holds(optimizer)
+
     def trains(self, optimizer: Optimizer) -> bool:
         """Whether ``optimizer`` holds parameters of the model and is not watched yet."""
         return self._require_watch().may_watch(optimizer)
@@ -439,6 +610,21 @@ class Monitor:
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
+        known = ("parameters", "activation_gradient")
+        if scaler is None and not any(
+            rule.subject in known or rule.family in known for rule in self.spec.rules
+        ):
+            self._forgotten.note_watched_in_vain(self.current_step or 0, str(self.spec))
+        self.watch_found(optimizer, scaler)
+
+    def watch_found(
+        self, optimizer: object, scaler: GradScaler | None = None, *, finds_all: bool = False
+    ) -> None:
+        """``watch`` for an optimizer that is found, whatever the spec measures.
+
+        ``finds_all`` tells that each optimizer that steps is found.
+        """
+        self._require_watch().finds_optimizers |= finds_all
         is_new = scaler is not None and not self._require_watch().knows(scaler)
         if is_new and self._twin is not None and self._twin.has_probes:
             raise RuntimeError(
@@ -492,6 +678,11 @@ class Monitor:
 
     # Forward passes
 
+    def note_unused_pass(self) -> None:
+        """A forward pass of the model begins, and no step was opened so far."""
+        if torch.is_grad_enabled() and self.module.training and not self.recording:
+            self.is_unused = not self._forgotten.note_pass()
+
     def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
         """Take the extra outputs of one call of a graph."""
         if self._open is not None and self.recording:
@@ -519,6 +710,7 @@ class Monitor:
 
         def take(binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
             if self._open is collector:
+                collector.has_activation_gradients = True
                 collector.add(binding, outputs, unless=collector.was_skipped, source=source)
 
         return take
@@ -675,12 +867,17 @@ class Monitor:
 
     def close(self) -> None:
         """Write what is left, and close the run's files; the monitor cannot record afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed, self.is_unused = True, False
+        self._take_off()
         if self._open is not None:
             self._drop_step("was not ended")
         self._require_watch().close()
         if self._ranks is not None:
             self._ranks.close()
         try:
+            self._forgotten.note_end(is_recorded=self._writer is not None)
             if self._writer is not None:
                 if self._ranks is not None:
                     self._writer.flush()  # what ranks have of their own is known then
@@ -734,6 +931,8 @@ class Monitor:
             if self._gaps.are_raised:
                 raise
             self._finished = None
+            if self._run is not None:
+                self._run.drops(finished)
             self._gaps.give_back(finished.events)
             self._gaps.add_failure(finished.step, error)
             return False
@@ -744,7 +943,11 @@ class Monitor:
             return
         writer, explain = self._writer, self._explain
         notes = self._require_twin().notes  # a full disk raises where what was measured is written
-        notes.attempt("explain.txt", lambda: writer.write_text("explain.txt", explain()), None)
+
+        def write() -> None:
+            writer.write_text(EXPLANATION_NAME, explain())
+
+        notes.attempt(EXPLANATION_NAME, write, None)
 
     def _drop_step(self, reason: str) -> None:
         if self._open is not None:
@@ -755,10 +958,13 @@ class Monitor:
                 if self._ranks is not None:
                     self._open.failed = True
                     self._open.join_ranks(self._ranks)
-            self._close_step()
-            self._passes.forget()
-            self._require_watch().drop_step()
-            self._release_reference()
+            self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._close_step()
+        self._passes.forget()
+        self._require_watch().drop_step()
+        self._release_reference()
 
     def _close_step(self) -> None:
         self._open, self.recording = None, False

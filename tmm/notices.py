@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
-from tmm.gaps import MonitoringWarning, levels_to_user
 from tmm.layout import ATTENTION
 from tmm.twin.twin import Twin
 
@@ -12,7 +9,7 @@ _SHOWN = 3  # names in a warning
 
 
 class Notices:
-    """Says once, at the end of a step, what it found that is not measured.
+    """Tells once, at the end of a step, what it found that is not measured.
 
     That is what had the key of something else, and attentions.
     """
@@ -21,25 +18,22 @@ class Notices:
         self._said: dict[str, None] = {}
         self._known = -1
 
-    def give(self, twin: Twin) -> None:
-        """Warn of what is new since the last call."""
+    def news(self, twin: Twin) -> str | None:
+        """What is new since the last call, as a user should know it; None for nothing."""
         refused, lost = twin.recorder.registry.owners.refused, twin.attribution.lost_attention
         if len(refused) + len(lost) == self._known:
-            return
+            return None
         is_first, self._known = self._known < 0, len(refused) + len(lost)
         found = {**refused, **lost}
         if is_first and not lost and twin.plan.spec.measures(ATTENTION):
             found |= _attention_nowhere(twin)
         new = {name: reason for name, reason in found.items() if name not in self._said}
         self._said |= dict.fromkeys(new)
-        if new:
-            listed = "; ".join(f"{name}: {new[name]}" for name in list(new)[:_SHOWN])
-            more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
-            warnings.warn(
-                f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)",
-                MonitoringWarning,
-                stacklevel=levels_to_user(),
-            )
+        if not new:
+            return None
+        listed = "; ".join(f"{name}: {new[name]}" for name in list(new)[:_SHOWN])
+        more = f"; and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+        return f"not measured: {listed}{more} (tmm.explain(model).unmeasured has all of them)"
 
 
 def _attention_nowhere(twin: Twin) -> dict[str, str]:

@@ -51,9 +51,9 @@ class ParameterMonitor:
     """Measures the parameters of one model, their gradients and their updates.
 
     What has no rows is noted in ``unmeasured``, with the reason, and what is to be known of rows in
-    ``remarks``. Rows go to the collector that is
-    given; norms of all gradients together, which several
-    optimizers may add to, follow at the end of the step.
+    ``remarks``; ``measured`` has, by family, the names of what had rows. Rows go to the collector
+    that is given; norms of all gradients together, which several optimizers may add to, follow at
+    the end of the step.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class ParameterMonitor:
         self.plan = plan
         self.unmeasured = unmeasured
         self.remarks = remarks
+        self.measured: dict[str, set[str]] = {}
         self.written_later = WrittenLater()
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
@@ -241,6 +242,7 @@ class ParameterMonitor:
                 selected = tuple(r for r in selected if r.function is None)
             return tuple(r for r in selected if choose is None or choose(r))
 
+        self.measured.setdefault(rules or family, set()).update(tensors)
         sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
         chosen = (rules, choose, sharded)
         return self._statistics.measure(family, tensors, select, chosen, reference=reference)

@@ -18,18 +18,19 @@ import numpy.typing as npt
 
 from tmm.layout import Event, KeyInfo
 from tmm.metrics import FloatArray
-from tmm.runs.remote import fetched, is_remote
+from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
-from tmm.runtime.matrix import ABSENT, is_measured
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.info import INFO_NAME, read_info
+from tmm.runtime.segment_layout import is_measured, segment_paths
 from tmm.runtime.segment_reader import SegmentReader
-from tmm.runtime.writer import INFO_NAME, read_info
+from tmm.runtime.untrusted import read_file
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 StepArray: TypeAlias = npt.NDArray[np.int64]
+_Rows: TypeAlias = npt.NDArray[np.intp]
 
 _NO_STEPS: StepArray = np.empty(0, dtype=np.int64)
 
@@ -40,11 +41,11 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     Of an address such as ``s3://bucket/runs/gpt`` (of any store that fsspec knows) a copy is read,
     as the run is now; it goes with the object.
 
-    Raises FileNotFoundError where there is no such folder, and ValueError where it is no run or
-    one of its files is damaged.
+    Raises FileNotFoundError where there is no such folder, ValueError where it is no run or one of
+    its files is damaged, and OSError where one cannot be read.
     """
     if not is_remote(path):
-        return Run(path)
+        return Run(without_scheme(path))
     copy = fetched(str(path))
     run = Run(copy.name)
     weakref.finalize(run, copy.cleanup)
@@ -136,21 +137,26 @@ class Run:
         """
         self.refresh()
         self._known(key)
-        held = [
-            segment.series(key) if key in segment.infos or key in segment.histogram_infos else None
-            for segment in self._segments
-        ]
-        shapes = {values.shape[1:] for values in held if values is not None}
-        if len(shapes) > 1:
+        rows, values, before = [], [], 0
+        for segment in self._segments:
+            if segment.has(key):
+                found, measurements = segment.series(key)
+                rows.append(found + before)
+                values.append(measurements)
+            before += len(segment.steps)
+        if len(shapes := {part.shape[1:] for part in values}) > 1:
             raise ValueError(f"segments hold {key!r} in the shapes {shapes}; read it with at(step)")
-        shape = shapes.pop()
-        parts = [
-            np.full((len(segment.steps), *shape), ABSENT) if values is None else values
-            for segment, values in zip(self._segments, held, strict=True)
-        ]
-        values = np.concatenate(parts)[self._rows]
-        measured = is_measured(values)
-        return self._steps[measured], values[measured]
+        return self._counting(np.concatenate(rows), np.concatenate(values))
+
+    def _counting(self, rows: _Rows, values: FloatArray) -> tuple[StepArray, FloatArray]:
+        """Of values in rows of all segments those that count, by step, and these."""
+        places = np.full(sum(len(segment.steps) for segment in self._segments), -1)
+        places[self._rows] = np.arange(len(self._rows))
+        places = places[rows]
+        counts = (places >= 0) & is_measured(values)
+        places, values = places[counts], values[counts]
+        order = np.argsort(places, kind="stable")
+        return self._steps[places[order]], values[order]
 
     def table(self, keys: Sequence[str]) -> tuple[StepArray, FloatArray, npt.NDArray[np.bool_]]:
         """Return many series at once, which is faster than one by one.
@@ -204,20 +210,24 @@ class Run:
 
     @property
     def state(self) -> State | None:
-        """What became of the run; None for one that ``tmm.start_run`` did not start."""
+        """What became of the run; None for one without."""
         return State.read(self.path)
 
     def text(self, name: str) -> str:
-        """Return a text saved with the run; FileNotFoundError names those that there are."""
+        """Return a text saved with the run.
+
+        Raises FileNotFoundError, which names those that there are, and ValueError for what is no
+        text.
+        """
         path = self.path / name
-        if Path(name).name != name or not path.is_file():
+        if not name or name == ".." or Path(name).name != name or not path.exists():
             texts = sorted(
-                found.name
-                for found in self.path.iterdir()
-                if not found.name.startswith(".") and found.suffix != ".h5"
+                found
+                for found in os.listdir(self.path)
+                if not found.startswith(".") and not found.endswith(".h5")
             )
             raise FileNotFoundError(f"{self.path} holds no text {name!r}; it holds: {texts}")
-        return path.read_bytes().decode("utf-8", "surrogatepass")
+        return read_file(path, MOST_TEXT).decode("utf-8", "surrogatepass")
 
     def refresh(self) -> None:
         """Take in what was recorded since the last access; every access does this by itself."""

@@ -14,15 +14,19 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from tmm.gaps import Gaps
-from tmm.nested_optimizers import OpenSteps, parameters_of, unwrapped
+from tmm.nested_optimizers import (
+    OpenSteps,
+    inner_optimizers,
+    own_parameters,
+    parameters_of,
+    unwrapped,
+)
 from tmm.optimizers import OpenCollector, WatchedScaler
 from tmm.parameters import ParameterMonitor
 from tmm.reference import DIFFERENCE
 from tmm.runtime.collector import StepCollector
 from tmm.watched_optimizer import Steps, WatchedOptimizer
-
-_AROUND_STEPS = ("gradient", "update", "optimizer_state")
-"""The families that are measured around the steps of optimizers."""
+from tmm.without_rows import AROUND_STEPS, why_without_rows
 
 
 class Watch:
@@ -47,8 +51,12 @@ class Watch:
         self._scalers: list[WatchedScaler] = []
         self._steps: Steps = OpenSteps()
         self._others: WeakSet[Optimizer] = WeakSet()  # have stepped, and hold parameters
+        self.finds_optimizers = False  # somebody watches each one that steps
+        self._has_measured = False  # in a monitored step
+        self._has_looked_at_unheld = False
+        self._known_at_close: dict[str, str] | None = None
         self._handle: RemovableHandle | None = None
-        if any(map(parameters.wants, _AROUND_STEPS)):
+        if any(map(parameters.wants, AROUND_STEPS)):
             # Here, for hooks must not be added while they run; without keeping this alive.
             self._handle = register_optimizer_step_pre_hook(_looking(weakref.WeakMethod(self.look)))
             weakref.finalize(self, self._handle.remove)
@@ -111,6 +119,34 @@ class Watch:
         """Whether an optimizer holds parameters of the model and is not watched yet."""
         holds = bool(parameters_of(optimizer, self.parameters.names()))
         return holds and all(watched.optimizer is not optimizer for watched in self._optimizers)
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer holds parameters of the model."""
+        return bool(parameters_of(optimizer, self.parameters.names()))
+
+    def without_rows(self) -> dict[str, str]:
+        """Parameters that a rule matches and that had no rows so far, by family, with the reason.
+
+        Nothing before the first monitored step.
+        """
+        if self._known_at_close is not None:
+            return self._known_at_close
+        if not self._has_measured:
+            return {}
+        asked: dict[str, dict[str, None]] = {}
+        for rule, names in self.parameters.plan.matched.items():
+            if rule.subject == "parameters":
+                asked.setdefault(rule.family, {}).update(dict.fromkeys(names))
+        held = self._held() if self._optimizers else None
+        by_name = {name: parameter for parameter, name in self.parameters.names().items()}
+        owns = self.parameters.ranks.owns
+        return why_without_rows(asked, self.parameters.measured, by_name, held, owns)
+
+    def _held(self) -> set[torch.nn.Parameter]:
+        """The parameters in the optimizers that are watched, and in those inside of them."""
+        optimizers = [watched.optimizer for watched in self._optimizers]
+        inside = (inner for optimizer in optimizers for inner in inner_optimizers(optimizer))
+        return set().union(*map(own_parameters, (*optimizers, *inside)))
 
     def look(self, optimizer: Optimizer) -> None:
         """An optimizer, any one, is about to step."""
@@ -176,6 +212,7 @@ class Watch:
         except Exception as error:
             self._note_failure(error)
         if collector.monitored:
+            self._has_measured = self._has_measured or collector.ran_forward
             self._look_for_gaps(collector, gaps)
         self._steps.forget()
         try:
@@ -192,11 +229,12 @@ class Watch:
                 " that"
             )
             self.parameters.remarks.setdefault("update", text)
-            gaps.warn_once("written later", text)
+            gaps.warn_once("written later", collector.step, text)
         self._look_at_others(collector, gaps)
+        self._look_at_unheld(collector, gaps)
         missing = [
             family
-            for family in _AROUND_STEPS
+            for family in AROUND_STEPS
             if self.parameters.wants(family)
             and not (family == "gradient" and collector.has_gradients)
         ]
@@ -214,7 +252,9 @@ class Watch:
             reason = f"no watched optimizer stepped in step {collector.step}"
             self.parameters.unmeasured.setdefault(", ".join(missing), reason)
             gaps.warn_once(
-                "no step", f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}"
+                "no optimizer step",
+                collector.step,
+                f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}",
             )
 
     def _look_at_others(self, collector: StepCollector, gaps: Gaps) -> None:
@@ -229,7 +269,7 @@ class Watch:
             unmeasured = [
                 name
                 for parameter, name in names.items()
-                if parameter in held and any(plan.metrics(name, family) for family in _AROUND_STEPS)
+                if parameter in held and any(plan.metrics(name, family) for family in AROUND_STEPS)
             ]
             for name in unmeasured:
                 reason = "its optimizer is not watched"
@@ -237,10 +277,35 @@ class Watch:
             if unmeasured:
                 gaps.warn_once(
                     "unwatched",
+                    collector.step,
                     f"an optimizer that is not watched stepped in step {collector.step}: gradients"
                     f" and updates of its {len(unmeasured)} parameters have no rows, such as"
                     f" {unmeasured[0]}. Call monitor.watch(optimizer) for each optimizer",
                 )
+
+    def _look_at_unheld(self, collector: StepCollector, gaps: Gaps) -> None:
+        """Name, once, parameters with gradients that are in no optimizer that is watched."""
+        if self._has_looked_at_unheld or self.finds_optimizers or not collector.has_stepped:
+            return
+        self._has_looked_at_unheld = True
+        held, plan = self._held(), self.parameters.plan
+        unheld = [
+            name
+            for parameter, name in self.parameters.names().items()
+            if parameter.requires_grad
+            and parameter.grad is not None
+            and parameter not in held
+            and any(plan.metrics(name, family) for family in AROUND_STEPS)
+        ]
+        if unheld:
+            gaps.warn_once(
+                "unwatched",
+                collector.step,
+                f"no optimizer that is watched holds {unheld[0]}"
+                + (f" and {len(unheld) - 1} more parameters" if len(unheld) > 1 else "")
+                + ", which have gradients: their gradients and updates have no rows. Call"
+                " monitor.watch(optimizer) for each optimizer",
+            )
 
     def drop_step(self) -> None:
         """Forget what belongs to the step."""
@@ -250,6 +315,7 @@ class Watch:
 
     def close(self) -> None:
         """Take all hooks off."""
+        self._known_at_close = self.without_rows()
         if self._handle is not None:
             self._handle.remove()
         for optimizer in self._optimizers:

@@ -23,6 +23,7 @@ from tmm.analysis.detectors.nonfinite import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce, Recorded
+from tmm.gaps import levels_to_user
 
 Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
 
@@ -104,7 +105,7 @@ def found_by(name: str, detector: Detector, recorded: Recorded) -> list[Anomaly]
     """What one detector finds; nothing, with a warning, if it raises."""
     try:
         return list(detector(recorded))
-    except Exception as error:  # the others have something to say, too
+    except (Exception, SystemExit) as error:  # the others have something to say, too
         _warn(f"the detector {name!r} failed and is left out", error)
         return []
 
@@ -120,5 +121,6 @@ def in_order(found: Iterable[Anomaly], keys: Iterable[str]) -> tuple[Anomaly, ..
     return tuple(sorted(dict.fromkeys(found), key=order))
 
 
-def _warn(text: str, error: Exception) -> None:
-    warnings.warn(f"{text}: {type(error).__name__}: {error}", stacklevel=3)
+def _warn(text: str, error: BaseException) -> None:
+    text = f"{text}: {type(error).__name__}: {error}"
+    warnings.warn(text, stacklevel=levels_to_user())

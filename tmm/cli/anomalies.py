@@ -8,10 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tmm.analysis import find_anomalies
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
-from tmm.reader import open_run
-from tmm.runs.catalog import find_run
 
 SEVERITIES = ("low", "medium", "high", "critical")
 
@@ -27,6 +24,10 @@ def anomalies(
     auto: Annotated[bool, typer.Option(hidden=True, help="Every detector; as always.")] = False,
 ) -> None:
     """Say what is wrong with a run; exits with 0 whether or not something is."""
+    from tmm.analysis import find_anomalies
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     if at_least not in SEVERITIES:
         fail(f"--severity {at_least!r} is none of {', '.join(SEVERITIES)}")
     with told(), open_run(find_run(query, root).path) as run:

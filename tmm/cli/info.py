@@ -6,18 +6,20 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 import typer
 
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
-from tmm.reader import open_run
-from tmm.runs.catalog import find_run, list_runs
+from tmm.cli.terminal import clean_lines
 
 _OPTIONAL = ("psutil", "nvidia-ml-py", "plotly", "kaleido", "pyarrow", "safetensors")
 
 
 def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
     """Show versions, devices, optional packages and how many runs there are."""
+    import torch
+
+    from tmm.runs.catalog import list_runs
+
     found: dict[str, object] = {
         "tmm": version("tmm-compile"),
         "torch": torch.__version__,
@@ -40,6 +42,9 @@ def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
 
 def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) -> None:
     """Show what was measured in a run and where, what was not and why, and its graphs."""
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     with told():
         record = find_run(query, root)
         with open_run(record.path) as run:
@@ -50,7 +55,7 @@ def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) ->
     if as_json:
         print_json({"id": record.id, "text": text})
     else:
-        typer.echo(text)
+        typer.echo(clean_lines(text))
 
 
 def _version(package: str) -> str | None:

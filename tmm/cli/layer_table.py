@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from tmm.cli.terminal import clean
 from tmm.reader import Run
 
 _FAMILY = "activation"
@@ -30,5 +31,5 @@ def layer_table(run: Run, step: int) -> Table:
         table.add_column(metric, justify="right", no_wrap=True)
     for site, values in rows.items():
         cells = (f"{values[metric]:.4g}" if metric in values else "" for metric in metrics)
-        table.add_row(Text(site), *cells)
+        table.add_row(Text(clean(site)), *cells)
     return table

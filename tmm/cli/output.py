@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,10 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from tmm.cli.terminal import clean, say
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -48,18 +47,23 @@ def print_table(
 
     Empty columns are left out, and the first ``whole`` ones are not broken into lines.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     if not rows:
-        console.print(f"{title}: none", markup=False)
+        console.print(Text(clean(f"{title}: none")))
         return
-    cells = [[shown(cell) for cell in row] for row in rows]
+    cells = [[clean(shown(cell)) for cell in row] for row in rows]
     used = [index for index in range(len(columns)) if any(row[index] for row in cells)]
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
     for index in used:
-        table.add_column(Text(columns[index]), overflow="fold", no_wrap=index < whole)
+        table.add_column(Text(clean(columns[index])), overflow="fold", no_wrap=index < whole)
     for row in cells:
         table.add_row(*(Text(row[index]) for index in used))
-    console.print(title, style="bold", markup=False, highlight=False)
+    console.print(Text(clean(title), "bold"))
     console.print(table)
     console.print()
 
@@ -71,22 +75,35 @@ def shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, datetime):
-        return f"{value.astimezone():%Y-%m-%d %H:%M}"
+        return _local(value)
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))
     return str(value)
 
 
+def _local(time: datetime) -> str:
+    try:
+        time = time.astimezone()
+    except (OverflowError, ValueError, OSError):  # one that no clock of this machine shows
+        return time.isoformat()
+    return f"{time:%Y-%m-%d %H:%M}"
+
+
 def fail(message: str) -> NoReturn:
     """Say what is wrong and exit with status 1."""
-    typer.echo(f"tmm: {message}", err=True)
+    say(f"tmm: {message}", error=True)
     raise typer.Exit(1)
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Turn errors that a user can mend into messages."""
-    try:
-        yield
-    except (LookupError, ValueError, OSError) as error:
-        fail(str(error.args[0]) if isinstance(error, LookupError) and error.args else str(error))
+    """Turn errors that a user can mend into messages, and warnings into lines."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        except (LookupError, ValueError, OSError) as error:
+            is_plain = not isinstance(error, LookupError) or not error.args
+            fail(str(error) if is_plain else str(error.args[0]))
+        finally:
+            for warning in caught:
+                say(f"tmm: warning: {warning.message}", error=True)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
-from tmm.cli.sparkline import sparkline
-from tmm.plots import FigureKind, write_figure
-from tmm.plots.files import ENDINGS
-from tmm.reader import Run, open_run
-from tmm.runs.catalog import find_run
+from tmm.cli.terminal import say
+
+if TYPE_CHECKING:
+    from tmm.reader import Run
 
 _MOST = 60  # series in one picture
+_Kind: TypeAlias = Literal["lines", "heatmap", "depth"]  # what `Run.plot` takes
 
 
 def plot(
@@ -25,7 +25,7 @@ def plot(
         Path | None, typer.Option("--output", "-o", help="A .html, .png, .svg or .pdf file.")
     ] = None,
     kind: Annotated[
-        FigureKind, typer.Option(help="Of a picture: over steps, layers by steps, over layers.")
+        _Kind, typer.Option(help="Of a picture: over steps, layers by steps, over layers.")
     ] = "lines",
     log: Annotated[
         bool | None, typer.Option("--log/--linear", help="The axis of values; else as they are.")
@@ -34,6 +34,11 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Plot series of a run; needs the extra ``plot`` for pictures."""
+    from tmm.cli.sparkline import sparkline
+    from tmm.plots.files import ENDINGS
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     if output is not None and output.suffix not in ENDINGS:
         fail(f"--output {str(output)!r}: write a .html, .png, .svg or .pdf file")
     if output is None and kind != "lines":
@@ -57,12 +62,14 @@ def plot(
         ]
         print_table(f"{len(keys)} series, first to last", ("key", "", "last"), rows)
     if len(keys) > _MOST:
-        typer.echo(f"the first {_MOST} of {len(keys)} series are shown", err=True)
+        say(f"the first {_MOST} of {len(keys)} series are shown", error=True)
 
 
-def _write(run: Run, key: str, kind: FigureKind, log: bool | None, output: Path) -> None:
+def _write(run: Run, key: str, kind: _Kind, log: bool | None, output: Path) -> None:
+    from tmm.plots import write_figure
+
     try:
         write_figure(run.plot(key, kind, log=log), output)
     except ImportError as error:
         fail(str(error))
-    typer.echo(f"wrote {output}")
+    say(f"wrote {output}")

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from tmm.cli.output import Root, fail, told
-from tmm.report import write_report
-from tmm.runs.catalog import find_run
+from tmm.cli.terminal import say
 
 
 def report(
@@ -27,6 +26,9 @@ def report(
     ),
 ) -> None:
     """Write what runs recorded as one page that works offline; needs the extra ``plot``."""
+    from tmm.report import write_report
+    from tmm.runs.catalog import find_run
+
     if output.suffix not in (".html", ".htm"):
         fail(f"--output {str(output)!r}: write a .html file")
     with told():
@@ -34,4 +36,4 @@ def report(
             write_report([find_run(query, root) for query in queries], output)
         except ImportError as error:
             fail(str(error))
-    typer.echo(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    say(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -6,17 +6,17 @@ import re
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tmm.analysis import Comparison, first_divergence, summarize
-from tmm.analysis import compare as compare_runs
 from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
-from tmm.reader import open_run
-from tmm.runs.catalog import RunRecord, delete_run, find_run, list_runs, runs_to_prune
-from tmm.runs.export import export_run
+from tmm.cli.terminal import agreed, say
 from tmm.runs.state import STATUSES
+
+if TYPE_CHECKING:
+    from tmm.analysis import Comparison
+    from tmm.runs.catalog import RunRecord
 
 app = typer.Typer(help="List, show, compare, delete, prune and export runs.", no_args_is_help=True)
 
@@ -38,6 +38,8 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List runs, newest first."""
+    from tmm.runs.catalog import list_runs
+
     if status is not None and status not in STATUSES:
         fail(f"--status {status!r} is none of {', '.join(STATUSES)}")
     with told():
@@ -65,6 +67,10 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a run: what it is, and each key's first, last, least and largest value."""
+    from tmm.analysis import summarize
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     with told():
         record = find_run(query, root)
         if record.status == "broken":
@@ -104,6 +110,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: configurations, final values, and where they part first."""
+    from tmm.analysis import compare as compare_runs
+    from tmm.analysis import first_divergence
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+
     if len(queries) < 2:
         fail("compare needs two runs or more")
     with told():
@@ -128,7 +139,7 @@ def compare(
         return
     print_comparison(result, names)
     if divergence is not None:
-        typer.echo(
+        say(
             f"{names[0]} and {names[1]} part at step {divergence.step}, first in {divergence.key}:"
             f" {divergence.a:.6g} and {divergence.b:.6g}"
         )
@@ -165,12 +176,15 @@ def print_comparison(result: Comparison, names: list[str]) -> None:
 @app.command()
 def delete(query: Query, root: Root = Path("runs"), yes: Yes = False) -> None:
     """Delete a run, after asking."""
+    from tmm.runs.catalog import delete_run, find_run
+
     with told():
         record = find_run(query, root)
         if not yes:
-            typer.confirm(f"Delete {record.id} ({record.name}, {record.status})?", abort=True)
-        delete_run(record, root)
-    typer.echo(f"deleted {record.id}")
+            agreed(f"Delete {record.id} ({record.name}, {record.status})?")
+        kept = delete_run(record, root)
+    say(f"deleted {record.id}")
+    _tell_of_kept(record, kept)
 
 
 @app.command()
@@ -182,19 +196,37 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete the runs that started longer ago, after asking; never one that is running."""
+    from tmm.runs.catalog import runs_to_prune
+
     age = _duration(older_than)
     with told():
         records = runs_to_prune(root, age, keep_tagged=keep_tagged)
         if records and not yes:
             for record in records:
-                typer.echo(f"{record.id}  {record.name}  {record.status}", err=True)
-            typer.confirm(f"Delete these {len(records)} runs?", abort=True, err=True)
-        for record in records:
-            delete_run(record, root)
+                say(f"{record.id}  {record.name}  {record.status}", error=True)
+            agreed(f"Delete these {len(records)} runs?", error=True)
+        deleted = [record for record in records if _is_deleted(record, root)]
     if as_json:
-        print_json([record.id for record in records])
+        print_json([record.id for record in deleted])
     else:
-        typer.echo(f"deleted {len(records)} runs")
+        say(f"deleted {len(deleted)} runs")
+
+
+def _is_deleted(record: RunRecord, root: Path) -> bool:
+    """Delete one of several runs; one that somebody records by now is left alone."""
+    from tmm.runs.catalog import delete_run
+
+    try:
+        _tell_of_kept(record, delete_run(record, root))
+    except ValueError as error:
+        say(str(error), error=True)
+        return False
+    return True
+
+
+def _tell_of_kept(record: RunRecord, kept: tuple[str, ...]) -> None:
+    if kept:
+        say(f"{record.path} keeps what is not the run's: {', '.join(kept)}", error=True)
 
 
 @app.command()
@@ -208,9 +240,13 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's values to a file."""
+    from tmm.reader import open_run
+    from tmm.runs.catalog import find_run
+    from tmm.runs.export import export_run
+
     with told(), open_run(find_run(query, root).path) as run:
         rows = export_run(run, output, file_format, key)
-    typer.echo(f"wrote {rows} rows to {output}")
+    say(f"wrote {rows} rows to {output}")
 
 
 def described(record: RunRecord) -> dict[str, Any]:

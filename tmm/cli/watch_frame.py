@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
 from tmm.cli.sparkline import sparkline
+from tmm.cli.terminal import clean
 from tmm.watching.snapshot import Line, Snapshot
 
 _STYLES = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "dim"}
@@ -56,12 +57,6 @@ def draw(snapshot: Snapshot, width: int, height: int) -> Group:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
     return Group(*lines[:height])
-
-
-def clean(text: str) -> str:
-    """``text`` without what a terminal would obey: a replacement for each such character."""
-    spaced = "".join(" " if character.isspace() else character for character in text)
-    return "".join(character if character.isprintable() else "\ufffd" for character in spaced)
 
 
 def _header(height: int) -> int:

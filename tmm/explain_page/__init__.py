@@ -73,7 +73,7 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         "regions": _grouped(explanation.regions),
         "recorded": explanation.recorded,
         "eager": _grouped(explanation.eager),
-        "unmeasured": _grouped(explanation.unmeasured),
+        "unmeasured": _grouped(explanation.unmeasured | explanation.without_rows),
         "notes": _grouped(explanation.notes),
         "graphs": [_graph(graph, frozenset(names)) for graph in explanation.graphs],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ except ImportError:
             "tmm.integrations.lightning needs Lightning: pip install 'tmm-compile[lightning]'"
         ) from error
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import warn
 from tmm.integrations.lightning_trainer import (
     begins_window,
     clips,
@@ -143,12 +142,10 @@ class TMMCallback(pl.Callback):
         """Record the means of the last epoch."""
         self._log_news(trainer)
         if self._require_session().is_step_open:
-            warnings.warn(
+            warn(
                 f"step {self._step} is not recorded: training ended without an optimizer step that"
                 " Lightning counts. With manual optimization, step what self.optimizers() gives,"
-                " without use_pl_optimizer=False",
-                MonitoringWarning,
-                stacklevel=1,
+                " without use_pl_optimizer=False"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -184,7 +181,7 @@ class TMMCallback(pl.Callback):
         if session.is_step_open and begins_window(trainer, pl_module, batch_idx):
             # The epoch was left in the middle of a window, whose gradients are given up.
             session.go_on()
-            session.monitor.discard_step()
+            session.discard_step()
             self._losses.clear()
         self._methods.install()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.gaps import MonitoringWarning, levels_to_user
+from tmm.gaps import warn
 from tmm.instrument import instrument, remove
 from tmm.instrument import monitor as monitor_of
 from tmm.monitor import Monitor
@@ -85,7 +84,7 @@ class Session:
         if self.run is not None:
             return
         if resume is not None and not Path(resume).is_dir():
-            _warn(f"the run {resume} of the checkpoint is gone; a new one is started")
+            warn(f"the run {resume} of the checkpoint is gone; a new one is started")
             resume = None
         options = self._options
         if resume is not None:
@@ -98,7 +97,7 @@ class Session:
         """``tmm.instrument(model)`` with the spec and the run; ``options`` are further ones."""
         assert self.run is not None, "open() comes first"
         if is_left_uncompiled(model):
-            _warn(
+            warn(
                 f"no graph was captured: {type(model).__name__}.compile() compiles nothing, as"
                 " Dynamo skips the forward of torch's own modules, such as nn.Linear and"
                 " nn.Sequential. The training runs uncompiled, and is measured. Use"
@@ -122,7 +121,7 @@ class Session:
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Watch an optimizer that trains the model and is not watched yet."""
         if self._monitor is not None and self._monitor.trains(optimizer):
-            self._monitor.watch(optimizer, scaler)
+            self._monitor.watch_found(optimizer, scaler)
 
     # Steps
 
@@ -154,9 +153,7 @@ class Session:
     def discard_step(self) -> None:
         """Forget the step that is open, if there is one, as if it had not begun."""
         if self.is_step_open:
-            assert self.run is not None
             self.monitor.discard_step()
-            self.run.discards()
 
     def pause(self) -> None:
         """Measure no forward pass until ``go_on``: they are those of an evaluation."""
@@ -192,7 +189,7 @@ class Session:
             except ValueError as error:
                 if key not in self._refused:
                     self._refused.add(key)
-                    _warn(str(error))
+                    warn(str(error))
         if numbers:
             self.run.log(numbers)
 
@@ -228,7 +225,3 @@ class Session:
         model, self._model, self._monitor = self._model, None, None
         if model is not None:
             remove(model)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, MonitoringWarning, stacklevel=levels_to_user())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,7 +16,7 @@ except ImportError as error:
         "tmm.integrations.torchtnt needs TorchTNT: pip install 'tmm-compile[torchtnt]'"
     ) from error
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import warn
 from tmm.integrations.session import Session
 from tmm.integrations.unit_parts import name_of_module, scaler_of, steps_done
 from tmm.integrations.unit_training import Outputs, TrackedRun, UnitTraining
@@ -168,7 +167,7 @@ class TMMCallback(Callback):
         """Finish the run, as stopped early if somebody called ``state.stop()``."""
         training = self._training
         if training is not None and training.has_batches and not training.has_trained:
-            _warn(
+            warn(
                 "no optimizer that holds parameters of the instrumented module has stepped, so that"
                 " no step was recorded; steps are counted by torch.optim.Optimizer.step"
             )
@@ -246,7 +245,7 @@ class TMMCallback(Callback):
         tracked.training = state, self.stop
         clips = is_auto_unit and (unit.clip_grad_norm or unit.clip_grad_value)
         if clips and not self._training.measures_before_clip:
-            _warn("this version of TorchTNT clips where gradients cannot be measured before")
+            warn("this version of TorchTNT clips where gradients cannot be measured before")
 
     def _begin_batch(self, state: State, unit: Any) -> None:
         training = self._training
@@ -311,7 +310,3 @@ def _settings_of(state: State, unit: Any) -> dict[str, object]:
     known = isinstance(unit, AutoUnit)
     settings = {name: getattr(unit, name, None) for name in _SETTINGS} if known else {}
     return {"unit": type(unit).__qualname__, **settings, **limits}
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, MonitoringWarning, stacklevel=3)

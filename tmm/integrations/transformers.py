@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import warn
 from tmm.integrations.session import Session
 from tmm.runs.live import LiveRun
 from tmm.spec import Spec
@@ -211,11 +210,9 @@ class TMMCallback(TrainerCallback):
         if session.monitor.trains(optimizer):
             session.watch(optimizer, accelerator.scaler)
         elif session.monitor.watches_optimizers:
-            warnings.warn(
+            warn(
                 f"gradients, parameters and updates are not measured: {type(optimizer).__name__}"
-                " holds no parameter of the model",
-                MonitoringWarning,
-                stacklevel=2,
+                " holds no parameter of the model"
             )
 
     def _open_session(self) -> Session:

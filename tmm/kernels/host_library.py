@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from tmm.gaps import levels_to_user
+from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that there are kernels for."""
@@ -38,11 +41,9 @@ def start_compiling(*sources: str) -> None:
 
     What goes wrong is left to that. An interpreter that exits waits for the compiler.
     """
-    from torch._inductor.codecache import CppCodeCache  # slow to import
-
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
-        CppCodeCache.load_async(
+        _trusted_cache().load_async(
             _text(sources), submit_fn=lambda work: _Started(compiler.submit(work))
         )
     compiler.shutdown(wait=False)
@@ -55,19 +56,22 @@ def load_kernels(
 
     The files are compiled as one, and may register operators.
 
-    There are none where no C++ compiler works; a warning then tells that what ``measures`` says is
-    done by plain torch operations.
+    There are none where no C++ compiler works, and where others than this user can write to the
+    folder of compiled kernels; a warning then tells that what ``measures`` says is done by plain
+    torch operations.
     """
-    from torch._inductor.codecache import CppCodeCache  # slow to import
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # slow to import
 
     try:
-        library = CppCodeCache.load(_text(sources))
+        library = _trusted_cache().load(_text(sources))
+    except UntrustedFileError as error:
+        _warn_of_others(str(error))
+        return {}
     except (CppCompileError, InvalidCxxCompiler, OSError) as error:
         warnings.warn(
             f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
             f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
-            stacklevel=2,
+            stacklevel=levels_to_user(),
         )
         return {}
     kernels = {}
@@ -78,6 +82,44 @@ def load_kernels(
         kernel.restype = None
         kernels[dtype] = kernel
     return kernels
+
+
+def _trusted_cache() -> Any:
+    """Torch's cache of compiled libraries, if its folder and what it loads are this user's own.
+
+    Raises UntrustedFileError, now or when it loads.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    check_folder(cache_dir())
+    return _cache_class()
+
+
+@functools.cache
+def _cache_class() -> Any:
+    from torch._inductor.codecache import CppCodeCache  # slow to import
+    from torch._inductor.utils import clear_on_fresh_cache
+
+    class TrustedCache(CppCodeCache):
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+        cache_clear = staticmethod(cache.clear)
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> Any:
+            check_file(path)
+            return CppCodeCache._load_library_inner(path, key)
+
+    return clear_on_fresh_cache(TrustedCache)
+
+
+@functools.cache
+def _warn_of_others(reason: str) -> None:
+    """Say it once, of all kernels."""
+    warnings.warn(
+        "tmm measures on the CPU with plain torch operations, which is slower, because compiled "
+        f"kernels could be somebody else's: {reason}. TORCHINDUCTOR_CACHE_DIR names another folder",
+        stacklevel=levels_to_user(),
+    )
 
 
 def _text(sources: Sequence[str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import warn
 from tmm.module_monitor.likeness import differences, modes
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
@@ -462,7 +461,7 @@ class ModuleMonitor(RegisteredMetrics):
 
     def _warn_once(self, text: str) -> None:
         if self._log_once(text):
-            warnings.warn(text, MonitoringWarning, stacklevel=3)
+            warn(text)
 
     def _log_once(self, text: str) -> bool:
         is_new = text not in self._said

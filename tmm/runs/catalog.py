@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tmm.reader import open_run
-from tmm.runs.remote import fetched, is_remote
-from tmm.runs.state import STATE_NAME, State, Status
-from tmm.runtime.segment import segment_paths
-from tmm.runtime.writer import INFO_NAME, read_info
+from tmm.runs.deletion import delete_folder
+from tmm.runs.remote import fetched, is_remote, without_scheme
+from tmm.runs.samples import FOLDER as SAMPLES
+from tmm.runs.state import STATE_NAME, State, Status, parsed_time
+from tmm.runtime.info import INFO_NAME, is_info, read_info
+from tmm.runtime.segment_layout import is_segment
 
 _DEPTH = 4  # folders below a root
+_MOST_REASON = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def list_runs(
         raise FileNotFoundError(f"root={str(root)!r} is no folder")
     records = sorted(
         (_described(path) for path in _folders(Path(root))),
-        key=lambda record: (record.started or datetime.min.replace(tzinfo=UTC), record.id),
+        key=_when,
         reverse=True,
     )
     chosen: list[RunRecord] = []
@@ -93,10 +95,11 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     if is_remote(text):
         copy = fetched(text)
         atexit.register(copy.cleanup)  # whoever asks reads it later
-        query = text = str(Path(copy.name).resolve())
+        text = copy.name
+    place = os.path.expanduser(without_scheme(text))
     is_path = os.sep in text or text.startswith((".", "~"))
-    if is_path and (path := Path(text).expanduser().resolve()).is_dir():
-        if not _is_run(path):
+    if is_path and (path := Path(os.path.realpath(place))).is_dir():
+        if not _is_run(path, os.listdir(path)):
             raise LookupError(f"{text!r} is not the folder of a run")
         return _counted(_described(path))
     folders = list(_folders(Path(root))) if Path(root).is_dir() else []
@@ -116,22 +119,22 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     raise LookupError(f"no run {text!r} among the {len(records)} under {str(root)!r}{hint}")
 
 
-def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> None:
-    """Delete the folder of a run under ``root``.
+def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Delete a run under ``root``, and its folder if nothing else is in it.
+
+    Gives the names of what is in the folder and is not the run's, such as other runs: it stays.
 
     Raises ``ValueError`` for one that is running, and for a folder outside of ``root``.
     """
     if record.status == "running":
         raise ValueError(f"the run {record.id} is running; stop it first")
-    if not record.path.resolve().is_relative_to(Path(root).resolve()):
+    path, within = record.path.resolve(), Path(root).resolve()
+    if not path.is_relative_to(within):
         raise ValueError(f"{record.path} lies outside of {root}; give --root, or delete it by hand")
     if record.path.is_symlink():
         record.path.unlink()
-        return
-    # Renamed first, so that a reader never sees half of it.
-    doomed = record.path.with_name(f".{record.path.name}.deleted")
-    record.path.rename(doomed)
-    shutil.rmtree(doomed)
+        return ()
+    return delete_folder(record.path, keeps_folder=path == within)
 
 
 def runs_to_prune(
@@ -150,59 +153,64 @@ def runs_to_prune(
 
 
 def _folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The folders of runs; what links lead to is not looked at, for it may be there twice."""
+    """The folders of runs, also of runs within others; links are not followed."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError:
         return
-    if any(entry.name == INFO_NAME for entry in entries):
-        if _is_run(root):
-            yield root
-        return
+    names = [entry.name for entry in entries]
+    is_run = INFO_NAME in names and _is_run(root, names)
+    if is_run:
+        yield root
     for entry in entries:
-        if depth and entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+        is_part = entry.name.startswith(".") or (is_run and entry.name == SAMPLES)
+        if depth and not is_part and entry.is_dir(follow_symlinks=False):
             yield from _folders(Path(entry.path), depth - 1)
 
 
-def _is_run(path: Path) -> bool:
-    """Whether a folder is a run's, maybe a broken one's; others may have a ``run.json``, too."""
-    names = os.listdir(path)
-    if STATE_NAME in names or segment_paths(path):
+def _is_run(path: Path, names: Sequence[str]) -> bool:
+    """Whether a folder with files of these names is a run's, maybe a broken one's."""
+    if STATE_NAME in names or any(map(is_segment, names)):
         return True
-    try:
-        return INFO_NAME in names and "starts" in read_info(path)
-    except (ValueError, OSError):
-        return False
+    return INFO_NAME in names and is_info(path)
 
 
 def _described(path: Path) -> RunRecord:
     """What the small files of a run say; it is broken if they say what cannot be."""
     try:
-        return _read(path)
-    except (ValueError, OSError, TypeError, AttributeError, LookupError) as error:
-        reason = str(error) or type(error).__name__
-        return RunRecord(path.name, path.parent.name, path.name, path, "broken", reason)
+        info = read_info(path)
+    except (ValueError, OSError) as error:
+        return _broken(_record(path, {}), error)
+    try:
+        state = State.read(path)
+    except (ValueError, OSError) as error:
+        return _broken(_record(path, info), error)
+    return _record(path, info, state)
 
 
-def _read(path: Path) -> RunRecord:
-    info, state = read_info(path), State.read(path)
-    starts = info.get("starts") or [{}]
+def _record(path: Path, info: Mapping[str, Any], state: State | None = None) -> RunRecord:
+    start = (info.get("starts") or [{}])[0].get("time")
     if state is None:  # recorded by tmm.instrument(run=path) alone, which keeps no state
-        state = State("finished", str(starts[0].get("time", "")))
+        state = State("finished", str(start or ""))
     return RunRecord(
         id=str(info.get("id", path.name)),
         project=str(info.get("project", path.parent.name)),
         name=str(info.get("name", path.name)),
         path=path,
         status=state.status,
-        reason=state.reason,
+        reason=state.reason[:_MOST_REASON],
         config=dict(info.get("config") or {}),
         tags=tuple(info.get("tags") or ()),
         notes=str(info.get("notes", "")),
-        started=_time(str(starts[0].get("time") or state.started)),
-        ended=_time(state.ended),
+        started=parsed_time(str(start or state.started)),
+        ended=parsed_time(state.ended),
         last_step=state.last_step,
     )
+
+
+def _broken(record: RunRecord, error: Exception) -> RunRecord:
+    reason = str(error) or type(error).__name__
+    return replace(record, status="broken", reason=reason[:_MOST_REASON])
 
 
 def _counted(record: RunRecord) -> RunRecord:
@@ -212,15 +220,18 @@ def _counted(record: RunRecord) -> RunRecord:
     try:
         with open_run(record.path) as run:
             steps = run.steps
-    except (ValueError, OSError, KeyError) as error:
-        return replace(record, status="broken", reason=str(error))
+    except (ValueError, OSError) as error:
+        return _broken(record, error)
     last = int(steps[-1]) if len(steps) else record.last_step
     return replace(record, steps=len(steps), last_step=last)
 
 
-def _time(text: str) -> datetime | None:
+def _when(record: RunRecord) -> tuple[datetime, str]:
+    """What orders runs: when they started, or when their folder last changed."""
+    if record.started is not None:
+        return record.started, record.id
     try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+        changed = datetime.fromtimestamp(record.path.stat().st_mtime, UTC)
+    except (OSError, ValueError, OverflowError):  # it is gone, or the file system makes things up
+        changed = datetime.min.replace(tzinfo=UTC)
+    return changed, record.id

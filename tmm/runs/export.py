@@ -17,10 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tmm.metrics import FloatArray
-from tmm.module_monitor.files import save_by_key
 from tmm.reader import Run, StepArray
+from tmm.runs.csv_text import spreadsheet_text
+from tmm.runtime.info import INFO_NAME
 from tmm.runtime.replacing import replacing
-from tmm.runtime.writer import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
 
@@ -40,7 +40,9 @@ def export_run(
 
     ==================  ==========================================================================
     ``csv``             ``step,key,value`` in UTF-8, a row per number, by key and then by step;
-                        ``nan``, ``inf`` and ``-inf``; the numbers read back exactly
+                        ``nan``, ``inf`` and ``-inf``; the numbers read back exactly; an
+                        apostrophe comes before a key that begins with one, or that a
+                        spreadsheet would take for a formula
     ``jsonl``           an object per step, ``{"step": n, key: value, ...}``; JSON has no such
                         numbers: they are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``
     ``parquet``         the columns and rows of ``csv``: int64, dictionary of strings, double;
@@ -146,7 +148,8 @@ def _write_csv(numbers: _Numbers, path: Path) -> int:
     with path.open("x", encoding="utf-8", newline="") as file:
         file.write("step,key,value\n")
         for key, steps, values in numbers.series():
-            text = '"' + key.replace('"', '""') + '"' if _QUOTED.search(key) else key
+            cell = spreadsheet_text(key)
+            text = '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
             pairs = zip(steps.tolist(), values.tolist(), strict=True)
             file.writelines(f"{step},{text},{value!r}\n" for step, value in pairs)
             rows += len(steps)
@@ -220,6 +223,8 @@ def _groups(numbers: _Numbers) -> Iterator[list[tuple[str, StepArray, FloatArray
 
 
 def _write_hdf5(numbers: _Numbers, path: Path) -> int:
+    from tmm.module_monitor.files import save_by_key  # imports torch
+
     by_key = _ByKey(numbers)
     save_by_key(path, by_key)
     return by_key.rows

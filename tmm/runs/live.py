@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
@@ -15,15 +14,20 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.layout import StepRecord
+from tmm.gaps import UserLine, warn, words
+from tmm.layout import Event, StepRecord
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.default_spec import default_spec
+from tmm.runs.earlier import Earlier
+from tmm.runs.ended_step import EndedStep
+from tmm.runs.held import HeldFolder
 from tmm.runs.logged_values import checked_count, numbers_in
 from tmm.runs.optimizers import OptimizerFinder
+from tmm.runs.reminder import StepReminder
 from tmm.runs.samples import write_samples
 from tmm.runs.sinks import NamedSink, RunInfo, Sinks
-from tmm.runs.state import Lock, State, Status
+from tmm.runs.state import Lock, Status
 from tmm.runs.system import StepClock, SystemSampler
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
@@ -64,8 +68,13 @@ class LiveRun:
         system_seconds: float | None,
         sinks: tuple[NamedSink, ...],
         lock: Lock | None,
+        earlier: Earlier | None = None,
     ) -> None:
-        """``lock`` is held on the run's folder; None for a process that keeps nothing."""
+        """``lock`` is held on the run's folder; None for a process that keeps nothing.
+
+        ``earlier`` is what a run that goes on had recorded before.
+        """
+        self.earlier = earlier
         self.path, self.id = run.path, run.id
         self.project, self.name = run.project, run.name
         self.config, self.tags, self.notes = dict(run.config), run.tags, run.notes
@@ -83,32 +92,40 @@ class LiveRun:
         # What is open at exit is recorded first, then the writer ends: handlers run last in, first
         # out, and the writer registers its own when it starts.
         self.writer: RunWriter | SilentWriter = SilentWriter(run.path)
+        self._held = HeldFolder(run.path, lock)
+        self._is_finished = False
         if lock is not None:
-            self.writer = RunWriter(
-                run.path,
-                info=info,
-                histogram_edges=HISTOGRAM_EDGES,
-                replaces_from=run.first_step if run.repeats_steps else None,
-                started=self._register_exit,
-            )
-        self._lock = lock
-        self._state = State.begin()
-        self._write_state()
+            try:
+                self.writer = RunWriter(
+                    run.path,
+                    info=info,
+                    histogram_edges=HISTOGRAM_EDGES,
+                    replaces_from=run.first_step if run.repeats_steps else None,
+                    started=self._register_exit,
+                    ended=self._held.recording_failed,
+                )
+                self._held.begin()
+            except BaseException:
+                lock.release()
+                raise
         # Before the handler below, which runs first then: what backends do at exit ends them.
         self._sinks = Sinks(sinks, run)
         self._registry = KeyRegistry()
         self._open: StepCollector | None = None
         self._opened: StepCollector | None = None
-        self._ended: StepCollector | None = None  # the last step of the monitor
-        self._ended_before: StepCollector | None = None  # the same when it began the open one
+        self._ended: EndedStep | None = None  # the last step of the monitor
+        self._ended_before: EndedStep | None = None  # the same when it began the open one
+        self._early: StepCollector | None = None  # logged before that, and taken into it
         self._last_step: int | None = None
         self._finder: OptimizerFinder | None = None
         self._clock = StepClock()
         self._timing: dict[str, float] | None = None
+        self._reminder = StepReminder(self._tell)
+        self._begun_at = UserLine.here()
+        self._begins_own = False  # the step that the monitor begins is one of this run
         self._system = None if system_seconds is None else SystemSampler(system_seconds)
         if self._system is not None:
             self._system.start()
-        self._earlier_error = _uncaught()
         self._register_exit()
 
     # Values
@@ -136,6 +153,7 @@ class LiveRun:
         collector = self._collector()
         for key, number in numbers.items():
             collector.log(key, number, _last, of_all_ranks=False)
+            self._reminder.note_logged(collector.step, key, collector.times_logged(key))
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
         """End the open step and give the number of the next one.
@@ -151,6 +169,7 @@ class LiveRun:
         counts = checked_count("samples", samples), checked_count("tokens", tokens)
         if self.monitor is not None:
             self.monitor.open_collector()
+        self._reminder.note_step()
         self._timing = self._clock.mark(*counts)
         self._end_step(is_ended=True)
         self.current_step += 1
@@ -167,8 +186,9 @@ class LiveRun:
             OSError: if they cannot be written.
         """
         self._require_open()
-        if self._lock is None:
+        if not self.is_recorded:
             return
+        self.writer.raise_pending()
         write_samples(self.path, int(step), samples)
 
     # Models
@@ -204,13 +224,14 @@ class LiveRun:
         monitor = monitor_of(watched)
         try:
             if optimizer is not None:
-                monitor.watch(optimizer, scaler)
+                monitor.watch_found(optimizer, scaler)
             elif monitor.watches_optimizers:
                 self._finder = OptimizerFinder(monitor, scaler)
         except BaseException:
             remove(watched)
             raise
         self._begin_monitored()
+        self._reminder.count_updates(monitor.holds, lambda: self.current_step)
         return watched
 
     def attach(self, monitor: Monitor) -> None:
@@ -234,17 +255,19 @@ class LiveRun:
 
     def begins(self, collector: StepCollector) -> None:
         """The monitor begins a step; called by it."""
-        step, self._opened = collector.step, None
+        step, self._opened, self._early = collector.step, None, None
+        if not self._begins_own:
+            self._reminder.note_step()
         if self._open is not None and self._open.step == step and self._ended is None:
             collector.take_logged(self._open)
-            self._open = None
+            self._early, self._open = self._open, None
         self._flush_own()
         self._ended_before, self._ended = self._ended, None
         self.current_step = step
 
-    def evaluate(self, collector: StepCollector) -> StepRecord:
+    def evaluate(self, step: StepCollector | EndedStep) -> StepRecord:
         """Evaluate a step and hand it to the sinks; called by the writer's thread."""
-        record = collector.record()
+        record = step.record()
         self._sinks.take(record)
         return record
 
@@ -255,22 +278,26 @@ class LiveRun:
             self._clock.mark()
             self.drops(collector)
             return
-        self._ended = collector
+        self._ended = self._known_of(collector.step)
         if collector.monitored or collector.holds_values:
             self._add_own_values(collector)
             self._last_step = collector.step
+            self._ended = EndedStep(collector.step, (collector,))
         elif self._timing is None:
             self._clock.mark()  # so that the next step is not taken for both
 
     def discards(self) -> None:
-        """The monitor has forgotten its open step: what is logged now belongs to the one before."""
-        self._ended = self._ended_before
+        """The monitor forgets its open step: what is logged now belongs to the one before.
+
+        What was logged before it began waits again for the step that comes.
+        """
+        self._ended, self._open, self._early = self._ended_before, self._early, None
 
     def drops(self, collector: StepCollector) -> None:
         """The monitor drops a step, whose logged values are kept; called by it."""
-        self._ended = StepCollector(collector.step, self._registry, monitored=False)
+        self._ended = self._known_of(collector.step)
         if collector.holds_logged:
-            self._ended.take_logged(collector)
+            self._ended = self._ended.with_part(collector.logged())
             self._submit(self._ended)
 
     def detach(self) -> None:
@@ -289,17 +316,17 @@ class LiveRun:
 
     def fail(self, error: BaseException) -> None:
         """Close the run as failed."""
-        self._end("failed", f"{type(error).__name__}: {error}")
+        self._end("failed", words(error))
 
     @property
     def is_recorded(self) -> bool:
         """Whether this process keeps what it takes, rather than another rank."""
-        return self._lock is not None
+        return self._held.is_recorded
 
     @property
     def is_finished(self) -> bool:
         """Whether the run was closed."""
-        return self._state.status != "running"
+        return self._is_finished
 
     def __enter__(self) -> LiveRun:
         return self
@@ -316,41 +343,53 @@ class LiveRun:
             self.fail(error)
 
     def _end(self, status: Status, reason: str) -> None:
-        if self.is_finished or self._state.process != os.getpid():
+        if self.is_finished or self._held.process != os.getpid():
             return
         atexit.unregister(self._finish_at_exit)
         failure: BaseException | None = None
         try:
-            self._close(is_ended=status == "failed")  # by what failed, in the middle of a step
+            try:
+                if status != "failed":
+                    self._reminder.note_end(self.current_step)
+            finally:
+                self._close(is_ended=status == "failed")  # by what failed, in a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure
         if lost is not None and status != "failed":
-            status, reason = "failed", f"{type(lost).__name__}: {lost}"
-        self._sinks.close(status)
-        self._state = self._state.end(status, reason, self._last_step)
-        self._write_state()
-        if self._lock is not None:
-            self._lock.release()
+            status, reason = "failed", words(lost)
+        self._is_finished = True
+        try:
+            self._sinks.close(status)
+        finally:
+            try:
+                self._held.end(status, reason, self._last_step)
+            except OSError as error:
+                failure = failure or error
         if failure is not None:
             raise failure
-
-    def _write_state(self) -> None:
-        if self._lock is not None:
-            self._state.write(self.path)
 
     def _register_exit(self) -> None:
         atexit.unregister(self._finish_at_exit)
         atexit.register(self._finish_at_exit)
 
     def _finish_at_exit(self) -> None:
-        error = _uncaught()
-        if error is None or error is self._earlier_error:
+        error = self._held.uncaught()
+        if error is None:
             self.finish()
         else:
             self.fail(error)
 
+    def _tell(self, step: int, text: str) -> None:
+        """Say what was forgotten, and keep it in the run."""
+        if self.monitor is not None:
+            self.monitor.tell("run.step", step, text)
+            return
+        warn(text, self._begun_at)
+        self.writer.submit(StepRecord(step, events=(Event(step, "gap", text),)))
+
     def _close(self, *, is_ended: bool) -> None:
+        self._reminder.stop()
         if self._finder is not None:
             self._finder.stop()
         if self._system is not None:
@@ -385,6 +424,7 @@ class LiveRun:
                     f"step={step} is not the step {self.current_step} that the monitor has open;"
                     " leave out step="
                 )
+            self._reminder.note_step()
             self._end_step(is_ended=True)
             self.current_step = int(step)
             if self.monitor is not None:
@@ -392,7 +432,11 @@ class LiveRun:
 
     def _begin_monitored(self) -> None:
         assert self.monitor is not None
-        self.monitor.begin_step(self.current_step)
+        self._begins_own = True
+        try:
+            self.monitor.begin_step(self.current_step)
+        finally:
+            self._begins_own = False
         self._opened = self.monitor.open_collector()
 
     def _end_step(self, *, is_ended: bool) -> None:
@@ -412,18 +456,26 @@ class LiveRun:
             return
         if self._ended is None:
             self._add_own_values(collector)
-        self._submit(collector, earlier=self._ended)
+            ended = EndedStep(collector.step, (collector,))
+        else:
+            ended = self._ended.with_part(collector)
+        try:
+            self._submit(ended)
+        except (KeyboardInterrupt, SystemExit):
+            self._open = collector  # it is recorded when the run ends
+            raise
+        self._ended = ended if self._ended is not None else None
 
-    def _submit(self, collector: StepCollector, earlier: StepCollector | None = None) -> None:
-        self._last_step = collector.step
+    def _submit(self, ended: EndedStep) -> None:
+        self._last_step = ended.step
         # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
-        wait = _WAIT if collector.is_on_host else 0.0
-        self.writer.submit(partial(self._extend, collector, earlier), wait_seconds=wait)
+        wait = _WAIT if ended.is_on_host else 0.0
+        self.writer.submit(partial(self.evaluate, ended), wait_seconds=wait)
 
-    def _extend(self, collector: StepCollector, earlier: StepCollector | None) -> StepRecord:
-        """What was logged after the end of a step, with what ``earlier`` has recorded of it."""
-        late = self.evaluate(collector)
-        return late if earlier is None else earlier.record().extended(late)
+    def _known_of(self, step: int) -> EndedStep:
+        """What was recorded of a step before it began for the last time."""
+        before = self._ended_before
+        return before if before is not None and before.step == step else EndedStep(step)
 
     def _add_own_values(self, collector: StepCollector) -> None:
         values = self._clock.mark() if self._timing is None else self._timing
@@ -436,18 +488,13 @@ class LiveRun:
 
     def _require_open(self) -> None:
         if self.is_finished:
-            raise RuntimeError(f"the run {self.id} is {self._state.status}; start another one")
-        if self._state.process != os.getpid():
+            raise RuntimeError(f"the run {self.id} is {self._held.status}; start another one")
+        if self._held.process != os.getpid():
             raise RuntimeError(
-                f"the run {self.id} belongs to process {self._state.process}: a child forked from"
+                f"the run {self.id} belongs to process {self._held.process}: a child forked from"
                 " it cannot record into it"
             )
 
 
 def _last(values: torch.Tensor) -> torch.Tensor:
     return values[-1]
-
-
-def _uncaught() -> BaseException | None:
-    """The exception that nobody caught and that ends the process, or ended an interactive line."""
-    return getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)

@@ -35,4 +35,4 @@ class OptimizerFinder:
             self._looked_at.add(optimizer)
             if self._monitor.trains(optimizer):
                 # Its own hooks run after those of all optimizers: it is measured in this step.
-                self._monitor.watch(optimizer, self._scaler)
+                self._monitor.watch_found(optimizer, self._scaler, finds_all=True)

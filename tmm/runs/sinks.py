@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import UserLine, words
 from tmm.layout import StepRecord
 from tmm.metrics import FloatArray
 from tmm.runs.state import Status
@@ -22,7 +20,8 @@ Value: TypeAlias = float | FloatArray
 
 Sink: TypeAlias = Callable[[int, Mapping[str, Value]], None]
 """Takes a step and what it recorded, by key: numbers, and histograms as arrays of shape (bins,)
-whose edges are ``tmm.HISTOGRAM_EDGES``. Steps increase; one that is recorded again comes again."""
+whose edges are ``tmm.HISTOGRAM_EDGES``. Steps increase; one that is recorded again, or to which
+values are added after its end, comes again, as a whole."""
 
 GROUP = "tmm.sinks"
 """The group of the entry points by which packages offer sinks."""
@@ -142,6 +141,7 @@ class _Delivery:
         self._status: Status = "finished"
         self._has_failed = False
         self._left_out = 0
+        self._warn = UserLine.here().warn  # the line that starts the run, for a thread has none
         self._thread = threading.Thread(target=self._run, name=f"tmm sink {name}", daemon=True)
         self._thread.start()
 
@@ -153,7 +153,7 @@ class _Delivery:
             return
         self._left_out += 1
         if self._left_out == 1:
-            _warn(
+            self._warn(
                 f"the sink {self._name} is slower than the training: {self._capacity} steps wait"
                 f" for it, and step {record.step} and others are left out"
             )
@@ -165,12 +165,12 @@ class _Delivery:
     def wait(self, until: float, seconds: float) -> None:
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            _warn(
+            self._warn(
                 f"the sink {self._name} was not done {seconds:.0f} s after the end of the run;"
                 f" {self._waiting.qsize()} steps wait for it"
             )
         elif self._left_out and not self._has_failed:
-            _warn(f"the sink {self._name} was slow and misses {self._left_out} steps")
+            self._warn(f"the sink {self._name} was slow and misses {self._left_out} steps")
 
     def _run(self) -> None:
         while (record := self._waiting.get()) is not None:
@@ -178,26 +178,28 @@ class _Delivery:
                 continue
             try:
                 self._sink(record.step, record.by_key())
-            except Exception as error:
+            except BaseException as error:  # in a thread of its own, SystemExit ends nothing else
                 self._fail(f"failed at step {record.step} and gets nothing more", error)
         close = getattr(self._sink, "close", None)
         if close is not None:
             try:
                 close(self._status)
-            except Exception as error:
+            except BaseException as error:  # as above
                 self._fail("could not be closed", error)
 
-    def _fail(self, what: str, error: Exception) -> None:
+    def _fail(self, what: str, error: BaseException) -> None:
         if not self._has_failed:  # what follows from a failure is not told
             self._has_failed = True
-            _warn(f"the sink {self._name} {what}", error)
+            self._warn(f"the sink {self._name} {what}: {words(error)}")
 
 
 def _made(point: EntryPoint) -> Sink | RunSink | None:
     try:
         sink: Sink | RunSink = point.load()()
-    except Exception as error:
-        _warn(f"the sink {point.name} of {point.value} cannot be made", error)
+    except (Exception, SystemExit) as error:
+        UserLine.here().warn(
+            f"the sink {point.name} of {point.value} cannot be made: {words(error)}"
+        )
         return None
     return sink
 
@@ -207,12 +209,6 @@ def _opened(name: str, sink: Sink | RunSink, run: RunInfo) -> Sink | OpenSink | 
         return sink
     try:
         return sink.open(run)
-    except Exception as error:
-        _warn(f"the sink {name} cannot be opened and gets nothing", error)
+    except (Exception, SystemExit) as error:
+        UserLine.here().warn(f"the sink {name} cannot be opened and gets nothing: {words(error)}")
         return None
-
-
-def _warn(what: str, error: Exception | None = None) -> None:
-    reason = "" if error is None else f": {type(error).__name__}: {error}"
-    with suppress(MonitoringWarning):  # an error, if the user filters so: it must not end anything
-        warnings.warn(f"{what}{reason}", MonitoringWarning, stacklevel=3)

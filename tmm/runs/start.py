@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tmm.ranks import other_rank
-from tmm.reader import open_run
 from tmm.runs.catalog import find_run
+from tmm.runs.claim import lock_to_resume, make_folder
+from tmm.runs.earlier import Earlier
 from tmm.runs.live import LiveRun
 from tmm.runs.sinks import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.state import Lock
@@ -78,7 +79,7 @@ def start_run(
     if system_seconds is not None and not system_seconds > 0:
         raise ValueError(f"system_seconds={system_seconds} must be positive, or None for never")
     settings = _plain(config)
-    folder.mkdir(parents=True)
+    make_folder(folder, "root")
     run = RunInfo(
         path=folder,
         id=folder.name,
@@ -115,16 +116,13 @@ def _resumed(
     sinks: tuple[NamedSink, ...],
 ) -> LiveRun:
     found = find_run(query, root)
+    lock = lock_to_resume(found.path, f"resume={str(query)!r}")
     try:
-        lock = Lock(found.path)  # before anything is read that its process may change
-    except BlockingIOError as error:
-        raise ValueError(f"resume={str(query)!r}: the run {found.id} is running already") from error
-    try:
-        with open_run(found.path) as run:
-            last = int(run.steps[-1]) if len(run.steps) else None
+        earlier = Earlier.of(found.path, step)
     except BaseException:
         lock.release()
         raise
+    last = earlier.last
     info = RunInfo(
         path=found.path,
         id=found.path.name,
@@ -137,7 +135,7 @@ def _resumed(
         resumed=True,
         last_step=last,
     )
-    return LiveRun(info, system_seconds=system_seconds, sinks=sinks, lock=lock)
+    return LiveRun(info, system_seconds=system_seconds, sinks=sinks, lock=lock, earlier=earlier)
 
 
 def _new_id() -> str:

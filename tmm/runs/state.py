@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Literal, TypeAlias, get_args
+from typing import BinaryIO, Literal, TypeAlias, get_args
 
 from tmm.runtime.replacing import replace_text
+from tmm.runtime.untrusted import open_file, parse_json, read_file
 
 try:
     import fcntl
@@ -21,9 +25,14 @@ except ImportError:  # not a Unix
 
 STATE_NAME = "state.json"
 LOCK_NAME = "alive.lock"
+_ROOM = 4096  # bytes; a block of most file systems
 
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
 STATUSES: tuple[Status, ...] = get_args(Status)
+
+_MOST_BYTES = 1 << 20
+_MOST_REASON = 100_000  # characters
+_TEXTS = ("started", "ended", "reason", "host")
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class State:
 
     def end(self, status: Status, reason: str, last_step: int | None) -> State:
         """The state when the process is done with it."""
+        reason = reason[:_MOST_REASON]
         return replace(self, status=status, reason=reason, ended=now(), last_step=last_step)
 
     def write(self, folder: Path) -> None:
@@ -60,7 +70,7 @@ class State:
         """The state that a folder holds; None for a run that nobody started as one.
 
         A run that is said to be running by a process that is gone is "crashed". Raises ValueError
-        for a damaged file.
+        for a damaged file, and OSError for one that cannot be read.
         """
         state = _read(folder / STATE_NAME)
         if state is None or state.status != "running" or _is_alive(folder, state):
@@ -73,7 +83,7 @@ class State:
 
 def _read(path: Path) -> State | None:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(read_file(path, _MOST_BYTES))
         # Later versions may say more.
         known = {field.name for field in fields(State)} & found.keys()
         state = State(**{name: found[name] for name in known})
@@ -81,9 +91,22 @@ def _read(path: Path) -> State | None:
         return None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if state.status not in STATUSES:
-        raise ValueError(f"{path} is damaged: the status {state.status!r} is unknown")
+    if (wrong := _wrong(state)) is not None:
+        raise ValueError(f"{path} is damaged: {wrong}")
     return state
+
+
+def _wrong(state: State) -> str | None:
+    """What is not of the kind that it should be."""
+    if state.status not in STATUSES:
+        return f"the status {state.status!r:.100} is unknown"
+    if not all(isinstance(getattr(state, name), str) for name in _TEXTS):
+        return f"one of {', '.join(_TEXTS)} is no text"
+    if type(state.process) is not int or state.process < 0:
+        return "'process' is no number of a process"
+    if state.last_step is not None and type(state.last_step) is not int:
+        return "'last_step' is no whole number"
+    return None
 
 
 def now() -> str:
@@ -91,18 +114,30 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def parsed_time(text: str) -> datetime | None:
+    """The time that a text of `now` tells; None for another text."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
 class Lock:
     """Held on a run's folder until ``release``, or until the process ends in whatever way.
 
-    A child that is forked does not hold it. Raises ``BlockingIOError`` where another process, or
-    another run of this one, holds it.
+    A child that is forked does not hold it. Its file also keeps some room, for what is to be said
+    on a disk that is full. Raises ``BlockingIOError`` where another process, or another run of this
+    one, holds it.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file: IO[bytes] | None = None
+        self._path = folder / LOCK_NAME
+        self._file: BinaryIO | None = None
+        file = _opened(self._path)
         if fcntl is None:
+            file.close()
             return
-        file = (folder / LOCK_NAME).open("wb")
         try:
             _take(file)
         except BlockingIOError:
@@ -112,8 +147,32 @@ class Lock:
             file.close()
             return
         self._file = file
+        self._links = os.fstat(file.fileno()).st_nlink  # some file systems count none
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _close_copy(reference))
+        with suppress(OSError):  # a disk that is full already
+            file.truncate(0)
+            file.write(bytes(_ROOM))
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it keeps others out: not where there are no locks, nor once it is released."""
+        return self._file is not None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the folder is still the one that it was taken on: neither deleted nor moved."""
+        if not self._path.exists():
+            return False
+        if self._file is None:
+            return True
+        links = os.fstat(self._file.fileno()).st_nlink
+        return links > 0 or links == self._links
+
+    def give_room(self) -> None:
+        """Give up the room that the file keeps; raises OSError."""
+        if self._file is not None:
+            os.ftruncate(self._file.fileno(), 0)
 
     def release(self) -> None:
         """Hold it no longer."""
@@ -122,7 +181,17 @@ class Lock:
             self._file = None
 
 
-def _take(file: IO[bytes]) -> None:
+def _opened(path: Path) -> BinaryIO:
+    """The file to lock. A link is not followed, nor a FIFO waited for: raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return file
+
+
+def _take(file: BinaryIO) -> None:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,25 +210,25 @@ def _close_copy(reference: weakref.ref[Lock]) -> None:
 
 
 def _is_alive(folder: Path, state: State) -> bool:
-    path = folder / LOCK_NAME
-    if fcntl is not None and path.exists():
+    if fcntl is not None:
         try:
-            with path.open("rb") as file:
+            with open(open_file(folder / LOCK_NAME), "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
-            pass  # it cannot be tried here
+        except (OSError, ValueError):
+            pass  # there is none, or it cannot be tried here
         else:
             return False
-    return state.host != platform.node() or _is_running(state.process)
+    return state.host != platform.node() or is_running(state.process)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this machine runs a process of that number."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # more than any process has
         return False
     except OSError:
         return True
-    return True
+    return process > 0

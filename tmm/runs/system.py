@@ -12,14 +12,13 @@ import math
 import os
 import threading
 import time
-import warnings
 import weakref
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
-from tmm.gaps import MonitoringWarning
+from tmm.gaps import UserLine
 from tmm.runs.probes import Probe, Values, all_probes
 
 _JOIN_SECONDS = 2.0  # a driver that hangs must not keep the training from its end
@@ -136,6 +135,7 @@ class _Sampling:
         self._stale_seconds = max(_STALE_INTERVALS * interval, _STALE_SECONDS)
         self._sample = _Sample({}, -math.inf)
         self._process = os.getpid()
+        self._started_at = UserLine.here()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="tmm system metrics", daemon=True)
 
@@ -171,7 +171,7 @@ class _Sampling:
             while not self._end.wait(pause):
                 probes = self._take(probes, failures)
                 if failures:
-                    _say(failures)
+                    _say(failures, self._started_at)
                     failures = []
                 pause = self._interval
 
@@ -182,7 +182,7 @@ class _Sampling:
         for probe in probes:
             try:
                 values.update(probe.read())
-            except Exception as error:  # a driver's own classes; the training is not to notice
+            except BaseException as error:  # a driver's own classes; it ends nothing in a thread
                 failures.append(f"{probe.name} ({error!r})")
             else:
                 working.append(probe)
@@ -196,11 +196,9 @@ def _optional(name: str) -> ModuleType | None:
     except ImportError:
         return None
     except Exception as error:  # such as a psutil that does not know the system
-        _say([f"what {name} measures ({error!r})"])
+        _say([f"what {name} measures ({error!r})"], UserLine.here())
         return None
 
 
-def _say(failures: list[str]) -> None:
-    text = f"system metrics are left out from now on: {', '.join(failures)}"
-    with suppress(MonitoringWarning):  # an error, if the user filters so, for which nobody waits
-        warnings.warn(text, MonitoringWarning, stacklevel=2)
+def _say(failures: list[str], line: UserLine) -> None:
+    line.warn(f"system metrics are left out from now on: {', '.join(failures)}")

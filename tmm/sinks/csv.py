@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from tmm.runs.csv_text import spreadsheet_text
 from tmm.runs.sinks import RunInfo, Value
 from tmm.sinks.common import check_keys, numbers
 from tmm.sinks.lines import StepFile
@@ -21,7 +22,8 @@ class CSVSink:
     """Writes ``step,key,value``, one row for each number, as ``tmm runs export`` does.
 
     A row needs no column of its own key, so that keys may come later. Numbers read back exactly;
-    others are ``nan``, ``inf`` and ``-inf``. Histograms are left out.
+    others are ``nan``, ``inf`` and ``-inf``. Histograms are left out. A key that a spreadsheet
+    would take for a formula, or that begins with an apostrophe, has an apostrophe before it.
 
     Attributes:
         path: the file; ``values.csv`` in the folder of the run without it. A run that is resumed
@@ -44,5 +46,9 @@ class CSVSink:
 def _rows(step: int, values: Mapping[str, Value]) -> bytes:
     text = StringIO()
     rows = numbers(values, None).items()
-    csv.writer(text, lineterminator="\n").writerows((step, key, value) for key, value in rows)
+    plain = csv.writer(text, lineterminator="\n")
+    # It leaves a carriage return bare, where readers see the end of a row.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for key, value in rows:
+        (quoted if "\r" in key else plain).writerow((step, spreadsheet_text(key), value))
     return text.getvalue().encode("utf-8", "surrogatepass")

@@ -28,7 +28,8 @@ class MLflowSink:
 
     MLflow's own active run is left alone. ``metric_name`` says how keys are written there. NaN is
     kept; infinities are in a file store, a database has ±1.8e308. Histograms are left out. MLflow
-    keeps all that it was given: where a resumed run repeats steps, they are not logged again.
+    keeps all that it was given: what comes again of a step, as in a resumed run, is not logged
+    again.
 
     Attributes:
         tracking_uri: the server or database; that of ``mlflow`` without it.
@@ -75,17 +76,21 @@ class OpenMLflow:
     ) -> None:
         self._mlflow, self._client, self._run = mlflow, client, run
         self._keys, self._next_step = keys, first_step
+        self._known: set[str] | None = None  # keys of the step before that, if it is of this start
         self._may_be_there = True
 
     def __call__(self, step: int, values: Mapping[str, Value]) -> None:
-        """Log the numbers of a step."""
-        if step < self._next_step:
+        """Log the numbers of a step, or those that are added to the last one."""
+        if step >= self._next_step:
+            self._known = set()
+        elif self._known is None or step < self._next_step - 1:
             return
+        found = {k: v for k, v in numbers(values, self._keys).items() if k not in self._known}
+        self._known |= found.keys()
         now = int(time.time() * 1000)
         entities = self._mlflow.entities
         metrics = [
-            entities.Metric(metric_name(key), value, now, step)
-            for key, value in numbers(values, self._keys).items()
+            entities.Metric(metric_name(key), value, now, step) for key, value in found.items()
         ]
         # What arrives last says that the step is whole. The first one may have arrived before the
         # process was killed, without that.

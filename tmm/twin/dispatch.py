@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from tmm.twin.compile_settings import room_for_two
 from tmm.twin.foreign import foreign_pass, transform
 from tmm.twin.regions import COMPILED_CALL, Region, install
 from tmm.twin.twin import Twin, running_twin
+
+_MARK = "tmm_run_ended"
+"""Attribute of a call that was put back when a run ended."""
 
 
 @dataclass(eq=False)
@@ -64,7 +68,10 @@ class Dispatch:
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def choose(self) -> Any:
-        """The callable that one call is to run, while a step is monitored or after one that was."""
+        """The callable that one call is to run, unless no step is monitored nor was just before.
+
+        Before the first step it is asked, too, to notice that nobody opens one.
+        """
         if torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass inside of the backward pass. It must
             # save what the first one saved, and must not be counted again.
@@ -72,6 +79,8 @@ class Dispatch:
             return self._repeat if repeats else self.plain
         running = running_twin()
         if running is None:
+            if self.monitor.is_unused and self.region is self.twin.root:
+                self.monitor.note_unused_pass()
             is_monitored = self.monitor.is_monitoring()
             if is_monitored and (foreign := foreign_pass()) is not None:
                 self.monitor.pass_by(foreign)
@@ -115,7 +124,7 @@ def attach(dispatch: Dispatch) -> Callable[..., Any]:
     monitor, plain, choose = dispatch.monitor, dispatch.plain, dispatch.choose
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if monitor.recording or dispatch.ran_twin:
+        if monitor.recording or dispatch.ran_twin or monitor.is_unused:
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 
@@ -130,15 +139,30 @@ def stands(dispatch: Dispatch) -> bool:
     return holder is None or dispatch_of(holder.__dict__.get(attribute)) is dispatch
 
 
-def detach(dispatch: Dispatch) -> None:
-    """Put back what stood in the place of ``dispatch``, unless something else took it since."""
+def detach(dispatch: Dispatch, *, is_mark_left: bool = False) -> None:
+    """Put back what stood in the place of ``dispatch``, unless something else took it since.
+
+    With ``is_mark_left``, ``bears_mark`` tells of the model later; nothing else notices it.
+    """
     holder, attribute = dispatch.region.holder, dispatch.region.attribute
     if holder is None or not stands(dispatch):
         return
-    if dispatch.original is None:
-        del holder.__dict__[attribute]
+    original = dispatch.original
+    if original is not None:
+        holder.__dict__[attribute] = original
+        if isinstance(original, FunctionType):
+            vars(original)[_MARK] = is_mark_left
+    elif is_mark_left and attribute == COMPILED_CALL:
+        holder.__dict__[attribute] = None  # as torch has it by default
     else:
-        holder.__dict__[attribute] = dispatch.original
+        del holder.__dict__[attribute]
+
+
+def bears_mark(model: object) -> bool:
+    """Whether a model was instrumented until its run ended."""
+    return any(
+        call is None or getattr(call, _MARK, False) for call in _calls_of(model, absent=False)
+    )
 
 
 def dispatch_of(call: object) -> Dispatch | None:
@@ -149,15 +173,20 @@ def dispatch_of(call: object) -> Dispatch | None:
 
 def root_dispatch(model: object) -> Dispatch | None:
     """The dispatch by which ``model``, a module or function, is instrumented."""
-    calls: list[object] = [model]
-    if isinstance(model, torch.nn.Module):
-        calls = [model.__dict__.get(COMPILED_CALL)]
-        if isinstance(model, OptimizedModule):
-            calls = [model.__dict__.get("forward"), model._orig_mod.__dict__.get(COMPILED_CALL)]
-    for call in calls:
+    for call in _calls_of(model):
         dispatch = dispatch_of(call)
         while dispatch is not None:
             if dispatch.is_root:
                 return dispatch
             dispatch = dispatch_of(dispatch.original)
     return None
+
+
+def _calls_of(model: object, absent: object = None) -> list[object]:
+    """What may stand where a dispatch of ``model`` does; ``absent`` where nothing does."""
+    if isinstance(model, OptimizedModule):
+        inner = model._orig_mod.__dict__.get(COMPILED_CALL, absent)
+        return [model.__dict__.get("forward", absent), inner]
+    if isinstance(model, torch.nn.Module):
+        return [model.__dict__.get(COMPILED_CALL, absent)]
+    return [model]

@@ -86,6 +86,9 @@ class Recorder(Protocol):
     def follow(self, outputs: Sequence[object]) -> None:
         """A graph of a step function has given ``outputs``."""
 
+    def parameters_without_rows(self) -> dict[str, str]:
+        """Parameters that a rule matches and that had no rows so far, with the reason."""
+
     def note_failure(self, error: Exception) -> None:
         """The step is lost, as something of it could not be measured; raises in the first one."""
 

@@ -54,8 +54,8 @@ class Judge:
     def __init__(self, path: Path, detectors: tuple[tuple[str, Detector], ...]) -> None:
         self.findings = Findings()
         self._path, self._detectors = path, detectors
-        self._turn = threading.Lock()  # held while files are read
-        self._stopped, self._awake = threading.Event(), threading.Event()
+        self._gate = _Gate()
+        self._awake = threading.Event()
         self._hurry = False
         self._thread = threading.Thread(target=self._run, name="tmm watch", daemon=True)
 
@@ -80,16 +80,14 @@ class Judge:
         traceback: TracebackType | None,
     ) -> None:
         # The thread may compute for seconds. It need not be waited for, if only it is not inside
-        # of HDF5, whose lock an ending interpreter takes.
-        self._stopped.set()
+        # of HDF5, and has nothing of it to close: an ending interpreter takes HDF5's lock.
+        self._gate.close()
         self._awake.set()
-        with self._turn:
-            pass
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._gate.is_closed:
             try:
-                run = _StoppableRun(self._path, self._turn, self._stopped)
+                run = _StoppableRun(self._path, self._gate)
                 with closing(run):
                     while True:
                         self._pause(self._look(run))
@@ -115,34 +113,51 @@ class _Stopped(BaseException):
     """Nobody wants to know any more; no error, and none that a detector may catch."""
 
 
-@dataclass(eq=False)
 class _Gate:
-    turn: threading.Lock
-    stopped: threading.Event
+    """What a thread passes for each look at files, until it is closed by another thread."""
 
-    def passed(self, read: Callable[[], _Result]) -> _Result:
-        with self.turn:
-            if self.stopped.is_set():
+    def __init__(self) -> None:
+        self.is_closed = False
+        self._turn = threading.Lock()  # held while files are read
+        self._run: _StoppableRun | None = None  # whose files may be open
+
+    def passed(self, run: _StoppableRun, read: Callable[[], _Result]) -> _Result:
+        """What ``read`` returns; raises `_Stopped` once the gate is closed."""
+        with self._turn:
+            if self.is_closed:
                 raise _Stopped
+            self._run = run
             return read()
+
+    def close(self) -> None:
+        """Let nothing pass any more, and close the files here: the thread would do it anytime."""
+        with self._turn:
+            self.is_closed = True
+            if self._run is not None:
+                HeldRun.close(self._run)
+
+    def close_files(self) -> None:
+        """Close the files for the thread that reads them; it is too late if the gate is closed."""
+        with self._turn:
+            if self._run is not None and not self.is_closed:
+                HeldRun.close(self._run)
 
 
 class _StoppableRun(HeldRun):
-    """A run of which nothing is read any more once it is stopped."""
+    """A run of which nothing is read any more once its gate is closed."""
 
-    def __init__(self, path: Path, turn: threading.Lock, stopped: threading.Event) -> None:
-        self._gate = _Gate(turn, stopped)
+    def __init__(self, path: Path, gate: _Gate) -> None:
+        self._gate = gate
         super().__init__(path)
 
     def catch_up(self) -> Extent:
-        return self._gate.passed(super().catch_up)
+        return self._gate.passed(self, super().catch_up)
 
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
-        return self._gate.passed(lambda: super(_StoppableRun, self).series(key))
+        return self._gate.passed(self, lambda: super(_StoppableRun, self).series(key))
 
     def close(self) -> None:
-        with self._gate.turn:
-            super().close()
+        self._gate.close_files()
 
 
 def _guarded(name: str, detector: Detector, failures: list[str]) -> Detector:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tmm.analysis.anomaly import Severity
 from tmm.layout import Event, KeyInfo
-from tmm.runtime.segment import segment_paths
+from tmm.runtime.segment_layout import segment_paths
 from tmm.watching.choice import choose_keys
 from tmm.watching.held_run import HeldRun
 from tmm.watching.judge import Findings

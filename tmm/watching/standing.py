@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tmm.runs.state import State
+from tmm.runs.state import State, is_running, parsed_time
 
 
 @dataclass(frozen=True)
@@ -40,38 +39,19 @@ def standing(path: Path, info: Mapping[str, Any]) -> Standing:
         state = State.read(path)
     if state is None:
         return _of_process(info)
-    end = _time(state.ended) if state.ended else datetime.now(UTC)
-    start = _time(state.started)
+    end = parsed_time(state.ended) if state.ended else datetime.now(UTC)
+    start = parsed_time(state.started)
     known = state.status != "crashed" and start is not None and end is not None
     seconds = (end - start).total_seconds() if known and start and end else None
     return Standing(state.status, state.reason, seconds, state.status != "running")
 
 
 def _of_process(info: Mapping[str, Any]) -> Standing:
-    starts = info.get("starts")
-    last = starts[-1] if isinstance(starts, list) and starts else {}
-    process, start = last.get("process"), _time(str(last.get("time")))
-    if last.get("host") != platform.node() or not isinstance(process, int) or process <= 0:
+    last = (info.get("starts") or [{}])[-1]
+    process, start = last.get("process"), parsed_time(str(last.get("time")))
+    if last.get("host") != platform.node() or type(process) is not int or process <= 0:
         return Standing("unknown", "its process is on another machine", None, False)
-    if not _is_alive(process):
+    if not is_running(process):
         return Standing("gone", "", None, True)
     seconds = None if start is None else (datetime.now(UTC) - start).total_seconds()
     return Standing("alive", "", seconds, False)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # somebody else's
-    return True
-
-
-def _time(text: str) -> datetime | None:
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

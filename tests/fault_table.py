@@ -1,0 +1,267 @@
+"""Faults that the tests must catch: see ``tests/deliberate_faults.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: ``faulty`` in the place of ``sound``, which stands in ``file`` exactly once.
+
+    ``tests`` are the files, or single tests, that are to catch it.
+    """
+
+    name: str
+    file: str
+    sound: str
+    faulty: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    # Numbers
+    Fault(
+        "columns_in_another_order",
+        "tmm/kernels/host_operator.cpp",
+        '"minimum",\n    "maximum",',
+        '"maximum",\n    "minimum",',
+        ("tests/test_host.py",),
+    ),
+    Fault(
+        "moment_of_means_left_out",
+        "tmm/kernels/host.cpp",
+        "left.moment2 += right.moment2 + square * cross;",
+        "left.moment2 += right.moment2;",
+        ("tests/test_host.py",),
+    ),
+    Fault(
+        "nan_counted_as_zero",
+        "tmm/kernels/host.cpp",
+        "zeros += value == 0 ? 1.0 : 0.0;",
+        "zeros += value < 0 || value > 0 ? 0.0 : 1.0;",
+        ("tests/test_host.py",),
+    ),
+    Fault(
+        "statistic_of_another_column",
+        "tmm/kernels/torch_rows.py",
+        '"sum_absolute": lambda: total(values.abs()),',
+        '"sum_absolute": lambda: total(values),',
+        ("tests/test_kernels.py",),
+    ),
+    Fault(
+        "std_of_a_population",
+        "tmm/metrics.py",
+        'columns["moment2"] / (columns["count"] - 1)  # 0/0',
+        'columns["moment2"] / columns["count"]  # 0/0',
+        ("tests/test_metrics.py",),
+    ),
+    Fault(
+        "micro_batches_averaged",
+        "runtime/collector.py",
+        "merge(self.reduction, own, rows) if known == sites",
+        "merge(self.reduction, own, rows * (own[:, :1] / rows[:, :1])) if known == sites",
+        ("tests/test_truth.py::test_micro_batches_of_different_sizes_are_joined",),
+    ),
+    Fault(
+        "nan_of_a_rank_forgotten",
+        "runtime/joined_rows.py",
+        "columns[name] = np.where(columns[name] > 0, np.nan, values)",
+        "columns[name] = values",
+        ("tests/test_joined_rows.py",),
+    ),
+    Fault(
+        "rank_counted_twice",
+        "runtime/cross_rank.py",
+        "total = self._collectives.total(sums(own))",
+        "total = self._collectives.total(sums(own)) + sums(own)",
+        ("tests/test_cross_rank.py",),
+    ),
+    Fault(
+        "key_collision_joined",
+        "runtime/key_owners.py",
+        "if known != owner:",
+        "if known is None:",
+        ("tests/test_key_owners.py",),
+    ),
+    # Attention
+    Fault(
+        "attention_heads_swapped",
+        "tmm/kernels/attention_host.cpp",
+        "std::memcpy(call.result + head *",
+        "std::memcpy(call.result + (call.heads - 1 - head) *",
+        ("tests/test_attention_kernels.py",),
+    ),
+    Fault(
+        "attention_mask_ignored",
+        "passes/find_attention.py",
+        "masks = (Mask.of(mask),) if isinstance(mask, Node) else ()\n    query, key, value = (",
+        "masks: tuple[Mask, ...] = ()\n    query, key, value = (",
+        ("tests/test_attention.py::test_forms_of_a_call",),
+    ),
+    # Forward and backward passes
+    Fault(
+        "repetition_of_a_checkpoint_counted",
+        "tmm/twin/twin.py",
+        "discarding, self._discarding = self._discarding, True",
+        "discarding, self._discarding = self._discarding, False",
+        (
+            "tests/test_forward_passes.py::test_a_checkpointed_call_of_the_model_counts_once",
+            "tests/test_unusual_models.py::test_recomputed_blocks_count_once",
+        ),
+    ),
+    Fault(
+        "repetition_of_an_outside_call_counted",
+        "tmm/twin/twin.py",
+        "_current_graph_task_id() == -1  # no repetition",
+        "_current_graph_task_id() >= -1  # no repetition",
+        ("tests/test_outside_calls.py",),
+    ),
+    Fault(
+        "evaluation_counted_as_training",
+        "tmm/forward_passes.py",
+        "apart = frozenset(passes) - counted",
+        "apart = frozenset[ForwardPass]()",
+        ("tests/test_forward_passes.py",),
+    ),
+    Fault(
+        "probe_cuts_a_gradient",
+        "passes/insert_probes.py",
+        "    if not is_grad_enabled:\n        place.refusal",
+        "    if example is None:\n        place.refusal",
+        ("tests/test_activation_gradients.py",),
+    ),
+    Fault(
+        "graph_break_in_the_monitored_program",
+        "tmm/twin/outputs.py",
+        "    for path, tensor in tensors_in(output):\n        if tensor.requires_grad and",
+        "    torch._dynamo.graph_break()\n"
+        "    for path, tensor in tensors_in(output):\n        if tensor.requires_grad and",
+        ("tests/test_undisturbed.py::test_each_program_compiles_once",),
+    ),
+    Fault(
+        "random_state_advanced",
+        "runtime/eager.py",
+        "        state.restore()  # the training's random numbers are not the metric's",
+        "        pass",
+        ("tests/test_module_monitor.py::test_metrics_leave_the_random_numbers_alone",),
+    ),
+    Fault(
+        "hook_left_behind",
+        "tmm/watched_optimizer.py",
+        "        self._before.remove()\n        self._after.remove()",
+        "        self._before.remove()",
+        ("tests/test_parameters.py::test_removing_takes_the_hooks_off",),
+    ),
+    # References
+    Fault(
+        "reference_shares_memory",
+        "tmm/reference.py",
+        "kept = tensor.to(device, wanted, copy=copies)",
+        "kept = tensor.to(device, wanted)",
+        ("tests/test_reference_state.py",),
+    ),
+    Fault(
+        "reference_with_a_dropout_of_its_own",
+        "passes/shared_masks.py",
+        "    if mask.dtype != torch.bool:\n"
+        "        return input * mask\n"
+        "    return input * mask * (1 / (1 - p) if p < 1 else 0.0)\n",
+        "    return functional.dropout(input, p, True)\n",
+        ("tests/test_reference.py",),
+    ),
+    Fault(
+        "reference_from_another_random_state",
+        "tmm/twin/compare.py",
+        "        state = RandomState.capture()\n",
+        "        state = RandomState.capture()\n        torch.rand(())\n",
+        ("tests/test_reference.py::test_ways",),
+    ),
+    # Optimizers
+    Fault(
+        "gradient_unscaled_twice",
+        "tmm/optimizers.py",
+        'if state is not None and state["stage"] is not OptState.READY:',
+        'if state is not None and state["stage"] is OptState.STEPPED:',
+        ("tests/test_parameters.py",),
+    ),
+    Fault(
+        "update_relative_to_weights_after_it",
+        "tmm/parameters.py",
+        "measure(now, reference=before, choose=_reads_both)",
+        "measure(before, reference=now, choose=_reads_both)",
+        ("tests/test_parameters.py::test_updates_equal_differences_of_copies",),
+    ),
+    Fault(
+        "nested_step_counted_twice",
+        "tmm/nested_optimizers.py",
+        "return self.place == 0",
+        "return True",
+        ("tests/test_nested_optimizers.py",),
+    ),
+    # Runs
+    Fault(
+        "step_number_off_by_one",
+        "tmm/runs/live.py",
+        "step = self.current_step if self._ended is None else self._ended.step",
+        "step = self.current_step if self._ended is None else self._ended.step + 1",
+        ("tests/test_runs.py::test_what_is_logged_between_steps_belongs_to_the_one_that_ended",),
+    ),
+    Fault(
+        "last_step_lost_by_the_run",
+        "tmm/runs/live.py",
+        "if self._opened is not None:\n                    self._end_step(",
+        "if self._opened is None:\n                    self._end_step(",
+        ("tests/test_runs.py::test_a_watched_model_is_recorded_in_the_steps_of_the_run",),
+    ),
+    Fault(
+        "last_step_lost_by_the_writer",
+        "runtime/writer.py",
+        "            if not self._waiting:\n                return None\n",
+        "            if not self._waiting or self.ended:\n                return None\n",
+        ("tests/test_writer.py",),
+    ),
+    Fault(
+        "lock_not_released",
+        "tmm/runs/live.py",
+        "        if self._lock is not None:\n            self._lock.release()\n",
+        "",
+        ("tests/test_runs.py::test_a_run_goes_on",),
+    ),
+    Fault(
+        "resume_overwrites_earlier_steps",
+        "tmm/runs/live.py",
+        "replaces_from=run.first_step if run.repeats_steps else None,",
+        "replaces_from=0 if run.repeats_steps else None,",
+        ("tests/test_runs.py::test_a_run_goes_back_to_the_step_of_a_checkpoint",),
+    ),
+    Fault(
+        "torn_tail_read_as_data",
+        "runtime/segment_reader.py",
+        'if not 0 < last["file_bytes"] <= size:',
+        'if not 0 < last["file_bytes"]:',
+        ("tests/test_segment.py",),
+    ),
+    # What users get of them
+    Fault(
+        "sink_without_the_last_row",
+        "tmm/sinks/csv.py",
+        "for key, value in rows)",
+        "for key, value in [*rows][:-1])",
+        ("tests/test_sinks.py",),
+    ),
+    Fault(
+        "export_with_a_column_shifted",
+        "tmm/runs/export.py",
+        "pairs = zip(steps.tolist(), values.tolist(), strict=True)",
+        "pairs = zip(steps.tolist(), np.roll(values, 1).tolist(), strict=True)",
+        ("tests/test_export.py",),
+    ),
+    Fault(
+        "detector_that_never_fires",
+        "tmm/analysis/detectors/loss.py",
+        "episodes(losses, scores > medium, badness=scores)",
+        "episodes(losses, scores > np.inf, badness=scores)",
+        ("tests/test_detectors.py",),
+    ),
+)
