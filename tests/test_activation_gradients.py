@@ -236,14 +236,16 @@ def test_ways(name: str, way: Way) -> None:
         pytest.skip(str(error))
 
 
-ORDINARY = ("Sequential", "GPT2LMHeadModel")
-ARCHITECTURES = [pytest.param(name, marks=() if name in ORDINARY else SLOW) for name in CASES]
+ORDINARY = (("Sequential", "aot_eager"), ("GPT2LMHeadModel", "eager"))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_architectures(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*ORDINARY, *(pytest.param(n, "aot_eager", marks=SLOW) for n in CASES if n != "Sequential")],
+)
+def test_architectures(name: str, backend: str) -> None:
     case = CASES[name]
-    check(case.build(), [case.batch()], WAYS["whole"], spec=BOTH)
+    check(case.build(), [case.batch()], WAYS["whole"], backend, BOTH)
 
 
 def test_several_losses_and_retained_graphs_are_joined() -> None:

@@ -188,36 +188,36 @@ def padded(batch: dict[str, Any]) -> dict[str, Any]:
     return batch | {"attention_mask": mask}
 
 
-# Under aot_eager one model: what it does to attention shows in the forms of a call below.
+# What a compiler does to attention shows in the forms of a call below. Of T5 it is its own that
+# is unlike all others: it adds positions.
+OWN, BOTH = ("eager",), ("sdpa", "eager")
 QUICK = {
-    "GPT2LMHeadModel": "eager",
-    "LlamaForCausalLM": "eager",
-    "BertForMaskedLM": "aot_eager",
-    "T5ForConditionalGeneration": "eager",
+    "GPT2LMHeadModel": BOTH,
+    "LlamaForCausalLM": BOTH,
+    "BertForMaskedLM": BOTH,
+    "T5ForConditionalGeneration": OWN,
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"),
+    ("name", "backend", "implementations"),
     [
-        *QUICK.items(),
-        *(
-            pytest.param(name, "aot_eager", marks=pytest.mark.slow)
-            for name in NAMES
-            if QUICK.get(name) != "aot_eager"
-        ),
+        *((name, "eager", implementations) for name, implementations in QUICK.items()),
+        *(pytest.param(name, "aot_eager", BOTH, marks=pytest.mark.slow) for name in NAMES),
     ],
 )
-def test_models_with_torch_s_attention_and_with_their_own(name: str, backend: str) -> None:
+def test_models_with_torch_s_attention_and_with_their_own(
+    name: str, backend: str, implementations: tuple[str, ...]
+) -> None:
     module = sharpened(CASES[name].build()).eval()
     batch = padded(dict(CASES[name].batch()))
     module.set_attn_implementation("sdpa")
     want = expected(module, [batch])
     assert any(value.value > 0.5 for key, value in want.items() if "max_prob" in key)
-    check(module, batch, want=want, backend=backend)
-    module.set_attn_implementation("eager")
-    torch._dynamo.reset()
-    explanation = check(module, batch, want=want, backend=backend)
+    for implementation in implementations:
+        torch._dynamo.reset()
+        module.set_attn_implementation(implementation)
+        explanation = check(module, batch, want=want, backend=backend)
     assert not [name for name in explanation.unmeasured if "(attention)" in name]
 
 
@@ -296,19 +296,24 @@ class All(nn.Module):
         return {name: form(x) for name, form in self.forms.items()}
 
 
-UNDER_INDUCTOR = {name: CALLS[name] for name in ("causal", "float mask", "grouped")}
+# A few are enough to see that a compiler keeps the operator.
+FEW = {name: CALLS[name] for name in ("causal", "float mask", "grouped", "twice")}
+ONE = {"float mask": CALLS["float mask"]}
 
 
 @pytest.mark.parametrize(
     ("calls", "backend"),
-    # Three are enough to see that Inductor keeps the operator.
-    [(CALLS, "aot_eager"), (UNDER_INDUCTOR, "inductor")],
-    ids=["aot_eager", "inductor"],
+    [
+        *[(CALLS, "eager"), (FEW, "aot_eager"), (ONE, "inductor")],
+        *[pytest.param(CALLS, name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")],
+    ],
+    ids=["all-eager", "few-aot_eager", "one-inductor", "all-aot_eager", "all-inductor"],
 )
 def test_forms_of_a_call(calls: dict[str, Callable[..., Any]], backend: str) -> None:
     torch.manual_seed(0)
     module = All(calls)
-    batches = [batch_of(3, 7), batch_of(2 if backend == "aot_eager" else 3, 7)]
+    # A second size is compiled again, for any size, which takes long.
+    batches = [batch_of(3, 7), batch_of(2 if calls is CALLS else 3, 7)]
     want = expected(module, batches)
     assert {key.split("/")[1].split(".")[1] for key in want} == calls.keys()
     check(module, *batches, backend=backend, want=want)

@@ -85,28 +85,26 @@ def check(
     plain = [] if backend == "inductor" else trained(way.apply(own, backend), own, batches)
     torch._dynamo.reset()
     callee = way.instrument(module, backend, tmm.Spec(*RULES, reference="init"))
-    monitor = tmm.monitor(callee)
+    monitor, state = tmm.monitor(callee), copy.deepcopy(module.state_dict())
     with monitor.step(0):
         left = trained(callee, module, batches)
     assert_nothing_differs(monitor.get_step_metrics())
     if backend != "inductor":
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain, left, strict=True))
-    module.load_state_dict(start.state_dict())
-    move(module)
-    want = expected(copy.deepcopy(module), start, batches, floor=floor)
-    state = copy.deepcopy(module.state_dict())
+    want = expected(moved(start), start, batches, floor=floor)
     for step in (1, 2):
+        module.load_state_dict(state)
+        move(module)
         with monitor.step(step):
             trained(callee, module, batches)
         assert_agrees(monitor.get_step_metrics(), want, allowed)
-        module.load_state_dict(state)
     return tmm.explain(callee)
 
 
 def assert_nothing_differs(values: dict[str, Any]) -> None:
     sizes = {k: v for k, v in values.items() if not k.startswith("RCC x_t")}
     differences = {k: v for k, v in sizes.items() if not k.endswith("/cosine")}
-    assert len(differences) > 15
+    assert len(differences) > 12
     assert set(differences.values()) == {0.0}
 
 
@@ -124,12 +122,14 @@ def quick_or_slow(quick: Sequence[Any], every: Sequence[Any]) -> list[Any]:
     return parameters + [pytest.param(*one, marks=pytest.mark.slow) for one in rest]
 
 
+LARGE = ("GPT2LMHeadModel", "BertForMaskedLM", "ResNetForImageClassification")
+
+
 @pytest.mark.parametrize(
     ("name", "backend"),
     quick_or_slow(
         [
             ("Sequential", "aot_eager"),
-            ("GPT2LMHeadModel", "aot_eager"),
             ("ResNetForImageClassification", "eager"),
         ],
         [(case.name, "aot_eager") for case in CORE],
@@ -142,21 +142,24 @@ def test_architectures_in_float64(name: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"),
     quick_or_slow(
-        [("Sequential", "eager"), ("Sequential", "inductor"), ("BertForMaskedLM", "eager")],
+        [("Sequential", "eager"), ("GPT2LMHeadModel", "eager")],
         [
             (name, backend)
-            for name in ("GPT2LMHeadModel", "BertForMaskedLM", "ResNetForImageClassification")
+            for name in ("Sequential", *LARGE)
             for backend in ("eager", "aot_eager", "inductor")
         ],
     ),
 )
 def test_backends_in_float32(name: str, backend: str) -> None:
     module = CASES[name].build()
-    if backend == "inductor":  # draws its own random numbers
-        for child in module.modules():
-            if isinstance(child, nn.Dropout):
-                child.p = 0.0
+    if backend == "inductor":
+        without_dropout(module)  # it draws its own random numbers
     check(module, [CASES[name].batch()], backend, allowed=SINGLE, floor=0.1)
+
+
+def test_inductor_in_float32() -> None:
+    module = nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.LayerNorm(6))
+    check(module, [{"input": noise(6, 8)}], "inductor", allowed=SINGLE, floor=0.1)
 
 
 def blocks(*, broken: bool = False, checkpointed: bool = False) -> nn.Module:
@@ -225,7 +228,7 @@ FEW_WAYS = (
     ("plain", "not compiled", "eager"),
     ("plain", "compiled step", "eager"),
     ("broken", "whole", "eager"),
-    ("broken", "blocks in place", "aot_eager"),
+    ("broken", "blocks in place", "eager"),
     ("broken", "not compiled", "eager"),
     ("broken", "compiled step", "eager"),
     ("checkpointed", "whole", "aot_eager"),
@@ -242,7 +245,7 @@ def test_ways(kind: str, way: str, backend: str) -> None:
     module = blocks(**KINDS[kind])
     # A second size is compiled with dynamic shapes, which takes long; under Inductor there is one
     # size, for with a second one it fixes a stride of attention by the first one's.
-    quick = (kind, way, backend) in FEW_WAYS and way not in ("blocks in place", "not compiled")
+    quick = (kind, way, backend) in FEW_WAYS and way != "blocks in place"
     batches = [{"ids": IDS}, {"ids": IDS.flip(0) if quick or backend == "inductor" else IDS[:2]}]
     if backend == "inductor":
         without_dropout(module)
@@ -480,8 +483,8 @@ def test_what_cannot_be_followed_is_named() -> None:
 
 
 def test_forms_of_a_reference(tmp_path: Path) -> None:
-    module = CASES["Sequential"].build()
-    reference, batch = moved(module), CASES["Sequential"].batch()
+    module = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6))
+    reference, batch = moved(module), {"input": noise(4, 8)}
     torch.save({"model": reference.state_dict(), "step": 3}, tmp_path / "checkpoint.pt")
     save_file(reference.state_dict(), tmp_path / "reference.safetensors")
     compiled = {f"_orig_mod.{name}": value for name, value in reference.state_dict().items()}

@@ -196,7 +196,7 @@ KINDS: dict[str, Callable[[torch.Tensor], object]] = {
     "detached": lambda y: y.detach() * 2,
 }
 FUNCTIONS = {"layouts": LAYOUTS, "values": VALUES, "kinds": KINDS}
-FEW = ("transposed", "expanded", "overlapping", "rows", "spread_channels")
+FEW = ("transposed", "overlapping", "spread_channels")
 
 
 @pytest.mark.parametrize(
@@ -425,9 +425,9 @@ def test_models_of_other_precisions(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *[("Sequential", "eager"), ("Sequential", "aot_eager"), ("GPT2LMHeadModel", "aot_eager")],
+        *[("Sequential", "eager"), ("Sequential", "aot_eager"), ("GPT2LMHeadModel", "eager")],
         *slow_pairs(
-            *[("GPT2LMHeadModel", "eager")],
+            *[("GPT2LMHeadModel", "aot_eager")],
             *[("Sequential", "inductor"), ("GPT2LMHeadModel", "inductor")],
         ),
     ],
@@ -491,7 +491,7 @@ def test_a_nan_of_one_micro_batch_is_seen_in_the_step(backend: str) -> None:
 
 # Each model with one pause, one model with each, and two models under a compiler too.
 QUICK_BREAKS = (
-    *[(model, "print", "eager") for model in BREAKING],
+    *[(model, "print", "eager") for model in BREAKING if model != "pairs"],
     *[("blocks", pause, "eager") for pause in PAUSES if pause != "print"],
     *[("pairs", "graph_break", "aot_eager"), ("disabling", "print", "aot_eager")],
 )
@@ -597,7 +597,7 @@ CHECKPOINTING = ("LlamaForCausalLM", "T5ForConditionalGeneration", "BertForMaske
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", *backends(slow=CHECKPOINTING)])
-@pytest.mark.parametrize("backend", backends("aot_eager", slow=("eager", "inductor")))
+@pytest.mark.parametrize("backend", EAGER)
 def test_gradient_checkpointing_of_transformers(name: str, backend: str) -> None:
     case = CASES[name]
     module = case.build()
