@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,7 +18,6 @@ from tmm.pairs import (
     normalized_norms,
     norms_without,
     reduce_pair,
-    row_norms,
 )
 from tmm.passes.copy_nodes import ORIGIN, Copier
 from tmm.passes.edits import add_placeholder, example_like, storages
@@ -31,7 +29,7 @@ from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
-from tmm.passes.trace_function import MetricFunctionError, insert_traced, trace
+from tmm.passes.trace_function import MetricFunctionError, Traces, insert_traced
 
 _COMPARED = "tmm_compared"
 
@@ -279,6 +277,7 @@ class _Rows:
     parameters: Mapping[GraphModule, Mapping[Node, Node]]
     wanted: set[Node]
     differences: dict[tuple[Node, Reduction], Node] = field(default_factory=dict)
+    traces: Traces = field(default_factory=Traces)
 
     def insert(self) -> Iterator[tuple[Site, str]]:
         yield from self._insert(self.module)
@@ -306,13 +305,12 @@ class _Rows:
         assert checked is not None
         if checked.only_update:
             return
-        place = _Place(module, mark, self.options.samples)
+        place = _Place(module, mark, self.options.samples, self.traces)
         site = Site(site.module)
-        norms = partial(row_norms, reduction=ROW_NORM)
-        place.row(INPUT, site, ROW_NORM, norms, place.live)
+        place.row(INPUT, site, ROW_NORM, norms_without, place.live)
         place.pair(INPUT_DIFFERENCE, site, ROW_NORM, place.live, place.of(self.branch))
         if checked.normalization is not None:
-            norms = partial(normalized_norms, checked.normalization)
+            norms = _NormalizedNorms(checked.normalization)
             values = place.live, place.of(self.branch)
             place.row(UPDATE_TERM, Site(site.module, X_T), ROW_NORM, norms, values[0])
             place.row(INPUT_TERM, Site(site.module, X_CHANGE), ROW_NORM, norms, *values)
@@ -320,7 +318,7 @@ class _Rows:
     def _output_rows(
         self, module: GraphModule, mark: Node, site: Site
     ) -> Iterator[tuple[Site, str]]:
-        place = _Place(module, mark, self.options.samples)
+        place = _Place(module, mark, self.options.samples, self.traces)
         dtype = mark.all_input_nodes[0].meta["example_value"].dtype
         for reduction in self.options.select(site, dtype):
             key = (place.tensor, reduction)
@@ -382,8 +380,11 @@ class _Rows:
 class _Place:
     """Where rows go: directly after a mark, and after what was inserted there before."""
 
-    def __init__(self, module: GraphModule, mark: Node, samples: Samples | None) -> None:
+    def __init__(
+        self, module: GraphModule, mark: Node, samples: Samples | None, traces: Traces
+    ) -> None:
         self.module = module
+        self.traces = traces
         self.mark = mark
         (self.tensor,) = mark.all_input_nodes
         example = self.tensor.meta["example_value"]
@@ -410,13 +411,7 @@ class _Place:
         offsets: tuple[Node, ...] = (),
     ) -> Node:
         """Insert the row of ``own`` and ``reference``, less ``offsets`` where given."""
-
-        def compare(own: torch.Tensor, reference: torch.Tensor, *off: torch.Tensor) -> torch.Tensor:
-            if off:
-                own, reference = own - off[0].detach(), reference - off[1]
-            return reduce_pair(own, reference, reduction)
-
-        row = self.row(family, site, reduction, compare, own, reference, *offsets)
+        row = self.row(family, site, reduction, _Compare(reduction), own, reference, *offsets)
         if not offsets:
             row.meta[PAIR] = (own, reference)
         return row
@@ -429,17 +424,17 @@ class _Place:
         function: Callable[..., torch.Tensor],
         *values: Node,
     ) -> Node:
-        """Insert ``function`` of ``values``, a row."""
+        """Insert ``function`` of ``values``, a row; equal functions compute the same."""
         following = self.last.next
         examples = [value.meta["example_value"].detach() for value in values]
         try:
-            traced = trace(function, examples, reduction)
+            traced, was_known = self.traces.trace(function, examples, reduction)
         except MetricFunctionError:
             if not reduction.falls_back:
                 raise
             reduction = replace(reduction, trace=False)
-            traced = trace(_one_after_the_other, examples, reduction)
-        row = insert_traced(self.module.graph, traced, values, self.last)
+            traced, was_known = self.traces.trace(_one_after_the_other, examples, reduction)
+        row = insert_traced(self.module.graph, traced, values, self.last, was_known=was_known)
         row.meta[MEASUREMENTS] = (Measurement(family, site, reduction),)
         add_site(self.live, family, site)
         add_site(self._detached, family, site)
@@ -447,6 +442,30 @@ class _Place:
             self.last = self.last.next
             add_site(self.last, family, site)
         return row
+
+
+@dataclass(frozen=True)
+class _Compare:
+    """The row of two tensors, less two others where given."""
+
+    reduction: Reduction
+
+    def __call__(
+        self, own: torch.Tensor, reference: torch.Tensor, *offsets: torch.Tensor
+    ) -> torch.Tensor:
+        if offsets:
+            own, reference = own - offsets[0].detach(), reference - offsets[1]
+        return reduce_pair(own, reference, self.reduction)
+
+
+@dataclass(frozen=True)
+class _NormalizedNorms:
+    """The norms of rows as the weight of a normalization sees them."""
+
+    normalization: Normalization
+
+    def __call__(self, own: torch.Tensor, *reference: torch.Tensor) -> torch.Tensor:
+        return normalized_norms(self.normalization, own, *reference)
 
 
 def _one_after_the_other(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -87,13 +88,61 @@ def trace(
     return TracedFunction(traced, any(n.target._schema.is_mutable for n in operations))
 
 
+@dataclass
+class Traces:
+    """Functions that were traced before: one of equal tensors has equal operations.
+
+    A model of many equal blocks asks for the same function of the same kind of tensor again and
+    again, and tracing takes a hundred times as long as copying what it gave.
+    """
+
+    known: dict[Hashable, TracedFunction] = field(default_factory=dict)
+
+    def trace(
+        self,
+        function: Callable[..., torch.Tensor],
+        examples: Sequence[torch.Tensor],
+        reduction: Reduction,
+    ) -> tuple[TracedFunction, bool]:
+        """As ``trace``, of a function that is equal to those that compute the same.
+
+        Tells as well whether it was known, so that its nodes hold the examples of others.
+        """
+        kinds = [_kind(example) for example in examples]
+        if None in kinds:
+            return trace(function, examples, reduction), False
+        key = (function, reduction, *kinds)
+        if key in self.known:
+            return self.known[key], True
+        traced = self.known[key] = trace(function, examples, reduction)
+        return traced, False
+
+
+def _kind(example: torch.Tensor) -> Hashable | None:
+    """What operations can depend on, besides values; None where that cannot be compared."""
+    if type(example) is not FakeTensor or example.layout is not torch.strided:
+        return None
+    shape, stride = tuple(example.shape), tuple(example.stride())
+    if not all(isinstance(size, int) for size in (*shape, *stride)):
+        return None  # another symbol, or none, may stand for the same size
+    state = (example.requires_grad, example.is_conj(), example.is_neg())
+    return (shape, stride, example.dtype, example.device, state)
+
+
 def insert_traced(
-    graph: Graph, function: TracedFunction, values: Sequence[Node], position: Node
+    graph: Graph,
+    function: TracedFunction,
+    values: Sequence[Node],
+    position: Node,
+    *,
+    was_known: bool = False,
 ) -> Node:
     """Insert traced operations on ``values`` after ``position``; gives the node of their result.
 
-    What the function does to its arguments in place, it does to copies.
+    What the function does to its arguments in place, it does to copies. A function that
+    ``was_known`` was traced with other examples: the nodes get ones of their own.
     """
+    mode = values[0].meta["example_value"].fake_mode
     copies: dict[Node, Node] = {}
     for placeholder, value in zip(
         function.graph.graph.find_nodes(op="placeholder"), values, strict=True
@@ -107,6 +156,17 @@ def insert_traced(
             continue
         with graph.inserting_after(position):
             position = copies[node] = graph.node_copy(node, copies.__getitem__)
-        position.meta = {"example_value": node.meta.get("val")}
+        example = _example(position, mode) if was_known else node.meta.get("val")
+        position.meta = {"example_value": example}
     (result,) = function.graph.graph.output_node().all_input_nodes
     return copies[result]
+
+
+def _example(node: Node, mode: FakeTensorMode) -> object:
+    """What the operation of ``node`` gives for the examples of its arguments."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments, options = torch.fx.map_arg(
+        (node.args, node.kwargs), lambda argument: argument.meta["example_value"]
+    )
+    with torch.no_grad(), mode:
+        return node.target(*arguments, **options)

@@ -10,6 +10,9 @@ from typing import Any
 from tmm.runtime.untrusted import parse_json, read_file
 
 INFO_NAME = "run.json"
+EXPLANATION_NAME = "explain.txt"
+"""What ``tmm.explain`` says of the model of a run."""
+
 MOST_BYTES = 8 << 20  # parsed, it takes some twenty times as much memory
 
 _TEXTS = ("id", "project", "name", "notes")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import truth_table
-from tests.interpreters import Interpreters
+from tests.interpreters import Interpreters, leave_guards_untimed
 
 
 @pytest.hookimpl(trylast=True)
@@ -19,6 +19,9 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage is to look at it again."""
     gc.collect()
     gc.freeze()
+
+
+leave_guards_untimed()
 
 
 @pytest.fixture(autouse=True)

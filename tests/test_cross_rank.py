@@ -239,7 +239,7 @@ def test_a_rank_that_dies_does_not_hang_the_others() -> None:
 
 def test_ranks_that_are_behind_cost_steps_their_rows_and_nobody_time() -> None:
     world = World(2)
-    first = CrossRank(Member(world, 0), capacity=3)
+    first = CrossRank(Member(world, 0), capacity=3, linger_seconds=0.1)
     turns = [first.submit(Step(0, {"a": A}))]
     world.wait_until_called()
     turns += [first.submit(Step(n, {"a": A})) for n in range(1, 8)]

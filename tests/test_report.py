@@ -402,8 +402,16 @@ def test_finding_a_layer_by_name(browser: Chrome, pages: dict[str, Path]) -> Non
     until(browser, lambda: one(browser, "#layer-name").text == "h.1.attn")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        *((1280, "light"), (800, "dark")),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((1280, "dark"), (800, "light"))
+        ),
+    ],
+)
 def test_it_fits_its_window(
     browser: Chrome, tmp_path: Path, pages: dict[str, Path], scheme: str, width: int
 ) -> None:

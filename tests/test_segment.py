@@ -296,10 +296,16 @@ def written(folder, steps=100, keys=300):
     return writer.path
 
 
+def leave(path, content):
+    """A file that is as old as one that nobody writes to."""
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 10_000, b"no HDF5 at all", b"\x89HDF\r\n\x1a\n"])
 def test_garbage_is_named(tmp_path, content):
     path = tmp_path / "metrics-001.h5"
-    path.write_bytes(content)
+    leave(path, content)
     with pytest.raises(ValueError, match=r"metrics-001\.h5 is not a readable segment"):
         SegmentReader(path)
 
@@ -320,7 +326,7 @@ def test_a_truncated_file_is_named_wherever_it_was_cut(tmp_path):
     path = written(tmp_path)
     whole = path.read_bytes()
     for fraction in np.linspace(0.02, 0.98, 13):
-        path.write_bytes(whole[: int(len(whole) * fraction)])
+        leave(path, whole[: int(len(whole) * fraction)])
         with pytest.raises(ValueError, match=r"metrics-001\.h5"):
             SegmentReader(path)
 
@@ -332,7 +338,7 @@ def test_overwritten_metadata_is_an_error_or_harmless(tmp_path):
     for start in range(0, 1000, 100):  # where HDF5 keeps the superblock and the root group
         damaged = whole.copy()
         damaged[start : start + 16] = b"sixteen letters!"
-        path.write_bytes(damaged)
+        leave(path, damaged)
         try:
             reader = SegmentReader(path)
             outcomes.add(dense(reader, "k/0").tolist() == [step + 0.5 for step in range(40)])

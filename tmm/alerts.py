@@ -23,7 +23,7 @@ from tmm.analysis.registry import (
 )
 from tmm.gaps import levels_to_user
 from tmm.layout import Event, StepRecord, Table
-from tmm.reader import Run
+from tmm.runtime.run_reader import RunReader
 
 Alarms: TypeAlias = bool | Severity | Iterable[str | Detector]
 OnAlert: TypeAlias = Literal["warn", "raise"] | Callable[[tuple[Anomaly, ...]], object]
@@ -102,7 +102,7 @@ class Alerts:
         self._active: set[tuple[str, str]] = set()
         self._seen: dict[tuple[str, str], int] = {}
 
-    def recall(self, run: Run) -> None:
+    def recall(self, run: RunReader) -> None:
         """Take the steps of ``run``, so that a training that goes on is judged as one."""
         records = [_record(run, step) for step in RecentSeries.remembered(run.steps)]
         for record in records[:-1]:
@@ -211,7 +211,7 @@ def alert_events(step: int, anomalies: tuple[Anomaly, ...]) -> tuple[Event, ...]
     )
 
 
-def _record(run: Run, step: int) -> StepRecord:
+def _record(run: RunReader, step: int) -> StepRecord:
     numbers = {key: value for key, value in run.at(step).items() if np.ndim(value) == 0}
     infos = tuple(map(run.key_info, numbers))
     return StepRecord(step, (Table(infos, np.array(list(numbers.values()), dtype=np.float64)),))

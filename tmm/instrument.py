@@ -191,7 +191,7 @@ def monitor(model: Callable[..., Any]) -> Monitor:
     Raises:
         ValueError: if the model is not instrumented.
     """
-    return _require(model).monitor
+    return _monitor_of(_require(model))
 
 
 def remove(model: Model) -> Model:
@@ -209,7 +209,7 @@ def remove(model: Model) -> Model:
         return model  # its run has ended, and taken the monitoring off
     dispatch = _require(model)
     _take_off(dispatch.siblings, is_mark_left=False)
-    dispatch.monitor.close()
+    _monitor_of(dispatch).close()
     if isinstance(model, torch.nn.Module):
         return model
     return dispatch.original  # type: ignore[return-value]
@@ -328,6 +328,11 @@ def _take_off(siblings: list[Dispatch], *, is_mark_left: bool) -> None:
     """Let a model run its own program again."""
     for attached in siblings:
         detach(attached, is_mark_left=is_mark_left)
+
+
+def _monitor_of(dispatch: Dispatch) -> Monitor:
+    assert isinstance(dispatch.steps, Monitor)
+    return dispatch.steps
 
 
 def _require(model: Callable[..., Any]) -> Dispatch:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from tmm.metrics import FloatArray, KnownMetric, Reduction
+
+StepArray: TypeAlias = npt.NDArray[np.int64]
 
 ROOT_NAME = "[root module]"
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from tmm.alerts import Alerts, alert_events
+from tmm.earlier import Earlier, differences
 from tmm.forgotten import Forgotten
 from tmm.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.gaps import CALL_THE_MODEL, FAULT_OF_COMPILING, Gaps, OnError, words
@@ -26,27 +27,24 @@ from tmm.parameters import ParameterMonitor
 from tmm.passes.pipeline import PassError
 from tmm.preserve import BufferVersions, RandomState, unchanged
 from tmm.ranks import Ranks
-from tmm.reader import open_run
 from tmm.reference import Reference, load_reference
 from tmm.run_info import describe_measured
-from tmm.runs.claim import EXPLANATION_NAME
-from tmm.runs.earlier import Earlier, differences
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.cross_rank import CrossRank
+from tmm.runtime.info import EXPLANATION_NAME
+from tmm.runtime.run_reader import RunReader
 from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.silent import silent_modules, warning_of
 from tmm.spec import ReferenceSource, Spec, check_reference
 from tmm.step_block import StepBlock
+from tmm.step_listener import StepListener
 from tmm.twin.apart import apart_from_the_program
 from tmm.twin.foreign import PASSED_BY, foreign_inputs
 from tmm.twin.regions import Region
 from tmm.twin.twin import Twin
 from tmm.watch import Watch
-
-if TYPE_CHECKING:
-    from tmm.runs.live import LiveRun
 
 Value: TypeAlias = float | FloatArray
 Forward: TypeAlias = Callable[..., Any]
@@ -79,7 +77,7 @@ class Monitor:
         registry: KeyRegistry,
         writer: RunWriter | SilentWriter | None = None,
         on_error: OnError = "raise",
-        run: LiveRun | None = None,
+        run: StepListener | None = None,
         ranks: CrossRank | None = None,
         earlier: Earlier | None = None,
     ) -> None:
@@ -113,7 +111,7 @@ class Monitor:
         self._is_closed = False
         self._alerts = None if spec.alerts is None else Alerts(spec.alerts)
         if self._alerts is not None and earlier is not None and writer is not None:
-            with open_run(writer.path) as recorded:
+            with RunReader(writer.path) as recorded:
                 self._alerts.recall(recorded)
 
     def attach(
@@ -518,7 +516,7 @@ class Monitor:
         if self._writer is None or isinstance(self._writer, SilentWriter):
             return {step: collector.record().by_key() for step, collector in self._history.items()}
         self._writer.flush()
-        with open_run(self._writer.path) as run:
+        with RunReader(self._writer.path) as run:
             return {int(step): run.at(int(step)) for step in run.steps}
 
     # Reference

@@ -11,9 +11,8 @@ import numpy as np
 
 from tmm.analysis.names import is_family, is_loss, words_of
 from tmm.analysis.recorded import Recorded
-from tmm.layout import KeyInfo
+from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 
 Direction: TypeAlias = Literal["min", "max"]
 """Which end of a metric is the better one."""

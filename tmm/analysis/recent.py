@@ -9,9 +9,8 @@ import numpy as np
 
 from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.series import GRAD_SCALE, SKIPPED, Series
-from tmm.layout import KeyInfo, StepRecord
+from tmm.layout import KeyInfo, StepArray, StepRecord
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 
 _FIRST = 16  # what detectors call the beginning of a training, and a little more
 _RECENT = 200  # the longest window of a detector

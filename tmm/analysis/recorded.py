@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tmm.analysis.names import info_of
-from tmm.layout import KeyInfo
+from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import Run, StepArray
 
 
 class Recorded(Protocol):
@@ -119,9 +118,3 @@ def _checked(key: str, steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Ste
     if (np.diff(step_array) <= 0).any():
         raise ValueError(f"{key!r}: the steps should increase")
     return step_array, value_array
-
-
-if TYPE_CHECKING:
-
-    def _is_recorded(run: Run) -> Recorded:
-        return run

@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
-from tmm.layout import KeyInfo
+from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 

@@ -73,7 +73,7 @@ class Measuring:
         for other in others:
             if other.__dict__.get(COMPILED_CALL) is None or isinstance(other, OptimizedModule):
                 region = region_of(other) or Region(other, root.region.settings, other)
-                attach(Dispatch.of(region, root.monitor, root.twin, root.siblings, is_root=False))
+                attach(Dispatch.of(region, root.steps, root.twin, root.siblings, is_root=False))
 
     @property
     def runs_forward(self) -> bool:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tmm.module_monitor import files
-from tmm.module_monitor.files import FileName, as_float
+from tmm.runs import keyed_files as files
+from tmm.runs.keyed_files import FileName, as_float
 from tmm.runtime.joining import join
 
 AggregationFunction: TypeAlias = Callable[[Any], object]

@@ -217,7 +217,7 @@ def _quiet(program: Program) -> Iterator[None]:
     ran_twin = [part.ran_twin for part in parts]
     with ExitStack() as stack:
         for dispatch in program.dispatches:
-            stack.enter_context(dispatch.monitor.no_monitor())
+            stack.enter_context(dispatch.steps.no_monitor())
         for parallel in program.parallel:
             stack.enter_context(parallel.no_sync())
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import numpy as np
 
 from tmm.analysis.names import is_loss
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
 from tmm.plots.groups import group_keys
 from tmm.plots.layer_figures import depths, heatmaps
@@ -22,7 +23,7 @@ from tmm.plots.style import (
     depth_colours,
     require_package,
 )
-from tmm.reader import Run, StepArray
+from tmm.reader import Run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

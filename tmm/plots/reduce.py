@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tmm.analysis.series import BoolArray
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 
 FlagArray: TypeAlias = npt.NDArray[np.uint8]
 

@@ -7,9 +7,9 @@ import re
 import numpy as np
 
 from tmm.analysis.series import BoolArray
-from tmm.layout import Event, KeyInfo
+from tmm.layout import Event, KeyInfo, StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import Run, StepArray
+from tmm.reader import Run
 
 
 class Snapshot:

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+from tmm.earlier import Earlier
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.claim import claim
-from tmm.runs.earlier import Earlier
 from tmm.runs.held import HeldFolder
 from tmm.runtime.writer import RunWriter
 

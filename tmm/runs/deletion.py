@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
 
-from tmm.runs.claim import EXPLANATION_NAME
 from tmm.runs.samples import FOLDER as SAMPLES
 from tmm.runs.state import LOCK_NAME, STATE_NAME, Lock
-from tmm.runtime.info import INFO_NAME
+from tmm.runtime.info import EXPLANATION_NAME, INFO_NAME
 
 _FILES = re.compile(
     "|".join(

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import Run, StepArray
+from tmm.reader import Run
 from tmm.runs.csv_text import spreadsheet_text
 from tmm.runtime.info import INFO_NAME
 from tmm.runtime.replacing import replacing
@@ -223,7 +224,7 @@ def _groups(numbers: _Numbers) -> Iterator[list[tuple[str, StepArray, FloatArray
 
 
 def _write_hdf5(numbers: _Numbers, path: Path) -> int:
-    from tmm.module_monitor.files import save_by_key  # imports torch
+    from tmm.runs.keyed_files import save_by_key  # imports torch
 
     by_key = _ByKey(numbers)
     save_by_key(path, by_key)

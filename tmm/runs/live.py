@@ -14,12 +14,12 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from tmm.earlier import Earlier
 from tmm.gaps import UserLine, warn, words
 from tmm.layout import Event, StepRecord
 from tmm.metrics import HISTOGRAM_EDGES
 from tmm.run_info import describe_environment
 from tmm.runs.default_spec import default_spec
-from tmm.runs.earlier import Earlier
 from tmm.runs.ended_step import EndedStep
 from tmm.runs.held import HeldFolder
 from tmm.runs.logged_values import checked_count, numbers_in

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from tmm.earlier import Earlier
 from tmm.ranks import other_rank
 from tmm.runs.catalog import find_run
 from tmm.runs.claim import lock_to_resume, make_folder
-from tmm.runs.earlier import Earlier
 from tmm.runs.live import LiveRun
 from tmm.runs.sinks import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.state import Lock

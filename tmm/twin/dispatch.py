@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.autograd import is_in_autograd_function
-from tmm.monitor import Monitor
 from tmm.twin.compile_settings import room_for_two
 from tmm.twin.foreign import foreign_pass, transform
 from tmm.twin.regions import COMPILED_CALL, Region, install
@@ -20,6 +20,31 @@ from tmm.twin.twin import Twin, running_twin
 
 _MARK = "tmm_run_ended"
 """Attribute of a call that was put back when a run ended."""
+
+
+class Steps(Protocol):
+    """The steps of a model, as far as the choice depends on them: those of its ``Monitor``.
+
+    ``recording`` tells that a monitored step is open, ``is_unused`` that none was opened so far.
+    """
+
+    recording: bool
+    is_unused: bool
+
+    def is_monitoring(self) -> bool:
+        """Whether a forward pass would be measured now."""
+
+    def no_monitor(self) -> AbstractContextManager[None]:
+        """Forward passes in the block run the user's own program, unmeasured."""
+
+    def note_unused_pass(self) -> None:
+        """A forward pass of the model begins, and no step was opened so far."""
+
+    def pass_by(self, foreign: str) -> None:
+        """A pass that is ``foreign`` is not measured."""
+
+    def run_forward(self, region: Region, plain: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """Run a forward pass of a monitored step."""
 
 
 @dataclass(eq=False)
@@ -33,7 +58,7 @@ class Dispatch:
     region: Region
     plain: Callable[..., Any]
     original: object
-    monitor: Monitor
+    steps: Steps
     twin: Twin
     siblings: list[Dispatch]
     is_root: bool
@@ -42,7 +67,7 @@ class Dispatch:
     @staticmethod
     def of(
         region: Region,
-        monitor: Monitor,
+        steps: Steps,
         twin: Twin,
         siblings: list[Dispatch],
         *,
@@ -59,7 +84,7 @@ class Dispatch:
         if region.settings is not None:
             plain = room_for_two(plain)
         twin.own_programs[region] = plain
-        dispatch = Dispatch(region, plain, original, monitor, twin, siblings, is_root)
+        dispatch = Dispatch(region, plain, original, steps, twin, siblings, is_root)
         siblings.append(dispatch)
         return dispatch
 
@@ -79,11 +104,11 @@ class Dispatch:
             return self._repeat if repeats else self.plain
         running = running_twin()
         if running is None:
-            if self.monitor.is_unused and self.region is self.twin.root:
-                self.monitor.note_unused_pass()
-            is_monitored = self.monitor.is_monitoring()
+            if self.steps.is_unused and self.region is self.twin.root:
+                self.steps.note_unused_pass()
+            is_monitored = self.steps.is_monitoring()
             if is_monitored and (foreign := foreign_pass()) is not None:
-                self.monitor.pass_by(foreign)
+                self.steps.pass_by(foreign)
                 return self.plain
             # An evaluation, which is not repeated, may come between a pass and its backward pass.
             if torch.is_grad_enabled() or is_in_autograd_function():
@@ -112,7 +137,7 @@ class Dispatch:
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _run_on_its_own(self, *args: Any, **kwargs: Any) -> Any:
-        return self.monitor.run_forward(self.region, self.plain, *args, **kwargs)
+        return self.steps.run_forward(self.region, self.plain, *args, **kwargs)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _repeat(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,10 +146,10 @@ class Dispatch:
 
 def attach(dispatch: Dispatch) -> Callable[..., Any]:
     """Put ``dispatch`` in the place of its region's program; gives back what stands there now."""
-    monitor, plain, choose = dispatch.monitor, dispatch.plain, dispatch.choose
+    steps, plain, choose = dispatch.steps, dispatch.plain, dispatch.choose
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if monitor.recording or dispatch.ran_twin or monitor.is_unused:
+        if steps.recording or dispatch.ran_twin or steps.is_unused:
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 

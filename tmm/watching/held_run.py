@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import Run, StepArray
+from tmm.reader import Run
 
 _ROW_BY_ROW = 64  # new steps at most; of more, whole series are read faster
 

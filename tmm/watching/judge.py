@@ -13,8 +13,8 @@ from typing import Any, Self, TypeVar
 
 from tmm.analysis.anomaly import Anomaly
 from tmm.analysis.registry import Detector, find_anomalies
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 from tmm.watching.held_run import Extent, HeldRun
 
 _SHARE = 0.1  # of the time, at most, goes into looking for anomalies

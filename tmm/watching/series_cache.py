@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from tmm.layout import StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 from tmm.watching.held_run import Extent, HeldRun
 
 _Rows: TypeAlias = Sequence[tuple[int, Mapping[str, Any]]]

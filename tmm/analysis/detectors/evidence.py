@@ -12,9 +12,8 @@ from tmm.analysis.order import BACKWARD, FORWARD, GRADIENT, REST, Rank
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray, Series, series_of, skipped_steps
-from tmm.layout import ATTENTION, KeyInfo
+from tmm.layout import ATTENTION, KeyInfo, StepArray
 from tmm.metrics import METRIC_NAMES, FloatArray
-from tmm.reader import StepArray
 
 COUNTS = ("nan_count", "inf_count")
 EXTREMES = ("absmax", "max", "min")

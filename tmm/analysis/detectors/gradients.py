@@ -20,9 +20,8 @@ from tmm.analysis.series import (
     series_of,
     skipped_steps,
 )
-from tmm.layout import KeyInfo
+from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
-from tmm.reader import StepArray
 
 _TOTALS = ("gradient_norm", "gradient_norm_before_clip")
 _FAMILIES = ("gradient", "gradient_before_clip")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmm.reader import open_run
+from tmm.runtime.run_reader import RunReader
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Earlier:
     @staticmethod
     def of(path: Path, asked: int | None = None) -> Earlier:
         """That of the run in a folder; raises OSError, and ValueError for damaged files."""
-        with open_run(path) as run:
+        with RunReader(path) as run:
             steps = run.steps
         if not len(steps):
             return Earlier(asked=asked)
