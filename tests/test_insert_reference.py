@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import check_golden, text, trace
 from tmm.metrics import Reduction, builtin_reductions
+from tmm.passes import trace_function
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.edits import storages
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.insert_reference import (
     CheckedModule,
@@ -185,3 +187,47 @@ def test_a_part_gives_the_counterparts_of_what_it_overwrites() -> None:
     assert torch.equal(overwritten, after)
     assert torch.equal(other, module.fc(after))
     assert torch.equal(output, module.fc(given))
+
+
+class Blocks(nn.Module):
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for width in widths)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) if layer.in_features == 2 else layer(x.repeat(1, 2))[:, :2]
+        return x
+
+
+@pytest.mark.parametrize("widths", [(2, 2, 2), (2, 4, 2)])
+def test_what_is_the_same_of_equal_tensors_is_traced_once(
+    monkeypatch: pytest.MonkeyPatch, widths: tuple[int, ...]
+) -> None:
+    """The graph is the one that tracing each row anew gives, examples and their memory as well."""
+    module = Blocks(*widths)
+    made = []
+    original = trace_function.trace
+    monkeypatch.setattr(trace_function, "trace", lambda *a: made.append(a) or original(*a))
+    graphs, counts = [], []
+    for knows in (True, False):
+        if not knows:
+            monkeypatch.setattr(trace_function, "_kind", lambda example: None)
+        graph = traced(module)
+        made.clear()
+        insert_reference(graph, options=options_for(module, graph, "rms", "l2", checked="layers.1"))
+        graphs.append(graph)
+        counts.append(len(made))
+    assert text(graphs[0]) == text(graphs[1])
+    assert counts[0] < counts[1]
+    for known, anew in zip(*(graph.graph.nodes for graph in graphs), strict=True):
+        found, expected = known.meta.get("example_value"), anew.meta.get("example_value")
+        if isinstance(expected, torch.Tensor):
+            assert (found.shape, found.stride(), found.dtype) == (
+                *(expected.shape, expected.stride(), expected.dtype),
+            )
+    shared = [
+        [bool(storages([one]) & storages([other])) for one in nodes for other in nodes]
+        for nodes in (graph.graph.nodes for graph in graphs)
+    ]
+    assert shared[0] == shared[1]
