@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from tmm.families import ATTENTION
 from tmm.kernels.attention_call import arrange
 from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.layout import ATTENTION, ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
+from tmm.layout import ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
 from tmm.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
 from tmm.operators import (
     attention_heads,
@@ -212,7 +213,7 @@ class _Heads:
         values = (found.query, found.key, *(mask.tensor for mask in found.masks), *found.tensors)
         count = attention_heads(*(_split(_example(v), found.heads) for v in values[:2]))
         measured = tuple(
-            Measurement(f"{ATTENTION}_{reduction.metrics[0]}", site, reduction)
+            Measurement(ATTENTION.of(reduction.metrics[0]), site, reduction)
             for site in self._sites(count)
             for reduction in request.statistics
         )

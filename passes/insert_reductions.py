@@ -9,7 +9,8 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, GraphModule, Node
 
-from tmm.layout import VALUE_FAMILY, Measurement, Share, Site
+from tmm.families import VALUE_FAMILY
+from tmm.layout import Measurement, Share, Site
 from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
 from tmm.operators import (
     copy,

@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tmm.layout import DIFFERENCE, Measurement, Site
+from tmm.families import ACTIVATION_DIFFERENCE, RCC
+from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, tap_input, tap_shown, why_unmeasurable
 from tmm.pairs import (
@@ -38,10 +39,10 @@ PAIR = "tmm_pair"
 
 BRANCH = "reference"
 
-UPDATE_TERM = "RCC (W_t-W_0)x_t"
-INPUT_TERM = "RCC W_0(x_t-x_0)"
-INPUT = "RCC x_t"
-INPUT_DIFFERENCE = "RCC (x_t-x_0)"
+UPDATE_TERM = RCC.of("(W_t-W_0)x_t")
+INPUT_TERM = RCC.of("W_0(x_t-x_0)")
+INPUT = RCC.of("x_t")
+INPUT_DIFFERENCE = RCC.of("(x_t-x_0)")
 
 W_T_X_T, W_0_X_0 = ".weight/W_t x_t", ".weight/W_0 x_0"
 X_T, X_CHANGE = ".weight/x_t", ".weight/x_t-x_0"
@@ -324,10 +325,10 @@ class _Rows:
             key = (place.tensor, reduction)
             if key in self.differences:
                 row = self.differences[key]
-                _also(row, DIFFERENCE, site, row.meta[MEASUREMENTS][0].reduction)
+                _also(row, ACTIVATION_DIFFERENCE.name, site, row.meta[MEASUREMENTS][0].reduction)
                 continue
             self.differences[key] = place.pair(
-                DIFFERENCE, site, reduction, place.live, place.of(self.branch)
+                ACTIVATION_DIFFERENCE.name, site, reduction, place.live, place.of(self.branch)
             )
         checked = _checked(site, self.options)
         if checked is None:

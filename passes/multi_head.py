@@ -12,7 +12,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
 from torch.nn import functional
 
-from tmm.layout import ATTENTION, Site
+from tmm.families import ATTENTION
+from tmm.layout import Site
 from tmm.passes.attention_parts import FoundAttention, Mask
 from tmm.passes.origin import add_site
 from tmm.passes.shared_masks import Arguments, bind, multi_head
@@ -53,13 +54,13 @@ def insert_parts(graph: Graph, node: Node, site: Site) -> FoundAttention:
     with graph.inserting_after(node):
         call = position = graph.call_function(parts_of_multi_head, (), arguments)
     call.meta["example_value"] = parts
-    add_site(call, ATTENTION, site)
+    add_site(call, ATTENTION.name, site)
     found = []
     for index, part in enumerate(parts):
         with graph.inserting_after(position):
             position = graph.call_function(operator.getitem, (call, index))
         position.meta["example_value"] = part
-        add_site(position, ATTENTION, site)
+        add_site(position, ATTENTION.name, site)
         found.append(position)
     query, key, value, *masks = found
     causal = bool(given.get("is_causal", False))

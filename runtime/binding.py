@@ -10,16 +10,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from tmm.layout import (
-    DIFFERENCE,
-    LOGGED,
-    VALUE_FAMILY,
-    KeyInfo,
-    Measurement,
-    PackedLayout,
-    Row,
-    Site,
-)
+from tmm.families import ACTIVATION_DIFFERENCE, VALUE_FAMILY
+from tmm.keys import key_of
+from tmm.layout import LOGGED, KeyInfo, Measurement, PackedLayout, Row, Site
 from tmm.metrics import FloatArray, KnownMetric, Reduction
 from tmm.runtime.key_owners import KeyOwners, owner_of
 
@@ -154,7 +147,7 @@ class KeyRegistry:
                 continue
             self._positions.setdefault(site, len(self._positions))
             if not row.indices:
-                is_pair = family == DIFFERENCE
+                is_pair = family == ACTIVATION_DIFFERENCE.name
                 whole.append(WholeOutput(reduction, site, row.output, is_pair))
                 continue
             # A module that is called several times in a graph has several rows: one per round.
@@ -182,14 +175,14 @@ class KeyRegistry:
         name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
         if name is None:
             return None
-        start = _join(family, site.named(name))
+        start = key_of(family, site.named(name))
         keys = (_key(start, metric, reduction) for metric in reduction.metrics)
         return start if self.owners.claim(keys, owner_of(family, site, name), start) else None
 
     def site(self, family: str, site: Site) -> str | None:
         """The name of what is measured, with its family; None if it is not recorded."""
         name = site.module if family == VALUE_FAMILY else self._site_name(family, site)
-        return None if name is None else _join(family, site.named(name))
+        return None if name is None else key_of(family, site.named(name))
 
     def infos(self, reduction: Reduction, sites: tuple[str, ...]) -> tuple[KeyInfo, ...]:
         """Keys of the metrics of each site; the same object for the same sites."""
@@ -237,12 +230,7 @@ def _together(*notes: str) -> str:
 
 def _key(site: str, metric: str, reduction: Reduction) -> str:
     """The key of a metric; the family of a statistic of attention names it already."""
-    return site if reduction.is_of_attention else _join(site, metric)
-
-
-def _join(*parts: str) -> str:
-    """A key of these parts; values that a model records by name have a site and nothing else."""
-    return "/".join(part for part in parts if part)
+    return site if reduction.is_of_attention else key_of(site, metric)
 
 
 def single_row(measurement: Measurement) -> PackedLayout:

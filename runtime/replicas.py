@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from tmm.families import FAMILIES, GRADIENT, PARAMETER, Phase
 from tmm.kernels.group import summarize_group
+from tmm.keys import key_of
 from tmm.metrics import FloatArray, Reduction
 from tmm.runtime.binding import Binding, RowGroup, SiteNames
 from tmm.runtime.joined_rows import RowKind
@@ -23,7 +25,11 @@ JOINED_REPLICAS = RowKind(
 )
 """Rows of the least and the largest of all ranks, and of how many ranks have one."""
 
-PARAMETER_FAMILIES = ("parameter", "update", "optimizer_state", "parameter_difference")
+FOLLOWING = tuple(
+    family.name
+    for family in FAMILIES.values()
+    if family.subject == "parameters" and family.phase is not Phase.GRADIENT
+)
 """What is another's, where the parameters of ranks are."""
 
 _PREFIX = "replicas of "
@@ -79,13 +85,13 @@ def differing(sites: Sequence[str], rows: FloatArray) -> Iterator[str]:
     is_there = count > 0  # in this step
     differ = is_there & ((are_known & ~are_equal) | (count < expected))
     kinds = np.array([site.partition("/")[0] for site in sites])
-    unclear = ~are_known | ((least == 0) & (largest == 0) & (kinds != "parameter"))
+    unclear = ~are_known | ((least == 0) & (largest == 0) & (kinds != PARAMETER.name))
     differ |= is_there & unclear & np.isin(kinds, kinds[differ])
     # Where gradients are said to be averaged, parameters are not compared: they follow these.
     follow = expected == 1
     for place in np.flatnonzero(differ):
         family, _, name = sites[place].partition("/")
-        if family != "parameter":
+        if family != PARAMETER.name:
             yield sites[place]
-        if family == "parameter" or (family == "gradient" and follow[place]):
-            yield from (f"{each}/{name}" for each in PARAMETER_FAMILIES)
+        if family == PARAMETER.name or (family == GRADIENT.name and follow[place]):
+            yield from (key_of(each, name) for each in FOLLOWING)

@@ -17,8 +17,8 @@ import tmm
 from tmm.alerts import Alerts, AlertSettings
 from tmm.analysis import Anomaly, Recorded, RecordedSeries, find_anomalies, registry
 from tmm.analysis.detectors.nonfinite import nonfinite
-from tmm.analysis.names import info_of
 from tmm.analysis.recent import RecentSeries
+from tmm.keys import info_of
 from tmm.layout import StepRecord, Table
 
 

@@ -27,10 +27,10 @@ from tmm.analysis import (
     summarize,
 )
 from tmm.analysis.compare import direction_of
-from tmm.analysis.names import info_of, is_inside, is_loss, is_total_loss, metric_of
 from tmm.analysis.order import execution_ranks
 from tmm.analysis.recorded import ReadOnce
 from tmm.analysis.robust import before, bridged, jumps, runs
+from tmm.keys import info_of, is_inside, is_loss, is_total_loss, metric_of
 from tmm.layout import ROOT_NAME
 from tmm.runtime.writer import RunWriter
 

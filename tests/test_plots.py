@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import tmm
-from tmm.analysis.names import info_of
 from tmm.cli import app
+from tmm.keys import info_of, layer_of
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.plots import figure, write_figure
-from tmm.plots.groups import group_keys, layer_of
+from tmm.plots.groups import group_keys
 from tmm.plots.reduce import (
     FINITE,
     MINUS_INFINITY,

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 import tmm
 from tests.browser import errors, open_browser, show_as
 from tests.lazily import Lazily
-from tmm.analysis.names import info_of
 from tmm.cli import app
 from tmm.demo.gpt import GPT, GPTConfig
 from tmm.demo.training import TrainingSettings, train
+from tmm.keys import info_of
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.report import report_page, write_report
 from tmm.report.pack import four_digits

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tmm.layout import VALUE_FAMILY
+from tmm.families import VALUE_FAMILY
 from tmm.naming import display_name
 from tmm.rules import Rule
 from tmm.silent import silent_modules, used

@@ -12,17 +12,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tmm.families import ACTIVATION, ATTENTION
 from tmm.metrics import FloatArray, KnownMetric, Reduction
 
 StepArray: TypeAlias = npt.NDArray[np.int64]
 
 ROOT_NAME = "[root module]"
-
-VALUE_FAMILY = ""
-"""The family of values that a model records by name: their keys have no family."""
-
-DIFFERENCE = "activation_difference"
-"""The family of differences of outputs from those of a reference."""
 
 LOGGED = "logged"
 """The note on keys that somebody logged by hand, and no forward pass measured."""
@@ -30,18 +25,8 @@ LOGGED = "logged"
 ALONE = "of this rank alone (rank 0): what the others have differs"
 """The note on keys that are not of the whole batch, though several processes share a training."""
 
-ATTENTION = "attention"
-"""What the families of statistics of attention begin with: ``attention_entropy`` and so on."""
-
 ATTENTION_MARK = " (attention)"
 """What the paths of attentions that have no rows end with."""
-
-FAMILIES = (
-    *("activation", "activation_difference", "activation_gradient"),
-    *("gradient", "gradient_before_clip", "update", "optimizer_state"),
-    *("parameter", "parameter_difference", "attention", "RCC", "step", "system"),
-)
-"""First words of keys that tmm makes itself."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +173,8 @@ class Measurement:
     @property
     def is_of_attention(self) -> bool:
         """Whether it is of an attention: of its distributions, or of a tensor inside of it."""
-        inside = self.family == "activation" and self.site.path.startswith(".")
-        return (inside and not self.site.is_shown) or self.family.startswith(f"{ATTENTION}_")
+        inside = self.family == ACTIVATION.name and self.site.path.startswith(".")
+        return (inside and not self.site.is_shown) or ATTENTION.begins(self.family)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tmm.layout import ATTENTION
+from tmm.families import ATTENTION
 from tmm.twin.twin import Twin
 
 _SHOWN = 3  # names in a warning
@@ -25,7 +25,7 @@ class Notices:
             return None
         is_first, self._known = self._known < 0, len(refused) + len(lost)
         found = {**refused, **lost}
-        if is_first and not lost and twin.plan.spec.measures(ATTENTION):
+        if is_first and not lost and twin.plan.spec.measures(ATTENTION.name):
             found |= _attention_nowhere(twin)
         new = {name: reason for name, reason in found.items() if name not in self._said}
         self._said |= dict.fromkeys(new)
@@ -43,5 +43,5 @@ def _attention_nowhere(twin: Twin) -> dict[str, str]:
     return {
         str(rule): f"no attention that is known was found in the {len(names)} modules it matches"
         for rule, names in twin.plan.matched.items()
-        if rule.family == ATTENTION
+        if rule.family == ATTENTION.name
     }

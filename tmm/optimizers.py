@@ -10,6 +10,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from tmm.keys import GRAD_SCALE, SKIPPED
 from tmm.nested_optimizers import inner_optimizers, own_parameters
 from tmm.runtime.collector import StepCollector, copy_to_host
 
@@ -118,7 +119,7 @@ class WatchedScaler:
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
             collector.skipped.append(copy_to_host(skipped))
             noted = torch.stack([(skipped > 0).to(scale.dtype), scale.detach()]).reshape(-1)
-            collector.add_numbers(("step/skipped", "step/grad_scale"), noted, "max")
+            collector.add_numbers((SKIPPED, GRAD_SCALE), noted, "max")
 
     def _is_around(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer that is not known yet, for it skips its first step, is one of ours.

@@ -8,17 +8,19 @@ from functools import partial
 
 import torch
 
+from tmm.families import GRADIENT, GRADIENT_BEFORE_CLIP, PARAMETER, PARAMETER_DIFFERENCE, UPDATE
+from tmm.keys import key_of, total_norm
 from tmm.known_functions import KnownFunctions
 from tmm.metrics import HISTOGRAM, Reduction
 from tmm.naming import ParameterNames, unwrapped
 from tmm.ranks import Ranks, is_sharded, summed
-from tmm.reference import DIFFERENCE, Reference
+from tmm.reference import Reference
 from tmm.replicas import Replicas, squares_of
 from tmm.runtime.binding import KeyRegistry
 from tmm.runtime.collector import StepCollector
 from tmm.runtime.copies import parts_of
 from tmm.runtime.parameters import Measured, NamedStatistics
-from tmm.runtime.replicas import PARAMETER_FAMILIES
+from tmm.runtime.replicas import FOLLOWING
 from tmm.spec import Plan
 from tmm.written_later import WrittenLater
 
@@ -84,7 +86,7 @@ class ParameterMonitor:
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
             for rule in plan.spec.rules
-            if rule.family == "update"
+            if rule.family == UPDATE.name
         )
 
     def wants(self, family: str) -> bool:
@@ -98,16 +100,16 @@ class ParameterMonitor:
     def add_parameters(self, collector: StepCollector) -> None:
         """Measure all parameters as they are now."""
         tensors = {name: parameter.detach() for parameter, name in self.names().items()}
-        if self.wants("parameter"):
-            self.add(collector, "parameter", tensors)
-        if self.reference is not None and self.wants(DIFFERENCE):
+        if self.wants(PARAMETER.name):
+            self.add(collector, PARAMETER.name, tensors)
+        if self.reference is not None and self.wants(PARAMETER_DIFFERENCE.name):
             self._add_differences(collector, self.reference)
 
     def _add_differences(self, collector: StepCollector, reference: Reference) -> None:
         reference.look()
         tensors: Tensors = {}
         for parameter, name in self.names().items():
-            if self.plan.metrics(name, DIFFERENCE):
+            if self.plan.metrics(name, PARAMETER_DIFFERENCE.name):
                 if (reason := reference.why_not(parameter)) is None:
                     tensors[name] = parameter
                 else:
@@ -117,16 +119,16 @@ class ParameterMonitor:
             own = {name: tensor.detach() for name, tensor in part.items()}
             found = {name: reference.of(tensor) for name, tensor in part.items()}
             counterparts = {name: other for name, other in found.items() if other is not None}
-            self.add(collector, DIFFERENCE, own, reference=counterparts)
+            self.add(collector, PARAMETER_DIFFERENCE.name, own, reference=counterparts)
 
     def measure_gradients(self, gradients: Tensors, *, before_clip: bool = False) -> Gradients:
         """Measure these gradients; all ranks do so together."""
-        if not self.wants("gradient") or not gradients:
+        if not self.wants(GRADIENT.name) or not gradients:
             return Gradients()
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
-        family = "gradient_before_clip" if before_clip else "gradient"
+        family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
         owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient)}
-        measured = self._measure(family, owned, rules="gradient")
+        measured = self._measure(family, owned, rules=GRADIENT.name)
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
         for rows in measured:
@@ -163,21 +165,20 @@ class ParameterMonitor:
         """Take rows of gradients, and note the norms."""
         for rows in gradients.rows:
             collector.add(rows.binding, rows.outputs, unless=unless)
-        family = "gradient_before_clip" if before_clip else "gradient"
+        family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
         for names, numbers in gradients.replicas:
             self.replicas.add(collector, family, names, numbers, unless)
-        total = f"step/{family.replace('gradient', 'gradient_norm')}"
         for names, values in gradients.squares:
             if unless is not None:
                 values = torch.where(unless > 0, torch.zeros_like(values), values)
-            self._squares.setdefault(total, []).append((names, values))
+            self._squares.setdefault(family, []).append((names, values))
 
     def compare_ranks(self, collector: StepCollector) -> None:
         """Let ranks compare their parameters, where nobody is known to keep them equal."""
-        if self.replicas.is_needed and any(map(self.wants, PARAMETER_FAMILIES)):
+        if self.replicas.is_needed and any(map(self.wants, FOLLOWING)):
             tensors = {name: parameter.detach() for parameter, name in self.names().items()}
             for names, numbers in self.replicas.numbers(tensors, ()):
-                self.replicas.add(collector, "parameter", names, numbers)
+                self.replicas.add(collector, PARAMETER.name, names, numbers)
 
     def add_update(
         self,
@@ -189,14 +190,14 @@ class ParameterMonitor:
         """Measure what was added to parameters since ``before``, which is used up."""
         self.written_later.note(parameters)
         now = {name: parameter.detach() for name, parameter in parameters.items()}
-        measure = partial(self.add, collector, "update", unless=unless)
+        measure = partial(self.add, collector, UPDATE.name, unless=unless)
         measure(now, reference=before, choose=_reads_both)
         if self._updates_are_read_in_pairs:
             return
         differences = {
             name: torch.sub(now[name], before[name], out=before[name])
             for name in now
-            if not all(map(_reads_both, self.plan.select(name, now[name].dtype, "update")))
+            if not all(map(_reads_both, self.plan.select(name, now[name].dtype, UPDATE.name)))
         }
         measure(differences, choose=_needs_difference)
 
@@ -253,35 +254,34 @@ class ParameterMonitor:
         self.written_later.forget()
         if collector is None:
             return
-        for total, parts in squares.items():
+        for family, parts in squares.items():
             device = parts[0][1].device
             names = tuple(name for some, _ in parts for name in some)
             values = torch.cat([some.to(device, non_blocking=True) for _, some in parts])
-            norms = self._norms_of(total, names, device)
+            norms = self._norms_of(family, names, device)
             of_blocks = values.new_zeros(len(norms.keys) - 1)
             of_blocks.index_add_(0, norms.places, values)
             sums = torch.cat([values.sum().reshape(1), of_blocks])
             collector.add_numbers(norms.keys, sums.sqrt_(), "norm")
 
-    def _norms_of(self, total: str, names: Names, device: torch.device) -> _Norms:
-        known = self._norms.get(total)  # those of the last step, which most steps have again
+    def _norms_of(self, family: str, names: Names, device: torch.device) -> _Norms:
+        known = self._norms.get(family)  # those of the last step, which most steps have again
         if known is None or known.names != names or known.places.device != device:
             for name in names:
                 if name not in self._blocks:
                     self._blocks[name] = block_of(self.module, name)
             blocks = list(dict.fromkeys(self._blocks[name] for name in names))
             places = [blocks.index(self._blocks[name]) for name in names]
-            family = total.removeprefix("step/").replace("gradient_norm", "gradient")
             for block in ("", *blocks):
                 own = (name for name in names if block in ("", self._blocks[name]))
-                key = f"{total}/{block}" if block else total
-                self._registry.derive(key, (f"{family}/{name}" for name in own))
+                key = total_norm(family, block)
+                self._registry.derive(key, (key_of(family, name) for name in own))
             known = _Norms(
                 names,
-                (total, *(f"{total}/{block}" for block in blocks)),
+                tuple(total_norm(family, block) for block in ("", *blocks)),
                 torch.tensor(places, device=device),
             )
-            self._norms[total] = known
+            self._norms[family] = known
         return known
 
 

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
+from tmm.families import BRANCH_FAMILIES, PARAMETER_DIFFERENCE
 from tmm.naming import unwrapped_names
-from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Plan, ReferenceSource
 from tmm.state import ModelState, is_plain
-
-DIFFERENCE = "parameter_difference"
 
 _LISTED = 5  # differing names in a message
 _NESTED = ("state_dict", "model_state_dict", "model")
@@ -133,7 +131,11 @@ def load_reference(
     for name, own in state:
         names.setdefault(own, []).append(name)
     if not needs_all:
-        names = {own: known for own, known in names.items() if plan.metrics(known[0], DIFFERENCE)}
+        names = {
+            own: known
+            for own, known in names.items()
+            if plan.metrics(known[0], PARAMETER_DIFFERENCE.name)
+        }
     found = None
     if not (isinstance(source, str) and source == "init"):
         found = _tensors(source)

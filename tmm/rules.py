@@ -8,30 +8,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tmm.layout import ATTENTION
-from tmm.metrics import (
-    AGGREGATE_NAMES,
-    ATTENTION_METRICS,
-    HISTOGRAM,
-    METRIC_NAMES,
-    Aggregate,
-    MetricFunction,
+from tmm.families import (
+    ACTIVATION,
+    ACTIVATION_DIFFERENCE,
+    ACTIVATION_GRADIENT,
+    ATTENTION,
+    GRADIENT,
+    OPTIMIZER_STATE,
+    PARAMETER,
+    PARAMETER_DIFFERENCE,
+    RCC,
+    UPDATE,
+    Family,
+    Subject,
 )
+from tmm.metrics import AGGREGATE_NAMES, Aggregate, MetricFunction
 
-Subject: TypeAlias = Literal["modules", "parameters"]
 Pattern: TypeAlias = str | Callable[[str], bool]
 """A regular expression (``re.match``) or a predicate, of names."""
-
-NEED_REFERENCE = ("parameter_difference", "activation_difference", "rcc")
-"""Families that compare with the reference of a spec."""
-
-BRANCH_FAMILIES = ("activation_difference", "rcc")
-"""Families that run the reference's forward pass beside the model's."""
-
-_UPDATE_METRICS = (*METRIC_NAMES, "relative_norm")
-_DIFFERENCE_METRICS = (*METRIC_NAMES, "relative_norm", "cosine", "l2")
-_HEAD_METRICS = tuple(name for name in METRIC_NAMES if name != HISTOGRAM)
-_STATE_METRICS = ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr")
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Rule:
     falls_back: bool = False
 
     def __str__(self) -> str:
-        arguments = [repr(name) for name in self.metrics if self.family != "rcc"]
+        arguments = [repr(name) for name in self.metrics if self.family != RCC.name]
         arguments += [f"{name}=<function>" for name, _ in self.functions]
         if self.pattern is not None:
             shown = repr(self.pattern) if isinstance(self.pattern, str) else "<predicate>"
@@ -93,7 +87,7 @@ def activation(
         ValueError: for an unknown metric, an invalid pattern or aggregate, or no metric at all.
         TypeError: for a metric that is not a name or a function that cannot be called.
     """
-    rule = _rule("activation", "modules", METRIC_NAMES, metrics, functions, modules, aggregate)
+    rule = _rule(ACTIVATION, metrics, functions, modules, aggregate)
     if not trace and not functions:
         raise ValueError(f"{rule}: trace=False belongs to your own functions")
     return rule if trace else Rule(**{**vars(rule), "trace": False})
@@ -112,9 +106,7 @@ def activation_gradient(
     Arguments and errors as in ``tmm.activation``; a function is traced into the backward graph,
     and its ``aggregate`` cannot be a callable.
     """
-    rule = _rule(
-        "activation_gradient", "modules", METRIC_NAMES, metrics, functions, modules, aggregate
-    )
+    rule = _rule(ACTIVATION_GRADIENT, metrics, functions, modules, aggregate)
     if callable(rule.aggregate):
         raise ValueError(
             f"{rule}: aggregate= cannot be a function here, because the values stay in the backward"
@@ -136,7 +128,7 @@ def parameter(
     of ``tmm.activation``; functions run eagerly. ``monitor.watch(optimizer)`` or
     ``monitor.monitor_parameters()`` measures.
     """
-    return _rule("parameter", "parameters", METRIC_NAMES, metrics, functions, parameters, aggregate)
+    return _rule(PARAMETER, metrics, functions, parameters, aggregate)
 
 
 def gradient(
@@ -150,7 +142,7 @@ def gradient(
     Arguments and errors as in ``tmm.parameter``. The norm of all gradients together and of those
     of each block are recorded as ``step/gradient_norm`` and ``step/gradient_norm/{block}``.
     """
-    return _rule("gradient", "parameters", METRIC_NAMES, metrics, functions, parameters, aggregate)
+    return _rule(GRADIENT, metrics, functions, parameters, aggregate)
 
 
 def update(
@@ -165,7 +157,7 @@ def update(
     copy of the measured parameters is kept during the step. Arguments and errors as in
     ``tmm.parameter``; ``monitor.watch(optimizer)`` measures.
     """
-    return _rule("update", "parameters", _UPDATE_METRICS, metrics, functions, parameters, aggregate)
+    return _rule(UPDATE, metrics, functions, parameters, aggregate)
 
 
 def parameter_difference(
@@ -179,9 +171,7 @@ def parameter_difference(
     Metrics as in ``tmm.activation_difference``. Measured together with ``tmm.parameter``;
     arguments and errors as there.
     """
-    known = _DIFFERENCE_METRICS
-    family = "parameter_difference"
-    return _rule(family, "parameters", known, metrics, functions, parameters, aggregate)
+    return _rule(PARAMETER_DIFFERENCE, metrics, functions, parameters, aggregate)
 
 
 def activation_difference(
@@ -198,9 +188,7 @@ def activation_difference(
     the two) and ``"l2"`` (the mean, over all rows, of the 2-norm of the last dimension). A function
     gets the activation and the reference. Arguments and errors as in ``tmm.activation``.
     """
-    known = _DIFFERENCE_METRICS
-    family = "activation_difference"
-    return _rule(family, "modules", known, metrics, functions, modules, aggregate)
+    return _rule(ACTIVATION_DIFFERENCE, metrics, functions, modules, aggregate)
 
 
 @dataclass(frozen=True)
@@ -250,8 +238,7 @@ def attention(
         ValueError: for an unknown metric, an invalid pattern, aggregate, ``heads`` or ``queries``.
         TypeError: for a metric that is not a name or a function that cannot be called.
     """
-    known = (*ATTENTION_METRICS, *_HEAD_METRICS)
-    rule = _rule(ATTENTION, "modules", known, metrics, functions, modules, aggregate)
+    rule = _rule(ATTENTION, metrics, functions, modules, aggregate)
     if callable(rule.aggregate):
         raise ValueError(
             f"{rule}: aggregate= cannot be a function here; choose one of"
@@ -293,18 +280,11 @@ def rcc(*, modules: Pattern | None = None, operands: bool = False) -> Rule:
         ValueError: for an invalid pattern.
     """
     rule = CoordinateCheckRule(
-        "rcc", "modules", ("l2norm",), pattern=modules, operands=bool(operands)
+        RCC.name, "modules", RCC.metrics, pattern=modules, operands=bool(operands)
     )
     if modules is not None:
         check_pattern(rule, "modules", modules)
     return rule
-
-
-def rule_family(family: str) -> str:
-    """The family of the rules that ask for rows of ``family``, as keys name it."""
-    if family.startswith(f"{ATTENTION}_"):
-        return ATTENTION
-    return "rcc" if family.startswith("RCC ") else family
 
 
 def optimizer_state(*metrics: str, parameters: Pattern | None = None) -> Rule:
@@ -315,28 +295,29 @@ def optimizer_state(*metrics: str, parameters: Pattern | None = None) -> Rule:
     multiplied with: lr / bias_correction1 / (sqrt(exp_avg_sq / bias_correction2) + eps) (Kingma and
     Ba 2015, algorithm 1). Errors as in ``tmm.parameter``.
     """
-    return _rule("optimizer_state", "parameters", _STATE_METRICS, metrics, {}, parameters, None)
+    return _rule(OPTIMIZER_STATE, metrics, {}, parameters, None)
 
 
 def _rule(
-    family: str,
-    subject: Subject,
-    known: tuple[str, ...],
+    family: Family,
     metrics: tuple[str, ...],
     functions: Mapping[str, MetricFunction],
     pattern: Pattern | None,
     aggregate: Aggregate | None,
 ) -> Rule:
-    rule = Rule(family, subject, metrics, tuple(functions.items()), pattern, aggregate or "mean")
+    known, subject = family.metrics, family.subject
+    assert subject is not None
+    own = tuple(functions.items())
+    rule = Rule(family.name, subject, metrics, own, pattern, aggregate or "mean")
     if not metrics and not functions:
         raise ValueError(
-            f"{rule} measures nothing: name a metric, such as tmm.{family}({known[0]!r})"
+            f"{rule} measures nothing: name a metric, such as tmm.{family.name}({known[0]!r})"
         )
     for name in metrics:
         if not isinstance(name, str):
             raise TypeError(
                 f"{rule}: {name!r} is not a metric's name; give your own function as a keyword,"
-                f" such as tmm.{family}(my_metric=function)"
+                f" such as tmm.{family.name}(my_metric=function)"
             )
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from tmm.alerts import Alarms, AlertSettings, OnAlert
-from tmm.layout import ATTENTION, AttentionRequest, Site
+from tmm.families import ATTENTION, BRANCH_FAMILIES, FAMILIES, rule_family
+from tmm.layout import AttentionRequest, Site
 from tmm.metrics import (
     ATTENTION_METRICS,
     DERIVED_METRICS,
@@ -23,13 +24,10 @@ from tmm.metrics import (
     function_reduction,
 )
 from tmm.rules import (
-    BRANCH_FAMILIES,
-    NEED_REFERENCE,
     AttentionRule,
     CoordinateCheckRule,
     Rule,
     check_pattern,
-    rule_family,
 )
 
 StepPredicate: TypeAlias = Callable[[int], bool]
@@ -105,7 +103,7 @@ class Spec:
         if exclude is not None:
             check_pattern("tmm.Spec", "exclude", exclude)
         for rule in rules:
-            if rule.family in NEED_REFERENCE and reference is None:
+            if FAMILIES[rule.family].needs_reference and reference is None:
                 raise ValueError(f"{rule} needs a reference: tmm.Spec(..., reference='init')")
         check_reference(reference)
         if reference_dtype is not None and not reference_dtype.is_floating_point:
@@ -162,7 +160,7 @@ class Spec:
         """What readers of the rows of ``family`` should know, in a few words."""
         if self.reference_samples is not None and rule_family(family) in BRANCH_FAMILIES:
             return f"of the first {self.reference_samples} items of each batch"
-        if family.startswith(f"{ATTENTION}_"):
+        if ATTENTION.begins(family):
             rules = (rule for rule in self.rules if isinstance(rule, AttentionRule))
             limits = sorted({rule.queries for rule in rules if rule.queries is not None})
             if limits:
@@ -256,7 +254,7 @@ class Plan:
     def attention(self, name: str) -> tuple[AttentionRequest, ...]:
         """What is asked of the attentions that the module of that name calls."""
         if name not in self._attention:
-            self._attention[name] = tuple(_requests(name, self._matching(name, ATTENTION)))
+            self._attention[name] = tuple(_requests(name, self._matching(name, ATTENTION.name)))
         return self._attention[name]
 
     def has_operand_rows(self, name: str) -> bool:

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from tmm.layout import FAMILIES
+from tmm.keys import is_family
 from tmm.metrics import AGGREGATE_NAMES, Aggregate, Reduction, function_reduction
 
 
@@ -60,17 +60,6 @@ def _check(name: str, value_type: type, aggregate: Aggregate, *, any_family: boo
             f"tmm.record({name!r}): aggregate={aggregate!r} is neither callable nor one of"
             f" {', '.join(AGGREGATE_NAMES)}"
         )
-
-
-def is_family(word: str) -> bool:
-    """Whether tmm itself makes keys that begin with that word."""
-    return word in FAMILIES or word.startswith("attention_")
-
-
-def family_of(key: str) -> str | None:
-    """What a key begins with, up to its first slash, if only tmm makes such keys."""
-    start, slash, _ = key.partition("/")
-    return f"{start}/" if slash and is_family(start.split(" ")[0]) else None
 
 
 def _same(left: Aggregate, right: Aggregate) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from tmm.families import PARAMETER_DIFFERENCE
 from tmm.gaps import Gaps
 from tmm.nested_optimizers import (
     OpenSteps,
@@ -23,7 +24,6 @@ from tmm.nested_optimizers import (
 )
 from tmm.optimizers import OpenCollector, WatchedScaler
 from tmm.parameters import ParameterMonitor
-from tmm.reference import DIFFERENCE
 from tmm.runtime.collector import StepCollector
 from tmm.watched_optimizer import Steps, WatchedOptimizer
 from tmm.without_rows import AROUND_STEPS, why_without_rows
@@ -239,7 +239,9 @@ class Watch:
             and not (family == "gradient" and collector.has_gradients)
         ]
         if not self._optimizers and not collector.has_parameters:  # else a step ends with them
-            missing += [f for f in ("parameter", DIFFERENCE) if self.parameters.wants(f)]
+            missing += [
+                f for f in ("parameter", PARAMETER_DIFFERENCE.name) if self.parameters.wants(f)
+            ]
         is_over = collector.has_stepped or collector.skipped or collector.failed
         is_expected = collector.ran_forward and self.parameters.plan.spec.is_strict
         if missing and is_expected and not is_over:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Set
 
 import torch
 
-from tmm.reference import DIFFERENCE
+from tmm.families import PARAMETER_DIFFERENCE
 
 AROUND_STEPS = ("gradient", "update", "optimizer_state")
 """The families that are measured around the steps of optimizers."""
@@ -62,7 +62,7 @@ def _why(
     if held is None:
         return NOT_WATCHED
     if family not in AROUND_STEPS:
-        return NOT_COMPARED if family == DIFFERENCE else NO_STEP
+        return NOT_COMPARED if family == PARAMETER_DIFFERENCE.name else NO_STEP
     if parameter not in held:
         return NOT_HELD
     if is_first:

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tmm.analysis.names import is_family, is_loss, words_of
 from tmm.analysis.recorded import Recorded
+from tmm.keys import is_family, is_loss, words_of
 from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
 

@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from tmm.analysis.names import is_family, is_loss
 from tmm.analysis.recorded import Recorded
-from tmm.layout import ATTENTION, LOGGED, KeyInfo
+from tmm.families import ACTIVATION, ACTIVATION_GRADIENT, STEP, Phase, family_of
+from tmm.keys import is_loss, is_total_norm
+from tmm.layout import LOGGED, KeyInfo
 
-Rank: TypeAlias = tuple[int, int]
-
-FORWARD, LOSS, BACKWARD, GRADIENT, UPDATE, PARAMETER, REST = range(7)
-"""The parts of a step."""
+Rank: TypeAlias = tuple[Phase, int]
 
 _LAST = 1 << 62
-_PARTS = {
-    "activation": FORWARD,
-    "activation_gradient": BACKWARD,
-    "gradient_before_clip": GRADIENT,
-    "gradient": GRADIENT,
-    "update": UPDATE,
-    "optimizer_state": UPDATE,
-    "parameter": PARAMETER,
-}
 
 
 def execution_ranks(recorded: Recorded, keys: Iterable[str] | None = None) -> dict[str, Rank]:
@@ -35,21 +24,21 @@ def execution_ranks(recorded: Recorded, keys: Iterable[str] | None = None) -> di
     """
     names = recorded.keys()
     infos = [recorded.key_info(key) for key in names]
-    forward = {info.site: info.position for info in infos if info.kind == "activation"}
-    backward = {info.site: info.position for info in infos if info.kind == "activation_gradient"}
+    forward = {info.site: info.position for info in infos if info.kind == ACTIVATION.name}
+    backward = {info.site: info.position for info in infos if info.kind == ACTIVATION_GRADIENT.name}
     if not backward.keys() <= forward.keys():
         forward = backward  # they are in the order of the forward pass, too
     asked = infos if keys is None else [recorded.key_info(key) for key in keys]
-    end = max((info.position for info in infos if info.kind == "activation"), default=-1)
+    end = max((info.position for info in infos if info.kind == ACTIVATION.name), default=-1)
     return {info.key: _rank(info, forward, end) for info in asked}
 
 
 def _rank(info: KeyInfo, forward: dict[str, int], end: int) -> Rank:
     part = _part(info, end)
-    if part == BACKWARD:
+    if part is Phase.BACKWARD:
         return part, -forward[info.site]
-    if part == GRADIENT:
-        if info.kind == "step":
+    if part is Phase.GRADIENT:
+        if info.kind == STEP.name:
             return part, _LAST
         return part, -_position_of_module(info.site, forward, info.position)
     return part, info.position
@@ -64,15 +53,14 @@ def _position_of_module(parameter: str, forward: dict[str, int], position: int) 
     return next((forward[name] for name in around if name in forward), -1)
 
 
-def _part(info: KeyInfo, end: int) -> int:
+def _part(info: KeyInfo, end: int) -> Phase:
     if is_loss(info):
-        return LOSS
-    if info.kind.startswith(f"{ATTENTION}_"):
-        return FORWARD
-    if info.kind == "step" and info.site.startswith("gradient_norm"):
-        return GRADIENT
-    if not is_family(info.kind):
-        # Recorded by the model, or logged; runs of others do not say.
-        is_logged = info.notes.partition("; ")[0] == LOGGED or info.position >= end
-        return REST if is_logged else FORWARD
-    return _PARTS.get(info.kind, REST)
+        return Phase.LOSS
+    if is_total_norm(info):
+        return Phase.GRADIENT
+    family = family_of(info.kind)
+    if family is not None:
+        return family.phase
+    # Recorded by the model, or logged; runs of others do not say.
+    is_logged = info.notes.partition("; ")[0] == LOGGED or info.position >= end
+    return Phase.REST if is_logged else Phase.FORWARD

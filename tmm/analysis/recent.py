@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from tmm.analysis.order import Rank, execution_ranks
-from tmm.analysis.series import GRAD_SCALE, SKIPPED, Series
+from tmm.analysis.series import Series
+from tmm.keys import GRAD_SCALE, SKIPPED
 from tmm.layout import KeyInfo, StepArray, StepRecord
 from tmm.metrics import FloatArray
 

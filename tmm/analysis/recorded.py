@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tmm.analysis.names import info_of
+from tmm.keys import info_of
 from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
 

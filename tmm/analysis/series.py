@@ -9,15 +9,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
+from tmm.keys import SKIPPED, metric_of
 from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
-SKIPPED = "step/skipped"
-GRAD_SCALE = "step/grad_scale"
 
 
 @dataclass(frozen=True, eq=False)

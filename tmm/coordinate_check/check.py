@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tmm.coordinate_check.result import TERMS, CoordinateCheck, Growth, Term
+from tmm.families import RCC
 from tmm.instrument import explain, instrument, monitor, remove
+from tmm.keys import key_of
 from tmm.naming import display_name, relative_names
 from tmm.rules import activation, check_pattern, rcc
 from tmm.spec import Spec
@@ -224,7 +226,7 @@ def _measure(model: Callable[..., Any], inputs: Any, step: int) -> dict[tuple[st
                 sizes[site, term] = float(values[f"activation/{site}/size"])
                 continue
             for name in (f"{site}.weight", site):  # without the bias where that is measured
-                norm = values.get(f"RCC {term}/{name}/l2norm")
+                norm = values.get(key_of(RCC.of(term), name, "l2norm"))
                 if norm is not None:
                     sizes[site, term] = float(norm) / root
                     break

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tmm.analysis.names import is_loss
+from tmm.keys import is_loss
 from tmm.layout import StepArray
 from tmm.metrics import FloatArray
 from tmm.plots.groups import group_keys

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tmm.analysis.names import is_family, metric_of
 from tmm.analysis.recorded import Recorded
-from tmm.layout import ATTENTION, ROOT_NAME, KeyInfo
-
-PARAMETER_FAMILIES = frozenset(
-    ("gradient", "gradient_before_clip", "parameter", "parameter_difference")
-) | {"update", "optimizer_state"}
-"""Families whose sites are parameters; those of the others are tensors in the forward pass."""
-
-_HEAD = re.compile(r"(\.call_\d+)?(\.head_\d+)?(\.(query|key|value|activation))?$")
-_PART = re.compile(r"\.head_\d+\.(query|key|value|activation)$")
-_NORM = "gradient_norm"
+from tmm.families import (
+    ACTIVATION,
+    ACTIVATION_DIFFERENCE,
+    ACTIVATION_GRADIENT,
+    ATTENTION,
+    RCC,
+    STEP,
+    family_of,
+)
+from tmm.keys import (
+    TOTAL_NORM,
+    is_without_bias,
+    key_of,
+    layer_of,
+    metric_of,
+    part_of_head,
+)
+from tmm.layout import KeyInfo
 
 
 @dataclass(frozen=True)
@@ -67,44 +73,27 @@ def group_keys(recorded: Recorded, keys: Iterable[str]) -> tuple[tuple[Group, ..
     return tuple(groups), others
 
 
-def layer_of(info: KeyInfo) -> str:
-    """The module that a key belongs to; empty for keys that belong to none."""
-    site = info.site
-    if info.kind in PARAMETER_FAMILIES:
-        return site.rpartition(".")[0] or ROOT_NAME
-    if info.kind == "step":
-        return site.removeprefix(f"{_NORM}/") if site.startswith(f"{_NORM}/") else ""
-    if info.kind == "system" or not is_family(info.kind):
-        return ""
-    if site.startswith(ROOT_NAME):
-        return ROOT_NAME
-    if info.kind.startswith("RCC "):
-        return site.removesuffix(".weight")
-    if info.kind.startswith(f"{ATTENTION}_") or _PART.search(site):
-        site = _HEAD.sub("", site)
-    return site.partition("[")[0]
-
-
 def _group_of(info: KeyInfo) -> tuple[str, str, str] | None:
     """The name of a key's group, its family and its metric; None for a key of no layer."""
     if not layer_of(info):
         return None
     kind, metric = info.kind, metric_of(info)
-    if kind == "step":
-        return f"{kind}/{_NORM} of blocks", kind, _NORM
-    if kind.startswith(f"{ATTENTION}_"):
+    family = family_of(kind)
+    if family is STEP:
+        return f"{key_of(kind, TOTAL_NORM)} of blocks", kind, TOTAL_NORM
+    if family is ATTENTION:
         return kind, kind, metric
-    if kind.startswith("RCC "):
+    if family is RCC:
         name = kind if metric == "l2norm" else f"{kind}, {metric}"
-        if info.site.endswith(".weight"):
+        if is_without_bias(info):
             name += ", without bias"
         return name, kind, metric
-    part = _PART.search(info.site)
-    return f"{kind}/{metric}" + (f" of {part[1]} in heads" if part else ""), kind, metric
+    part = part_of_head(info)
+    return f"{kind}/{metric}" + (f" of {part} in heads" if part else ""), kind, metric
 
 
 def _label(info: KeyInfo) -> str:
-    return layer_of(info) if info.kind == "step" else info.site
+    return layer_of(info) if info.kind == STEP.name else info.site
 
 
 class _Depths:
@@ -115,8 +104,8 @@ class _Depths:
         infos = [recorded.key_info(key) for key in names]
         self._forward: dict[str, int] = {}
         # Positions of one family are in one order; outputs are the most common.
-        for kind in ("activation", "activation_gradient", "activation_difference"):
-            sites = [info for info in infos if info.kind == kind and layer_of(info)]
+        for family in (ACTIVATION, ACTIVATION_GRADIENT, ACTIVATION_DIFFERENCE):
+            sites = [info for info in infos if info.kind == family.name and layer_of(info)]
             for info in sites:
                 self._forward.setdefault(layer_of(info), info.position)
             if self._forward:

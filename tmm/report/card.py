@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from tmm.analysis.names import is_family, is_loss, is_total_loss
+from tmm.keys import is_family, is_loss, is_total_loss
 
 if TYPE_CHECKING:
     from tmm.explain import Explanation

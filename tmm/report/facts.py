@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tmm.analysis import Anomaly
-from tmm.analysis.names import is_family, is_loss, is_total_loss
-from tmm.plots.groups import layer_of
+from tmm.families import SYSTEM
+from tmm.keys import is_family, is_loss, is_total_loss, key_of, layer_of
 from tmm.plots.reduce import thin
 from tmm.reader import Run
 from tmm.report.snapshot import Snapshot
@@ -118,7 +118,7 @@ def _section(snapshot: Snapshot, key: str) -> str:
     info = snapshot.key_info(key)
     if is_loss(info):
         return "loss"
-    if info.kind == "system":
+    if info.kind == SYSTEM.name:
         rated = info.site.endswith(("_per_second", "step_seconds"))
         return "throughput" if rated else "system"
     return "steps" if is_family(info.kind) else "logged"
@@ -142,7 +142,7 @@ def _loss(snapshot: Snapshot) -> dict[str, Any] | None:
 def _rate(snapshot: Snapshot) -> dict[str, Any] | None:
     known = set(snapshot.keys())
     for metric in _RATES:
-        key = f"system/{metric}"
+        key = key_of(SYSTEM.name, metric)
         if key in known:
             values = snapshot.series(key)[1]
             finite = values[np.isfinite(values)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from tmm.values import family_of
+from tmm.keys import reserved_start
 
 
 def numbers_in(
@@ -39,7 +39,7 @@ def numbers_in(
             )
         if number.layout is not torch.strided or number.device.type == "meta":
             raise ValueError(f"log: {name!r} is a {number.layout} tensor; log a dense one")
-        if (start := family_of(name)) is not None:
+        if (start := reserved_start(name)) is not None:
             raise ValueError(
                 f"log: keys that start with {start!r} are tmm's own; choose another name, such as"
                 f" {'my_' + name!r}"

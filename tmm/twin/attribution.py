@@ -9,14 +9,18 @@ from functools import partial
 
 import torch
 
+from tmm.families import (
+    ACTIVATION_DIFFERENCE,
+    ATTENTION,
+    BRANCH_FAMILIES,
+    VALUE_FAMILY,
+    rule_family,
+)
 from tmm.gaps import MonitoringWarning, levels_to_user
 from tmm.layout import (
-    ATTENTION,
     ATTENTION_MARK,
-    DIFFERENCE,
     OUTSIDE,
     ROOT_NAME,
-    VALUE_FAMILY,
     AttentionRequest,
     Measurement,
     PackedLayout,
@@ -32,7 +36,6 @@ from tmm.passes.insert_reference import BRANCH, CheckedModule
 from tmm.passes.placed import Placed, why_unsummed
 from tmm.passes.placements import PlacementOptions
 from tmm.ranks import Ranks, is_distributed
-from tmm.rules import BRANCH_FAMILIES, rule_family
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
 from tmm.twin.backend import Comparison, MeasuredGraph, Scope
@@ -130,9 +133,9 @@ class Attribution:
 
         comparison = None
         if any(self.plan.spec.measures(family) for family in BRANCH_FAMILIES):
-            comparison = Comparison(partial(select, family=DIFFERENCE), check)
+            comparison = Comparison(partial(select, family=ACTIVATION_DIFFERENCE.name), check)
         attention = None
-        if self.plan.spec.measures(ATTENTION):
+        if self.plan.spec.measures(ATTENTION.name):
 
             def attention(relative: str) -> tuple[AttentionRequest, ...]:
                 names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
@@ -280,7 +283,7 @@ class Attribution:
         if measurement.is_of_attention:
             if site.is_shown:
                 return True  # it was asked for by the call
-            family = ATTENTION
+            family = ATTENTION.name
         name = site.module + site.path if site.is_shown else site.module
         wanted = [*self.plan.select(name, torch.float32, family)]
         wanted += self.plan.select(name, torch.complex64, family)

@@ -10,7 +10,8 @@ import torch
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from tmm.layout import DIFFERENCE, Measurement, Site
+from tmm.families import ACTIVATION_DIFFERENCE
+from tmm.layout import Measurement, Site
 from tmm.metrics import Reduction
 from tmm.operators import why_unmeasurable
 from tmm.pairs import ROW_NORM, normalized_norms, norms_without, reduce_pair, row_norms
@@ -98,7 +99,7 @@ class EagerComparison:
                 "a graph in it draws random numbers of its own, which a second call would not draw"
             )
         for path, tensor in tensors_in(output):
-            reductions = plan.select(name, tensor.dtype, DIFFERENCE)
+            reductions = plan.select(name, tensor.dtype, ACTIVATION_DIFFERENCE.name)
             checked = None if entered is None else entered.checked
             if why_unmeasurable(tensor) or not (reductions or checked):
                 continue
@@ -117,7 +118,7 @@ class EagerComparison:
     def show(self, site: Site, tensor: torch.Tensor) -> None:
         """Measure a tensor that the program shows under a name."""
         name = site.module + site.path
-        reductions = self._attribution.plan.select(name, tensor.dtype, DIFFERENCE)
+        reductions = self._attribution.plan.select(name, tensor.dtype, ACTIVATION_DIFFERENCE.name)
         if reductions and not why_unmeasurable(tensor):
             self._differences(site, tensor, reductions)
 
@@ -129,12 +130,14 @@ class EagerComparison:
             reference = self._follower.counterpart(tensor)
         if reference is None:
             for reduction in reductions:
-                self._lose(Measurement(DIFFERENCE, site, reduction), self._why_not(tensor))
+                self._lose(
+                    Measurement(ACTIVATION_DIFFERENCE.name, site, reduction), self._why_not(tensor)
+                )
             return None
         with torch.no_grad(), self._follower.paused():
             for reduction in reductions:
                 row = reduce_pair_eagerly(tensor.detach(), reference, reduction)
-                self._add(Measurement(DIFFERENCE, site, reduction), row)
+                self._add(Measurement(ACTIVATION_DIFFERENCE.name, site, reduction), row)
         return reference
 
     def _why_not(self, tensor: torch.Tensor) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from tmm.families import BRANCH_FAMILIES
 from tmm.layout import Site
 from tmm.passes.insert_reference import ReferenceEnds
 from tmm.reference import Reference
-from tmm.rules import BRANCH_FAMILIES
 from tmm.twin.attribution import Attribution
 from tmm.twin.compare import Add, EagerComparison, Lose
 from tmm.twin.follow import Follower

@@ -18,8 +18,9 @@ from torch._dynamo.eval_frame import innermost_fn
 from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
+from tmm.families import ACTIVATION_DIFFERENCE, ATTENTION, BRANCH_FAMILIES, VALUE_FAMILY
 from tmm.kernels.dense import packed_dtype
-from tmm.layout import ATTENTION, DIFFERENCE, VALUE_FAMILY, Measurement, Site
+from tmm.layout import Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import display_name, unwrapped
 from tmm.operators import summarize_attention
@@ -31,7 +32,6 @@ from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
 from tmm.ranks import Ranks, local_part
 from tmm.reference import Reference
-from tmm.rules import BRANCH_FAMILIES
 from tmm.runtime.binding import Binding, KeyRegistry
 from tmm.runtime.eager import reduce_eagerly
 from tmm.spec import Plan
@@ -513,7 +513,9 @@ class Twin:
             if self.plan.spec.measures(GRADIENT):
                 self._probe_eagerly(module, output)
         name = self.attribution.name(module)
-        if self.comparing is not None and self.plan.select(name, torch.float32, DIFFERENCE):
+        if self.comparing is not None and self.plan.select(
+            name, torch.float32, ACTIVATION_DIFFERENCE.name
+        ):
             self.attribution.unmeasured[f"{name} against the reference"] = (
                 "it is called past the model's own forward, which the reference repeats"
             )
@@ -687,7 +689,7 @@ class Twin:
         if self._is_discarding:
             return
         (reduction,) = SHOWN.statistics
-        family = f"{ATTENTION}_{reduction.metrics[0]}"
+        family = ATTENTION.of(reduction.metrics[0])
 
         def rows() -> Iterator[tuple[Binding, torch.Tensor]]:
             found = summarize_attention(

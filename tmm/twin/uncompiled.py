@@ -14,10 +14,9 @@ from torch._dynamo.variables import torch as answers
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from tmm.layout import ATTENTION
+from tmm.families import ATTENTION, BRANCH_FAMILIES
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.ranks import Ranks
-from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Spec
 
 _ANSWER = "tracing_state_functions"
@@ -29,7 +28,7 @@ def why_traced(spec: Spec, place: Ranks) -> str | None:
     It has words for ``tmm.explain``.
     """
     reasons = []
-    if spec.measures(ATTENTION):
+    if spec.measures(ATTENTION.name):
         reasons.append("tmm.attention")
     if any(map(spec.measures, BRANCH_FAMILIES)):
         reasons.append("comparing it with a reference")

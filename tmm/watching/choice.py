@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from tmm.analysis.names import is_family, is_loss, is_total_loss, metric_of
+from tmm.keys import is_family, is_loss, is_total_loss, metric_of
 from tmm.layout import KeyInfo
 
 _SYSTEM = re.compile(

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, jumping
-from tmm.analysis.names import metric_of
 from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
+from tmm.keys import metric_of
 from tmm.layout import KeyInfo
 
 _LARGE = 100.0

@@ -8,10 +8,10 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.names import metric_of
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, runs
 from tmm.analysis.series import BoolArray, Series, metrics_of
+from tmm.keys import metric_of
 from tmm.layout import KeyInfo
 
 _DEAD = 0.9

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmm.analysis.names import metric_of
-from tmm.analysis.order import BACKWARD, FORWARD, GRADIENT, REST, Rank
+from tmm.analysis.order import Rank
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray, Series, series_of, skipped_steps
-from tmm.layout import ATTENTION, KeyInfo, StepArray
+from tmm.families import ATTENTION, Phase
+from tmm.keys import metric_of
+from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import METRIC_NAMES, FloatArray
 
 COUNTS = ("nan_count", "inf_count")
@@ -49,11 +50,11 @@ def evidence(recorded: Recorded, ranks: Mapping[str, Rank]) -> Iterator[Evidence
     tensors: dict[tuple[str, str], list[Series]] = {}
 
     def counts(info: KeyInfo) -> bool:
-        return ranks[info.key][0] != REST and metric_of(info) not in SILENT
+        return ranks[info.key][0] != Phase.REST and metric_of(info) not in SILENT
 
     skipped = skipped_steps(recorded)
     for series in series_of(recorded, counts):
-        if ranks[series.key][0] in (BACKWARD, GRADIENT):
+        if ranks[series.key][0] in (Phase.BACKWARD, Phase.GRADIENT):
             series = series.without(skipped)
         tensor = tensor_of(series.info)
         if len(series.steps):
@@ -89,7 +90,7 @@ def newest_evidence(recent: RecentSeries) -> list[NewestEvidence]:
     tensors: dict[tuple[str, str], list[int]] = {}
     for place, info in enumerate(infos):
         part = recent.ranks[info.key][0]
-        if part != REST and not (skips and part in (BACKWARD, GRADIENT)):
+        if part != Phase.REST and not (skips and part in (Phase.BACKWARD, Phase.GRADIENT)):
             tensors.setdefault(tensor_of(info), []).append(place)
     alike: dict[tuple[str, ...], list[list[int]]] = {}
     for places in tensors.values():
@@ -113,7 +114,7 @@ def newest_evidence(recent: RecentSeries) -> list[NewestEvidence]:
                         tensor_of(info),
                         tuple(infos[place].key for place in places),
                         tuple(infos[place].key for place in flagged),
-                        recent.ranks[info.key][0] == FORWARD and not has_nan,
+                        recent.ranks[info.key][0] == Phase.FORWARD and not has_nan,
                     )
                 )
     return found
@@ -121,8 +122,8 @@ def newest_evidence(recent: RecentSeries) -> list[NewestEvidence]:
 
 def tensor_of(info: KeyInfo) -> tuple[str, str]:
     """What keys of one tensor have in common."""
-    is_of_attention = info.kind.startswith(f"{ATTENTION}_")
-    return ATTENTION if is_of_attention else info.kind, info.site
+    is_of_attention = ATTENTION.begins(info.kind)
+    return ATTENTION.name if is_of_attention else info.kind, info.site
 
 
 def _was_finite(series: Series) -> bool:

@@ -8,23 +8,23 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, any_finite, jumping
-from tmm.analysis.names import metric_of
 from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import (
-    GRAD_SCALE,
     BoolArray,
     Series,
     named,
     series_of,
     skipped_steps,
 )
+from tmm.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
+from tmm.keys import GRAD_SCALE, metric_of, total_norm
 from tmm.layout import KeyInfo, StepArray
 from tmm.metrics import FloatArray
 
-_TOTALS = ("gradient_norm", "gradient_norm_before_clip")
-_FAMILIES = ("gradient", "gradient_before_clip")
+_FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
+_TOTALS = tuple(total_norm(family).partition("/")[2] for family in _FAMILIES)
 _LARGE = 100.0
 _FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
 _SMALLEST = 1e-6
@@ -99,7 +99,7 @@ def vanishing_gradients(
         if _is_frozen(norms):
             continue
         flagged = norms.values < limit
-        if norms.info.kind != "step":
+        if norms.info.kind != STEP.name:
             flagged &= _together(modules[_module(norms.info)], norms.steps) < limit
         flagged = bridged(flagged, norms.values < 10 * limit)
         if norms.site not in _TOTALS:
@@ -130,7 +130,7 @@ def idle_parameters(
         else:
             others = _together(modules[_module(norms.info)], norms.steps)
             small = int(((norms.values < limit) & (others >= limit)).sum())
-            if norms.info.kind == "step" or small < least or 2 * small < count:
+            if norms.info.kind == STEP.name or small < least or 2 * small < count:
                 continue
             text = (
                 f"{_named(norms)} is below {number(limit)} in {small} of {count} recorded steps;"
@@ -142,7 +142,7 @@ def idle_parameters(
 
 
 def _is_norm(info: KeyInfo) -> bool:
-    if info.kind == "step":
+    if info.kind == STEP.name:
         return info.site.partition("/")[0] in _TOTALS
     return info.kind in _FAMILIES and metric_of(info) == "norm"
 
@@ -154,7 +154,7 @@ def _is_frozen(norms: Series) -> bool:
 
 def _named(series: Series) -> str:
     clip = " before clipping" if "before_clip" in series.key else ""
-    if series.info.kind == "step":
+    if series.info.kind == STEP.name:
         block = series.site.partition("/")[2]
         whose = f"of block {block}" if block else "of all parameters"
         return f"The gradient norm {whose}{clip}"

@@ -9,10 +9,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import EndsWith, any_finite
-from tmm.analysis.names import is_loss, is_total_loss
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import NORMAL, before, bridged, median
 from tmm.analysis.series import Series, series_of
+from tmm.keys import is_loss, is_total_loss
 from tmm.metrics import FloatArray
 
 _NEAR = 10  # values before that say where the loss is now

@@ -10,26 +10,18 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Episode, Severity, episodes, number
 from tmm.analysis.detectors.evidence import Evidence, evidence, newest_evidence, tensor_of
-from tmm.analysis.names import is_inside
-from tmm.analysis.order import (
-    BACKWARD,
-    FORWARD,
-    GRADIENT,
-    LOSS,
-    PARAMETER,
-    UPDATE,
-    Rank,
-    execution_ranks,
-)
+from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
+from tmm.families import ACTIVATION, ATTENTION, STEP, Phase
+from tmm.keys import is_inside
 
 _PLACES = {
-    FORWARD: "the output of",
-    BACKWARD: "the gradient of the output of",
-    GRADIENT: "the gradient of",
-    UPDATE: "the update of",
-    PARAMETER: "the parameter",
+    Phase.FORWARD: "the output of",
+    Phase.BACKWARD: "the gradient of the output of",
+    Phase.GRADIENT: "the gradient of",
+    Phase.UPDATE: "the update of",
+    Phase.PARAMETER: "the parameter",
 }
 
 
@@ -61,7 +53,7 @@ def nonfinite_at(
     if not shown:
         return (), frozenset()
     ranks = recent.ranks
-    losses = [key for key, (part, _) in ranks.items() if part == LOSS]
+    losses = [key for key, (part, _) in ranks.items() if part == Phase.LOSS]
     if not anew and not any(item.may_be_harmless for item in shown):
         return (), frozenset(key for item in shown for key in item.flagged)
     asked = shown if anew else [item for item in shown if item.may_be_harmless]
@@ -89,7 +81,7 @@ class _Found:
     """Evidence of one tensor, and its rank in the step."""
 
     evidence: Evidence
-    rank: tuple[int, int]
+    rank: Rank
     harmless: bool
 
     @property
@@ -108,14 +100,14 @@ class _Found:
     @property
     def what(self) -> str:
         info = self.evidence.series.info
-        if info.kind.startswith("attention"):
+        if ATTENTION.begins(info.kind):
             return f"the attention of {self.site}"
-        if info.kind == "step":
+        if info.kind == STEP.name:
             block = self.site.partition("/")[2]
             return f"the gradient norm of {f'block {block}' if block else 'all parameters'}"
-        if self.rank[0] == LOSS:
+        if self.rank[0] is Phase.LOSS:
             return info.key
-        if self.rank[0] == FORWARD and info.kind != "activation":
+        if self.rank[0] is Phase.FORWARD and info.kind != ACTIVATION.name:
             return f"the recorded value {info.key}"
         return f"{_PLACES[self.rank[0]]} {self.site}"
 
@@ -139,8 +131,9 @@ class _Found:
 def _all_found(recorded: Recorded, since: int | None, ranks: Mapping[str, Rank]) -> list[_Found]:
     """Everything with evidence, in the order of execution."""
     everything = list(evidence(recorded, ranks))
-    losses = any(part == LOSS for part, _ in ranks.values())
-    failing = [e.series.steps[e.flagged] for e in everything if ranks[e.series.key][0] == LOSS]
+    losses = any(part == Phase.LOSS for part, _ in ranks.values())
+    of_losses = (e for e in everything if ranks[e.series.key][0] is Phase.LOSS)
+    failing = [e.series.steps[e.flagged] for e in of_losses]
     failed = np.concatenate([np.empty(0, dtype=np.int64), *failing])
     found = []
     for item in everything:
@@ -148,7 +141,7 @@ def _all_found(recorded: Recorded, since: int | None, ranks: Mapping[str, Rank])
             item = replace(item, flagged=item.flagged & (item.series.steps >= since))
         if item.flagged.any():
             rank = ranks[item.series.key]
-            stays = rank[0] == FORWARD and item.is_always_infinite and losses
+            stays = rank[0] is Phase.FORWARD and item.is_always_infinite and losses
             harmless = stays and not np.isin(item.series.steps, failed).any()
             found.append(_Found(item, rank, harmless))
     return sorted(found, key=lambda item: item.rank)
@@ -181,7 +174,7 @@ def _origin(found: list[_Found]) -> _Found | None:
     while inner := [
         item
         for item in candidates
-        if item.rank[0] == origin.rank[0] == FORWARD and is_inside(item.site, origin.site)
+        if item.rank[0] == origin.rank[0] is Phase.FORWARD and is_inside(item.site, origin.site)
     ]:
         origin = inner[0]
     return origin
