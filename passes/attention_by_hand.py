@@ -28,6 +28,7 @@ from tmm.passes.edits import storages
 from tmm.passes.filled_scores import FilledMask, FilledScores
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.origin import sites_of
+from tmm.passes.values import value_of
 
 _PRODUCTS = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__")
 _ADDITIONS = (torch.add, operator.add, operator.iadd, "add", "add_")
@@ -92,7 +93,7 @@ def match_softmax(
 
     Unless it ``may_be_one``, logits that are not understood are those of something else.
     """
-    probabilities = softmax.meta.get("example_value")
+    probabilities = value_of(softmax)
     source = _argument(_inner(softmax), 0, "input")
     weighing = _weighs(softmax)
     if not isinstance(source, Node) or not isinstance(probabilities, torch.Tensor):
@@ -111,7 +112,7 @@ def match_softmax(
 def _match(
     module: GraphModule, softmax: Node, logits: _Logits, weighing: Node | None
 ) -> FoundAttention | Unmatched | None:
-    probabilities, product = softmax.meta["example_value"], logits.product
+    probabilities, product = value_of(softmax), logits.product
     if probabilities.dim() < 3:
         return None
     if _argument(_inner(softmax), 1, "dim") not in (-1, probabilities.dim() - 1):
@@ -191,7 +192,7 @@ def _keeps_rows(node: Node) -> bool:
     """Whether a node regroups the leading dimensions only."""
     if node.target not in _RESHAPES:
         return False
-    before, after = node.all_input_nodes[0].meta["example_value"], node.meta["example_value"]
+    before, after = value_of(node.all_input_nodes[0]), value_of(node)
     return bool(before.shape[-2:] == after.shape[-2:])
 
 
@@ -362,7 +363,7 @@ def _operand(node: Node, index: int) -> Node:
 
 
 def _example(node: Node) -> torch.Tensor:
-    example = node.meta.get("example_value")
+    example = value_of(node)
     if not isinstance(example, torch.Tensor):
         raise _UnknownError("its logits come from no tensor")
     return example

@@ -10,6 +10,8 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch.fx import Node
 
+from tmm.passes.values import value_of
+
 FORBIDDING = -9999.0
 """What a mask makes of the logit of a hidden key, at most: models write -inf, finfo.min, -10000."""
 
@@ -41,7 +43,7 @@ class Mask:
     @staticmethod
     def of(tensor: Node) -> Mask:
         """What ``scaled_dot_product_attention`` makes of a mask."""
-        is_boolean = tensor.meta["example_value"].dtype == torch.bool
+        is_boolean = value_of(tensor).dtype == torch.bool
         return Mask(tensor, "allowed" if is_boolean else "added")
 
 

@@ -24,6 +24,7 @@ from tmm.passes.normalization import mixes_items, without_statistics
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples, SamplesError
 from tmm.passes.shared_masks import FUNCTIONS, SharedMask, draws_by_itself
+from tmm.passes.values import set_value, value_of
 
 ORIGIN = "tmm_copied"
 """Node metadata: the node that this one computes again. A copy is never copied itself."""
@@ -119,7 +120,7 @@ class Copier:
             self.refused[mark] = self._reasons[tensor]
         else:
             self.found[mark] = self.copies.get(tensor, tensor)
-            example = tensor.meta["example_value"]
+            example = value_of(tensor)
             if self.samples is not None and (
                 tensor in self.scrambled or not self.samples.can_be_told_apart(example)
             ):
@@ -196,7 +197,7 @@ class Copier:
             return f"{name} draws random numbers that a second computation cannot share"
         if any(call is node for call, _ in nested_calls(self.module)):
             return None if returns_body_outputs(node) else f"inside {node.target}"
-        if free_unbacked_symbols(example := node.meta.get("example_value")):
+        if free_unbacked_symbols(example := value_of(node)):
             is_number = not isinstance(example, torch.Tensor)
             return f"{'a number' if is_number else 'a shape'} in it is read from tensors"
         if self.samples is not None and (reason := self._why_not_of_samples(node)) is not None:
@@ -224,9 +225,9 @@ class Copier:
             sources = sources[:1]
         if any(not self._can_be_narrowed(source) for source in sources):
             return _UNFOLLOWED
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example)) and (
-            any(self.samples.has_items(source.meta.get("example_value")) for source in sources)
+            any(self.samples.has_items(value_of(source)) for source in sources)
             and not self.samples.has_items(example)
         ):
             return "it joins the items of the batch"
@@ -234,7 +235,7 @@ class Copier:
 
     def _can_be_narrowed(self, node: Node) -> bool:
         """Whether the items can be told apart in what is shared of ``node``."""
-        example = node.meta.get("example_value")
+        example = value_of(node)
         is_copied = self.copies.get(node, node) is not node
         if self.samples is None or is_copied or not isinstance(example, torch.Tensor):
             return True
@@ -344,10 +345,10 @@ class Copier:
             for key, value in original.meta.items()
             if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
         }
-        example = original.meta.get("example_value")
+        example = value_of(original)
         if self.samples is not None:
             example = self.samples.example(example)
-        copied.meta["example_value"] = tree_map(example_like, example)
+        set_value(copied, tree_map(example_like, example))
         copied.meta[ORIGIN] = original
         add_site(copied, self.family, self.site)
 
@@ -361,7 +362,7 @@ class Copier:
 
     def _share(self, node: Node) -> Argument:
         """What a copy takes of a node that it does not copy: no gradient, and no other items."""
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if self.samples is not None and self.samples.has_items(example):
             if not isinstance(example, torch.Tensor):
                 return cast("Argument", self.samples.example(example))
@@ -369,7 +370,7 @@ class Copier:
                 narrowed = self.samples.insert_narrow(self.module.graph, node)
             narrowed.meta[ORIGIN] = node
             add_site(narrowed, self.family, self.site)
-            node, example = narrowed, narrowed.meta["example_value"]
+            node, example = narrowed, value_of(narrowed)
         if not isinstance(example, torch.Tensor) or not example.requires_grad:
             return node
         with self.module.graph.inserting_after(_last_input(self.module, node)):

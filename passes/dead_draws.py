@@ -24,6 +24,7 @@ from tmm.passes.marks import is_mark
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.shared_masks import bind
+from tmm.passes.values import value_of
 
 # What takes no more than the shape, dtype and device of its arguments; of the others but the first.
 _LIKE = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
@@ -152,7 +153,7 @@ def _fills(node: Node) -> bool:
 
 def _is_whole(node: Node) -> bool:
     """Whether a tensor is all that lies in its memory."""
-    example = node.meta.get("example_value")
+    example = value_of(node)
     if not isinstance(example, FakeTensor):
         return False
     size = example.untyped_storage().nbytes()
@@ -217,7 +218,7 @@ def _memory(nodes: Iterable[Node]) -> set[int]:
 
 
 def _tensors(node: Node) -> list[torch.Tensor]:
-    leaves = tree_leaves(node.meta.get("example_value"))
+    leaves = tree_leaves(value_of(node))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -236,7 +237,7 @@ def _plain_tensors(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _draws(node: Node) -> bool:
     """Whether an operation may draw random numbers: tried out on tensors without elements."""
-    tensors = [t for t in tree_leaves(node.meta.get("example_value")) if isinstance(t, FakeTensor)]
+    tensors = [t for t in tree_leaves(value_of(node)) if isinstance(t, FakeTensor)]
     if not tensors:
         return False
     if node.op not in ("call_function", "call_method"):
@@ -257,7 +258,7 @@ def _draws(node: Node) -> bool:
 
 
 def _example(node: Node) -> Any:
-    return tree_map(example_like, node.meta["example_value"])
+    return tree_map(example_like, value_of(node))
 
 
 def _call(node: Node, args: Any, kwargs: Mapping[str, Any]) -> None:

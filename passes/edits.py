@@ -8,6 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from tmm.passes.values import set_value, value_of
+
 SHARED_MEMORY = "tmm_shared_memory"
 """Where a graph keeps which traced memory is another's where it runs, see ``join_identities``."""
 
@@ -15,7 +17,7 @@ SHARED_MEMORY = "tmm_shared_memory"
 def add_body_input(call: Node, body: GraphModule, value: Node, name: str) -> Node:
     """Make ``value`` an input of the nested graph ``body`` that ``call`` runs."""
     call.args = (*call.args, value)
-    return add_placeholder(body, name, value.meta["example_value"])
+    return add_placeholder(body, name, value_of(value))
 
 
 def add_body_output(call: Node, body: GraphModule, output: Node) -> int:
@@ -24,7 +26,7 @@ def add_body_output(call: Node, body: GraphModule, output: Node) -> int:
     (returned,) = returning.args
     assert isinstance(returned, (tuple, list))
     returning.args = ((*returned, output),)
-    call.meta["example_value"] = (*call.meta["example_value"], output.meta["example_value"])
+    set_value(call, (*value_of(call), value_of(output)))
     body.recompile()
     return len(returned)
 
@@ -34,7 +36,7 @@ def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
     first = next(node for node in module.graph.nodes if node.op != "placeholder")
     with module.graph.inserting_before(first):
         node = module.graph.placeholder(name)
-    node.meta["example_value"] = example
+    set_value(node, example)
     return node
 
 
@@ -50,7 +52,7 @@ def storages(nodes: Iterable[Node]) -> set[int]:
     """The memory that traced tensors lie in."""
     found = set()
     for node in nodes:
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if isinstance(example, FakeTensor) and example.layout is torch.strided:
             storage = example.untyped_storage()._cdata
             owner = node.graph.owning_module

@@ -16,6 +16,7 @@ from tmm.passes.flexible_scores import FlexibleScores
 from tmm.passes.origin import all_nodes, sites_of
 from tmm.passes.shared_masks import bind
 from tmm.passes.unknown_attention import Products
+from tmm.passes.values import value_of
 
 ATTENTION = functional.scaled_dot_product_attention
 MULTI_HEAD = functional.multi_head_attention_forward
@@ -63,7 +64,7 @@ def _find_known(
 def _opaque(node: Node) -> str | None:
     """The name of an operation that is an attention as a whole, by what it is called."""
     name = str(getattr(node.target, "__name__", node.target))
-    example = node.meta.get("example_value")
+    example = value_of(node)
     outputs = example if isinstance(example, (tuple, list)) else (example,)
     is_floating = isinstance(outputs[0], torch.Tensor) and outputs[0].is_floating_point()
     is_attention = "attention" in name or "attn" in name

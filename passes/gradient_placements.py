@@ -19,6 +19,7 @@ from tmm.passes.origin import all_nodes
 from tmm.passes.placed import Placed, declared_by, name_of, shape_of
 from tmm.passes.placements import Placements
 from tmm.passes.shared_masks import random_function
+from tmm.passes.values import value_of
 
 _ADD = (operator.add, torch.add, "add")
 
@@ -94,7 +95,7 @@ class _Gradients:
         return self._from(tensor, self._users(tensor))
 
     def _from(self, tensor: Node, users: list[Node]) -> tuple[Placed | None, str]:
-        example = tensor.meta.get("example_value")
+        example = value_of(tensor)
         if Placed.of(example) is not None:
             return None, "the gradient of a DTensor may be placed in another way than it is"
         if not users:
@@ -173,5 +174,5 @@ def _of_gradient(node: Node, placed: Placed | None) -> Placed | None:
 
 
 def _requires_gradient(node: Node) -> bool:
-    example = node.meta.get("example_value")
+    example = value_of(node)
     return not isinstance(example, torch.Tensor) or example.requires_grad

@@ -15,6 +15,7 @@ from tmm.layout import Site
 from tmm.passes.marks import is_mark
 from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import pass_of, sites_of
+from tmm.passes.values import value_of
 
 _CONSTANT_LIMIT = 4096  # elements of a constant that are written out
 _NUMPY_WRAPPERS = ("numpy_to_tensor_wrapper", "numpy_method_wrapper", "numpy_operator_wrapper")
@@ -82,7 +83,7 @@ def _line(node: Node, names: Mapping[int, str], indent: str) -> NodeLine:
         [_argument(argument) for argument in node.args]
         + [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
     )
-    result = f"%{node.name}{_type(node.meta.get('example_value'))} = "
+    result = f"%{node.name}{_type(value_of(node))} = "
     if node.op == "output":
         text = f"return {_argument(node.args[0])}"
     elif node.op == "placeholder":

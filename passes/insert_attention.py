@@ -37,6 +37,7 @@ from tmm.passes.placed import is_distributed
 from tmm.passes.placements import Placements
 from tmm.passes.remove_evaluations import is_evaluation
 from tmm.passes.trace_function import insert_traced, trace
+from tmm.passes.values import set_value, value_of
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"
@@ -259,7 +260,7 @@ class _Heads:
         for value in values:
             with self.graph.inserting_after(self.last):
                 self.last = self.graph.call_method("detach", (value,))
-            self.last.meta["example_value"] = _example(value).detach()
+            set_value(self.last, _example(value).detach())
             detached.append(self.last)
         first = detached[0]
         row = insert_traced(self.graph, traced, detached, self.last)
@@ -320,7 +321,7 @@ def _why_unreadable(found: FoundAttention) -> str | None:
 
 
 def _example(node: Node) -> torch.Tensor:
-    example: torch.Tensor = node.meta["example_value"]
+    example: torch.Tensor = value_of(node)
     return example
 
 

@@ -22,6 +22,7 @@ from tmm.passes.origin import add_site, sites_of
 from tmm.passes.placed import is_distributed
 from tmm.passes.probe import FunctionProbe, columns_of, probe
 from tmm.passes.trace_function import trace_function
+from tmm.passes.values import set_value, value_of
 
 FAMILY = "activation_gradient"
 
@@ -75,7 +76,7 @@ class _Place:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.tensor.meta["example_value"].device
+        device: torch.device = value_of(self.tensor).device
         return device
 
     @property
@@ -142,7 +143,7 @@ def _place(
 ) -> _Place | None:
     tensor = mark.args[0]
     assert isinstance(tensor, Node)
-    example = tensor.meta["example_value"]
+    example = value_of(tensor)
     site = site_of(mark, options.modules) if mark.target is tap else None
     requires_grad, is_grad_enabled = mark.args[2:] or (example.requires_grad, True)
     if site is None or not requires_grad or why_unmeasurable(example) or example.is_nested:
@@ -185,7 +186,7 @@ def _written(module: GraphModule) -> set[int]:
     return storages(
         node
         for node in module.graph.nodes
-        if isinstance(example := node.meta.get("example_value"), FakeTensor) and example._version
+        if isinstance(example := value_of(node), FakeTensor) and example._version
     )
 
 
@@ -235,7 +236,7 @@ def _row_nodes(
     module: GraphModule, row_input: RowInput, places: Sequence[_Place]
 ) -> Sequence[Node]:
     """The extra input, cut into the rows of the probes: one operation, and one in the backward."""
-    example = places[0].tensor.meta["example_value"]
+    example = value_of(places[0].tensor)
     with example.fake_mode, torch.enable_grad():
         value = torch.zeros(
             row_input.length,
@@ -247,12 +248,12 @@ def _row_nodes(
     widths = [place.width for place in places]
     with module.graph.inserting_before(_first_operation(module)):
         split = module.graph.call_function(torch.split, (rows, widths))
-        split.meta["example_value"] = torch.split(value, widths)
+        set_value(split, torch.split(value, widths))
         nodes = [
             module.graph.call_function(operator.getitem, (split, i)) for i in range(len(places))
         ]
-    for node, part in zip(nodes, split.meta["example_value"], strict=True):
-        node.meta["example_value"] = part
+    for node, part in zip(nodes, value_of(split), strict=True):
+        set_value(node, part)
     return nodes
 
 
@@ -261,7 +262,7 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
     for owner, call in calls:
         (body,) = (body for node, body in nested_calls(owner) if node is call)
         call.args = (*call.args, row)
-        row = add_placeholder(body, row.name, row.meta["example_value"])
+        row = add_placeholder(body, row.name, value_of(row))
     return row
 
 
@@ -273,7 +274,7 @@ def _first_operation(module: GraphModule) -> Node:
 def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
-    example = tensor.meta["example_value"]
+    example = value_of(tensor)
     functions = [
         None if reduction.function is None else trace_function(example, reduction)
         for reduction in place.reductions
@@ -289,7 +290,7 @@ def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
         else:
             chosen: dict[str, Argument] = {flag: True for flag, on in flags.items() if on}
             node = module.graph.call_function(probe, (tensor, row, columns), chosen)
-    node.meta["example_value"] = example
+    set_value(node, example)
     node.meta["nn_module_stack"] = mark.meta.get("nn_module_stack")
     for site in place.sites:
         add_site(node, FAMILY, site)

@@ -34,6 +34,7 @@ from tmm.passes.trace_function import (
     insert_traced,
     trace_function,
 )
+from tmm.passes.values import value_of
 
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""
@@ -139,7 +140,7 @@ def _measure(
 ) -> Iterator[tuple[Site, str]]:
     tensor = node.args[0]
     assert isinstance(tensor, Node)
-    example = tensor.meta["example_value"]
+    example = value_of(tensor)
     family, site, reductions = _mark(node, options, example.dtype)
     if not reductions:
         return
@@ -187,7 +188,7 @@ def _reduce(
     Functions that compute what tmm knows share one row with the built-in metrics. Those that are
     to run eagerly get a copy of the tensor, and lose their ``trace``.
     """
-    example = value.meta["example_value"]
+    example = value_of(value)
     functions = {r: _traced(example, r) for r in reductions if r.function is not None and r.trace}
     known: dict[Reduction, KnownMetric] = {}
     for reduction, traced in functions.items():

@@ -31,6 +31,7 @@ from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
 from tmm.passes.samples import Samples
 from tmm.passes.trace_function import MetricFunctionError, Traces, insert_traced
+from tmm.passes.values import argument_of, set_value, value_of
 
 _COMPARED = "tmm_compared"
 
@@ -139,9 +140,7 @@ def insert_reference(
     compared = [node for node in placeholders if node in options.parameters]
     others = [node for node in placeholders if options.is_part and _may_differ(node, options)]
     substitutes = {
-        node: add_placeholder(
-            module, f"{node.name}_reference", example_like(node.meta["example_value"])
-        )
+        node: add_placeholder(module, f"{node.name}_reference", example_like(value_of(node)))
         for node in (*compared, *others)
     }
     parameters = {module: {node: substitutes[node] for node in compared}}
@@ -195,9 +194,7 @@ def _constants(module: GraphModule, returned: Mapping[int, Node]) -> Iterator[in
     """The positions of returned tensors that no tensor among the inputs takes part in."""
     depends: set[Node] = set()
     for node in module.graph.nodes:
-        is_input = node.op == "placeholder" and isinstance(
-            node.meta.get("example_value"), torch.Tensor
-        )
+        is_input = node.op == "placeholder" and isinstance(value_of(node), torch.Tensor)
         if is_input or not depends.isdisjoint(node.all_input_nodes):
             depends.add(node)
             if (target := overwritten_by(node)) is not None:
@@ -214,7 +211,7 @@ def _lost(nodes: Mapping[int, Node], branch: Copier) -> tuple[tuple[int, str], .
 def _values_for_python(module: GraphModule, branch: Copier) -> str:
     """Why the program may go on in another way for the reference; empty where it does not."""
     for node in module.graph.output_node().all_input_nodes:
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if node in branch.dependent and free_unbacked_symbols(example):
             kind = "the shape of a tensor" if isinstance(example, torch.Tensor) else "a value"
             return f"the program got {kind} that depends on parameters out of a graph ({node.name})"
@@ -227,7 +224,7 @@ def _returned_tensors(module: GraphModule) -> dict[int, Node]:
     return {
         position: node
         for position, node in enumerate(returned)
-        if isinstance(node, Node) and isinstance(node.meta.get("example_value"), torch.Tensor)
+        if isinstance(node, Node) and isinstance(value_of(node), torch.Tensor)
     }
 
 
@@ -238,7 +235,7 @@ def _needs_branch(mark: Node, options: ReferenceOptions) -> bool:
     checked = _checked(site, options)
     if checked is not None and not checked.only_update:
         return True
-    dtype = tensor.meta["example_value"].dtype
+    dtype = value_of(tensor).dtype
     return mark.target is not tap_input and bool(options.select(site, dtype))
 
 
@@ -248,7 +245,7 @@ def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
     if site is None or not is_mark_of_site or mark.meta.get(_COMPARED):
         return False
     (tensor,) = mark.all_input_nodes
-    example = tensor.meta["example_value"]
+    example = value_of(tensor)
     if why_unmeasurable(example):
         return False
     if mark.target is not tap_input and options.select(site, example.dtype):
@@ -261,8 +258,8 @@ def _checked(site: Site, options: ReferenceOptions) -> CheckedModule | None:
 
 
 def _may_differ(node: Node, options: ReferenceOptions) -> bool:
-    example = node.meta.get("example_value")
-    argument = node.meta.get("grapharg")
+    example = value_of(node)
+    argument = argument_of(node)
     # A number of Python, which enters a graph as a tensor, is the same on both sides.
     is_number = argument is not None and argument.pass_arg_as_tensor
     return isinstance(example, torch.Tensor) and not is_number and node not in options.parameters
@@ -320,7 +317,7 @@ class _Rows:
         self, module: GraphModule, mark: Node, site: Site
     ) -> Iterator[tuple[Site, str]]:
         place = _Place(module, mark, self.options.samples, self.traces)
-        dtype = mark.all_input_nodes[0].meta["example_value"].dtype
+        dtype = value_of(mark.all_input_nodes[0]).dtype
         for reduction in self.options.select(site, dtype):
             key = (place.tensor, reduction)
             if key in self.differences:
@@ -388,10 +385,10 @@ class _Place:
         self.traces = traces
         self.mark = mark
         (self.tensor,) = mark.all_input_nodes
-        example = self.tensor.meta["example_value"]
+        example = value_of(self.tensor)
         with module.graph.inserting_after(mark):
             self.live = module.graph.call_method("detach", (self.tensor,))
-        self.live.meta["example_value"] = example.detach()
+        set_value(self.live, example.detach())
         self.last = self._detached = self.live
         if samples is not None and samples.has_items(example):
             with module.graph.inserting_after(self.live):
@@ -427,7 +424,7 @@ class _Place:
     ) -> Node:
         """Insert ``function`` of ``values``, a row; equal functions compute the same."""
         following = self.last.next
-        examples = [value.meta["example_value"].detach() for value in values]
+        examples = [value_of(value).detach() for value in values]
         try:
             traced, was_known = self.traces.trace(function, examples, reduction)
         except MetricFunctionError:

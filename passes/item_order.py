@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import sites_of
 from tmm.passes.samples import Samples, expression
+from tmm.passes.values import value_of
 
 _RESHAPES = (
     *("view", "reshape", "flatten", "unflatten", "ravel"),
@@ -29,7 +30,7 @@ def scrambled(
     """
     found, bodies = set(given), dict(nested_calls(module))
     for node in module.graph.nodes:
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if sites_of(node) or not samples.has_items(example):
             continue
         if node in bodies:
@@ -41,17 +42,15 @@ def scrambled(
             if not inner.isdisjoint(body.graph.output_node().all_input_nodes):
                 found.add(node)
             continue
-        sources = [
-            s for s in node.all_input_nodes if samples.has_items(s.meta.get("example_value"))
-        ]
+        sources = [s for s in node.all_input_nodes if samples.has_items(value_of(s))]
         if not found.isdisjoint(sources) or not _keeps_order(node, sources, samples):
             found.add(node)
     return frozenset(found)
 
 
 def _keeps_order(node: Node, sources: list[Node], samples: Samples) -> bool:
-    before = [place for s in sources for place in _places(s.meta["example_value"], samples)]
-    after = _places(node.meta["example_value"], samples)
+    before = [place for s in sources for place in _places(value_of(s), samples)]
+    after = _places(value_of(node), samples)
     if not before:
         return True  # made of sizes alone
     index = 0 if node.target in _RESHAPES else 1

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import copy_sites
+from tmm.passes.values import set_value, value_of
 
 
 def lift_rows(module: GraphModule) -> int:
@@ -29,8 +30,8 @@ def lift_rows(module: GraphModule) -> int:
         assert isinstance(returned, (tuple, list))
         output.args = ((*returned, *rows),)
         body.recompile()
-        examples = tuple(row.meta["example_value"] for row in rows)
-        call.meta["example_value"] = (*call.meta["example_value"], *examples)
+        examples = tuple(value_of(row) for row in rows)
+        set_value(call, (*value_of(call), *examples))
         position: Node = call
         for index, row in enumerate(rows, start=len(returned)):
             with module.graph.inserting_after(position):
@@ -39,7 +40,7 @@ def lift_rows(module: GraphModule) -> int:
             for key in (CONSECUTIVE, SHARED):
                 if key in row.meta:
                     position.meta[key] = row.meta.pop(key)
-            position.meta["example_value"] = row.meta["example_value"]
+            set_value(position, value_of(row))
             copy_sites(row, position)
         lifted += len(rows)
     return lifted

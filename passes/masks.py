@@ -17,6 +17,7 @@ from tmm.passes.shared_masks import (
     multi_head_attention_with_mask,
     shared_mask,
 )
+from tmm.passes.values import forget_value, has_value, set_value, value_of
 
 
 class Masks:
@@ -37,7 +38,7 @@ class Masks:
             both = module.graph.call_function(shared.with_mask, (), arguments)
             mask = module.graph.call_function(operator.getitem, (both, 1))
         both.meta = dict(node.meta)
-        both.meta.pop("example_value")
+        forget_value(both)
         # The node itself stays, so that whoever knows it still does.
         node.target, node.args, node.kwargs = operator.getitem, (both, 0), {}
         self._masks[node] = (mask, shared)
@@ -45,9 +46,9 @@ class Masks:
 
     def narrowed(self, module: GraphModule, mask: Node, samples: Samples) -> Node:
         """The part of a mask that is of these items."""
-        if "example_value" not in mask.meta:
+        if not has_value(mask):
             _describe(mask)
-        if not samples.has_items(mask.meta["example_value"]):
+        if not samples.has_items(value_of(mask)):
             return mask
         with module.graph.inserting_after(mask):
             return samples.insert_narrow(module.graph, mask)
@@ -56,7 +57,7 @@ class Masks:
 def _describe(mask: Node) -> None:
     """The shape of a mask; not by computing it, which fixes sizes before torch 2.13."""
     (both,) = mask.all_input_nodes
-    given: Any = map_arg(both.kwargs, lambda node: cast("Argument", node.meta["example_value"]))
+    given: Any = map_arg(both.kwargs, lambda node: cast("Argument", value_of(node)))
     fake_mode = next(value.fake_mode for value in given.values() if isinstance(value, FakeTensor))
     with fake_mode, torch.no_grad():
         if both.target is attention_with_mask:
@@ -66,7 +67,7 @@ def _describe(mask: Node) -> None:
             example = given["query"].new_empty(_shape_of_multi_head(given))
         else:
             example = torch.empty_like(given["input"])
-    mask.meta["example_value"] = example
+    set_value(mask, example)
 
 
 def _shape_of_multi_head(given: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from tmm.layout import Site
 from tmm.passes.attention_parts import FoundAttention, Mask
 from tmm.passes.origin import add_site
 from tmm.passes.shared_masks import Arguments, bind, multi_head
+from tmm.passes.values import set_value, value_of
 
 VERSION = "2"
 """To be changed with what ``parts_of_multi_head`` computes: compiled graphs with it are cached."""
@@ -46,20 +47,20 @@ def _tensors(given: Arguments) -> tuple[torch.Tensor, ...]:
 def insert_parts(graph: Graph, node: Node, site: Site) -> FoundAttention:
     """Insert the parts of a call of ``multi_head_attention_forward`` after it."""
     arguments = cast("dict[str, Argument]", dict(bind(node.target, node.args, node.kwargs)))
-    examples = map_arg(arguments, lambda value: cast("Argument", value.meta["example_value"]))
+    examples = map_arg(arguments, lambda value: cast("Argument", value_of(value)))
     fake_mode = next(v.fake_mode for v in examples.values() if isinstance(v, FakeTensor))
     with fake_mode, torch.no_grad():
         given = _arguments_of_attention(examples)
     parts = _tensors(given)
     with graph.inserting_after(node):
         call = position = graph.call_function(parts_of_multi_head, (), arguments)
-    call.meta["example_value"] = parts
+    set_value(call, parts)
     add_site(call, ATTENTION.name, site)
     found = []
     for index, part in enumerate(parts):
         with graph.inserting_after(position):
             position = graph.call_function(operator.getitem, (call, index))
-        position.meta["example_value"] = part
+        set_value(position, part)
         add_site(position, ATTENTION.name, site)
         found.append(position)
     query, key, value, *masks = found

@@ -11,6 +11,7 @@ from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 from tmm.operators import pack
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
+from tmm.passes.values import set_value, value_of
 
 
 def pack_rows(
@@ -29,7 +30,7 @@ def pack_rows(
             if _measurements(node)[0].reduction.leaves_whole:
                 whole.append(node)
             else:
-                packed.setdefault(node.meta["example_value"].device, []).append(node)
+                packed.setdefault(value_of(node).device, []).append(node)
     if not packed and not whole:
         return PackedLayout((), 0, unmeasured)
 
@@ -43,10 +44,10 @@ def pack_rows(
         start = 0
         for node in nodes:
             rows += [(node, row) for row in _rows(node, len(extra), start)]
-            start += int(node.meta["example_value"].numel())
+            start += int(value_of(node).numel())
         with module.graph.inserting_before(output):
             extra.append(module.graph.call_function(pack, (nodes,)))
-        extra[-1].meta["example_value"] = pack([node.meta["example_value"] for node in nodes])
+        set_value(extra[-1], pack([value_of(node) for node in nodes]))
     for node in whole:
         rows += [(node, Row(m, len(extra))) for m in _measurements(node)]
         extra.append(node)

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.fx import Node
 
 from tmm.layout import Share
+from tmm.passes.values import value_of
 
 _UNSUMMED = "its elements are sums over ranks, of which each has a part"
 
@@ -97,14 +98,14 @@ def declared_by(user: Node, tensor: Node) -> Placed | None:
     """The placements that a tensor gets when ``user`` makes a ``DTensor`` of it."""
     if user.op != "call_function" or "from_local" not in name_of(user):
         return None
-    if not user.args or user.args[0] is not tensor or Placed.of(tensor.meta.get("example_value")):
+    if not user.args or user.args[0] is not tensor or Placed.of(value_of(tensor)):
         return None
-    return Placed.of(user.meta.get("example_value"))
+    return Placed.of(value_of(user))
 
 
 def shape_of(node: Node) -> tuple[str, ...]:
     """The shape of a traced tensor, to compare: numbers of dynamic shapes would be guarded on."""
-    return tuple(map(str, node.meta["example_value"].shape))
+    return tuple(map(str, value_of(node).shape))
 
 
 def name_of(node: Node) -> str:

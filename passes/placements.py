@@ -18,6 +18,7 @@ from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.placed import Placed, declared_by, name_of, shape_of
 from tmm.passes.shared_masks import random_function
+from tmm.passes.values import argument_of, value_of
 
 # Each element of the result comes from the elements at the same place.
 _POINTWISE = (
@@ -101,7 +102,7 @@ class Placements:
             return None
         if any(self.known.get(node) != placed for node in nodes):
             return None
-        example = nodes[0].meta["example_value"]
+        example = value_of(nodes[0])
         (place,) = placed.mesh.get_coordinate() or (None,)
         if place is None or example.dim() != 4 or self.share(nodes[0]).kind != "part":
             return None
@@ -207,7 +208,7 @@ class _Forward:
                 yield declared
 
     def _result(self, node: Node) -> tuple[Placed | None, str]:
-        example = node.meta.get("example_value")
+        example = value_of(node)
         if (placed := Placed.of(example)) is not None:
             return placed, ""
         if node.op == "placeholder":
@@ -220,14 +221,14 @@ class _Forward:
             assert isinstance(index, int)
             return items[index] if index < len(items) else (None, "")
         source = node.args[0] if node.args else None
-        if isinstance(source, Node) and (whole := Placed.of(source.meta.get("example_value"))):
+        if isinstance(source, Node) and (whole := Placed.of(value_of(source))):
             return _left(node, whole)
         return self._computed(node)
 
     def _input(self, node: Node) -> tuple[Placed | None, str]:
         if node in self.now:
             return self.now[node], ""
-        argument = node.meta.get("grapharg")
+        argument = argument_of(node)
         if argument is not None and id(argument.example) in self.found.options.equal:
             return Placed(), ""
         return None, self.why.get(node, _OF_AN_INPUT)
@@ -359,4 +360,4 @@ def _is_along(shape: Sequence[str], parts: Placed, dimensions: int) -> bool:
 
 
 def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("example_value"), torch.Tensor) or node.op == "get_attr"
+    return isinstance(value_of(node), torch.Tensor) or node.op == "get_attr"

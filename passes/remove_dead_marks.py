@@ -13,6 +13,7 @@ from tmm.metrics import Reduction
 from tmm.operators import tap_value
 from tmm.passes.dead_draws import marks_of_dead_draws
 from tmm.passes.marks import site_of
+from tmm.passes.values import value_of
 
 REASON = (
     "nothing uses the random numbers that it depends on: the compiled program leaves them out, and"
@@ -56,5 +57,5 @@ def _wanted(mark: Node, options: DeadMarkOptions) -> Site | None:
     site = site_of(mark, options.modules)
     if site is None:
         return None
-    dtype = mark.all_input_nodes[0].meta["example_value"].dtype
+    dtype = value_of(mark.all_input_nodes[0]).dtype
     return site if any(select(site, dtype) for select in options.selects) else None

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tmm.passes.values import set_value, value_of
+
 
 class SamplesError(ValueError):
     """The first items of a batch cannot be compared alone."""
@@ -45,14 +47,14 @@ class Samples:
 
     def insert_narrow(self, graph: Graph, tensor: Node) -> Node:
         """Insert a view of these items of ``tensor``, in which they can be told apart."""
-        example = tensor.meta["example_value"]
+        example = value_of(tensor)
         dimension = self.dimension(example)
         assert dimension is not None
         length: Any = self._size(example.shape[dimension])
         node = graph.call_method("narrow", (tensor, dimension, 0))
         with graph.inserting_before(node):
             node.args = (*node.args, self._insert_size(graph, length))
-        node.meta["example_value"] = example.narrow(dimension, 0, length)
+        set_value(node, example.narrow(dimension, 0, length))
         return node
 
     def dimension(self, example: torch.Tensor) -> int | None:
@@ -68,13 +70,13 @@ class Samples:
         if isinstance(size, int):
             return size
         placeholders = graph.find_nodes(op="placeholder")
-        examples = {node: node.meta.get("example_value") for node in placeholders}
+        examples = {node: value_of(node) for node in placeholders}
         given = {e.node.expr: node for node, e in examples.items() if isinstance(e, torch.SymInt)}
         result: Any = 1
         for factor in sympy.Mul.make_args(expression(size)):
             value = int(factor) if factor.is_Integer else given[factor]
             result = graph.call_function(operator.mul, (result, value))
-        result.meta["example_value"] = size
+        set_value(result, size)
         return cast("Node", result)
 
     def _example(self, value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from tmm.passes.origin import all_nodes
+from tmm.passes.values import value_of
 
 VERSION = "1"
 """To be changed with what these functions compute: compiled graphs with them are cached."""
@@ -240,7 +241,7 @@ def _probability(arguments: Arguments) -> Any:
 def _on_cpu(arguments: Arguments) -> bool:
     """Whether attention runs on a CPU, which has no fused kernel with dropout."""
     query = arguments["query"]
-    example = query.meta.get("example_value") if isinstance(query, Node) else query
+    example = value_of(query) if isinstance(query, Node) else query
     return isinstance(example, torch.Tensor) and example.device.type == "cpu"
 
 

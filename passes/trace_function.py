@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.metrics import Reduction
+from tmm.passes.values import set_value, value_of
 
 
 class MetricFunctionError(ValueError):
@@ -22,13 +23,13 @@ def insert_call(
     graph: Graph, target: Callable[..., torch.Tensor] | str, value: Node, *arguments: str | bool
 ) -> Node:
     """Insert a call of a function, or of a method by name, with the example of its result."""
-    example = value.meta["example_value"]
+    example = value_of(value)
     if isinstance(target, str):
         node = graph.call_method(target, (value, *arguments))
-        node.meta["example_value"] = getattr(example, target)(*arguments)
+        set_value(node, getattr(example, target)(*arguments))
     else:
         node = graph.call_function(target, (value, *arguments))
-        node.meta["example_value"] = target(example, *arguments)
+        set_value(node, target(example, *arguments))
     return node
 
 
@@ -142,7 +143,7 @@ def insert_traced(
     What the function does to its arguments in place, it does to copies. A function that
     ``was_known`` was traced with other examples: the nodes get ones of their own.
     """
-    mode = values[0].meta["example_value"].fake_mode
+    mode = value_of(values[0]).fake_mode
     copies: dict[Node, Node] = {}
     for placeholder, value in zip(
         function.graph.graph.find_nodes(op="placeholder"), values, strict=True
@@ -157,7 +158,8 @@ def insert_traced(
         with graph.inserting_after(position):
             position = copies[node] = graph.node_copy(node, copies.__getitem__)
         example = _example(position, mode) if was_known else node.meta.get("val")
-        position.meta = {"example_value": example}
+        position.meta = {}
+        set_value(position, example)
     (result,) = function.graph.graph.output_node().all_input_nodes
     return copies[result]
 
@@ -166,7 +168,7 @@ def _example(node: Node, mode: FakeTensorMode) -> object:
     """What the operation of ``node`` gives for the examples of its arguments."""
     assert isinstance(node.target, torch._ops.OpOverload)
     arguments, options = torch.fx.map_arg(
-        (node.args, node.kwargs), lambda argument: argument.meta["example_value"]
+        (node.args, node.kwargs), lambda argument: value_of(argument)
     )
     with torch.no_grad(), mode:
         return node.target(*arguments, **options)

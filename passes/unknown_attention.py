@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from tmm.passes.attention_by_hand import is_softmax
 from tmm.passes.attention_parts import Unmatched
 from tmm.passes.origin import sites_of
+from tmm.passes.values import value_of
 
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "mm", "einsum", "baddbmm", "linear", "tensordot")
 _OTHERS = ("embedding", "attention", "attn", "lstm", "gru", "_like")
@@ -123,7 +124,7 @@ def _trail(node: Node, trails: dict[Node, _Trail], activations: Collection[Node]
     factors = _factors(node)
     if factors is not None and factors[1] in activations:
         return _Trail(node, is_direct=factors[0] in activations)
-    name, example = _name(node), node.meta.get("example_value")
+    name, example = _name(node), value_of(node)
     if isinstance(example, torch.Tensor) and not example.is_floating_point():
         return None  # a mask, say
     found = [trails[source] for source in node.all_input_nodes if source in trails]
@@ -162,7 +163,7 @@ def _factors_of_sum(node: Node) -> tuple[Node, Node] | None:
     left, right = product.all_input_nodes
     if min(_dimensions(left), _dimensions(right)) < 2:
         return None
-    shapes = [factor.meta["example_value"].shape for factor in (left, right)]
+    shapes = [value_of(factor).shape for factor in (left, right)]
     if len(shapes[0]) != len(shapes[1]) or 1 not in (*shapes[0][-3:], *shapes[1][-3:]):
         return None
     spread = [
@@ -176,7 +177,7 @@ def _factors_of_sum(node: Node) -> tuple[Node, Node] | None:
 def _is_activation(node: Node, activations: Collection[Node]) -> bool:
     """Whether a tensor depends on what the graph computes with, besides parameters and buffers."""
     if node.op == "placeholder":
-        name, example = str(node.target), node.meta.get("example_value")
+        name, example = str(node.target), value_of(node)
         held = "_parameters_" in name or "_buffers_" in name
         return not held and not isinstance(example, torch.nn.Parameter)
     if node.op not in ("call_function", "call_method"):
@@ -188,7 +189,7 @@ def _is_activation(node: Node, activations: Collection[Node]) -> bool:
 
 
 def _dimensions(node: Node) -> int:
-    example = node.meta.get("example_value")
+    example = value_of(node)
     return example.dim() if isinstance(example, torch.Tensor) else 0
 
 

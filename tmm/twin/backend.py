@@ -37,6 +37,7 @@ from tmm.passes.samples import Samples
 from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
 from tmm.passes.shared_masks import draws_random_numbers
+from tmm.passes.values import argument_of, value_of
 from tmm.reference import Reference
 from tmm.twin.breaks import begins_forward, end_of_graph, is_whole
 from tmm.twin.compile_settings import CompileSettings
@@ -379,7 +380,7 @@ class MeasuringBackend:
         )
         witness = _find_witness(module, scope.owner)
         added = list(rewritten.module.graph.find_nodes(op="placeholder"))[len(inputs) :]
-        examples = [node.meta["example_value"] for node in added]
+        examples = [value_of(node) for node in added]
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
         known = torch._inductor.config.unsafe_marked_cacheable_functions
         ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
@@ -418,7 +419,7 @@ def _reference_options(
 ) -> ReferenceOptions:
     parameters = {}
     for node in module.graph.find_nodes(op="placeholder"):
-        argument = node.meta.get("grapharg")
+        argument = argument_of(node)
         if argument is not None and reference.holds(argument.example):
             parameters[node] = id(argument.example)
     return ReferenceOptions(
@@ -445,7 +446,7 @@ def _extra_bytes(rewritten: Rewritten) -> int:
     (returned,) = rewritten.module.graph.output_node().args
     assert isinstance(returned, (tuple, list))
     extra = [node for node in returned[len(returned) - count :] if isinstance(node, Node)]
-    return sum(_hinted_bytes(node.meta["example_value"]) for node in extra)
+    return sum(_hinted_bytes(value_of(node)) for node in extra)
 
 
 def _hinted_bytes(example: torch.Tensor) -> int:
@@ -460,7 +461,7 @@ def _hinted_bytes(example: torch.Tensor) -> int:
 def _find_witness(module: GraphModule, owner: torch.nn.Module) -> Witness | None:
     names = {id(parameter): name for name, parameter in owner.named_parameters()}
     for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        argument = node.meta.get("grapharg")
+        argument = argument_of(node)
         if argument is not None and id(argument.example) in names:
             return Witness(index, names[id(argument.example)])
     return None

@@ -21,6 +21,7 @@ from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import all_nodes, sites_of
 from tmm.passes.pipeline import Rewritten
 from tmm.passes.samples import Samples, SamplesError
+from tmm.passes.values import argument_of, value_of
 from tmm.preserve import RandomState
 from tmm.reference import Reference
 
@@ -81,7 +82,7 @@ class Sampling:
             raise self._error("the model is called without a tensor that holds a batch")
         placeholders = _placeholders(module)
         held = {id(tensor) for tensor in batch.tensors}
-        sizes = [node.meta["example_value"].shape[0] for node, x in placeholders if id(x) in held]
+        sizes = [value_of(node).shape[0] for node, x in placeholders if id(x) in held]
         is_open = [s for s in sizes if isinstance(s, torch.SymInt) and s.node.expr.is_Symbol]
         guards = list(is_open[0].node.shape_env.guards) if is_open else []
         if all(size <= self.kept for size in (*sizes, batch.size)):  # a guard from now on
@@ -94,7 +95,7 @@ class Sampling:
                 raise self._error(f"the compiled program needs a batch where {guard.expr}")
         samples = Samples(symbol, self.kept)
         for node, x in placeholders:
-            example = node.meta.get("example_value")
+            example = value_of(node)
             shape = example.shape[id(x) in held :] if isinstance(example, torch.Tensor) else ()
             if any(map(samples.has_items, shape)):
                 raise self._error(f"another dimension is as long as the batch, {batch.size}")
@@ -127,7 +128,7 @@ class Sampling:
         if self._is_dynamic or len(self._sizes) > 1:
             return
         for node in module.graph.find_nodes(op="placeholder"):
-            example = node.meta.get("example_value")
+            example = value_of(node)
             if isinstance(example, torch.SymInt) and samples.has_items(example):
                 int(example)  # becomes a guard
 
@@ -150,7 +151,7 @@ class Sampling:
         """The first site that differs, if any; with ``change`` from other parameters and inputs."""
         module = rewritten.module
         placeholders = list(module.graph.find_nodes(op="placeholder"))
-        traced = [node for node in placeholders if "grapharg" in node.meta]
+        traced = [node for node in placeholders if argument_of(node) is not None]
         state = RandomState.capture()
         comparing = _Comparing(module)
         try:
@@ -226,16 +227,15 @@ def _differ(own: torch.Tensor, other: torch.Tensor) -> bool:
 def _placeholders(module: GraphModule) -> Sequence[tuple[Node, object]]:
     """The inputs of a graph that Dynamo traced, with the value that each had."""
     nodes = module.graph.find_nodes(op="placeholder")
-    return [(node, node.meta["grapharg"].example) for node in nodes if "grapharg" in node.meta]
+    return [(node, argument.example) for node in nodes if (argument := argument_of(node))]
 
 
 def _real(node: Node) -> Any:
-    example = node.meta["example_value"]
-    return (
-        int(example.node.hint)
-        if isinstance(example, torch.SymInt)
-        else node.meta["grapharg"].example
-    )
+    example, argument = value_of(node), argument_of(node)
+    if isinstance(example, torch.SymInt):
+        return int(example.node.hint)
+    assert argument is not None
+    return argument.example
 
 
 def _other(node: Node) -> Any:
