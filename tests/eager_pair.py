@@ -49,11 +49,18 @@ class Pair:
     start: nn.Module
 
     @classmethod
-    def of(cls, module: nn.Module, *, compiled: bool, change: bool = True) -> Pair:
+    def of(
+        cls,
+        module: nn.Module,
+        *,
+        compiled: bool,
+        change: bool = True,
+        backend: str = "aot_eager",
+    ) -> Pair:
         """Instrument a module, with itself as the reference, and train it a bit."""
         torch._dynamo.reset()
         start = copy.deepcopy(module)
-        model = torch.compile(module, backend="aot_eager") if compiled else module
+        model = torch.compile(module, backend=backend) if compiled else module
         spec = tmm.Spec(tmm.activation_difference("norm"), tmm.rcc(), reference="init")
         pair = cls(module, tmm.instrument(model, spec), start)
         if change:

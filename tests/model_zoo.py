@@ -142,6 +142,7 @@ _WINDOWS = {
     **CLASSES,
 }
 _STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+_STAGE = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "num_stages": 1}
 _PROJECTION = {"projection_dim": 8}
 
 CORE = (
@@ -150,7 +151,7 @@ CORE = (
     _text("LlamaForCausalLM", **GROUPED),
     _text("BertForMaskedLM", **SHALLOW),
     _image("ViTForImageClassification", **SHALLOW),
-    _image("ResNetForImageClassification", **_STAGES, layer_type="basic"),
+    _image("ResNetForImageClassification", **_STAGE, layer_type="basic"),
     _text("T5ForConditionalGeneration", **SHALLOW),
     as_transformers_gives_it(_text("GPT2LMHeadModel", **SHALLOW)),
 )

@@ -134,12 +134,12 @@ def trajectory(module: nn.Module, model: Any, monitor: tmm.Monitor | None = None
     ("compile_it", "hook", "fullgraph", "backend"),
     [
         (blocks_in_place, outside, True, "eager"),
-        (blocks_in_place, traceable, False, "eager"),
+        pytest.param(blocks_in_place, traceable, False, "eager", marks=pytest.mark.slow),
         (blocks_in_place, backward, True, "aot_eager"),
         (blocks_wrapped, outside, True, "eager"),
         (blocks_wrapped, with_keywords, False, "eager"),
-        (whole, outside, True, "aot_eager"),
-        (whole, traceable, False, "eager"),
+        (whole, outside, True, "eager"),
+        pytest.param(whole, traceable, False, "eager", marks=pytest.mark.slow),
         (in_place, outside, False, "eager"),
         (in_place, backward, False, "aot_eager"),
         (forwards, outside, True, "eager"),
@@ -277,7 +277,7 @@ def quantized() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_quantization_aware_training(backend: str) -> None:
     torch.manual_seed(0)
     original = quantized()

@@ -44,10 +44,18 @@ def outside(y: torch.Tensor) -> None:
 
 PAUSES = {"none": torch.is_tensor, "break": break_graph, "disabled": outside}
 BACKENDS = (None, "eager", "aot_eager", "inductor")
+# Each pause without a compiler and under two backends; under Inductor what lies in one graph.
+SLOW = (("aot_eager", "break"), ("inductor", "break"), ("inductor", "disabled"))
 
 
-@pytest.mark.parametrize("pause", PAUSES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "pause"),
+    [
+        pytest.param(backend, pause, marks=pytest.mark.slow if (backend, pause) in SLOW else ())
+        for backend in BACKENDS
+        for pause in PAUSES
+    ],
+)
 def test_all_elements_of_a_step_are_joined(backend: str | None, pause: str) -> None:
     module = Recording(PAUSES[pause])
     model = module if backend is None else torch.compile(module, backend=backend)

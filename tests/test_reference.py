@@ -221,20 +221,18 @@ IDS = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(0))
 
 
 KINDS = {"plain": {}, "broken": {"broken": True}, "checkpointed": {"checkpointed": True}}
-# Faults lie in models or in ways, seldom in both: each way sees two models, each model two ways.
+# Faults lie in models or in ways, seldom in both: each way sees a model, each model two ways.
 FEW_WAYS = (
-    ("plain", "whole", "aot_eager"),
-    ("plain", "blocks in place", "eager"),
-    ("plain", "not compiled", "eager"),
     ("plain", "compiled step", "eager"),
+    ("plain", "not compiled", "eager"),
     ("broken", "whole", "eager"),
     ("broken", "blocks in place", "eager"),
-    ("broken", "not compiled", "eager"),
-    ("broken", "compiled step", "eager"),
     ("checkpointed", "whole", "aot_eager"),
     ("checkpointed", "not compiled", "eager"),
 )
 ALL_WAYS = (
+    *[("plain", "blocks in place", "eager"), ("broken", "compiled step", "eager")],
+    ("broken", "not compiled", "eager"),
     *[(kind, way, "aot_eager") for kind in KINDS for way in WAYS if way != "not compiled"],
     *[(kind, "whole", backend) for kind in KINDS for backend in ("eager", "inductor")],
 )
@@ -265,9 +263,9 @@ def without_dropout(module: nn.Module) -> None:
 class Dropping(nn.Module):
     """Blocks that draw random numbers behind a graph break."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Part() for _ in range(2)])
+        self.blocks = nn.ModuleList([Part() for _ in range(count)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -287,9 +285,15 @@ class Part(nn.Module):
         return x + y, y
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_dropouts_drop_the_same_of_the_reference(backend: str) -> None:
-    module = Dropping()
+@pytest.mark.parametrize(
+    ("backend", "count"),
+    [
+        *[("aot_eager", 2), ("inductor", 1)],
+        pytest.param("inductor", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_dropouts_drop_the_same_of_the_reference(backend: str, count: int) -> None:
+    module = Dropping(count)
     spec = tmm.Spec(tmm.activation_difference("absmax"), tmm.rcc(), reference="init")
     model = tmm.instrument(torch.compile(module, backend=backend), spec)
     got = run(model, [{"x": noise(4, 8)}])

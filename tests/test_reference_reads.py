@@ -15,7 +15,16 @@ from tests.eager_pair import Base, Pair, X, changed, model_of
 from tmm.gaps import MonitoringWarning
 
 BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not compiled"])
+# What reads values decides between graphs, whatever compiles these.
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), None]
+)
 NAMES = {"a", "b", "[root module]"}
+
+
+def pair_of(module: nn.Module, backend: str | None, *, change: bool = True) -> Pair:
+    options = {} if backend is None else {"backend": backend}
+    return Pair.of(module, compiled=backend is not None, change=change, **options)
 
 
 def item(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -61,17 +70,17 @@ def from_a_buffer(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(y * (1 + int(self.mean.abs().sum() * 1000)))
 
 
-@BOTH
+@BACKENDS
 @pytest.mark.parametrize(
     "forward", [item, number, listed, through_numpy, branch, masked, counted, from_a_buffer]
 )
 def test_what_follows_a_value_that_is_another_one_has_no_rows(
-    forward: Callable[..., Any], compiled: bool
+    forward: Callable[..., Any], backend: str | None
 ) -> None:
     module = model_of(forward)
     with torch.no_grad():
         module.sum_at_start = float(module.a(X).sum())
-    pair = Pair.of(module, compiled=compiled, change=False)
+    pair = pair_of(module, backend, change=False)
     got, _ = pair.step(0)
     assert got == dict.fromkeys(NAMES, 0.0)  # the values are the same, so is all that follows
     changed(module)
@@ -87,22 +96,22 @@ def test_what_follows_a_value_that_is_another_one_has_no_rows(
     assert all("reference" in reason for reason in pair.reasons.values())
 
 
-@BOTH
-def test_values_of_what_both_share_cost_nothing(compiled: bool) -> None:
+@BACKENDS
+def test_values_of_what_both_share_cost_nothing(backend: str | None) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         y = self.a(x) * x.sum().item()
         if bool((y.abs() < 1e6).all()):
             y = y + len(x[x > 0].tolist()) + by_numpy(x)
         return self.b(y)
 
-    pair = Pair.of(model_of(forward), compiled=compiled)
+    pair = pair_of(model_of(forward), backend)
     got, want = pair.step(0)
     assert got == pytest.approx(want, rel=1e-9)
     assert not pair.reasons
 
 
-@BOTH
-def test_numbers_that_a_model_keeps(compiled: bool) -> None:
+@BACKENDS
+def test_numbers_that_a_model_keeps(backend: str | None) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         y = self.b(self.a(x) * self.factor)
         self.factor = self.scale.item()
@@ -110,7 +119,7 @@ def test_numbers_that_a_model_keeps(compiled: bool) -> None:
 
     module = model_of(forward)
     module.factor = 1.0
-    pair = Pair.of(module, compiled=compiled)
+    pair = pair_of(module, backend)
     with pytest.warns(MonitoringWarning):
         got, want = pair.step(0)
     assert got == pytest.approx({name: want[name] for name in got}, rel=1e-9)

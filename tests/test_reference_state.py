@@ -54,10 +54,22 @@ def replace(module: nn.Module) -> None:
     module[0].weight = nn.Parameter(module[0].weight.detach() * 1.5)
 
 
-@pytest.mark.parametrize(
-    "change", [merge_in_place, load, load_by_assigning, write_data, write_by_numpy, replace]
-)
-@pytest.mark.parametrize("source", ["init", "set_reference", "state dict", "module"])
+CHANGES = (merge_in_place, load, load_by_assigning, write_data, write_by_numpy, replace)
+SOURCES = ("init", "set_reference", "state dict", "module")
+
+
+def sources_and_changes() -> list[Any]:
+    """By default every change of one source, and two changes of every source."""
+    parameters = []
+    for source in SOURCES:
+        for change in CHANGES:
+            quick = source == "init" or change in (merge_in_place, write_by_numpy)
+            marks = () if quick else (pytest.mark.slow,)
+            parameters.append(pytest.param(source, change, marks=marks))
+    return parameters
+
+
+@pytest.mark.parametrize(("source", "change"), sources_and_changes())
 def test_frozen_parameters_are_those_of_the_beginning(
     source: str, change: Callable[[nn.Module], None]
 ) -> None:

@@ -122,7 +122,7 @@ class Shuffled(nn.Module):
         return {index: self.blocks[index](x) for index in self.order}
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_rows_go_to_the_block_that_ran(backend: str) -> None:
     module = Shuffled()
     model, monitor = instrumented(module, backend=backend)

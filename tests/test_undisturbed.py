@@ -31,6 +31,7 @@ from tests.model_zoo import (
     BREAKING,
     CASES,
     PAUSES,
+    Block,
     Checkpointed,
     InPlace,
     Pair,
@@ -71,6 +72,10 @@ def drop_images() -> nn.Module:
     return nn.Sequential(nn.Dropout2d(0.2), *convolutional(), nn.Dropout(0.3))
 
 
+def breaks() -> nn.Module:
+    return Stack([Block(3.0, PAUSES["print"])], repeated=1)
+
+
 def pairs() -> nn.Module:
     return Stack([Pair(3.0, PAUSES["print"])], repeated=1)
 
@@ -82,7 +87,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batches]] = {
     "perceptron": (perceptron, inputs("input", *VECTORS)),
     "convolutional": (drop_images, inputs("input", *IMAGES)),
     "in_place": (InPlace, inputs("x", *VECTORS)),
-    "breaks": (pairs, inputs("x", *VECTORS)),
+    "breaks": (breaks, inputs("x", *VECTORS)),
+    "breaks_within_blocks": (pairs, inputs("x", *VECTORS)),
     "disabling": (lambda: BREAKING["disabling"](PAUSES["print"]), inputs("x", *VECTORS)),
     "gpt2": text("GPT2LMHeadModel"),
     "resnet": (
@@ -90,8 +96,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Batches]] = {
         [dict(CASES["ResNetForImageClassification"].batch()) for _ in range(4)],
     ),
     **{
-        f"checkpoint_{way}": (lambda way=way: Checkpointed(way), inputs("ids", *TEXTS))
-        for way in ("each", "nested", "wrapper")
+        f"checkpoint_{way}": (
+            lambda way=way, layers=layers: Checkpointed(way, layers),
+            inputs("ids", *TEXTS),
+        )
+        for way, layers in {"each": 1, "nested": 2, "wrapper": 1}.items()
     },
 }
 
@@ -259,6 +268,7 @@ COUNTED = [
     "gpt2",
     "breaks",
     "disabling",
+    pytest.param("breaks_within_blocks", marks=SLOW),
 ]
 
 
