@@ -318,8 +318,11 @@ def become(request: Request) -> tuple[Callable[..., Any], ...]:
 
 
 if __name__ == "__main__":
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
     import tmm.cli
 
+    pick_vec_isa()  # asks a process of its own what this machine can, and remembers it
     for _name in tmm.__all__:  # imported when it is first asked for
         getattr(tmm, _name)
     leave_guards_untimed()

@@ -95,6 +95,13 @@ def test_the_lines_that_open_the_run_work(demo_run: tuple[Path, str]) -> None:
     run.close()
 
 
+@pytest.fixture
+def small_gpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = GPTConfig(256, context=128, layers=1, heads=1, width=8)
+    monkeypatch.setattr("tmm.demo.training.GPTConfig", lambda *sizes, **options: small)
+
+
+@pytest.mark.usefixtures("small_gpt")
 def test_demo_never_mixes_two_runs(tmp_path: Path) -> None:
     for name in ("run", "run-2"):
         (tmp_path / name).mkdir()
@@ -104,11 +111,8 @@ def test_demo_never_mixes_two_runs(tmp_path: Path) -> None:
     assert not any(any((tmp_path / name).iterdir()) for name in ("run", "run-2"))
 
 
-def test_demo_without_a_compiler_names_a_backend_that_needs_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = GPTConfig(256, context=128, layers=1, heads=1, width=8)
-    monkeypatch.setattr("tmm.demo.training.GPTConfig", lambda *sizes, **options: small)
+@pytest.mark.usefixtures("small_gpt")
+def test_demo_without_a_compiler_names_a_backend_that_needs_none(tmp_path: Path) -> None:
     cpp_builder.cpp_compiler_search.cache_clear()
     with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
         result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run"), "--steps", "1"])
@@ -161,6 +165,7 @@ def test_tmm_runs_as_a_module(
     assert "demo" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("small_gpt")
 def test_demo_as_json(tmp_path: Path) -> None:
     options = ["--steps", "2", "--every", "1", "--backend", "eager", "--json"]
     result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run"), *options])

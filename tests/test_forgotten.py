@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 import tmm
+from tests.interpreters import Interpreters
 from tmm import gaps
 from tmm.gaps import Gaps, MonitoringWarning, UserLine
 from tmm.layout import Event
@@ -1018,7 +1017,9 @@ def test_warnings_name_the_line_of_the_user(names: list[str]) -> None:
         assert (line.file, line.number, line.module) == (expected, 2, users[-1])
 
 
-def test_what_is_told_at_the_end_of_a_process_names_its_line(tmp_path: Path) -> None:
+def test_what_is_told_at_the_end_of_a_process_names_its_line(
+    tmp_path: Path, interpreters: Interpreters
+) -> None:
     code = """import sys, tmm
 run = tmm.start_run("p", root=sys.argv[1], system_seconds=None)
 for value in range(9):
@@ -1026,13 +1027,9 @@ for value in range(9):
 """
     program = tmp_path / "program.py"
     program.write_text(code)
-    done = subprocess.run(
-        [sys.executable, program, tmp_path / "runs"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    as_main = "import runpy, sys; runpy.run_path(sys.argv[2], run_name='__main__')"
+    done = interpreters.run(as_main, tmp_path / "runs", program)
+    assert done.returncode == 0, done.stderr
     assert f"{program}:2: MonitoringWarning: 'loss' was logged 9 times in step 0" in done.stderr
 
 

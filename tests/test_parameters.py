@@ -32,10 +32,10 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
 
 
 def instrumented(
-    *rules: tmm.Rule, module: nn.Module | None = None, **options: Any
+    *rules: tmm.Rule, module: nn.Module | None = None, backend: str = "eager", **options: Any
 ) -> tuple[Any, tmm.Monitor]:
     module = network() if module is None else module
-    model = torch.compile(module, backend="aot_eager")
+    model = torch.compile(module, backend=backend)
     tmm.instrument(model, tmm.Spec(*rules, **options))
     return model, tmm.monitor(model)
 
@@ -64,7 +64,8 @@ def agree(got: dict[str, Any], want: dict[str, float], tolerance: float = 1e-5) 
 
 
 def test_every_metric_of_parameters_and_accumulated_gradients() -> None:
-    model, monitor = instrumented(tmm.gradient(*SCALARS), tmm.parameter(*SCALARS))
+    rules = tmm.gradient(*SCALARS), tmm.parameter(*SCALARS)
+    model, monitor = instrumented(*rules, backend="aot_eager")
     module = copy.deepcopy(model._orig_mod).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     monitor.watch(optimizer)

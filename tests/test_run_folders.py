@@ -7,10 +7,10 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tmm
+from tests.interpreters import Interpreters
 from tmm.cli import app
 from tmm.gaps import MonitoringWarning
 from tmm.runs import state as states
@@ -129,27 +130,20 @@ exec(sys.argv[3])
 """
 
 
-def process(path: Path, value: float = 1.0, end: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROCESS, str(path), str(value), end],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_processes_at_one_path(tmp_path: Path) -> None:
+def test_two_processes_at_one_path(tmp_path: Path, interpreters: Interpreters) -> None:
     path = tmp_path / "r"
-    processes = [process(path, value) for value in (1.0, 2.0)]
     found = {}
-    for value, other in enumerate(processes, 1):
-        assert other.stdout is not None
-        found[Path(other.stdout.readline().strip())] = value
-    assert set(found) == {path, tmp_path / "r-2"}
-    assert {r.status for r in list_runs(tmp_path)} == {"running"}
-    for other in processes:
-        other.communicate("go\n", timeout=120)
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(closing(interpreters.start(PROCESS, path, value, "", warns=False)))
+            for value in (1.0, 2.0)
+        ]
+        for value, other in enumerate(processes, 1):
+            found[Path(other.stdout.readline().strip())] = value
+        assert set(found) == {path, tmp_path / "r-2"}
+        assert {r.status for r in list_runs(tmp_path)} == {"running"}
+        for other in processes:
+            other.communicate()  # and let it go on
     for folder, value in found.items():
         assert rms(folder) == dict.fromkeys(range(10), 3.0 * value)
         assert find_run(folder).status == "finished"
@@ -166,9 +160,10 @@ def test_two_processes_at_one_path(tmp_path: Path) -> None:
         ("import os; os._exit(1)", "crashed", []),
     ],
 )
-def test_how_a_run_at_a_path_ends(tmp_path: Path, end: str, status: str, gaps: list[str]) -> None:
-    other = process(tmp_path / "r", end=end)
-    other.communicate("go\n", timeout=120)
+def test_how_a_run_at_a_path_ends(
+    tmp_path: Path, end: str, status: str, gaps: list[str], interpreters: Interpreters
+) -> None:
+    interpreters.run(PROCESS, tmp_path / "r", 1.0, end, warns=False)
     found = find_run(tmp_path / "r")
     assert (found.status, found.steps, found.last_step) == (status, 10, 9)
     assert found.reason == {
@@ -566,7 +561,9 @@ class FullDisk:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 @pytest.mark.parametrize("way", ["path", "run", "watched"])
-def test_a_full_disk_leaves_a_failed_run_that_can_go_on(tmp_path: Path, way: str) -> None:
+def test_a_full_disk_leaves_a_failed_run_that_can_go_on(
+    tmp_path: Path, way: str, interpreters: Interpreters
+) -> None:
     code = f"""
 import errno, resource, signal, sys
 from pathlib import Path
@@ -619,13 +616,7 @@ if way == "path":
 after = find_run(root / "r")
 assert (after.status, after.steps) == ("finished", record.steps + 3), (record, after)
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = interpreters.run(code, warns=False)
     assert done.returncode == 0, done.stderr
 
 

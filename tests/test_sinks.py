@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tmm
+from tests.interpreters import Interpreters
 from tmm.layout import KeyInfo, StepRecord, Table
 from tmm.runs.live import LiveRun
 from tmm.runs.sinks import RunInfo, RunSink, Sinks, Value
+from tmm.sinks import tensorboard
 from tmm.sinks.mlflow import key_of, metric_name
 
 Series = dict[str, dict[int, Any]]
@@ -267,16 +269,18 @@ BACKENDS = {
     ),
 }
 each = pytest.mark.parametrize("name", BACKENDS)
-Scenario = Callable[[Path], Path]
+Scenario = Callable[[Path, Interpreters], Path]
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Scenario], Path]:
+def run_of(
+    tmp_path_factory: pytest.TempPathFactory, interpreters: Interpreters
+) -> Callable[[Scenario], Path]:
     """The run of a scenario, which all backends get at once."""
-    return functools.cache(lambda scenario: scenario(tmp_path_factory.mktemp("runs")))
+    return functools.cache(lambda scenario: scenario(tmp_path_factory.mktemp("runs"), interpreters))
 
 
-def whole(root: Path) -> Path:
+def whole(root: Path, _: Interpreters) -> Path:
     with start(root, *BACKENDS, config={"lr": 0.1}, tags=["a b"], name="n") as run:
         train(run, range(7))
     assert len(recorded(run.path)["activation/1/histogram"]) == 4
@@ -288,7 +292,7 @@ def test_it_holds_what_the_run_holds(name: str, run_of: Callable[[Scenario], Pat
     BACKENDS[name].check(run_of(whole))
 
 
-def resumed(root: Path) -> Path:
+def resumed(root: Path, _: Interpreters) -> Path:
     with start(root, *BACKENDS) as run:
         train(run, range(6))
     with start(root, *BACKENDS, resume=run.id, step=3) as again:
@@ -305,7 +309,7 @@ def test_a_resumed_run_goes_on_without_duplicates(
     BACKENDS[name].check_resumed(run_of(resumed))
 
 
-def repeated(root: Path) -> Path:
+def repeated(root: Path, _: Interpreters) -> Path:
     model = nn.Linear(2, 2)
     with start(root, *BACKENDS) as run:
         tmm.instrument(model, tmm.Spec(tmm.activation("rms")), run=run)
@@ -316,7 +320,7 @@ def repeated(root: Path) -> Path:
     return run.path
 
 
-def extended(root: Path) -> Path:
+def extended(root: Path, _: Interpreters) -> Path:
     model = nn.Linear(2, 2)
     with start(root, *BACKENDS) as run:
         tmm.instrument(model, tmm.Spec(tmm.activation("rms", "histogram"), every=2), run=run)
@@ -346,7 +350,7 @@ def test_a_step_that_is_recorded_again(name: str, run_of: Callable[[Scenario], P
         backend.check(run_of(repeated))
 
 
-def selected(root: Path) -> Path:
+def selected(root: Path, _: Interpreters) -> Path:
     with start(root, *(backend.sink(keys="loss$") for backend in BACKENDS.values())) as run:
         train(run, range(3))
     return run.path
@@ -360,7 +364,7 @@ def test_keys_select(name: str, run_of: Callable[[Scenario], Path]) -> None:
         backend.sink(keys="(")
 
 
-def failed(root: Path) -> Path:
+def failed(root: Path, _: Interpreters) -> Path:
     with pytest.raises(ZeroDivisionError), start(root, *BACKENDS) as run:
         run.log({"loss": 1.0})
         raise ZeroDivisionError
@@ -374,7 +378,9 @@ def test_it_holds_what_a_run_that_fails_has_recorded(
     BACKENDS[name].check(run_of(failed))
 
 
-def left_by_a_process(root: Path, names: Iterable[str], steps: int, end: str) -> Path:
+def left_by_a_process(
+    root: Path, interpreters: Interpreters, names: Iterable[str], steps: int, end: str
+) -> Path:
     code = f"""
 import os, tmm
 run = tmm.start_run("p", root={str(root)!r}, system_seconds=None, sinks={[*names]!r})
@@ -383,17 +389,15 @@ for step in range({steps}):
     run.step()
 {end}
 """
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    process = interpreters.run(code)
     assert process.returncode == (-signal.SIGKILL if end else 0), process.stderr
     assert "MonitoringWarning" not in process.stderr
     (path,) = (root / "p").iterdir()
     return path
 
 
-def exited(root: Path) -> Path:
-    return left_by_a_process(root, BACKENDS, 3, "")
+def exited(root: Path, interpreters: Interpreters) -> Path:
+    return left_by_a_process(root, interpreters, BACKENDS, 3, "")
 
 
 @each
@@ -404,8 +408,8 @@ def test_a_process_that_just_ends_flushes_it(name: str, run_of: Callable[[Scenar
 SURVIVING = [name for name, backend in BACKENDS.items() if backend.survives_a_kill]
 
 
-def killed(root: Path) -> Path:
-    path = left_by_a_process(root, SURVIVING, 50, "os.kill(os.getpid(), 9)")
+def killed(root: Path, interpreters: Interpreters) -> Path:
+    path = left_by_a_process(root, interpreters, SURVIVING, 50, "os.kill(os.getpid(), 9)")
     for file, text in (("values.csv", b"49,lo"), ("values.jsonl", b'{"step": 49, "val')):
         with (path / file).open("ab") as opened:
             opened.write(text)  # what a disk may hold of a line
@@ -461,14 +465,27 @@ def wandb_exit_code(path: Path) -> int:
     return int(code)
 
 
+class Clock:
+    """The module ``time``, in which time passes by sleeping only."""
+
+    now = 1_000_000_000.25
+
+    def time(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 def test_event_files_of_one_second_are_read_in_the_order_of_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorBoard counts a process's files in their names, and sorts the names as text."""
     from tensorboard.summary.writer import event_file_writer
 
-    root = tmp_path / "runs"
-    time.sleep(1 - time.time() % 1)
+    root, clock = tmp_path / "runs", Clock()
+    for module in (event_file_writer, tensorboard):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     with start(root, "tensorboard") as run:
         for step in range(4):
@@ -479,6 +496,7 @@ def test_event_files_of_one_second_are_read_in_the_order_of_writing(
             again.log({"loss": -step})
             again.step()
     assert list(read_tensorboard(run.path)["loss"].values()) == [0, 1, -2, -3, -4, -5]
+    assert clock.now == 1_000_000_001
 
 
 def test_files_of_ones_own(tmp_path: Path) -> None:

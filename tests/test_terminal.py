@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,7 @@ def test_reasons_of_broken_runs_are_clean(root: Path, harm: str, name: str) -> N
     (folder / name).write_bytes(f"[{harm}".encode("utf-8", "surrogatepass"))
     if name == "state.json":
         (folder / name).write_text(json.dumps({"status": harm, "started": ""}))
+    os.utime(folder / name, (0, 0))  # of a file that is being written, a reader waits for more
     listed, shown = run(root, "list").output, run(root, "show", "a").output
     assert "broken" in listed
     assert is_harmless(listed)

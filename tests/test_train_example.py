@@ -120,7 +120,13 @@ DEMANDING = {"deterministic": True, "accumulate": 3, "schedule": "plateau", "ste
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"precision": "float16", "clip": 0.1}, {"compile": "aot_eager"}]
+    "options",
+    [
+        {},
+        {"precision": "float16", "clip": 0.1},
+        {"compile": "eager"},
+        pytest.param({"compile": "aot_eager"}, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_resumed_goes_on_as_if_nothing_had_happened(
     tmp_path: Path, options: dict[str, Any]
