@@ -189,6 +189,11 @@ class StepCollector:
         return bool(self._logged or self._own)
 
     @property
+    def holds_rows(self) -> bool:
+        """Whether a graph, or a call outside of graphs, has given rows."""
+        return bool(self._arrivals)
+
+    @property
     def holds_values(self) -> bool:
         """Whether anything arrived."""
         return bool(self._arrivals or self._logged or self._measured or self._own)

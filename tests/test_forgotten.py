@@ -1049,3 +1049,54 @@ def test_a_kind_of_warning_is_told_once_and_kept() -> None:
             told_by.warn_once("other", step, "more", event="gap")
     assert told.texts == ["text", "more"]
     assert told_by.take_events() == (Event(0, "note", "text"), Event(0, "gap", "more"))
+
+
+def test_a_function_that_calls_another_module() -> None:
+    other = network()
+    function = tmm.instrument(lambda x: other(x).sum(), RMS, module=network())
+    monitor = tmm.monitor(function)
+    with Told() as told:
+        for step in range(2):
+            with monitor.step(step):
+                function(X).backward()
+    assert "called no module that a rule of activation matches" in told.text
+
+
+def test_gradients_that_were_zeroed_before_they_were_measured() -> None:
+    model = tmm.instrument(network(), tmm.Spec(tmm.gradient("norm")))
+    monitor = tmm.monitor(model)
+    with Told() as told, monitor.step(0):
+        model(X).sum().backward()
+        model.zero_grad()
+        monitor.monitor_gradients()
+    assert "before optimizer.zero_grad()" in told.text
+
+
+def test_an_optimizer_without_the_state_that_is_asked_for() -> None:
+    model = tmm.instrument(network(), tmm.Spec(tmm.optimizer_state("exp_avg_norm")))
+    monitor, optimizer = tmm.monitor(model), SGD(model.parameters(), 0.1)
+    monitor.watch(optimizer)
+    with Told() as told:
+        for step in range(2):
+            with monitor.step(step):
+                model(X).sum().backward()
+                optimizer.step()
+    assert "keep nothing of what rules of optimizer_state ask for" in told.text
+    reasons = set(monitor.parameters_without_rows().values())
+    assert reasons == {"its optimizer keeps nothing of what is asked"}
+
+
+def test_an_optimizer_is_watched_after_the_end() -> None:
+    model = tmm.instrument(network(), PARAMETERS)
+    monitor = tmm.monitor(model)
+    tmm.remove(model)
+    with Told() as told:
+        monitor.watch(SGD(model.parameters(), 0.1))
+    assert "nothing is recorded" in told.text
+
+
+def test_compiled_in_place_after_it_was_instrumented() -> None:
+    model = tmm.instrument(network(), RMS)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"model\.compile\(\) before that, not after"):
+        tmm.monitor(model)

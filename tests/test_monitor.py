@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -234,6 +236,27 @@ def test_log_scalar_takes_one_number() -> None:
         monitor.log_scalar("silent", 1.0)
         monitor.log_scalar("forced", 2.0, force=True)
     assert monitor.get_step_metrics() == {"forced": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "message"),
+    [
+        (lambda m: m.log_scalar("loss", "high"), TypeError, "'loss'.*'high' is not a number"),
+        (lambda m: m.log_scalar("loss", None), TypeError, "'loss'.*None is not a number"),
+        (lambda m: m.log_scalar(3, 1.0), ValueError, "the key 3 is not text"),
+        (lambda m: m.log_scalar("", 1.0), ValueError, "the key '' is not text"),
+        (lambda m: m.log_scalar("loss", 1.0, "median"), ValueError, "aggregate='median'"),
+        (lambda m: m.log_scalars([("loss", 1.0)]), TypeError, "give a dictionary"),
+        (lambda m: m.log_tensor("x", [1.0]), TypeError, "'x'.*not a tensor"),
+        (lambda m: m.begin_step(2**63), ValueError, "does not fit in 64 bits"),
+    ],
+)
+def test_what_cannot_be_logged_is_named(
+    log: Callable[[Any], object], error: type[Exception], message: str
+) -> None:
+    _, monitor = instrumented()
+    with pytest.raises(error, match=message):
+        log(monitor)
 
 
 class Fault:

@@ -38,6 +38,22 @@ def rms() -> tmm.Rule:
         (lambda: tmm.Spec(rms(), every=0.5), TypeError, "every=0.5"),
         (lambda: tmm.Spec(rms(), every=True), TypeError, "every=True"),
         (lambda: tmm.Spec(rms(), exclude="["), ValueError, "exclude='\\['"),
+        (lambda: tmm.Spec(rms(), exclude=abs), TypeError, "exclude=.*regular expression"),
+        (lambda: tmm.Spec(rms(), exclude=["h"]), TypeError, "exclude=.*regular expression"),
+        (lambda: tmm.Spec(rms(), every=lambda: True), TypeError, "every=.*one argument"),
+        (lambda: tmm.activation(["rms", "norm"]), TypeError, "one by one"),
+        (lambda: tmm.activation("rms", module="h"), TypeError, "module='h'.*besides modules="),
+        (lambda: tmm.activation("rms", modules=["h"]), TypeError, "one regular expression"),
+        (lambda: tmm.activation("rms", modules=torch.nn.Linear), TypeError, "the class Linear"),
+        (lambda: tmm.activation("rms", modules=torch.nn.ReLU()), TypeError, "the module ReLU"),
+        (lambda: tmm.activation("rms", modules=lambda a, b: a), TypeError, "one argument"),
+        (
+            lambda: tmm.Spec(rms(), reference_dtype="float16"),
+            TypeError,
+            "reference_dtype='float16'",
+        ),
+        (lambda: tmm.Spec(rms(), reference_device="gpu"), ValueError, "reference_device='gpu'"),
+        (lambda: tmm.Spec(rms(), on_alert="raise"), ValueError, "without alerts"),
     ],
 )
 def test_wrong_specs(build: Callable[[], object], error: type[Exception], message: str) -> None:

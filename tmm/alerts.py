@@ -69,11 +69,16 @@ class AlertSettings:
         """What ``alerts=`` and ``on_alert=`` of a spec mean; None for no alerts.
 
         Raises:
-            ValueError: for a detector or a severity that does not exist, or no detectors.
+            ValueError: for a detector or a severity that does not exist, no detectors, or an
+                ``on_alert`` without alerts.
             TypeError: for what is none of them, or an ``on_alert`` that cannot be done.
         """
         if on_alert not in ("warn", "raise") and not callable(on_alert):
             raise TypeError(f"on_alert={on_alert!r} is neither 'warn', 'raise' nor a function")
+        if alerts is False and on_alert != "warn":
+            raise ValueError(
+                f"on_alert={on_alert!r} does nothing without alerts; give alerts=True, too"
+            )
         if isinstance(alerts, bool):
             return cls(all_detectors(), _LEAST, on_alert) if alerts else None
         if isinstance(alerts, str):

@@ -30,7 +30,7 @@ from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
 from tmm.twin.compile_settings import CompilerFunction, settings_for, settings_of
 from tmm.twin.dispatch import Dispatch, attach, bears_mark, detach, root_dispatch
-from tmm.twin.regions import Region, region_of, regions_in
+from tmm.twin.regions import COMPILED_CALL, Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
 from tmm.twin.uncompiled import eager, why_traced
@@ -343,5 +343,9 @@ def _require(model: Callable[..., Any]) -> Dispatch:
             " tmm.open_run(run.path).text('explain.txt')"
         )
     if dispatch is None:
-        raise ValueError("the model is not instrumented; call tmm.instrument(model, spec) first")
+        in_place = isinstance(model, torch.nn.Module) and model.__dict__.get(COMPILED_CALL)
+        raise ValueError(
+            "the model is not instrumented; call tmm.instrument(model, spec) first"
+            + (", and model.compile() before that, not after it" if in_place else "")
+        )
     return dispatch

@@ -21,7 +21,7 @@ from tmm.forgotten import Forgotten
 from tmm.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.gaps import CALL_THE_MODEL, FAULT_OF_COMPILING, Gaps, OnError, words
 from tmm.layout import StepRecord
-from tmm.metrics import Aggregate, FloatArray
+from tmm.metrics import AGGREGATE_NAMES, Aggregate, FloatArray
 from tmm.notices import Notices
 from tmm.parameters import ParameterMonitor
 from tmm.passes.pipeline import PassError
@@ -52,6 +52,10 @@ Forward: TypeAlias = Callable[..., Any]
 _BEHIND = (
     "such steps are recorded with the rows of this rank alone, marked as partial. Every rank has to"
     " open the same steps; give distributed=False to measure each rank by itself"
+)
+_NO_ROWS = (
+    "the instrumented function ran in the monitored step {step} and called no module that a rule of"
+    " activation matches, so that none has rows: give the module that the function calls as module="
 )
 _WAIT_FOR_RANKS = 1.0  # seconds; in the first step, so that the run's file is there for later ones
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
@@ -161,12 +165,14 @@ class Monitor:
 
         Raises:
             TypeError: if ``step`` is not an integer.
-            ValueError: if ``step`` lies before the current one.
+            ValueError: if ``step`` lies before the current one, or does not fit in 64 bits.
             OSError: if what was measured before could not be written.
         """
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             raise TypeError(f"step={step!r} is not an integer")
         step = int(step)
+        if not -(2**63) <= step < 2**63:
+            raise ValueError(f"step={step} does not fit in 64 bits; count steps from 0")
         if self._block is not None and self._open is self._block.collector:
             return self._begin_nested(step)
         if self.current_step is not None and step < self.current_step:
@@ -269,10 +275,19 @@ class Monitor:
             self._save_explanation()  # the graphs are known now
             if finished.ran_forward:
                 self._tell(finished.step, warning_of(silent_modules(self._require_twin())))
+                self._look_for_rows(finished)
         self._gaps.close()
         if finished.ran_forward:
             self._tell(finished.step, self._notices.news(self._require_twin()))
         self._look_at(finished)
+
+    def _look_for_rows(self, finished: StepCollector) -> None:
+        """Say that a step function has run and nothing of its ``module=`` was measured."""
+        twin = self._require_twin()
+        is_asked = self.spec.is_strict and self.spec.measures("activation")
+        is_known = finished.holds_rows or bool(twin.attribution.unmeasured)
+        if twin.root.module is None and is_asked and not is_known:
+            self._gaps.warn_once("module", finished.step, _NO_ROWS.format(step=finished.step))
 
     def _tell(self, step: int, text: str | None) -> None:
         if text is not None:
@@ -475,9 +490,14 @@ class Monitor:
         ``force=True`` records in any open step.
 
         Raises:
-            ValueError: if ``value`` is not one number.
+            ValueError: if ``value`` is not one number, or for a key or aggregate that cannot be.
+            TypeError: if ``value`` is no number at all.
         """
-        number = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+        _check_logged("log_scalar", key, aggregate)
+        try:
+            number = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"log_scalar({key!r}): {value!r} is not a number") from error
         if number.numel() != 1:
             raise ValueError(
                 f"log_scalar({key!r}): the value has shape {tuple(number.shape)}, not one number;"
@@ -488,6 +508,8 @@ class Monitor:
 
     def log_scalars(self, values: Mapping[str, float | torch.Tensor], force: bool = False) -> None:
         """``log_scalar`` for each item."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"log_scalars({values!r}): give a dictionary, such as {{'loss': 0.5}}")
         for key, value in values.items():
             self.log_scalar(key, value, force=force)
 
@@ -496,7 +518,16 @@ class Monitor:
 
         All elements logged under the key in one step are joined. Nothing happens outside of a
         monitored step.
+
+        Raises:
+            ValueError: for a key or aggregate that cannot be.
+            TypeError: if ``tensor`` is not a tensor.
         """
+        _check_logged("log_tensor", key, aggregate)
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"log_tensor({key!r}): {tensor!r} is not a tensor; torch.as_tensor(...) makes one"
+            )
         if self.recording:
             self._require_step("log_tensor").log(key, tensor, aggregate)
 
@@ -608,6 +639,9 @@ class Monitor:
             RuntimeError: if ``scaler`` comes after a monitored step of activation gradients,
                 whose graphs do without it.
         """
+        if self._is_closed:
+            self._forgotten.note_closed(self.current_step or 0)
+            return
         known = ("parameters", "activation_gradient")
         if scaler is None and not any(
             rule.subject in known or rule.family in known for rule in self.spec.rules
@@ -658,6 +692,14 @@ class Monitor:
         if self.recording:
             collector = self._require_step("monitor_gradients")
             self._require_watch().measure_gradients(collector, before_clip=before_clip)
+            lacks_all = all(parameter.grad is None for parameter in self.module.parameters())
+            if lacks_all and self.spec.measures("gradient") and not collector.has_watched_gradients:
+                text = (
+                    f"monitor_gradients() found no gradient in step {collector.step}, so that rules"
+                    " of gradient have no rows of it: call it after loss.backward() and before"
+                    " optimizer.zero_grad()"
+                )
+                self._gaps.warn_once("no gradients", collector.step, text)
 
     @property
     def twin(self) -> Twin:
@@ -974,3 +1016,14 @@ class Monitor:
         if self._open is None:
             raise RuntimeError(f"{caller}(): no step is open; call begin_step(step) first")
         return self._open
+
+
+def _check_logged(caller: str, key: object, aggregate: object) -> None:
+    """Raise ``ValueError`` for a key or an aggregate under which nothing can be logged."""
+    if not isinstance(key, str) or not key:
+        raise ValueError(f"{caller}: the key {key!r} is not text")
+    if not callable(aggregate) and aggregate not in AGGREGATE_NAMES:
+        raise ValueError(
+            f"{caller}({key!r}): aggregate={aggregate!r} is neither callable nor one of"
+            f" {', '.join(AGGREGATE_NAMES)}"
+        )

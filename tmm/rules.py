@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -314,6 +315,11 @@ def _rule(
             f"{rule} measures nothing: name a metric, such as tmm.{family.name}({known[0]!r})"
         )
     for name in metrics:
+        if isinstance(name, (list, tuple, set)):
+            raise TypeError(
+                f"{rule}: {name!r} is not a metric's name; give the names one by one, such as"
+                f" tmm.{family.name}({known[0]!r}, {known[1]!r})"
+            )
         if not isinstance(name, str):
             raise TypeError(
                 f"{rule}: {name!r} is not a metric's name; give your own function as a keyword,"
@@ -327,7 +333,11 @@ def _rule(
             )
     for name, function in functions.items():
         if not callable(function):
-            raise TypeError(f"{rule}: {name}={function!r} is not callable")
+            raise TypeError(
+                f"{rule}: {name}={function!r} is not callable. A keyword besides {subject}= and"
+                " aggregate= is a metric of your own, a function; built-in metrics are given as"
+                f" text, tmm.{family.name}({known[0]!r})"
+            )
         if "/" in name:
             raise ValueError(f"{rule}: the metric name {name!r} contains '/', which separates keys")
     names = [*metrics, *functions]
@@ -367,12 +377,44 @@ def check_pattern(owner: object, argument: str, pattern: Pattern) -> None:
         TypeError: it is something else.
     """
     if callable(pattern):
+        _check_predicate(owner, argument, pattern)
         return
     if not isinstance(pattern, str):
-        raise TypeError(f"{owner}: {argument}={pattern!r} is neither text nor a function")
+        raise TypeError(
+            f"{owner}: {argument}={pattern!r} is neither text nor a function; write names as one"
+            " regular expression, such as 'encoder|decoder'"
+        )
     try:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
             f"{owner}: {argument}={pattern!r} is not a regular expression: {error}"
         ) from error
+
+
+def _check_predicate(owner: object, argument: str, predicate: Callable[[str], bool]) -> None:
+    """Raise ``TypeError`` for what can be called, but not with a name alone."""
+    if isinstance(predicate, type) or hasattr(predicate, "named_modules"):
+        kind = predicate if isinstance(predicate, type) else type(predicate)
+        raise TypeError(
+            f"{owner}: {argument}= is the {'class' if kind is predicate else 'module'}"
+            f" {kind.__name__}; give a regular expression of names, or a function of a name"
+        )
+    if not takes_one(predicate):
+        raise TypeError(
+            f"{owner}: {argument}={predicate!r} cannot be called with the name alone; write a"
+            " function of one argument, such as lambda name: name.endswith('mlp')"
+        )
+
+
+def takes_one(function: Callable[..., object]) -> bool:
+    """Whether a function can be called with one argument, as far as its signature says."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True  # some built-in functions do not say
+    try:
+        signature.bind(None)
+    except TypeError:
+        return False
+    return True

@@ -28,6 +28,7 @@ from tmm.rules import (
     CoordinateCheckRule,
     Rule,
     check_pattern,
+    takes_one,
 )
 
 StepPredicate: TypeAlias = Callable[[int], bool]
@@ -100,16 +101,33 @@ class Spec:
             raise TypeError(f"every={every!r} is neither a number of steps nor a predicate")
         if isinstance(every, int) and every < 1:
             raise ValueError(f"every={every} must be at least 1; 1 monitors every step")
+        if not isinstance(every, int) and not takes_one(every):
+            raise TypeError(
+                f"every={every!r} cannot be called with the step alone; write a function of one"
+                " argument, such as lambda step: step < 100"
+            )
+        if exclude is not None and not isinstance(exclude, str):
+            raise TypeError(
+                f"exclude={exclude!r} is not text; give one regular expression, such as 'head|norm'"
+            )
         if exclude is not None:
             check_pattern("tmm.Spec", "exclude", exclude)
         for rule in rules:
             if FAMILIES[rule.family].needs_reference and reference is None:
                 raise ValueError(f"{rule} needs a reference: tmm.Spec(..., reference='init')")
         check_reference(reference)
+        if reference_dtype is not None and not isinstance(reference_dtype, torch.dtype):
+            raise TypeError(
+                f"reference_dtype={reference_dtype!r} is not a dtype; give one, such as"
+                " torch.float16"
+            )
         if reference_dtype is not None and not reference_dtype.is_floating_point:
             raise ValueError(f"reference_dtype={reference_dtype} is not a floating-point dtype")
         if reference_device is not None:
-            torch.device(reference_device)  # raises for one that does not exist
+            try:
+                torch.device(reference_device)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"reference_device={reference_device!r}: {error}") from error
         if reference_samples is not None:
             _check_samples(reference_samples, rules)
         self.rules: tuple[Rule, ...] = rules

@@ -53,6 +53,7 @@ class Watch:
         self._others: WeakSet[Optimizer] = WeakSet()  # have stepped, and hold parameters
         self.finds_optimizers = False  # somebody watches each one that steps
         self._has_measured = False  # in a monitored step
+        self._has_stepped = False  # a watched optimizer, in a monitored step
         self._has_looked_at_unheld = False
         self._known_at_close: dict[str, str] | None = None
         self._handle: RemovableHandle | None = None
@@ -140,7 +141,10 @@ class Watch:
         held = self._held() if self._optimizers else None
         by_name = {name: parameter for parameter, name in self.parameters.names().items()}
         owns = self.parameters.ranks.owns
-        return why_without_rows(asked, self.parameters.measured, by_name, held, owns)
+        return why_without_rows(
+            *(asked, self.parameters.measured, by_name, held, owns),
+            has_stepped=self._has_stepped,
+        )
 
     def _held(self) -> set[torch.nn.Parameter]:
         """The parameters in the optimizers that are watched, and in those inside of them."""
@@ -213,6 +217,7 @@ class Watch:
             self._note_failure(error)
         if collector.monitored:
             self._has_measured = self._has_measured or collector.ran_forward
+            self._has_stepped = self._has_stepped or collector.has_stepped
             self._look_for_gaps(collector, gaps)
         self._steps.forget()
         try:
@@ -232,6 +237,17 @@ class Watch:
             gaps.warn_once("written later", collector.step, text)
         self._look_at_others(collector, gaps)
         self._look_at_unheld(collector, gaps)
+        if (
+            collector.has_stepped
+            and any(name.startswith("optimizer_state") for name in self.parameters.unmeasured)
+            and not self.parameters.measured.get("optimizer_state")
+        ):
+            text = (
+                f"the optimizers that stepped in step {collector.step} keep nothing of what rules"
+                " of optimizer_state ask for, which therefore have no rows: they are for Adam and"
+                " its kind"
+            )
+            gaps.warn_once("no state", collector.step, text)
         missing = [
             family
             for family in AROUND_STEPS

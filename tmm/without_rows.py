@@ -27,6 +27,8 @@ def why_without_rows(
     parameters: Mapping[str, torch.nn.Parameter],
     held: Container[torch.nn.Parameter] | None,
     is_ours: Callable[[torch.Tensor], bool],
+    *,
+    has_stepped: bool = False,
 ) -> dict[str, str]:
     """``"gradient of 0.weight"`` and the like to the reason.
 
@@ -36,6 +38,7 @@ def why_without_rows(
         parameters: those that the model has now, by name.
         held: those that are in an optimizer that is watched; None if none is.
         is_ours: whether this process measures a parameter, and not another one.
+        has_stepped: whether an optimizer that is watched has stepped in a monitored step.
     """
     found: dict[str, str] = {}
     for family, names in asked.items():
@@ -44,7 +47,9 @@ def why_without_rows(
             parameter = parameters.get(name)
             if name in known or (parameter is not None and not is_ours(parameter)):
                 continue
-            found[f"{family} of {name}"] = _why(family, parameter, held, is_first=not known)
+            found[f"{family} of {name}"] = _why(
+                family, parameter, held, is_first=not (known or has_stepped)
+            )
     return found
 
 
