@@ -180,7 +180,7 @@ def hybrid() -> Metrics:
 def distributed_states() -> Metrics:
     """Each rank has the optimizer's state of some parameters, and steps these."""
     net = model()
-    wrapped = DistributedDataParallel(torch.compile(net, backend=BACKEND))
+    wrapped = DistributedDataParallel(torch.compile(net, backend="eager"))
     make = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW)
     return train(wrapped, net, partial(own, evenly), make_optimizer=make)
 
@@ -274,7 +274,7 @@ def explained(wrap: Callable[[nn.Module], nn.Module]) -> Metrics:
 def skipping() -> Metrics:
     """Rank 1 has no forward pass in step 2, and ends after step 3."""
     net = model()
-    called = tmm.instrument(torch.compile(net, backend=BACKEND), tmm.Spec(tmm.activation("rms")))
+    called = tmm.instrument(torch.compile(net, backend="eager"), tmm.Spec(tmm.activation("rms")))
     monitor = tmm.monitor(called)
     late = dist.get_rank() == 1
     metrics: Metrics = {}
@@ -307,7 +307,7 @@ def counted() -> Metrics:
         setattr(place, name, counting)
     net = model()
     current = -1
-    called = tmm.instrument(torch.compile(net, backend=BACKEND), spec(quantiles()))
+    called = tmm.instrument(torch.compile(net, backend="eager"), spec(quantiles()))
     monitor = tmm.monitor(called)
     optimizer = torch.optim.AdamW(net.parameters())
     monitor.watch(optimizer)
@@ -404,7 +404,7 @@ def recorded(folder: Path) -> Metrics:
     run = tmm.start_run("ranks", root=folder, system_seconds=None)
     with run:
         net = model()
-        called = run.watch(DistributedDataParallel(torch.compile(net, backend=BACKEND)), spec())
+        called = run.watch(DistributedDataParallel(torch.compile(net, backend="eager")), spec())
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         for batch in batches():
             loss = called(own(evenly, batch)[0]).square().mean()

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
+from tests.interpreters import ROOT, Interpreters
 from tmm.runtime.process_group import ProcessGroup
 
 SIZES = (0, 1, 1000, 40_000)
@@ -22,11 +22,10 @@ def values_of(rank: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.float6
     return values
 
 
-def reduce(rank: int, ranks: int, folder: str) -> None:
+def reduce(folder: str) -> None:
     """What one process does: it keeps its results."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks
-    )
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     group = ProcessGroup()
     found = {}
     for size in SIZES:
@@ -41,10 +40,12 @@ def reduce(rank: int, ranks: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "ranks", [2, 3, 4, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 6, 8))]
+    "ranks", [3, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2, 4, 6, 8))]
 )
-def test_reductions_over_ranks(tmp_path: Path, ranks: int) -> None:
-    multiprocessing.spawn(reduce, (ranks, str(tmp_path)), nprocs=ranks)
+def test_reductions_over_ranks(tmp_path: Path, ranks: int, interpreters: Interpreters) -> None:
+    program = "import sys; from tests.test_process_group import reduce; reduce(sys.argv[1])"
+    done = interpreters.run_ranks(ranks, program, tmp_path, folder=ROOT)
+    assert done.returncode == 0, done.stderr[-5000:]
     found = [np.load(tmp_path / f"{ranks}-{rank}.npz") for rank in range(ranks)]
     for size in SIZES:
         values = np.stack([values_of(rank, size) for rank in range(ranks)])

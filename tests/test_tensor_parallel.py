@@ -27,7 +27,7 @@ from tests.test_distributed import _noise, launch, result
 MODULE = "tests.tensor_parallel_trainings"
 SAME = ("whole", "uncompiled", "blocks", "declared", "sequence")
 ONE_BLOCK = ("whole", "uncompiled")
-OF_FOUR = ("whole_of_two_blocks", "empty", "two_dimensions")
+OF_FOUR = ("whole_of_two_blocks", "empty", "two_dimensions", "undisturbed_eager")
 OF_A_RANK = re.compile(r"\[rank (\d)\]")
 
 
@@ -146,6 +146,8 @@ def test_four_ranks(tmp_path: Path, interpreters: Interpreters) -> None:
     check(result(tmp_path, "sequence"), expected(blocks=2), 4)
     check(result(tmp_path, "empty"), expected(hidden=5, blocks=1), 4)
     check(result(tmp_path, "two_dimensions"), expected(blocks=2), 4, alike=False)
+    for losses in result(tmp_path, "undisturbed_eager").values():
+        assert losses["plain"] == losses["measured"]
 
 
 @pytest.fixture
