@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Node
 
 from tmm.layout import Share
 from tmm.passes.edits import storages
+from tmm.passes.findings import Findings
 from tmm.passes.marks import is_mark
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import all_nodes
-from tmm.passes.placed import Placed, declared_by, name_of, shape_of
-from tmm.passes.placements import Placements
+from tmm.passes.placed import Placed, Placements, declared_by, name_of, shape_of
+from tmm.passes.request import GraphRequest
 from tmm.passes.shared_masks import random_function
 from tmm.passes.values import value_of
 
@@ -26,17 +27,23 @@ _ADD = (operator.add, torch.add, "add")
 _OUTSIDE = "its gradient comes from outside of the graph"
 
 
-def find_gradient_shares(module: GraphModule, *, placements: Placements) -> dict[Node, Share]:
-    """Of each mark in a graph, what this rank has of the gradient of the marked tensor.
+def find_gradient_placements(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+    """Find, of each mark in a graph, what this rank has of the gradient of the marked tensor.
 
     That is the gradient from what uses the tensor after the mark. The program itself gives the
     placements of the gradient of a local tensor, where it makes a ``DTensor`` of it or has made it
     of one. Operations whose result follows from operands that ranks share in one way hand those of
     its gradient back to the operands. Everything else is not known. Changes nothing.
     """
+    if found.placements is not None:
+        found.gradient_shares = gradient_shares(module, found.placements)
+
+
+def gradient_shares(module: GraphModule, placements: Placements) -> dict[Node, Share]:
+    """The same, of a graph whose placements are known."""
     shares = dict(_of_graph(module, placements))
     for _, body in nested_calls(module):
-        shares |= find_gradient_shares(body, placements=placements)
+        shares |= gradient_shares(body, placements)
     return shares
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +27,16 @@ from tmm.operators import (
     why_unmeasurable,
 )
 from tmm.passes.attention_parts import FoundAttention, Unmatched
-from tmm.passes.find_attention import find_attention
+from tmm.passes.find_attention import find_attention, shows_attention
+from tmm.passes.findings import Findings
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
 from tmm.passes.marks import call_of, site_of
 from tmm.passes.multi_head import insert_parts
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
-from tmm.passes.placed import is_distributed
-from tmm.passes.placements import Placements
+from tmm.passes.placed import Placements, is_distributed
 from tmm.passes.remove_evaluations import is_evaluation
+from tmm.passes.request import GraphRequest
 from tmm.passes.trace_function import insert_traced, trace
 from tmm.passes.values import set_value, value_of
 
@@ -48,55 +49,53 @@ SHOWN = AttentionRequest(builtin_reductions(("entropy",), is_complex=False), ())
 """What is measured of an attention that the program shows by a call."""
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What ``insert_attention`` measures.
-
-    ``modules`` gives the relative name of each module by its ``id``; ``select`` what is asked of
-    the attentions that a module calls; ``begins_forward`` tells that the graph is the beginning of
-    a module's forward. ``placements`` are those of the graph, where ranks share tensors.
-    """
-
-    modules: Mapping[int, str]
-    select: Callable[[str], tuple[AttentionRequest, ...]]
-    begins_forward: bool = False
-    placements: Placements | None = None
-
-
-def insert_attention(
-    module: GraphModule, *, options: AttentionOptions
-) -> tuple[tuple[Site, str], ...]:
+def insert_attention(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """After each attention that is asked for, insert the nodes that measure its heads.
 
     Afterwards rows that lie one after the other in a node are marked as such; the attentions
-    themselves are as before. The calls that a module makes are numbered in order. Returns the
-    modules whose attention cannot be measured, with the reason.
+    themselves are as before. The calls that a module makes are numbered in order. Those that the
+    program shows by a call are measured in any case. Finds the modules whose attention cannot be
+    measured, with the reason.
     """
-    return tuple(_insert(module, options, Counter()))
+    if asks_attention(request, module):
+        found.unmeasured += _insert(module, request, found.placements, Counter())
+
+
+def asks_attention(request: GraphRequest, module: GraphModule) -> bool:
+    """Whether attentions are to be measured: by a rule, or since the program shows them."""
+    return request.select_attention is not None or shows_attention(module)
+
+
+def _requests(request: GraphRequest, name: str | None) -> tuple[AttentionRequest, ...]:
+    select = request.select_attention
+    return () if name is None or select is None else select(name)
 
 
 def _insert(
-    module: GraphModule, options: AttentionOptions, calls: Counter[tuple[tuple[str, str], ...]]
+    module: GraphModule,
+    request: GraphRequest,
+    placements: Placements | None,
+    calls: Counter[tuple[tuple[str, str], ...]],
 ) -> Iterator[tuple[Site, str]]:
     bodies = {call: body for call, body in nested_calls(module) if returns_body_outputs(call)}
     for nesting, body in nested_calls(module):
         if nesting not in bodies:
-            yield from _refuse(body, options, f"inside {nesting.target}")
-    found = {_caller(attention): attention for attention in find_attention(module)}
+            yield from _refuse(body, request, f"inside {nesting.target}")
+    attentions = {_caller(attention): attention for attention in find_attention(module)}
     for node in list(module.graph.nodes):
         if node in bodies:
-            yield from _insert(bodies[node], options, calls)
+            yield from _insert(bodies[node], request, placements, calls)
         elif node.target is tap_attention:
-            yield from _shown(module, node, found[node], options)
-        elif (attention := found.get(node)) is not None and not is_evaluation(node):
+            yield from _shown(module, node, attentions[node], request, placements)
+        elif (attention := attentions.get(node)) is not None and not is_evaluation(node):
             call = call_of(node)
             # Without a call, it is the module's whose frame was left and is gone on with.
-            name = "" if call is None else options.modules.get(int(call.partition("@")[0]))
-            requests = () if name is None else options.select(name)
+            name = "" if call is None else request.modules.get(int(call.partition("@")[0]))
+            requests = _requests(request, name)
             if name is None or not requests or node.meta.get(_LOOKED_AT):
                 continue
             node.meta[_LOOKED_AT] = True
-            if call is None and not options.begins_forward:
+            if call is None and not request.begins_forward:
                 yield Site(name, ATTENTION_MARK), _NO_CALL
                 continue
             if isinstance(attention, Unmatched) and not attention.is_numbered:
@@ -114,31 +113,30 @@ def _insert(
             if isinstance(attention, Unmatched):
                 yield Site(name, f"{site.path}{ATTENTION_MARK}"), attention.reason
             else:
-                for request in requests:
-                    _Heads(module, attention, site, request, options.placements).insert()
+                for asked in requests:
+                    _Heads(module, attention, site, asked, placements).insert()
 
 
-def _refuse(
-    module: GraphModule, options: AttentionOptions, reason: str
-) -> Iterator[tuple[Site, str]]:
+def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator[tuple[Site, str]]:
     """Name the attentions of a nested graph that has no place for rows."""
     for attention in find_attention(module):
         call = call_of(_caller(attention))
-        name = None if call is None else options.modules.get(int(call.partition("@")[0]))
-        if name is not None and options.select(name):
+        name = None if call is None else request.modules.get(int(call.partition("@")[0]))
+        if name is not None and _requests(request, name):
             yield Site(name, ATTENTION_MARK), reason
     for _, body in nested_calls(module):
-        yield from _refuse(body, options, reason)
+        yield from _refuse(body, request, reason)
 
 
 def _shown(
     module: GraphModule,
     mark: Node,
     attention: FoundAttention | Unmatched | Node,
-    options: AttentionOptions,
+    request: GraphRequest,
+    placements: Placements | None,
 ) -> Iterator[tuple[Site, str]]:
     """Measure an attention that the program shows by a call."""
-    site = site_of(mark, options.modules)
+    site = site_of(mark, request.modules)
     if site is None or mark.meta.get(_LOOKED_AT):
         return
     mark.meta[_LOOKED_AT] = True
@@ -146,7 +144,7 @@ def _shown(
     if reason := _why_unreadable(attention):
         yield site, reason
     else:
-        _Heads(module, attention, site, SHOWN, options.placements).insert()
+        _Heads(module, attention, site, SHOWN, placements).insert()
 
 
 def _caller(attention: FoundAttention | Unmatched | Node) -> Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,53 +11,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
+from tmm.families import ACTIVATION_GRADIENT
 from tmm.kernels.dense import packed_dtype
 from tmm.layout import Measurement, PackedLayout, Row, Share, Site
 from tmm.metrics import Reduction
 from tmm.operators import tap, why_unmeasurable
 from tmm.passes.edits import add_placeholder, storages
+from tmm.passes.findings import Findings, RowInput
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, sites_of
 from tmm.passes.placed import is_distributed
 from tmm.passes.probe import FunctionProbe, columns_of, probe
+from tmm.passes.request import GraphRequest
 from tmm.passes.trace_function import trace_function
 from tmm.passes.values import set_value, value_of
 
-FAMILY = "activation_gradient"
+FAMILY = ACTIVATION_GRADIENT.name
 
 WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
 """Why a tensor that requires a gradient has no probe: it would hand on none."""
 
 _PROBED = "tmm_probed"
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """Which gradients ``insert_probes`` measures.
-
-    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    the gradient of a module's output of a given dtype;
-    ``scaled`` has gradients multiplied with the value of the extra inputs first. ``share`` gives
-    what this rank has of the gradient of a marked tensor, where ranks share tensors.
-    """
-
-    modules: Mapping[int, str]
-    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
-    scaled: bool = False
-    share: Callable[[Node], Share] | None = None
-
-
-@dataclass(frozen=True)
-class RowInput:
-    """An extra input of a graph: after a backward pass, its gradient holds rows.
-
-    It takes a tensor of ``length`` elements that requires a gradient.
-    """
-
-    device: torch.device
-    length: int
-    layout: PackedLayout
 
 
 @dataclass
@@ -84,31 +59,38 @@ class _Place:
         return sum(reduction.width for reduction in self.reductions)
 
 
-def insert_probes(
-    module: GraphModule, *, options: ProbeOptions
-) -> tuple[tuple[RowInput, ...], tuple[tuple[Site, str], ...]]:
+def insert_probes(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """After each tap of a tensor that requires a gradient, pass the tensor through a probe.
 
     Afterwards whatever used the tensor later uses the probe's result, and the graph has one more
     input per device, last, whose gradient holds the rows. Taps of one tensor with no computation
     between them share a probe. Taps stay in the graph. A graph without such tensors is left alone.
     A tensor that is overwritten or returned while it is known under another name has no probe: the
-    program would become another one. Returns the extra inputs, and such sites with the reason.
+    program would become another one. Finds the extra inputs, and such sites with the reason.
     """
-    found = list(_places(module, options, ()))
-    places = [place for place in found if not place.refusal]
-    inputs = []
+    if request.select_gradient is None:
+        return
+    all_places = list(_places(module, request, found.gradient_shares, ()))
+    places = [place for place in all_places if not place.refusal]
     for device in dict.fromkeys(place.device for place in places):
         here = [place for place in places if place.device == device]
-        inputs.append(_row_input(device, here))
-        for place, row in zip(here, _row_nodes(module, inputs[-1], here), strict=True):
-            _insert(place, _inside(place.calls, row), options)
-    refused = [(site, place.refusal) for place in found if place.refusal for site in place.sites]
-    return tuple(inputs), tuple(refused)
+        row_input = _row_input(device, here)
+        found.row_inputs += (row_input,)
+        for place, row in zip(here, _row_nodes(module, row_input, here), strict=True):
+            _insert(place, _inside(place.calls, row), scaled=request.scales_gradients)
+    found.unmeasured += (
+        (site, f"gradient: {place.refusal}")
+        for place in all_places
+        if place.refusal
+        for site in place.sites
+    )
 
 
 def _places(
-    module: GraphModule, options: ProbeOptions, calls: tuple[tuple[GraphModule, Node], ...]
+    module: GraphModule,
+    request: GraphRequest,
+    shares: Mapping[Node, Share] | None,
+    calls: tuple[tuple[GraphModule, Node], ...],
 ) -> Iterator[_Place]:
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
@@ -117,7 +99,7 @@ def _places(
     recent: dict[Node, _Place] = {}
     for node in module.graph.nodes:
         if is_mark(node):
-            place = _place(module, options, calls, node, returned, overwritten)
+            place = _place(module, request, shares, calls, node, returned, overwritten)
             if place is None:
                 continue
             known = recent.get(place.tensor)
@@ -130,12 +112,13 @@ def _places(
             recent.clear()
         for body in bodies.get(node, ()):
             if returns_body_outputs(node):
-                yield from _places(body, options, (*calls, (module, node)))
+                yield from _places(body, request, shares, (*calls, (module, node)))
 
 
 def _place(
     module: GraphModule,
-    options: ProbeOptions,
+    request: GraphRequest,
+    shares: Mapping[Node, Share] | None,
     calls: tuple[tuple[GraphModule, Node], ...],
     mark: Node,
     returned: set[int],
@@ -144,18 +127,19 @@ def _place(
     tensor = mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
-    site = site_of(mark, options.modules) if mark.target is tap else None
+    site = site_of(mark, request.modules) if mark.target is tap else None
     requires_grad, is_grad_enabled = mark.args[2:] or (example.requires_grad, True)
     if site is None or not requires_grad or why_unmeasurable(example) or example.is_nested:
         return None
     if mark.meta.get(_PROBED):
         return None
-    reductions = options.select(site, example.dtype)
+    assert request.select_gradient is not None
+    reductions = request.select_gradient(site, example.dtype)
     if not reductions:
         return None
     mark.meta[_PROBED] = True
     place = _Place(module, calls, mark, tensor, reductions, [site])
-    place.share = None if options.share is None else options.share(mark)
+    place.share = None if shares is None else shares[mark]
     if not is_grad_enabled:
         place.refusal = WITHOUT_GRADIENT
         return place
@@ -271,7 +255,7 @@ def _first_operation(module: GraphModule) -> Node:
     return first
 
 
-def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
+def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
@@ -280,7 +264,7 @@ def _insert(place: _Place, row: Node, options: ProbeOptions) -> None:
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]
-    flags = {"copies": place.copies, "scaled": options.scaled}
+    flags = {"copies": place.copies, "scaled": scaled}
     later = {user for user in tensor.users if mark < user}
     with module.graph.inserting_after(mark):
         if any(functions):

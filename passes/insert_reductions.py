@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, GraphModule, Node
 
 from tmm.families import VALUE_FAMILY
-from tmm.layout import Measurement, Share, Site
+from tmm.layout import Measurement, Site
 from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
 from tmm.operators import (
     copy,
@@ -22,11 +22,13 @@ from tmm.operators import (
     why_unmeasurable,
     why_unreadable,
 )
+from tmm.passes.findings import Findings
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site
-from tmm.passes.placed import is_distributed, why_unsummed
+from tmm.passes.placed import Placements, is_distributed, why_unsummed
 from tmm.passes.recognize import recognize
+from tmm.passes.request import GraphRequest
 from tmm.passes.trace_function import (
     MetricFunctionError,
     TracedFunction,
@@ -73,37 +75,23 @@ class SharedRow:
         return [self.columns.index(column) for column in columns]
 
 
-@dataclass(frozen=True)
-class ReductionOptions:
-    """What ``insert_reductions`` measures.
-
-    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a site of a given dtype; ``values`` that of each value recorded by name; ``share`` what this
-    rank has of the tensor of a mark, where ranks share tensors.
-    """
-
-    modules: Mapping[int, str]
-    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
-    values: Mapping[str, Reduction] = field(default_factory=dict)
-    share: Callable[[Node], Share] | None = None
-
-
-def insert_reductions(
-    module: GraphModule, *, options: ReductionOptions
-) -> tuple[tuple[Site, str], ...]:
+def insert_reductions(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """After each tap, insert the nodes that reduce the tapped tensor to rows.
 
     Afterwards each inserted row carries its measurements in ``node.meta``, and each inserted node
     the sites that it serves. Reductions come
     directly after the tap, so that a later in-place operation cannot change what is measured.
     Taps of one tensor with no computation between them share their rows. Taps stay in the graph.
-    Returns the sites that were selected but have no rows, each with the reason.
+    Finds the sites that were selected but have no rows, each with the reason.
     """
-    return tuple(_insert(module, options, []))
+    found.unmeasured += _insert(module, request, found.placements, [])
 
 
 def _insert(
-    module: GraphModule, options: ReductionOptions, modes: list[bool]
+    module: GraphModule,
+    request: GraphRequest,
+    placements: Placements | None,
+    modes: list[bool],
 ) -> Iterator[tuple[Site, str]]:
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
@@ -121,31 +109,32 @@ def _insert(
                 node.meta[_MEASURED] = True
                 # AOTAutograd cannot trace a view of a tensor from outside of inference mode in it.
                 reads = copy if modes and modes[-1] else "detach"
-                yield from _measure(module, node, options, computed, reads)
+                yield from _measure(module, node, request, placements, computed, reads)
         elif node.op not in ("placeholder", "get_attr"):
             computed.clear()
         for body in bodies.get(node, ()):
             if returns_body_outputs(node):
-                yield from _insert(body, options, modes)
+                yield from _insert(body, request, placements, modes)
             else:
-                yield from _refuse(body, options, f"inside {node.target}")
+                yield from _refuse(body, request, f"inside {node.target}")
 
 
 def _measure(
     module: GraphModule,
     node: Node,
-    options: ReductionOptions,
+    request: GraphRequest,
+    placements: Placements | None,
     computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]],
     reads: Callable[..., torch.Tensor] | str,
 ) -> Iterator[tuple[Site, str]]:
     tensor = node.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
-    family, site, reductions = _mark(node, options, example.dtype)
+    family, site, reductions = _mark(node, request, example.dtype)
     if not reductions:
         return
     reason = (why_unreadable if node.target is tap_value else why_unmeasurable)(example)
-    share = None if options.share is None else options.share(node)
+    share = None if placements is None else placements.share(node)
     if share is not None and share.kind == "unsummed":
         reason = reason or share.reason
     reason = reason or why_unsummed(example)
@@ -247,26 +236,24 @@ def _histogram(graph: Graph, value: Node) -> Node:
         return insert_call(graph, histogram, value)
 
 
-def _refuse(
-    module: GraphModule, options: ReductionOptions, reason: str
-) -> Iterator[tuple[Site, str]]:
+def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator[tuple[Site, str]]:
     for node in module.graph.nodes:
         if is_mark(node) and node.target not in (tap_input, tap_attention):
-            _, site, reductions = _mark(node, options, torch.float32)
+            _, site, reductions = _mark(node, request, torch.float32)
             if reductions:
                 yield site, reason
     for _, body in nested_calls(module):
-        yield from _refuse(body, options, reason)
+        yield from _refuse(body, request, reason)
 
 
 def _mark(
-    node: Node, options: ReductionOptions, dtype: torch.dtype
+    node: Node, request: GraphRequest, dtype: torch.dtype
 ) -> tuple[str, Site, tuple[Reduction, ...]]:
     """What a tap marks: family, site, and the reductions that are wanted of it."""
     if node.target is tap_value:
         name = str(node.args[1])
-        return VALUE_FAMILY, Site(name), (options.values[name],)
-    site = site_of(node, options.modules)
+        return VALUE_FAMILY, Site(name), (request.values[name],)
+    site = site_of(node, request.modules)
     if site is None:
         return "activation", Site(""), ()
-    return "activation", site, options.select(site, dtype)
+    return "activation", site, request.select(site, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ from tmm.pairs import (
 )
 from tmm.passes.copy_nodes import ORIGIN, Copier
 from tmm.passes.edits import add_placeholder, example_like, storages
+from tmm.passes.findings import Findings, ReferenceEnds
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.item_order import scrambled
 from tmm.passes.marks import call_of, is_mark, is_within, site_of
@@ -29,6 +30,7 @@ from tmm.passes.masks import Masks
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import add_site, all_nodes, sites_of
+from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest
 from tmm.passes.samples import Samples
 from tmm.passes.trace_function import MetricFunctionError, Traces, insert_traced
 from tmm.passes.values import argument_of, set_value, value_of
@@ -50,116 +52,61 @@ X_T, X_CHANGE = ".weight/x_t", ".weight/x_t-x_0"
 """Paths of the norms of the operands of both terms of a weight."""
 
 
-@dataclass(frozen=True)
-class CheckedModule:
-    """What the refined coordinate check asks of a module.
-
-    ``only_update`` leaves out all but the update term (embeddings). ``has_weight_rows`` adds rows
-    without the bias, whose ``id`` is ``bias`` where there is one; ``has_operand_rows`` those of
-    W_t x_t and W_0 x_0, and with a ``normalization`` those of the normalized inputs.
-    """
-
-    only_update: bool = False
-    has_weight_rows: bool = False
-    bias: int | None = None
-    has_operand_rows: bool = False
-    normalization: Normalization | None = None
-
-
-@dataclass(frozen=True)
-class ReferenceOptions:
-    """What ``insert_reference`` compares.
-
-    ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a module's output, of a given dtype, and its counterpart; ``check`` what the refined coordinate
-    check asks of a module. ``parameters`` gives the ``id`` of the tensor that a placeholder is, for
-    those that the model holds under a name: parameters, buffers and the like; ``is_part`` tells
-    that the graph is not the whole model: other inputs may have counterparts as well, and outputs
-    and what is overwritten are to have them.
-    With ``samples`` those items alone are compared. ``refusal`` says why nothing can be.
-    """
-
-    modules: Mapping[int, str]
-    select: Callable[[Site, torch.dtype], tuple[Reduction, ...]]
-    check: Callable[[str], CheckedModule | None]
-    parameters: Mapping[Node, int]
-    is_part: bool = False
-    samples: Samples | None = None
-    refusal: str = ""
-
-
-@dataclass(frozen=True)
-class ReferenceEnds:
-    """Where the reference enters and leaves a graph.
-
-    The extra inputs are the counterparts of the inputs at the positions ``parameters`` (what the
-    model holds under names) and then ``inputs``. The extra outputs are those of the outputs at
-    ``outputs``, and then, as they are afterwards, of the inputs at ``overwritten``. A graph that is
-    a part of the model (``is_part``) also tells which outputs and overwritten inputs have none,
-    with the reason, and why nothing can be compared after it, in ``end``. ``independent`` outputs
-    depend on none of the extra inputs, ``constant`` ones on no tensor at all.
-    """
-
-    parameters: tuple[int, ...] = ()
-    inputs: tuple[int, ...] = ()
-    outputs: tuple[int, ...] = ()
-    overwritten: tuple[int, ...] = ()
-    is_part: bool = False
-    lost_outputs: tuple[tuple[int, str], ...] = ()
-    lost_inputs: tuple[tuple[int, str], ...] = ()
-    end: str = ""
-    independent: tuple[int, ...] = ()
-    constant: tuple[int, ...] = ()
-
-    @property
-    def added(self) -> int:
-        """The number of extra outputs."""
-        return len(self.outputs) + len(self.overwritten)
-
-
-def insert_reference(
-    module: GraphModule, *, options: ReferenceOptions
-) -> tuple[ReferenceEnds, tuple[tuple[Site, str], ...]]:
+def insert_reference(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """After each mark that is to be compared, insert the rows of the comparison.
 
     Afterwards the graph computes again, with the parameters of the reference and without
     gradients, what is needed for that and no more: from the inputs of the graph (the branch), and
     from the live inputs of each checked module. Masks of dropouts are shared with the live
-    program, whose results stay bit for bit the same. Returns the extra inputs, which come last,
+    program, whose results stay bit for bit the same. Finds the extra inputs, which come last,
     with the extra outputs, and the sites that cannot be compared, with the reason.
     """
-    wanted = [mark for mark in all_nodes(module) if is_mark(mark) and _is_wanted(mark, options)]
+    asked, modules = request.comparison, request.modules
+    if asked is None:
+        return
+    marks = (mark for mark in all_nodes(module) if is_mark(mark))
+    wanted = [mark for mark in marks if _is_wanted(mark, modules, asked)]
     for mark in wanted:
         mark.meta[_COMPARED] = True
-    if options.refusal:
-        sites = (site_of(mark, options.modules) for mark in wanted)
-        return ReferenceEnds(), tuple((s, f"reference: {options.refusal}") for s in sites if s)
-    if not wanted and not options.is_part:
-        return ReferenceEnds(), ()
+    if asked.refusal:
+        sites = (site_of(mark, modules) for mark in wanted)
+        found.unmeasured += ((site, f"reference: {asked.refusal}") for site in sites if site)
+    elif wanted or asked.is_part:
+        found.reference = _compare(module, modules, asked, wanted, found)
+
+
+def _compare(
+    module: GraphModule,
+    modules: Mapping[int, str],
+    asked: ComparisonRequest,
+    wanted: Sequence[Node],
+    found: Findings,
+) -> ReferenceEnds:
     placeholders = list(module.graph.find_nodes(op="placeholder"))
-    compared = [node for node in placeholders if node in options.parameters]
-    others = [node for node in placeholders if options.is_part and _may_differ(node, options)]
+    compared = [node for node in placeholders if asked.parameter(node) is not None]
+    others = [node for node in placeholders if asked.is_part and _may_differ(node, asked)]
     substitutes = {
         node: add_placeholder(module, f"{node.name}_reference", example_like(value_of(node)))
         for node in (*compared, *others)
     }
     parameters = {module: {node: substitutes[node] for node in compared}}
-    marks = frozenset(mark for mark in wanted if _needs_branch(mark, options))
+    marks = frozenset(mark for mark in wanted if _needs_branch(mark, modules, asked))
     branch = Copier(
         *(module, substitutes, marks, Masks(), BRANCH, Site("branch")),
         parameters=parameters,
-        samples=options.samples,
-        scrambled=frozenset() if options.samples is None else scrambled(module, options.samples),
+        samples=asked.samples,
+        scrambled=frozenset() if asked.samples is None else scrambled(module, asked.samples),
     )
     tensors = _returned_tensors(module)
-    returned = tensors if options.is_part else {}
+    returned = tensors if asked.is_part else {}
     written = {}
-    if options.is_part:
+    if asked.is_part:
         memory = storages(branch.overwritten())
         written = {i: node for i, node in enumerate(placeholders) if storages([node]) & memory}
         written = {i: node for i, node in written.items() if node in substitutes}
     branch.copy([*returned.values(), *written.values()])
-    refused = tuple(_Rows(module, options, branch, parameters, set(wanted)).insert())
+    rows = _Rows(module, modules, asked, branch, parameters, set(wanted))
+    found.unmeasured += rows.insert()
     outputs = tuple(
         position
         for position, node in returned.items()
@@ -181,13 +128,13 @@ def insert_reference(
         tuple(i for i, node in enumerate(placeholders) if node in used and node in others),
         outputs,
         overwritten,
-        is_part=options.is_part,
+        is_part=asked.is_part,
         lost_outputs=_lost(returned, branch),
         lost_inputs=_lost(written, branch),
-        end=_values_for_python(module, branch) if options.is_part else "",
+        end=_values_for_python(module, branch) if asked.is_part else "",
         independent=tuple(i for i, node in tensors.items() if node not in branch.dependent),
         constant=tuple(_constants(module, tensors)),
-    ), refused
+    )
 
 
 def _constants(module: GraphModule, returned: Mapping[int, Node]) -> Iterator[int]:
@@ -228,19 +175,19 @@ def _returned_tensors(module: GraphModule) -> dict[int, Node]:
     }
 
 
-def _needs_branch(mark: Node, options: ReferenceOptions) -> bool:
-    site = site_of(mark, options.modules)
+def _needs_branch(mark: Node, modules: Mapping[int, str], asked: ComparisonRequest) -> bool:
+    site = site_of(mark, modules)
     assert site is not None
     (tensor,) = mark.all_input_nodes
-    checked = _checked(site, options)
+    checked = _checked(site, asked)
     if checked is not None and not checked.only_update:
         return True
     dtype = value_of(tensor).dtype
-    return mark.target is not tap_input and bool(options.select(site, dtype))
+    return mark.target is not tap_input and bool(asked.select(site, dtype))
 
 
-def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
-    site = site_of(mark, options.modules)
+def _is_wanted(mark: Node, modules: Mapping[int, str], asked: ComparisonRequest) -> bool:
+    site = site_of(mark, modules)
     is_mark_of_site = mark.target in (tap, tap_input, tap_shown)
     if site is None or not is_mark_of_site or mark.meta.get(_COMPARED):
         return False
@@ -248,21 +195,21 @@ def _is_wanted(mark: Node, options: ReferenceOptions) -> bool:
     example = value_of(tensor)
     if why_unmeasurable(example):
         return False
-    if mark.target is not tap_input and options.select(site, example.dtype):
+    if mark.target is not tap_input and asked.select(site, example.dtype):
         return True
-    return _checked(site, options) is not None
+    return _checked(site, asked) is not None
 
 
-def _checked(site: Site, options: ReferenceOptions) -> CheckedModule | None:
-    return None if site.is_shown else options.check(site.module)
+def _checked(site: Site, asked: ComparisonRequest) -> CheckedModule | None:
+    return None if site.is_shown else asked.check(site.module)
 
 
-def _may_differ(node: Node, options: ReferenceOptions) -> bool:
+def _may_differ(node: Node, asked: ComparisonRequest) -> bool:
     example = value_of(node)
     argument = argument_of(node)
     # A number of Python, which enters a graph as a tensor, is the same on both sides.
     is_number = argument is not None and argument.pass_arg_as_tensor
-    return isinstance(example, torch.Tensor) and not is_number and node not in options.parameters
+    return isinstance(example, torch.Tensor) and not is_number and asked.parameter(node) is None
 
 
 @dataclass
@@ -270,7 +217,8 @@ class _Rows:
     """Inserts the rows of the comparisons into a graph and the graphs nested in it."""
 
     module: GraphModule
-    options: ReferenceOptions
+    modules: Mapping[int, str]
+    asked: ComparisonRequest
     branch: Copier
     parameters: Mapping[GraphModule, Mapping[Node, Node]]
     wanted: set[Node]
@@ -286,7 +234,7 @@ class _Rows:
                 self.differences.clear()  # what comes may overwrite the tensor
             if mark not in self.wanted:
                 continue
-            site = site_of(mark, self.options.modules)
+            site = site_of(mark, self.modules)
             assert site is not None
             if mark in self.branch.refused:
                 yield site, f"reference: {self.branch.refused[mark]}"
@@ -299,11 +247,11 @@ class _Rows:
                 yield from self._insert(body)
 
     def _input_rows(self, module: GraphModule, mark: Node, site: Site) -> None:
-        checked = self.options.check(site.module)
+        checked = self.asked.check(site.module)
         assert checked is not None
         if checked.only_update:
             return
-        place = _Place(module, mark, self.options.samples, self.traces)
+        place = _Place(module, mark, self.asked.samples, self.traces)
         site = Site(site.module)
         place.row(INPUT, site, ROW_NORM, norms_without, place.live)
         place.pair(INPUT_DIFFERENCE, site, ROW_NORM, place.live, place.of(self.branch))
@@ -316,9 +264,9 @@ class _Rows:
     def _output_rows(
         self, module: GraphModule, mark: Node, site: Site
     ) -> Iterator[tuple[Site, str]]:
-        place = _Place(module, mark, self.options.samples, self.traces)
+        place = _Place(module, mark, self.asked.samples, self.traces)
         dtype = value_of(mark.all_input_nodes[0]).dtype
-        for reduction in self.options.select(site, dtype):
+        for reduction in self.asked.select(site, dtype):
             key = (place.tensor, reduction)
             if key in self.differences:
                 row = self.differences[key]
@@ -327,7 +275,7 @@ class _Rows:
             self.differences[key] = place.pair(
                 ACTIVATION_DIFFERENCE.name, site, reduction, place.live, place.of(self.branch)
             )
-        checked = _checked(site, self.options)
+        checked = _checked(site, self.asked)
         if checked is None:
             return
         mixed = self._with_live_input(module, mark, site)
@@ -361,7 +309,7 @@ class _Rows:
         mixed = Copier(
             *(module, parameters, frozenset([mark]), self.branch.masks, BRANCH, site),
             parameters={module: dict(parameters)},
-            samples=self.options.samples,
+            samples=self.asked.samples,
             scrambled=self.branch.scrambled,
         )
         mixed.copy(among=[node for node in module.graph.nodes if is_within(node, call)])
@@ -370,7 +318,7 @@ class _Rows:
     def _biases(self, module: GraphModule, checked: CheckedModule) -> tuple[Node, ...]:
         for node, substitute in self.parameters.get(module, {}).items():
             outer = self.branch.outer.get(node, node)
-            if checked.bias is not None and self.options.parameters.get(outer) == checked.bias:
+            if checked.bias is not None and self.asked.parameter(outer) == checked.bias:
                 return node, substitute
         return ()
 

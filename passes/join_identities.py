@@ -7,18 +7,22 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from tmm.passes.edits import SHARED_MEMORY, storages
+from tmm.passes.findings import Findings
 from tmm.passes.nesting import nested_calls
+from tmm.passes.request import GraphRequest
 
 _DROPOUTS = (functional.dropout, torch.dropout, torch.ops.aten.dropout.default)
 """The only operations whose traced result is a copy and whose real one may be the input."""
 
 
-def join_identities(module: GraphModule) -> None:
+def join_identities(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Have ``storages`` count a dropout that drops nothing and what it was given as one memory.
 
     For a graph that runs as it stands, where such a dropout gives back its input; a compiler
     copies, as Dynamo's trace does. The graph stays as it is.
     """
+    if not request.keeps_unused:
+        return
     joined: dict[int, int] = {}
     _join(module, joined)
     if joined:

@@ -6,24 +6,25 @@ import operator
 
 from torch.fx import GraphModule, Node
 
+from tmm.passes.findings import Findings
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
 from tmm.passes.nesting import nested_calls, returns_body_outputs
 from tmm.passes.origin import copy_sites
+from tmm.passes.request import GraphRequest
 from tmm.passes.values import set_value, value_of
 
 
-def lift_rows(module: GraphModule) -> int:
+def lift_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Make each row of a nested graph an extra output of it, and an item of its call's result.
 
     Afterwards every row stands in ``module.graph`` itself, and nested graphs hold no measurements.
     A row inside activation checkpointing is computed once: it is no input of the recomputation's
-    results. Returns the number of rows lifted.
+    results.
     """
-    lifted = 0
     for call, body in list(nested_calls(module)):
         if not returns_body_outputs(call):
             continue
-        lifted += lift_rows(body)
+        lift_rows(body, request, found)
         rows = [node for node in body.graph.nodes if MEASUREMENTS in node.meta]
         output = body.graph.output_node()
         (returned,) = output.args
@@ -42,5 +43,3 @@ def lift_rows(module: GraphModule) -> int:
                     position.meta[key] = row.meta.pop(key)
             set_value(position, value_of(row))
             copy_sites(row, position)
-        lifted += len(rows)
-    return lifted

@@ -10,19 +10,23 @@ from torch.fx import GraphModule, Node
 from tmm.layout import Measurement, PackedLayout, Row, Site
 from tmm.metrics import Reduction
 from tmm.operators import pack
+from tmm.passes.findings import Findings
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
+from tmm.passes.request import GraphRequest
 from tmm.passes.values import set_value, value_of
 
 
-def pack_rows(
-    module: GraphModule, *, unmeasured: tuple[tuple[Site, str], ...] = ()
-) -> PackedLayout:
+def pack_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Join all rows into one tensor per device and append it to the outputs of the graph.
 
     Tensors that leave whole (for callable aggregates and functions that are not traced) are
-    appended after the packed ones. The graph's own outputs stay first and unchanged. Returns
+    appended after the packed ones. The graph's own outputs stay first and unchanged. Finds
     where each measurement lies; a graph without measurements is left as it is.
     """
+    found.layout = _packed(module, tuple(found.unmeasured))
+
+
+def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> PackedLayout:
     packed: dict[torch.device, list[Node]] = {}
     whole: list[Node] = []
     for node in module.graph.nodes:

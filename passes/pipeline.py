@@ -1,31 +1,70 @@
-"""Run the passes over a traced graph: the one place that checks, times and names failures."""
+"""Run the passes over a traced graph: the one place that orders, checks, times and names them."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from tmm.layout import PackedLayout, Site
+from tmm.layout import PackedLayout
 from tmm.passes.copy_graph import copy_graph
-from tmm.passes.gradient_placements import find_gradient_shares
-from tmm.passes.insert_attention import AttentionOptions, insert_attention
-from tmm.passes.insert_probes import ProbeOptions, RowInput, insert_probes
-from tmm.passes.insert_reductions import ReductionOptions, insert_reductions
-from tmm.passes.insert_reference import ReferenceEnds, ReferenceOptions, insert_reference
+from tmm.passes.findings import Findings, ReferenceEnds, RowInput
+from tmm.passes.gradient_placements import find_gradient_placements
+from tmm.passes.insert_attention import asks_attention, insert_attention
+from tmm.passes.insert_probes import insert_probes
+from tmm.passes.insert_reductions import insert_reductions
+from tmm.passes.insert_reference import insert_reference
 from tmm.passes.join_identities import join_identities
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
-from tmm.passes.placements import PlacementOptions, find_placements
-from tmm.passes.remove_dead_marks import DeadMarkOptions, remove_dead_marks
+from tmm.passes.placements import find_placements
+from tmm.passes.remove_dead_marks import remove_dead_marks
 from tmm.passes.remove_evaluations import remove_evaluations
 from tmm.passes.remove_taps import remove_taps
+from tmm.passes.request import GraphRequest
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Pass:
+    """Changes a graph in place as a request asks, or finds something out about it.
+
+    ``is_asked`` tells whether a request is any of its business.
+    """
+
+    apply: Callable[[GraphModule, GraphRequest, Findings], None]
+    is_asked: Callable[[GraphRequest, GraphModule], bool] = lambda request, module: True
+
+    @property
+    def name(self) -> str:
+        """The name of its function."""
+        return self.apply.__name__
+
+
+PASSES = (
+    Pass(join_identities, lambda request, _: request.keeps_unused),
+    Pass(remove_evaluations, lambda request, _: request.is_step_function),
+    Pass(remove_dead_marks, lambda request, _: not request.keeps_unused),
+    Pass(find_placements, lambda request, _: request.placements is not None),
+    Pass(find_gradient_placements, lambda request, _: request.placements is not None),
+    Pass(insert_reductions),
+    Pass(insert_attention, lambda request, module: asks_attention(request, module)),
+    Pass(insert_reference, lambda request, _: request.comparison is not None),
+    Pass(insert_probes, lambda request, _: request.select_gradient is not None),
+    Pass(remove_taps),
+    Pass(lift_rows),
+    Pass(pack_rows),
+)
+"""All passes, in their order."""
+
+NEEDED = frozenset({"remove_taps", "lift_rows", "pack_rows"})
+"""Passes without which a graph does not run."""
+
+LEFT_OUT = "TMM_PASSES"
+"""The environment variable that leaves passes out by name, to find the one that a fault is of."""
 
 
 class PassError(RuntimeError):
@@ -56,34 +95,29 @@ Watch = Callable[[str, GraphModule, float], None]
 
 def rewrite(
     module: GraphModule,
-    options: ReductionOptions,
-    probes: ProbeOptions | None = None,
-    reference: Callable[[GraphModule], ReferenceOptions] | None = None,
-    attention: AttentionOptions | None = None,
+    request: GraphRequest,
     *,
-    placements: PlacementOptions | None = None,
-    is_step_function: bool = False,
-    keeps_unused: bool = True,
     watch: Watch | None = None,
+    without: Iterable[str] | None = None,
 ) -> Rewritten:
-    """Measure the marked tensors of ``module`` in a copy of it.
+    """Measure what is asked for of the marked tensors of ``module``, in a copy of it.
 
-    With ``probes`` their gradients are measured as well; with ``reference``, which gives the
-    options for the copy, they are compared; with ``attention`` attentions are measured; with
-    ``placements`` each measurement tells what this rank has of its tensor. Of the graph of a step
-    function calls of the model that are an evaluation are left out. ``keeps_unused`` tells that the
-    graph will run as it stands, unused operations and all. The copy takes and returns what
-    ``module`` does, and then what ``Rewritten`` says.
-    Raises ``ValueError`` for a user's metric that cannot be traced and ``PassError`` for a fault
-    of a pass.
+    The copy takes and returns what ``module`` does, and then what ``Rewritten`` says. Passes whose
+    names are in ``without`` are left out; what ``TMM_PASSES`` names, if that is None.
+    Raises ``ValueError`` for a user's metric that cannot be traced, or a pass that does not exist
+    or is needed, and ``PassError`` for a fault of a pass.
     """
+    left_out = passes_left_out(os.environ.get(LEFT_OUT, "")) if without is None else set(without)
+    rewritten, found = copy_graph(module), Findings()
     seconds: dict[str, float] = {}
-
-    def run(name: str, apply: Callable[[], Result]) -> Result:
+    for each in PASSES:
+        name = each.name
+        if name in left_out or not each.is_asked(request, rewritten):
+            continue
         known = set(all_nodes(rewritten))
         started = time.perf_counter()
         try:
-            result = apply()
+            each.apply(rewritten, request, found)
             rewritten.graph.lint()
         except ValueError:
             raise
@@ -94,48 +128,24 @@ def rewrite(
         sign_new_nodes(rewritten, name, known)
         if watch is not None:
             watch(name, rewritten, seconds[name])
-        return result
-
-    rewritten = copy_graph(module)
-    if keeps_unused:
-        join_identities(rewritten)
-    evaluations = 0
-    if is_step_function:
-        evaluations = run("remove_evaluations", lambda: remove_evaluations(rewritten))
-    unmeasured: tuple[tuple[Site, str], ...] = ()
-    if not keeps_unused:
-        selects = [options.select]
-        if probes is not None:
-            selects.append(probes.select)
-        if reference is not None:
-            selects.append(reference(rewritten).select)
-        dead = DeadMarkOptions(options.modules, selects)
-        unmeasured = run("remove_dead_marks", lambda: remove_dead_marks(rewritten, options=dead))
-    if placements is not None:
-        found = run("find_placements", lambda: find_placements(rewritten, options=placements))
-        options = replace(options, share=found.share)
-        attention = attention and replace(attention, placements=found)
-        if probes is not None:
-            of_gradients = find_gradient_shares(rewritten, placements=found)
-            probes = replace(probes, share=of_gradients.__getitem__)
-    unmeasured += run("insert_reductions", lambda: insert_reductions(rewritten, options=options))
-    if attention is not None:
-        unmeasured += run(
-            "insert_attention", lambda: insert_attention(rewritten, options=attention)
-        )
-    ends = ReferenceEnds()
-    if reference is not None:
-        compared = reference(rewritten)
-        ends, refused = run(
-            "insert_reference", lambda: insert_reference(rewritten, options=compared)
-        )
-        unmeasured += refused
-    row_inputs: tuple[RowInput, ...] = ()
-    if probes is not None:
-        row_inputs, refused = run("insert_probes", lambda: insert_probes(rewritten, options=probes))
-        unmeasured += tuple((site, f"gradient: {reason}") for site, reason in refused)
-    run("remove_taps", lambda: remove_taps(rewritten))
-    run("lift_rows", lambda: lift_rows(rewritten))
-    layout = run("pack_rows", lambda: pack_rows(rewritten, unmeasured=unmeasured))
     rewritten.recompile()
-    return Rewritten(rewritten, layout, ends, row_inputs, seconds, evaluations)
+    return Rewritten(
+        *(rewritten, found.layout, found.reference, found.row_inputs),
+        seconds=seconds,
+        evaluations=found.evaluations,
+    )
+
+
+def passes_left_out(text: str) -> set[str]:
+    """The passes that a text such as ``"-insert_attention,-insert_probes"`` leaves out.
+
+    Raises ``ValueError`` for one that does not exist, or without which no graph runs.
+    """
+    names = {name.strip().removeprefix("-") for name in text.split(",") if name.strip()}
+    may_be = [each.name for each in PASSES if each.name not in NEEDED]
+    for name in sorted(names.difference(may_be)):
+        raise ValueError(
+            f"{LEFT_OUT}={text!r}: {name!r} cannot be left out; choose among"
+            f" {', '.join('-' + known for known in may_be)}"
+        )
+    return names

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.fx import Node
 
 from tmm.layout import Share
+from tmm.passes.request import PlacementRequest
 from tmm.passes.values import value_of
 
 _UNSUMMED = "its elements are sums over ranks, of which each has a part"
@@ -111,3 +112,47 @@ def shape_of(node: Node) -> tuple[str, ...]:
 def name_of(node: Node) -> str:
     """The name of what a node calls."""
     return str(getattr(node.target, "__name__", node.target))
+
+
+@dataclass
+class Placements:
+    """What `find_placements` found: of tensors where they are made, of marks where they stand.
+
+    ``reasons`` tell why others are not known; ``derived`` are those that follow from operands.
+    """
+
+    request: PlacementRequest
+    known: dict[Node, Placed] = field(default_factory=dict)
+    reasons: dict[Node, str] = field(default_factory=dict)
+    derived: set[Node] = field(default_factory=set)
+
+    def share(self, *nodes: Node) -> Share:
+        """What this rank has of marked tensors, or of what is computed from tensors."""
+        for node in nodes:
+            if node not in self.known:
+                return Share("unknown", self.reasons.get(node, "of unknown origin"))
+        found = {self.known[node] for node in nodes}
+        if len(nodes) > 1 and not all(placed.is_replicated for placed in found):
+            return Share("unknown", "computed from the parts of tensors that this rank has")
+        shares = {self.share_of(placed) for placed in found}
+        return shares.pop() if len(shares) == 1 else Share("unknown", "placed on several meshes")
+
+    def first_head(self, *nodes: Node) -> int | None:
+        """The number, among all ranks' heads, of the first one of this rank; None if not known.
+
+        Of tensors of shape (batch, heads, ...), all of which are split into equal parts by heads.
+        """
+        placed = self.known.get(nodes[0])
+        if placed is None or placed.dimension != 1 or not placed.is_even:
+            return None
+        if any(self.known.get(node) != placed for node in nodes):
+            return None
+        example = value_of(nodes[0])
+        (place,) = placed.mesh.get_coordinate() or (None,)
+        if place is None or example.dim() != 4 or self.share(nodes[0]).kind != "part":
+            return None
+        return int(place * example.shape[1])
+
+    def share_of(self, placed: Placed) -> Share:
+        """What this rank has of a tensor that is placed so."""
+        return placed.share(self.request.ranks, is_first=self.request.is_first)

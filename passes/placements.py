@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.layout import Share
 from tmm.passes.edits import storages
+from tmm.passes.findings import Findings
 from tmm.passes.marks import is_mark
 from tmm.passes.mutation import overwritten_by
 from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.placed import Placed, declared_by, name_of, shape_of
+from tmm.passes.placed import Placed, Placements, declared_by, name_of, shape_of
+from tmm.passes.request import GraphRequest, PlacementRequest
 from tmm.passes.shared_masks import random_function
 from tmm.passes.values import argument_of, value_of
 
@@ -56,64 +56,7 @@ _DETERMINISTIC_FUNCTIONS = _functions(_DETERMINISTIC)
 _OF_AN_INPUT = "an input of the graph, of which no DTensor says how ranks share it"
 
 
-@dataclass(frozen=True)
-class PlacementOptions:
-    """How ranks share a model.
-
-    ``ranks`` are those that share its tensors with this one; of what all of them hold alike, the
-    one that ``is_first`` measures. ``equal`` gives the ``id`` of parameters that they hold alike.
-    """
-
-    ranks: frozenset[int]
-    is_first: bool
-    equal: frozenset[int] = frozenset()
-
-
-@dataclass
-class Placements:
-    """What `find_placements` found: of tensors where they are made, of marks where they stand.
-
-    ``reasons`` tell why others are not known; ``derived`` are those that follow from operands.
-    """
-
-    options: PlacementOptions
-    known: dict[Node, Placed] = field(default_factory=dict)
-    reasons: dict[Node, str] = field(default_factory=dict)
-    derived: set[Node] = field(default_factory=set)
-
-    def share(self, *nodes: Node) -> Share:
-        """What this rank has of marked tensors, or of what is computed from tensors."""
-        for node in nodes:
-            if node not in self.known:
-                return Share("unknown", self.reasons.get(node, "of unknown origin"))
-        found = {self.known[node] for node in nodes}
-        if len(nodes) > 1 and not all(placed.is_replicated for placed in found):
-            return Share("unknown", "computed from the parts of tensors that this rank has")
-        shares = {self.share_of(placed) for placed in found}
-        return shares.pop() if len(shares) == 1 else Share("unknown", "placed on several meshes")
-
-    def first_head(self, *nodes: Node) -> int | None:
-        """The number, among all ranks' heads, of the first one of this rank; None if not known.
-
-        Of tensors of shape (batch, heads, ...), all of which are split into equal parts by heads.
-        """
-        placed = self.known.get(nodes[0])
-        if placed is None or placed.dimension != 1 or not placed.is_even:
-            return None
-        if any(self.known.get(node) != placed for node in nodes):
-            return None
-        example = value_of(nodes[0])
-        (place,) = placed.mesh.get_coordinate() or (None,)
-        if place is None or example.dim() != 4 or self.share(nodes[0]).kind != "part":
-            return None
-        return int(place * example.shape[1])
-
-    def share_of(self, placed: Placed) -> Share:
-        """What this rank has of a tensor that is placed so."""
-        return placed.share(self.options.ranks, is_first=self.options.is_first)
-
-
-def find_placements(module: GraphModule, *, options: PlacementOptions) -> Placements:
+def find_placements(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Find out how ranks share the tensors of a graph, of those where that is certain.
 
     The placements of a ``DTensor`` are its own, and those of its local tensor. What becomes a
@@ -122,7 +65,13 @@ def find_placements(module: GraphModule, *, options: PlacementOptions) -> Placem
     ranks hold alike. Random numbers, cutting out of tensors and inputs of the graph are not known,
     nor what is overwritten by them. Changes nothing.
     """
-    found = Placements(options)
+    if request.placements is not None:
+        found.placements = placements_of(module, request.placements)
+
+
+def placements_of(module: GraphModule, request: PlacementRequest) -> Placements:
+    """The same, of a graph alone."""
+    found = Placements(request)
     _Forward(module, found, {}).run()
     return found
 
@@ -229,7 +178,7 @@ class _Forward:
         if node in self.now:
             return self.now[node], ""
         argument = argument_of(node)
-        if argument is not None and id(argument.example) in self.found.options.equal:
+        if argument is not None and id(argument.example) in self.found.request.equal:
             return Placed(), ""
         return None, self.why.get(node, _OF_AN_INPUT)
 

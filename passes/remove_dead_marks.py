@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
 from torch.fx import GraphModule, Node
 
 from tmm.layout import Site
-from tmm.metrics import Reduction
 from tmm.operators import tap_value
 from tmm.passes.dead_draws import marks_of_dead_draws
+from tmm.passes.findings import Findings
 from tmm.passes.marks import site_of
+from tmm.passes.request import GraphRequest
 from tmm.passes.values import value_of
 
 REASON = (
@@ -21,41 +18,29 @@ REASON = (
 )
 
 
-@dataclass(frozen=True)
-class DeadMarkOptions:
-    """Whose marks ``remove_dead_marks`` reports.
-
-    ``modules`` gives the relative name of each module by its ``id``; what one of ``selects`` gives
-    a reduction for was asked for.
-    """
-
-    modules: Mapping[int, str]
-    selects: Sequence[Callable[[Site, torch.dtype], tuple[Reduction, ...]]]
-
-
-def remove_dead_marks(
-    module: GraphModule, *, options: DeadMarkOptions
-) -> tuple[tuple[Site, str], ...]:
+def remove_dead_marks(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Erase each mark of a tensor that depends on random numbers which nothing else depends on.
 
-    Afterwards no measurement brings a draw back that the program without them does without. Returns
-    the sites that were asked for, with the reason.
+    Afterwards no measurement brings a draw back that the program without them does without. Finds
+    the sites that were asked for, with the reason. A graph that runs as it stands is left alone.
     """
-    refused = []
+    if request.keeps_unused:
+        return
     for graph, mark in marks_of_dead_draws(module):
-        if (site := _wanted(mark, options)) is not None:
-            refused.append((site, REASON))
+        if (site := _wanted(mark, request)) is not None:
+            found.unmeasured.append((site, REASON))
         (tensor, *_) = mark.all_input_nodes
         mark.replace_all_uses_with(tensor)
         graph.graph.erase_node(mark)
-    return tuple(refused)
 
 
-def _wanted(mark: Node, options: DeadMarkOptions) -> Site | None:
+def _wanted(mark: Node, request: GraphRequest) -> Site | None:
     if mark.target is tap_value:
         return Site(str(mark.args[1]))
-    site = site_of(mark, options.modules)
+    site = site_of(mark, request.modules)
     if site is None:
         return None
     dtype = value_of(mark.all_input_nodes[0]).dtype
-    return site if any(select(site, dtype) for select in options.selects) else None
+    compared = None if request.comparison is None else request.comparison.select
+    selects = (request.select, request.select_gradient, compared)
+    return site if any(select and select(site, dtype) for select in selects) else None

@@ -9,9 +9,11 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import GraphModule, Node
 
+from tmm.passes.findings import Findings
 from tmm.passes.marks import is_mark
 from tmm.passes.nesting import nested_calls
 from tmm.passes.origin import all_nodes
+from tmm.passes.request import GraphRequest
 
 _EVALUATION = "tmm_evaluation"
 _PLACES = ("placeholder", "get_attr", "output")
@@ -26,13 +28,16 @@ class _Call:
     has_gradients: bool = False
 
 
-def remove_evaluations(module: GraphModule) -> int:
+def remove_evaluations(module: GraphModule, request: GraphRequest, found: Findings) -> None:
     """Erase the marks in calls without gradients, where the same modules are called with them, too.
 
     A call is one that the step function itself makes; as of a teacher that is the model itself, in
     ``torch.no_grad()``. What runs without gradients only, such as a frozen encoder, stays.
-    Afterwards ``is_evaluation`` tells the nodes of those calls. Returns the number of such calls.
+    Afterwards ``is_evaluation`` tells the nodes of those calls. Finds the number of such
+    calls, in the graph of a step function.
     """
+    if not request.is_step_function:
+        return
     calls = _calls(module)
     trained = [call for call in calls if call.has_gradients]
     evaluations = [
@@ -49,7 +54,7 @@ def remove_evaluations(module: GraphModule) -> int:
             for body in bodies.get(node, ()):
                 for inner in list(all_nodes(body)):
                     _leave_out(inner)
-    return len(evaluations)
+    found.evaluations = len(evaluations)
 
 
 def runs_without_gradients(module: GraphModule) -> bool:

@@ -12,7 +12,8 @@ from torch._dynamo.testing import normalize_gm
 from torch.fx import GraphModule
 
 from tmm.metrics import Reduction, builtin_reductions
-from tmm.passes.insert_reductions import ReductionOptions
+from tmm.passes.findings import Findings
+from tmm.passes.request import GraphRequest
 from tmm.twin.outputs import mark_inputs, mark_outputs
 
 
@@ -51,8 +52,22 @@ def trace(
     return graph
 
 
-def measure(module: torch.nn.Module, *metrics: str, **functions: object) -> ReductionOptions:
-    """Options that measure these metrics of every module."""
+NOTHING = GraphRequest({}, lambda site, dtype: ())
+
+
+def applied(
+    apply: Callable[[GraphModule, GraphRequest, Findings], None],
+    graph: GraphModule,
+    request: GraphRequest = NOTHING,
+) -> Findings:
+    """What a pass finds in a graph, which it may change."""
+    found = Findings()
+    apply(graph, request, found)
+    return found
+
+
+def measure(module: torch.nn.Module, *metrics: str, **functions: object) -> GraphRequest:
+    """Measure these metrics of every module."""
     names = {id(child): name for name, child in module.named_modules()}
     own = tuple(
         Reduction((name,), ("count", "sum"), function)  # type: ignore[arg-type]
@@ -62,7 +77,7 @@ def measure(module: torch.nn.Module, *metrics: str, **functions: object) -> Redu
     def select(_: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
         return builtin_reductions(metrics, is_complex=dtype.is_complex) + own
 
-    return ReductionOptions(names, select)
+    return GraphRequest(names, select)
 
 
 def text(graph: GraphModule) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import tmm
-from tests.graphs import check_golden, measure, text, trace
+from tests.graphs import applied, check_golden, measure, text, trace
 from tmm.passes.dead_draws import marks_of_dead_draws
-from tmm.passes.remove_dead_marks import DeadMarkOptions, remove_dead_marks
+from tmm.passes.remove_dead_marks import remove_dead_marks
 
 Draw = Callable[[torch.Tensor], torch.Tensor]
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
@@ -239,8 +240,8 @@ def test_the_pass_erases_the_marks_of_what_depends_on_an_unused_draw() -> None:
     module = Drawing(DRAWS["dropout"], unused)
     graph = trace(module, X)
     before = text(graph)
-    options = measure(module, "rms")
-    refused = remove_dead_marks(graph, options=DeadMarkOptions(options.modules, [options.select]))
+    request = replace(measure(module, "rms"), keeps_unused=False)
+    refused = applied(remove_dead_marks, graph, request).unmeasured
     check_golden("remove_dead_marks", before + "\n# becomes\n\n" + text(graph))
     assert [site.module for site, _ in refused] == ["draw", "after"]
     assert marks_of_dead_draws(graph) == ()
@@ -250,8 +251,6 @@ def test_a_graph_without_unused_draws_is_left_alone() -> None:
     module = Drawing(DRAWS["dropout"], used)
     graph = trace(module, X)
     before = text(graph)
-    options = measure(module, "rms")
-    assert (
-        remove_dead_marks(graph, options=DeadMarkOptions(options.modules, [options.select])) == ()
-    )
+    request = replace(measure(module, "rms"), keeps_unused=False)
+    assert applied(remove_dead_marks, graph, request).unmeasured == []
     assert text(graph) == before

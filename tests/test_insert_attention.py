@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from tests.graphs import check_golden, text, trace
+from tests.graphs import NOTHING, applied, check_golden, text, trace
 from tmm.layout import AttentionRequest
 from tmm.metrics import builtin_reductions
 from tmm.passes.attention_parts import FoundAttention
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.find_attention import find_attention
-from tmm.passes.insert_attention import AttentionOptions, insert_attention
+from tmm.passes.insert_attention import insert_attention
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps
+from tmm.passes.request import GraphRequest
 
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +46,7 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(2) + 1.5 * v[..., :1], -1) @ v
 
 
-def options_for(module: nn.Module, *names: str, pooled: bool = False) -> AttentionOptions:
+def options_for(module: nn.Module, *names: str, pooled: bool = False) -> GraphRequest:
     reductions = builtin_reductions(names, is_complex=False)
     request = AttentionRequest(
         tuple(r for r in reductions if r.is_of_attention),
@@ -52,7 +54,8 @@ def options_for(module: nn.Module, *names: str, pooled: bool = False) -> Attenti
         pooled,
     )
     modules = {id(child): name for name, child in module.named_modules()}
-    return AttentionOptions(modules, lambda name: (request,) if not name and names else ())
+    asked = (request,) if names else ()
+    return replace(NOTHING, modules=modules, select_attention=lambda name: () if name else asked)
 
 
 def traced(module: nn.Module) -> GraphModule:
@@ -65,7 +68,7 @@ def test_golden(call: Callable[..., torch.Tensor]) -> None:
     graph = traced(module)
     before = text(graph)
     options = options_for(module, "entropy", "max_logit", "rms")
-    assert insert_attention(graph, options=options) == ()
+    assert applied(insert_attention, graph, options).unmeasured == []
     name = f"insert_attention_{call.__name__}"
     check_golden(name, before + "\n# becomes\n\n" + text(graph))
 
@@ -75,9 +78,9 @@ def test_rows_lie_one_after_the_other_and_the_program_is_as_before(pooled: bool)
     module = Small(causal)
     graph = traced(module)
     options = options_for(module, "entropy", "max_logit", "rms", pooled=pooled)
-    insert_attention(graph, options=options)
-    remove_taps(graph)
-    layout = pack_rows(graph)
+    applied(insert_attention, graph, options)
+    applied(remove_taps, graph)
+    layout = applied(pack_rows, graph).layout
     graph.recompile()
     assert len(layout.rows) == (2 + 4) * (1 if pooled else 2)
     ends = [0, *(row.indices[-1] + 1 for row in layout.rows)]
@@ -92,13 +95,13 @@ def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:
     module = Small(causal)
     graph = traced(module)
     untouched = text(graph)
-    insert_attention(graph, options=options_for(module))
+    applied(insert_attention, graph, options_for(module))
     assert text(graph) == untouched
     options = options_for(module, "entropy")
-    insert_attention(graph, options=options)
+    applied(insert_attention, graph, options)
     once = text(graph)
     assert once != untouched
-    insert_attention(graph, options=options)
+    applied(insert_attention, graph, options)
     assert text(graph) == once
 
 
@@ -120,6 +123,6 @@ def overwriting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 def test_tensors_that_are_overwritten_before_they_could_be_read_are_refused() -> None:
     module = Small(overwriting)
     graph = traced(module)
-    ((site, reason),) = insert_attention(graph, options=options_for(module, "entropy"))
+    ((site, reason),) = applied(insert_attention, graph, options_for(module, "entropy")).unmeasured
     assert site.path == " (attention)"
     assert "overwritten" in reason

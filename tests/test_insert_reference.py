@@ -10,21 +10,18 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from tests.graphs import check_golden, text, trace
+from tests.graphs import NOTHING, applied, check_golden, text, trace
 from tmm.metrics import Reduction, builtin_reductions
 from tmm.passes import trace_function
 from tmm.passes.copy_graph import copy_graph
 from tmm.passes.edits import storages
+from tmm.passes.findings import Findings, ReferenceEnds
 from tmm.passes.insert_reductions import MEASUREMENTS
-from tmm.passes.insert_reference import (
-    CheckedModule,
-    ReferenceEnds,
-    ReferenceOptions,
-    insert_reference,
-)
+from tmm.passes.insert_reference import insert_reference
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps
+from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest
 from tmm.passes.samples import Samples
 
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
@@ -58,7 +55,7 @@ def options_for(
     *metrics: str,
     checked: str | None = None,
     is_part: bool = False,
-) -> ReferenceOptions:
+) -> GraphRequest:
     def select(name: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
         return builtin_reductions(metrics, is_complex=False)
 
@@ -76,7 +73,8 @@ def options_for(
         if id(node.meta["real"]) in parameters
     }
     names = {id(child): name for name, child in module.named_modules()}
-    return ReferenceOptions(names, select, check, placeholders, is_part)
+    asked = ComparisonRequest(select, check, placeholders.get, is_part)
+    return replace(NOTHING, modules=names, comparison=asked)
 
 
 def traced(module: nn.Module) -> GraphModule:
@@ -88,9 +86,9 @@ def test_golden() -> None:
     graph = traced(module)
     before = text(graph)
     options = options_for(module, graph, "norm", checked="fc")
-    ends, refused = insert_reference(graph, options=options)
-    assert ends == ReferenceEnds(parameters=(1, 2))
-    assert refused == ()
+    found = applied(insert_reference, graph, options)
+    assert found.reference == ReferenceEnds(parameters=(1, 2))
+    assert found.unmeasured == []
     check_golden("insert_reference", before + "\n# becomes\n\n" + text(graph))
 
 
@@ -101,10 +99,12 @@ def test_golden_of_samples() -> None:
     before = text(graph)
     (size,) = (node.meta["example_value"] for node in graph.graph.nodes if node.name[0] == "s")
     samples = Samples(size.node.expr, 2)
-    options = replace(options_for(module, graph, "rms", checked="fc"), samples=samples)
-    ends, refused = insert_reference(graph, options=options)
-    assert ends == ReferenceEnds(parameters=(2, 3))
-    assert refused == ()
+    options = options_for(module, graph, "rms", checked="fc")
+    assert options.comparison is not None
+    options = replace(options, comparison=replace(options.comparison, samples=samples))
+    found = applied(insert_reference, graph, options)
+    assert found.reference == ReferenceEnds(parameters=(2, 3))
+    assert found.unmeasured == []
     check_golden("insert_reference_samples", before + "\n# becomes\n\n" + text(graph))
 
 
@@ -112,24 +112,24 @@ def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:
     module = Nested()
     graph = traced(module)
     untouched = text(graph)
-    assert insert_reference(graph, options=options_for(module, graph)) == (ReferenceEnds(), ())
+    assert applied(insert_reference, graph, options_for(module, graph)) == Findings()
     assert text(graph) == untouched
     options = options_for(module, graph, "norm", checked="small")
-    insert_reference(graph, options=options)
+    applied(insert_reference, graph, options)
     once = text(graph)
-    assert insert_reference(graph, options=options) == (ReferenceEnds(), ())
+    assert applied(insert_reference, graph, options) == Findings()
     assert text(graph) == once
 
 
 @pytest.mark.parametrize("module", [Small(), Nested()], ids=["flat", "nested"])
 def test_the_branch_runs_on_the_reference_and_the_program_as_before(module: nn.Module) -> None:
     graph = traced(module)
-    ends, _ = insert_reference(graph, options=options_for(module, graph, "norm"))
+    ends = applied(insert_reference, graph, options_for(module, graph, "norm")).reference
     assert not ends.inputs
     assert not ends.outputs
-    remove_taps(graph)
-    lift_rows(graph)
-    layout = pack_rows(graph)
+    applied(remove_taps, graph)
+    applied(lift_rows, graph)
+    layout = applied(pack_rows, graph).layout
     graph.recompile()
     placeholders = graph.graph.find_nodes(op="placeholder")
     own = [node.meta["real"] for node in placeholders if "real" in node.meta]
@@ -148,7 +148,7 @@ def test_the_branch_runs_on_the_reference_and_the_program_as_before(module: nn.M
 def test_a_part_takes_and_gives_counterparts() -> None:
     module = Small()
     graph = traced(module)
-    ends, _ = insert_reference(graph, options=options_for(module, graph, is_part=True))
+    ends = applied(insert_reference, graph, options_for(module, graph, is_part=True)).reference
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     (data,) = ends.inputs
     assert placeholders[data].meta["real"] is X
@@ -171,11 +171,11 @@ class InPlace(nn.Module):
 def test_a_part_gives_the_counterparts_of_what_it_overwrites() -> None:
     module, x = InPlace(), X.clone()
     graph = copy_graph(trace(module.train(), x, inputs_marked=True))
-    ends, _ = insert_reference(graph, options=options_for(module, graph, is_part=True))
+    ends = applied(insert_reference, graph, options_for(module, graph, is_part=True)).reference
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     assert [placeholders[position].meta["real"] is x for position in ends.overwritten] == [True]
     assert ends.added == 2
-    remove_taps(graph)
+    applied(remove_taps, graph)
     graph.recompile()
     given, counterpart = torch.ones(2, 2), torch.zeros(2, 2)
     inputs = [given if node.meta["real"] is x else node.meta["real"] for node in placeholders[:3]]
@@ -215,7 +215,9 @@ def test_what_is_the_same_of_equal_tensors_is_traced_once(
             monkeypatch.setattr(trace_function, "_kind", lambda example: None)
         graph = traced(module)
         made.clear()
-        insert_reference(graph, options=options_for(module, graph, "rms", "l2", checked="layers.1"))
+        applied(
+            insert_reference, graph, options_for(module, graph, "rms", "l2", checked="layers.1")
+        )
         graphs.append(graph)
         counts.append(len(made))
     assert text(graphs[0]) == text(graphs[1])

@@ -5,6 +5,8 @@ Small passes over the same few graphs share this file; the golden texts are in `
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,17 +14,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from tests.graphs import check_golden, measure, text, trace
+from tests.graphs import NOTHING, applied, check_golden, measure, text, trace
 from tmm.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
 from tmm.operators import tap, tap_value
 from tmm.passes.copy_graph import copy_graph
+from tmm.passes.findings import Findings
 from tmm.passes.graph_text import node_lines
-from tmm.passes.insert_probes import ProbeOptions, insert_probes
-from tmm.passes.insert_reductions import MEASUREMENTS, ReductionOptions, insert_reductions
+from tmm.passes.insert_probes import insert_probes
+from tmm.passes.insert_reductions import MEASUREMENTS, insert_reductions
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.origin import all_nodes, pass_of, sites_of
 from tmm.passes.pack_rows import pack_rows
-from tmm.passes.pipeline import PassError, rewrite
+from tmm.passes.pipeline import PassError, passes_left_out, rewrite
 from tmm.passes.probe import probe
 from tmm.passes.remove_evaluations import (
     is_evaluation,
@@ -30,6 +33,7 @@ from tmm.passes.remove_evaluations import (
     runs_without_gradients,
 )
 from tmm.passes.remove_taps import remove_taps
+from tmm.passes.request import GraphRequest
 from tmm.passes.trace_function import MetricFunctionError
 
 
@@ -59,7 +63,7 @@ def test_copy_graph_leaves_the_original_alone() -> None:
     before = text(original)
     copied = copy_graph(original)
     assert text(copied) == before
-    remove_taps(copied)
+    applied(remove_taps, copied)
     assert text(original) == before
     assert text(copied) != before
 
@@ -77,14 +81,14 @@ def test_insert_reductions_golden() -> None:
     graph = trace(module, X)
     before = text(graph)
     options = measure(module, "rms", "histogram", l2=lambda x: x.norm(dim=-1))
-    assert insert_reductions(graph, options=options) == ()
+    assert applied(insert_reductions, graph, options).unmeasured == []
     check_golden("insert_reductions", before + "\n# becomes\n\n" + text(graph))
 
 
 def test_insert_reductions_measures_before_an_in_place_operation() -> None:
     module = in_place()
     graph = trace(module, X)
-    insert_reductions(graph, options=measure(module, "min"))
+    applied(insert_reductions, graph, measure(module, "min"))
     nodes = list(graph.graph.nodes)
     (relu,) = (n for n in nodes if n.target is torch.nn.functional.relu)
     rows = [n for n in nodes if MEASUREMENTS in n.meta]
@@ -94,7 +98,7 @@ def test_insert_reductions_measures_before_an_in_place_operation() -> None:
 def test_insert_reductions_shares_rows_of_one_tensor() -> None:
     module = in_place()
     graph = trace(module, X)
-    insert_reductions(graph, options=measure(module, "rms"))
+    applied(insert_reductions, graph, measure(module, "rms"))
     rows = [n for n in graph.graph.nodes if MEASUREMENTS in n.meta]
     sites = [[m.site.module for m in row.meta[MEASUREMENTS]] for row in rows]
     assert sites == [["0"], ["1", ""]]
@@ -116,7 +120,7 @@ class PassThroughThenChanged(nn.Module):
 def test_insert_reductions_does_not_share_rows_across_a_change() -> None:
     module = PassThroughThenChanged()
     graph = trace(module, X)
-    insert_reductions(graph, options=measure(module, "rms"))
+    applied(insert_reductions, graph, measure(module, "rms"))
     assert len([n for n in graph.graph.nodes if MEASUREMENTS in n.meta]) == 2
 
 
@@ -125,13 +129,13 @@ def test_insert_reductions_is_idempotent_and_leaves_unselected_graphs_alone() ->
     graph = trace(module, X)
     options = measure(module, "rms")
     untouched = text(graph)
-    insert_reductions(graph, options=ReductionOptions(options.modules, nothing))
+    applied(insert_reductions, graph, GraphRequest(options.modules, nothing))
     assert text(graph) == untouched
 
     graph = trace(module, X)
-    insert_reductions(graph, options=options)
+    applied(insert_reductions, graph, options)
     once = text(graph)
-    insert_reductions(graph, options=options)
+    applied(insert_reductions, graph, options)
     assert text(graph) == once
 
 
@@ -142,42 +146,42 @@ def test_insert_reductions_reports_integer_outputs() -> None:
 
     module = Integers()
     graph = trace(module, X)
-    ((site, reason),) = insert_reductions(graph, options=measure(module, "rms"))
+    ((site, reason),) = applied(insert_reductions, graph, measure(module, "rms")).unmeasured
     assert (site.module, site.path, reason) == ("", "[0]", "int64 output")
 
 
 def test_remove_taps_golden() -> None:
     graph = trace(Checkpointed(), X)
     before = text(graph)
-    assert remove_taps(graph) == 2
+    applied(remove_taps, graph)
     after = text(graph)
     check_golden("remove_taps", before + "\n# becomes\n\n" + after)
-    assert remove_taps(graph) == 0
+    applied(remove_taps, graph)
     assert text(graph) == after
 
 
 def test_lift_rows_golden() -> None:
     module = Checkpointed()
     graph = trace(module, X)
-    insert_reductions(graph, options=measure(module, "rms"))
-    remove_taps(graph)
+    applied(insert_reductions, graph, measure(module, "rms"))
+    applied(remove_taps, graph)
     before = text(graph)
-    assert lift_rows(graph) == 1
+    applied(lift_rows, graph)
     after = text(graph)
     check_golden("lift_rows", before + "\n# becomes\n\n" + after)
     sites = [m.site.module for n in graph.graph.nodes for m in n.meta.get(MEASUREMENTS, ())]
     assert sites == ["fc", ""]
-    assert lift_rows(graph) == 0
+    applied(lift_rows, graph)
     assert text(graph) == after
 
 
 def test_pack_rows_golden() -> None:
     module = in_place()
     graph = trace(module, X)
-    insert_reductions(graph, options=measure(module, "rms"))
-    remove_taps(graph)
+    applied(insert_reductions, graph, measure(module, "rms"))
+    applied(remove_taps, graph)
     before = text(graph)
-    layout = pack_rows(graph)
+    layout = applied(pack_rows, graph).layout
     after = text(graph)
     check_golden("pack_rows", before + "\n# becomes\n\n" + after)
     assert layout.outputs == 1
@@ -186,14 +190,14 @@ def test_pack_rows_golden() -> None:
         ("1", range(2, 4)),
         ("", range(2, 4)),
     ]
-    assert pack_rows(graph).outputs == 0
+    assert applied(pack_rows, graph).layout.outputs == 0
     assert text(graph) == after
 
 
 def test_pack_rows_leaves_a_graph_without_measurements_alone() -> None:
     graph = trace(in_place(), X)
     before = text(graph)
-    layout = pack_rows(graph)
+    layout = applied(pack_rows, graph).layout
     assert (layout.rows, layout.outputs) == ((), 0)
     assert text(graph) == before
 
@@ -210,7 +214,9 @@ def test_rewrite_gives_the_outputs_and_then_the_rows() -> None:
     assert torch.equal(output, linear.relu())
     assert packed.tolist() == [float(value) for value in expected]
     assert not rewritten.module.graph.find_nodes(op="call_function", target=tap)
-    assert list(rewritten.seconds) == ["insert_reductions", "remove_taps", "lift_rows", "pack_rows"]
+    assert list(rewritten.seconds) == [
+        *("join_identities", "insert_reductions", "remove_taps", "lift_rows", "pack_rows")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -253,9 +259,30 @@ def test_a_fault_of_a_pass_names_the_pass() -> None:
     def select(_: str, __: torch.dtype) -> tuple[Reduction, ...]:
         raise KeyError("broken")
 
-    options = ReductionOptions(measure(module).modules, select)
-    with pytest.raises(PassError, match="pass insert_reductions failed.*passes before it: none"):
+    options = GraphRequest(measure(module).modules, select)
+    with pytest.raises(
+        PassError, match="pass insert_reductions failed.*passes before it: join_identities"
+    ):
         rewrite(graph, options)
+
+
+def test_passes_can_be_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Checkpointed()
+    request = replace(measure(module, "rms"), select_gradient=probes(module, "rms").select_gradient)
+    whole = rewrite(trace(module, X.requires_grad_()), request)
+    assert whole.row_inputs
+    without = rewrite(trace(module, X.requires_grad_()), request, without=["insert_probes"])
+    assert list(without.seconds) == [name for name in whole.seconds if name != "insert_probes"]
+    assert without.layout == whole.layout
+    assert not without.row_inputs
+    monkeypatch.setenv("TMM_PASSES", "-insert_probes, -insert_reductions")
+    assert not rewrite(trace(module, X.requires_grad_()), request).layout.rows
+
+
+@pytest.mark.parametrize("name", ["insert_everything", "pack_rows"])
+def test_passes_that_cannot_be_left_out(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot be left out; choose among -join"):
+        passes_left_out(f"-{name}")
 
 
 class Recorded(nn.Module):
@@ -273,7 +300,7 @@ def test_values_recorded_by_name_are_measured_where_they_are_recorded() -> None:
         "all": function_reduction("", torch.clone, torch.median),
     }
     graph = trace(Recorded(), X.clone())
-    rewritten = rewrite(graph, ReductionOptions({}, nothing, values))
+    rewritten = rewrite(graph, GraphRequest({}, nothing, values))
     assert [row.measurement.site.module for row in rewritten.layout.rows] == ["input", "all"]
     _, packed, whole = rewritten.module(X.clone())
     assert packed.tolist() == [X.numel(), X.max()]
@@ -291,7 +318,7 @@ def test_each_device_has_a_packed_output_of_its_own() -> None:
             mark.meta["nn_module_stack"] = {"7": ("", nn.Module)}
         graph.output((node,))
         module = GraphModule(nn.Module(), graph)
-        layout = rewrite(module, ReductionOptions({7: "fc"}, lambda *_: rms)).layout
+        layout = rewrite(module, GraphRequest({7: "fc"}, lambda *_: rms)).layout
     assert layout.outputs == 2
     assert [(row.output, row.indices) for row in layout.rows] == [
         (0, range(2)),
@@ -328,20 +355,20 @@ def test_the_text_of_a_graph_has_a_line_for_each_node() -> None:
     assert nested[-1].startswith("    return (")
 
 
-def probes(module: nn.Module, *metrics: str) -> ProbeOptions:
+def probes(module: nn.Module, *metrics: str) -> GraphRequest:
     names = {id(child): name for name, child in module.named_modules()}
 
     def select(_: str, dtype: torch.dtype) -> tuple[Reduction, ...]:
         return builtin_reductions(metrics, is_complex=dtype.is_complex)
 
-    return ProbeOptions(names, select)
+    return GraphRequest(names, nothing, select_gradient=select)
 
 
 def test_insert_probes_golden() -> None:
     module = in_place()
     graph = copy_graph(trace(module, X))
     before = text(graph)
-    (rows,), _ = insert_probes(graph, options=probes(module, "rms", "histogram"))
+    (rows,) = applied(insert_probes, graph, probes(module, "rms", "histogram")).row_inputs
     assert rows.length == 2 * (2 + len(HISTOGRAM_EDGES))
     assert [row.measurement.site.module for row in rows.layout.rows] == ["0", "0", "1", "", "1", ""]
     check_golden("insert_probes", before + "\n# becomes\n\n" + text(graph))
@@ -351,17 +378,20 @@ def test_insert_probes_leaves_graphs_without_gradients_alone() -> None:
     module = in_place().requires_grad_(False)
     graph = copy_graph(trace(module, X.detach()))
     before = text(graph)
-    assert insert_probes(graph, options=probes(module, "rms")) == ((), ())
+    assert applied(insert_probes, graph, probes(module, "rms")) == Findings()
     assert text(graph) == before
     module.requires_grad_(True)
     graph = copy_graph(trace(module, X.detach()))
-    assert insert_probes(graph, options=ProbeOptions({}, nothing)) == ((), ())
+    assert (
+        applied(insert_probes, graph, GraphRequest({}, nothing, select_gradient=nothing))
+        == Findings()
+    )
 
 
 def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True), nn.Linear(2, 2), nn.Linear(2, 2))
     graph = copy_graph(trace(module, X.detach()))
-    insert_probes(graph, options=probes(module, "rms"))
+    applied(insert_probes, graph, probes(module, "rms"))
     found = graph.graph.find_nodes(op="call_function", target=probe)
     assert [node.kwargs.get("copies", False) for node in found] == [True, True, False, True]
 
@@ -369,10 +399,10 @@ def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
 def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
     module = Checkpointed()
     graph = copy_graph(trace(module, X.detach().requires_grad_()))
-    (rows,), _ = insert_probes(graph, options=probes(module, "norm"))
+    (rows,) = applied(insert_probes, graph, probes(module, "norm")).row_inputs
     assert [row.measurement.site.module for row in rows.layout.rows] == ["fc", ""]
     after = text(graph)
-    assert insert_probes(graph, options=probes(module, "norm")) == ((), ())
+    assert applied(insert_probes, graph, probes(module, "norm")) == Findings()
     assert text(graph) == after
     nested = [node for node in all_nodes(graph) if node.target is probe]
     assert len(nested) == 2
@@ -383,7 +413,12 @@ def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
 def test_the_gradient_of_the_extra_input_holds_the_rows() -> None:
     module = Checkpointed()
     graph = trace(module, X.detach().requires_grad_())
-    rewritten = rewrite(graph, measure(module, "rms"), probes(module, "norm", "max"))
+    rewritten = rewrite(
+        graph,
+        replace(
+            measure(module, "rms"), select_gradient=probes(module, "norm", "max").select_gradient
+        ),
+    )
     (wanted,) = rewritten.row_inputs
     rows = torch.zeros(wanted.length, dtype=torch.float64, requires_grad=True)
     x, weight, bias = X.detach().requires_grad_(), module.fc.weight, module.fc.bias
@@ -418,22 +453,25 @@ def distill(parts: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
 
 def measured(graph: GraphModule, module: nn.Module) -> list[str]:
-    insert_reductions(graph, options=measure(module, "rms"))
+    applied(insert_reductions, graph, measure(module, "rms"))
     rows = [node for node in all_nodes(graph) if MEASUREMENTS in node.meta]
     return [m.site.module for row in rows for m in row.meta[MEASUREMENTS]]
+
+
+STEP = replace(NOTHING, is_step_function=True)
 
 
 def test_remove_evaluations_golden() -> None:
     graph = trace(distilled(), X, step=distill)
     before = text(graph)
-    assert remove_evaluations(graph) == 1
+    assert applied(remove_evaluations, graph, STEP).evaluations == 1
     check_golden("remove_evaluations", before + "\n# becomes\n\n" + text(graph))
 
 
 def test_remove_evaluations_leaves_what_runs_without_gradients_only() -> None:
     module = distilled()
     graph = trace(module, X, step=distill)
-    remove_evaluations(graph)
+    applied(remove_evaluations, graph, STEP)
     assert sorted(measured(graph, module)) == ["encoder", "model", "model.fc"]
     modes = [is_evaluation(node) for node in graph.graph.nodes if node.op == "call_function"]
     assert any(modes)
@@ -447,7 +485,7 @@ def test_remove_evaluations_knows_inference_mode() -> None:
         output: torch.Tensor = parts["encoder"](x) - target.clone()
         return output
 
-    assert remove_evaluations(trace(distilled(), X, step=infer)) == 1
+    assert applied(remove_evaluations, trace(distilled(), X, step=infer), STEP).evaluations == 1
 
 
 def test_remove_evaluations_leaves_the_rest_alone() -> None:
@@ -458,7 +496,7 @@ def test_remove_evaluations_leaves_the_rest_alone() -> None:
 
     for graph in (trace(distilled(), X, step=infer), trace(in_place(), X)):
         before = text(graph)
-        assert remove_evaluations(graph) == 0
+        assert applied(remove_evaluations, graph, STEP).evaluations == 0
         assert text(graph) == before
     assert runs_without_gradients(trace(distilled(), X, step=infer))
     assert not runs_without_gradients(trace(in_place(), X))
@@ -467,8 +505,8 @@ def test_remove_evaluations_leaves_the_rest_alone() -> None:
 def test_remove_evaluations_is_idempotent_and_keeps_metadata() -> None:
     graph = trace(distilled(), X, step=distill)
     known = {node: dict(node.meta) for node in graph.graph.nodes}
-    remove_evaluations(graph)
+    applied(remove_evaluations, graph, STEP)
     once = text(graph)
-    remove_evaluations(graph)
+    applied(remove_evaluations, graph, STEP)
     assert text(graph) == once
     assert all(known[node].items() <= node.meta.items() for node in graph.graph.nodes)

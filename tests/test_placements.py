@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from tests.graphs import measure, text, trace
 from tmm.layout import AttentionRequest, Share
 from tmm.metrics import builtin_reductions
-from tmm.passes.gradient_placements import find_gradient_shares
-from tmm.passes.insert_attention import AttentionOptions
+from tmm.passes.gradient_placements import gradient_shares
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.marks import is_mark, site_of
 from tmm.passes.origin import all_nodes
 from tmm.passes.pipeline import rewrite
-from tmm.passes.placements import PlacementOptions, Placements, find_placements
+from tmm.passes.placed import Placements
+from tmm.passes.placements import placements_of
+from tmm.passes.request import PlacementRequest
 
 
 @pytest.fixture
@@ -72,9 +74,9 @@ def parallel(mesh: DeviceMesh, *functions: Callable[..., Tensor]) -> Block:
     return block
 
 
-def options(model: nn.Module, mesh: DeviceMesh) -> PlacementOptions:
+def options(model: nn.Module, mesh: DeviceMesh) -> PlacementRequest:
     equal = frozenset(id(p) for p in model.parameters() if not isinstance(p, DTensor))
-    return PlacementOptions(frozenset({0, 1}), is_first=False, equal=equal)
+    return PlacementRequest(frozenset({0, 1}), is_first=False, equal=equal)
 
 
 def analysed(
@@ -85,7 +87,7 @@ def analysed(
     for node in graph.graph.find_nodes(op="placeholder"):
         node.meta["grapharg"] = SimpleNamespace(example=node.meta["real"])
     before = text(graph)
-    found = find_placements(graph, options=options(model, mesh))
+    found = placements_of(graph, options(model, mesh))
     assert text(graph) == before
     names = {id(module): name for name, module in model.named_modules()}
     shares = {}
@@ -165,7 +167,7 @@ def test_parameters_that_are_equal_count_as_such_and_others_do_not(mesh: DeviceM
     assert shares["1"].kind == "copy"
 
     graph = trace(model, X)
-    found = find_placements(graph, options=PlacementOptions(frozenset({0, 1}), is_first=False))
+    found = placements_of(graph, PlacementRequest(frozenset({0, 1}), is_first=False))
     last = [mark for mark in graph.graph.nodes if is_mark(mark)][-1]
     assert found.share(last).kind == "unknown"
 
@@ -201,7 +203,7 @@ def test_a_tensor_that_is_declared_in_two_ways_is_not_known(mesh: DeviceMesh) ->
 
     graph, found, shares = analysed(Model(), mesh, X.clone().requires_grad_())
     assert shares["twice"].kind == "unknown"
-    gradients = find_gradient_shares(graph, placements=found)
+    gradients = gradient_shares(graph, found)
     assert {share.kind for share in gradients.values()} == {"unknown"}
 
 
@@ -210,7 +212,7 @@ def test_sums_that_were_not_made_are_refused(mesh: DeviceMesh) -> None:
     model = parallelize_module(Block(), mesh, plan)
     graph, _, shares = analysed(model, mesh, X)
     assert shares["down"].kind == shares[""].kind == "unsummed"
-    rewritten = rewrite(graph, measure(model, "rms"), placements=options(model, mesh))
+    rewritten = rewrite(graph, replace(measure(model, "rms"), placements=options(model, mesh)))
     refused = {site.module: reason for site, reason in rewritten.layout.unmeasured}
     assert refused.keys() == {"down", ""}
 
@@ -220,7 +222,7 @@ def test_local_parts_of_distributed_tensors_are_measured(mesh: DeviceMesh) -> No
     model = parallelize_module(Block(), mesh, plan)
     graph, _, shares = analysed(model, mesh, X)
     assert shares["up"].kind == shares["activation"].kind == "part"
-    rewritten = rewrite(graph, measure(model, "rms"), placements=options(model, mesh))
+    rewritten = rewrite(graph, replace(measure(model, "rms"), placements=options(model, mesh)))
     (row, *_) = (
         n for n in rewritten.module.graph.nodes if n.target == "to_local" and "tmm_sites" in n.meta
     )
@@ -262,7 +264,7 @@ def test_gradients(mesh: DeviceMesh) -> None:
 
     model = Model()
     graph, found, _ = analysed(model, mesh, X.clone().requires_grad_())
-    shares = find_gradient_shares(graph, placements=found)
+    shares = gradient_shares(graph, found)
     names = {id(module): name for name, module in model.named_modules()}
     kinds = {}
     for mark, share in shares.items():
@@ -291,7 +293,7 @@ def test_given_placements_of_gradients(mesh: DeviceMesh) -> None:
     graph, found, shares = analysed(model, mesh, X)
     assert shares["out"].kind == "copy"
     marks = [mark for mark in graph.graph.nodes if is_mark(mark)]
-    kinds = [find_gradient_shares(graph, placements=found)[mark].kind for mark in marks]
+    kinds = [gradient_shares(graph, found)[mark].kind for mark in marks]
     assert kinds == ["unsummed", "unknown", "unknown"]
 
 
@@ -334,12 +336,13 @@ def test_heads_have_the_numbers_of_all_ranks(
     model = Model()
     graph = trace(model, torch.ones(1, 2, 4), torch.ones(1, 2, 4))
     entropy = builtin_reductions(("entropy",), is_complex=False)
-    names = {id(module): name for name, module in model.named_modules()}
     rewritten = rewrite(
         graph,
-        measure(model),
-        attention=AttentionOptions(names, lambda _: (AttentionRequest(entropy, ()),)),
-        placements=options(model, mesh),
+        replace(
+            measure(model),
+            select_attention=lambda _: (AttentionRequest(entropy, ()),),
+            placements=options(model, mesh),
+        ),
     )
     found = [(row.measurement.site.path, row.measurement.share) for row in rewritten.layout.rows]
     assert [path for path, _ in found] == [f".head_{head}" for head in heads]

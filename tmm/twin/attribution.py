@@ -32,9 +32,9 @@ from tmm.naming import display_name, parameter_names, relative_names, unwrapped
 from tmm.operators import why_unmeasurable
 from tmm.pairs import Normalization
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_reference import BRANCH, CheckedModule
+from tmm.passes.insert_reference import BRANCH
 from tmm.passes.placed import Placed, why_unsummed
-from tmm.passes.placements import PlacementOptions
+from tmm.passes.request import CheckedModule, PlacementRequest
 from tmm.ranks import Ranks, is_distributed
 from tmm.runtime.binding import Binding, KeyRegistry, single_row
 from tmm.spec import Plan
@@ -154,7 +154,7 @@ class Attribution:
 
     def _placements(
         self, owner: torch.nn.Module, peers: Iterable[torch.nn.Module]
-    ) -> PlacementOptions | None:
+    ) -> PlacementRequest | None:
         """How ranks share the model; parameters count as equal if those of all peers are."""
         shared = self.ranks.tensor_parallel
         if shared is None:
@@ -165,7 +165,7 @@ class Attribution:
             for parameter, (name, _) in parameter_names(owner).items()
             if all(prefix + name in shared.equal for prefix in prefixes)
         )
-        return PlacementOptions(shared.ranks, shared.is_first, frozenset(equal))
+        return PlacementRequest(shared.ranks, shared.is_first, frozenset(equal))
 
     def lose(self, measurement: Measurement, reason: str) -> Binding:
         """A site, named as in keys, is not compared with the reference in a forward pass.

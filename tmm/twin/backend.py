@@ -20,20 +20,15 @@ from tmm.kernels.host import SOURCES as HOST_SOURCES
 from tmm.kernels.host_library import start_compiling
 from tmm.layout import OUTSIDE, AttentionRequest, Measurement, Site
 from tmm.metrics import Reduction
-from tmm.passes.find_attention import shows_attention
+from tmm.passes.findings import RowInput
 from tmm.passes.graph_text import NodeLine, node_lines, runnable_code
-from tmm.passes.insert_attention import AttentionOptions
-from tmm.passes.insert_probes import ProbeOptions, RowInput
-from tmm.passes.insert_reductions import ReductionOptions
-from tmm.passes.insert_reference import CheckedModule, ReferenceOptions
 from tmm.passes.multi_head import VERSION as MULTI_HEAD_VERSION
 from tmm.passes.multi_head import parts_of_multi_head
 from tmm.passes.pipeline import Rewritten, rewrite
-from tmm.passes.placements import PlacementOptions
 from tmm.passes.probe import VERSION as PROBE_VERSION
 from tmm.passes.probe import probe
 from tmm.passes.remove_evaluations import runs_without_gradients
-from tmm.passes.samples import Samples
+from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest, PlacementRequest
 from tmm.passes.shared_masks import FUNCTIONS as MASKED
 from tmm.passes.shared_masks import VERSION as MASKED_VERSION
 from tmm.passes.shared_masks import draws_random_numbers
@@ -76,7 +71,7 @@ class Scope:
     select_gradient: Callable[[Site, torch.dtype], tuple[Reduction, ...]] | None = None
     comparison: Comparison | None = None
     attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None
-    placements: PlacementOptions | None = None
+    placements: PlacementRequest | None = None
     is_root: bool = False
     is_step_function: bool = False
 
@@ -319,11 +314,7 @@ class MeasuringBackend:
             start_compiling(*HOST_SOURCES)
             if scope.attention is not None:
                 start_compiling(*ATTENTION_SOURCES)
-        options = ReductionOptions(scope.modules, scope.select, scope.values)
-        probes = None
-        if scope.select_gradient is not None:
-            probes = ProbeOptions(scope.modules, scope.select_gradient, self.host.scales_gradients)
-        reference = samples = None
+        comparison = samples = None
         comparing, whole = self.host.comparing, scope.is_root and is_whole(module)
         if scope.comparison is not None and comparing is not None:
             refusal = ""
@@ -332,8 +323,22 @@ class MeasuringBackend:
             elif self.sampling is not None:
                 samples = self.sampling.samples(module, comparing.batch)
             is_part = samples is None and (not whole or comparing.inputs.are_traced)
-            bound = (scope, scope.comparison, comparing.reference, is_part, samples, refusal)
-            reference = partial(_reference_options, *bound)
+            parameter = partial(_id_of_held, comparing.reference)
+            asked = scope.comparison
+            comparison = ComparisonRequest(
+                *(asked.select, asked.check, parameter, is_part, samples, refusal)
+            )
+        request = GraphRequest(
+            *(scope.modules, scope.select, scope.values),
+            select_gradient=scope.select_gradient,
+            scales_gradients=scope.select_gradient is not None and self.host.scales_gradients,
+            select_attention=scope.attention,
+            comparison=comparison,
+            placements=scope.placements,
+            begins_forward=begins_forward(),
+            is_step_function=scope.is_step_function,
+            keeps_unused=self.settings.keeps_unused_operations,
+        )
         index = len(self.host.graphs)
         notes, subject = self.host.notes, f"graph {index}, of {scope.owner_name}"
         watch = None
@@ -341,17 +346,7 @@ class MeasuringBackend:
             folder = f"{trace.path}, {subject}"
             begun = notes.attempt(folder, lambda: trace.begin(index, module, scope.modules), None)
             watch = None if begun is None else notes.guarded(folder, begun)
-        attention = None
-        if scope.attention is not None or shows_attention(module):
-            select = scope.attention or _ask_nothing
-            attention = AttentionOptions(scope.modules, select, begins_forward())
-        rewritten = rewrite(
-            *(module, options, probes, reference, attention),
-            placements=scope.placements,
-            is_step_function=scope.is_step_function,
-            keeps_unused=self.settings.keeps_unused_operations,
-            watch=watch,
-        )
+        rewritten = rewrite(module, request, watch=watch)
         if rewritten.evaluations:
             self.host.leave_out_evaluations(rewritten.evaluations)
         if samples is not None:
@@ -408,37 +403,16 @@ class MeasuringBackend:
         )
 
 
-def _reference_options(
-    scope: Scope,
-    comparison: Comparison,
-    reference: Reference,
-    is_part: bool,
-    samples: Samples | None,
-    refusal: str,
-    module: GraphModule,
-) -> ReferenceOptions:
-    parameters = {}
-    for node in module.graph.find_nodes(op="placeholder"):
-        argument = argument_of(node)
-        if argument is not None and reference.holds(argument.example):
-            parameters[node] = id(argument.example)
-    return ReferenceOptions(
-        scope.modules,
-        comparison.select,
-        comparison.check,
-        parameters,
-        is_part=is_part,
-        samples=samples,
-        refusal=refusal,
-    )
+def _id_of_held(reference: Reference, node: Node) -> int | None:
+    """The ``id`` of the model's tensor that an input of a graph is, if the reference has it."""
+    argument = argument_of(node)
+    if argument is None or not reference.holds(argument.example):
+        return None
+    return id(argument.example)
 
 
 def _nothing() -> None:
     return None
-
-
-def _ask_nothing(name: str) -> tuple[AttentionRequest, ...]:
-    return ()
 
 
 def _extra_bytes(rewritten: Rewritten) -> int:

@@ -24,8 +24,8 @@ from tmm.passes.insert_reference import (
     W_T_X_T,
     X_CHANGE,
     X_T,
-    CheckedModule,
 )
+from tmm.passes.request import CheckedModule
 from tmm.preserve import RandomState
 from tmm.runtime.eager import reduce_pair_eagerly
 from tmm.twin.attribution import Attribution, checked_module

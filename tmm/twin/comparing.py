@@ -10,7 +10,7 @@ import torch
 
 from tmm.families import BRANCH_FAMILIES
 from tmm.layout import Site
-from tmm.passes.insert_reference import ReferenceEnds
+from tmm.passes.findings import ReferenceEnds
 from tmm.reference import Reference
 from tmm.twin.attribution import Attribution
 from tmm.twin.compare import Add, EagerComparison, Lose

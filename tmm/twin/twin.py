@@ -24,9 +24,10 @@ from tmm.layout import Measurement, Site
 from tmm.metrics import Aggregate, Reduction
 from tmm.naming import display_name, unwrapped
 from tmm.operators import summarize_attention
+from tmm.passes.findings import RowInput
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_probes import FAMILY as GRADIENT
-from tmm.passes.insert_probes import WITHOUT_GRADIENT, RowInput
+from tmm.passes.insert_probes import WITHOUT_GRADIENT
 from tmm.passes.placed import why_unsummed
 from tmm.passes.samples import SamplesError
 from tmm.passes.trace_function import MetricFunctionError
