@@ -425,8 +425,7 @@ class Repeated(nn.Module):
 @pytest.mark.parametrize(
     ("backend", "reentrant"),
     [
-        *[("aot_eager", False), ("aot_eager", True)],
-        pytest.param("inductor", False, marks=pytest.mark.slow),
+        *[("aot_eager", False), ("aot_eager", True), ("inductor", False)],
         pytest.param("inductor", True, marks=pytest.mark.slow),
     ],
 )
