@@ -222,6 +222,10 @@ def kept_constant(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(self.a(x) * self.mask)
 
 
+def square(size: int) -> nn.Module:
+    return nn.Linear(size, size)
+
+
 @BOTH
 def test_tensors_that_appear_later_are_compared_only_if_they_are_constants(compiled: bool) -> None:
     pair = Pair.of(model_of(kept_constant), compiled=compiled)
@@ -237,8 +241,14 @@ def test_tensors_that_appear_later_are_compared_only_if_they_are_constants(compi
     assert pair.reasons["b"] == "the model has last, which the reference does not have"
 
 
-@BOTH
-@pytest.mark.parametrize("kind", [nn.LayerNorm, lambda size: nn.Linear(size, size)])
+@pytest.mark.parametrize(
+    ("kind", "compiled"),
+    [
+        *[(nn.LayerNorm, True), (square, False)],
+        pytest.param(nn.LayerNorm, False, marks=pytest.mark.slow),
+        pytest.param(square, True, marks=pytest.mark.slow),
+    ],
+)
 def test_modules_and_parameters_made_in_forward_are_shared(kind: Any, compiled: bool) -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         y = kind(8).double()(self.a(x))

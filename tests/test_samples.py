@@ -155,7 +155,8 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     ("dynamic", "backend"),
     [
-        *[(None, "aot_eager"), (True, "eager")],
+        *[(None, "eager"), (True, "eager")],
+        pytest.param(None, "aot_eager", marks=pytest.mark.slow),
         pytest.param(True, "aot_eager", marks=pytest.mark.slow),
     ],
 )

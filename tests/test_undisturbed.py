@@ -265,9 +265,9 @@ COUNTED = [
     "convolutional",
     "in_place",
     "checkpoint_each",
-    "gpt2",
     "breaks",
     "disabling",
+    pytest.param("gpt2", marks=SLOW),
     pytest.param("breaks_within_blocks", marks=SLOW),
 ]
 

@@ -182,7 +182,7 @@ SHAPES: tuple[Callable[[], nn.Module], ...] = (
 )
 
 
-FEW_WAYS = ("whole", "not compiled")
+FEW_WAYS = ("whole",)
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
@@ -425,8 +425,7 @@ class Repeated(nn.Module):
 @pytest.mark.parametrize(
     ("backend", "reentrant"),
     [
-        *[("aot_eager", False), ("aot_eager", True)],
-        pytest.param("inductor", False, marks=pytest.mark.slow),
+        *[("aot_eager", False), ("aot_eager", True), ("inductor", False)],
         pytest.param("inductor", True, marks=pytest.mark.slow),
     ],
 )
