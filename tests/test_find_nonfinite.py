@@ -287,3 +287,8 @@ def test_the_report_reads_well() -> None:
     assert "input mat2 (aten.mul" in text
     assert "becomes NaN in aten._softmax" in text
     assert text.splitlines()[-1] == "checked: forward and backward, eagerly"
+
+
+def test_a_loss_that_is_no_function_is_named() -> None:
+    with pytest.raises(TypeError, match="loss=3 is not a function"):
+        tmm.find_nonfinite(torch.nn.Linear(2, 2), torch.ones(1, 2), 3)  # type: ignore[arg-type]

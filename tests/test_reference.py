@@ -757,3 +757,13 @@ def test_inputs_of_the_reference() -> None:
     monitor.remove_reference()
     with pytest.raises(RuntimeError, match="there is no reference"):
         monitor.give_reference_inputs(x)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    garbage, pickled = tmp_path / "garbage.pt", tmp_path / "pickled.pt"
+    garbage.write_text("garbage")
+    torch.save(nn.Linear(2, 2), pickled)
+    for path in (garbage, pickled):
+        spec = tmm.Spec(tmm.activation_difference("rms"), reference=path)
+        with pytest.raises(ValueError, match=rf"{path.name}' cannot be read as a state dict"):
+            tmm.instrument(nn.Linear(2, 2), spec)

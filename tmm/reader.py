@@ -44,6 +44,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     Raises FileNotFoundError where there is no such folder, ValueError where it is no run or one of
     its files is damaged, and OSError where one cannot be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={path!r} is not the path of a folder; of a run give run.path")
     if not is_remote(path):
         return Run(without_scheme(path))
     copy = fetched(str(path))
@@ -112,6 +114,8 @@ class Run:
         self.refresh()
         if pattern is None:
             return list(self._infos)
+        if not isinstance(pattern, str):
+            raise TypeError(f"pattern={pattern!r} is not text; give one regular expression")
         try:
             match = re.compile(pattern).match
         except re.error as error:
@@ -166,6 +170,8 @@ class Run:
         nearest keys, and ValueError for a histogram.
         """
         self.refresh()
+        if isinstance(keys, str):
+            raise TypeError(f"keys={keys!r} is one text; give a list of keys: [{keys!r}]")
         for key in keys:
             self._known(key)
             if self._is_histogram(key):
@@ -184,6 +190,8 @@ class Run:
         The keys are in the order of `keys`. Raises KeyError, naming the nearest steps.
         """
         self.refresh()
+        if not isinstance(step, (int, float, np.integer)):
+            raise TypeError(f"step={step!r} is not a number")
         place = bisect_left(self._steps, step)
         if place == len(self._steps) or self._steps[place] != step:
             near = self._steps[max(0, place - 2) : place + 2].tolist()
@@ -201,7 +209,9 @@ class Run:
 
         Raises KeyError, naming the steps that have some.
         """
-        return read_samples(self.path, step)
+        if not isinstance(step, (int, np.integer)):
+            raise TypeError(f"step={step!r} is not a number")
+        return read_samples(self.path, int(step))
 
     @property
     def sample_steps(self) -> list[int]:
@@ -262,6 +272,8 @@ class Run:
         self._infos = dict(sorted(infos.items(), key=lambda item: item[1].position))
 
     def _known(self, key: str) -> KeyInfo:
+        if not isinstance(key, str):
+            raise TypeError(f"key={key!r} is not text; table(keys) reads many series at once")
         if key not in self._infos:
             near = get_close_matches(key, self._infos)
             raise KeyError(f"no key {key!r}" + (f"; nearest: {near}" if near else ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -223,7 +224,13 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
             ) from error
         loaded: Mapping[str, torch.Tensor] = load_file(path)
         return loaded
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"reference={str(path)!r} cannot be read as a state dict; save one with"
+            f" torch.save(model.state_dict(), path): {error}"
+        ) from error
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

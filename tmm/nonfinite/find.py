@@ -59,10 +59,12 @@ def find_nonfinite(
         What was found; None if everything is finite.
 
     Raises:
-        TypeError: if ``model`` is neither a module nor a function.
+        TypeError: if ``model`` is neither a module nor a function, or ``loss`` not a function.
         ValueError: if ``loss`` does not give one number, a step function calls ``backward``, or
             ``module`` goes with a module.
     """
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r} is not a function of the model's output")
     program = program_of(model, module)
     given = Batch.of(batch)
     notes: list[str] = []
