@@ -767,3 +767,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         spec = tmm.Spec(tmm.activation_difference("rms"), reference=path)
         with pytest.raises(ValueError, match=rf"{path.name}' cannot be read as a state dict"):
             tmm.instrument(nn.Linear(2, 2), spec)
+
+
+def test_a_reference_with_other_code_is_told() -> None:
+    model, other = (
+        nn.Sequential(nn.Linear(2, 2), activation) for activation in (nn.ReLU(), nn.Tanh())
+    )
+    spec = tmm.Spec(tmm.activation_difference("rms"), reference=other)
+    with pytest.warns(UserWarning, match="by the model's code.*1 is a Tanh, not a ReLU") as told:
+        tmm.instrument(model, spec)
+    assert {warning.filename for warning in told} == {__file__}

@@ -913,3 +913,10 @@ def test_a_status_that_no_run_has_is_refused(root: Path) -> None:
 def test_what_is_no_run_is_refused(run: Any) -> None:
     with pytest.raises(TypeError, match="run=.* is neither the path of a folder nor a run"):
         tmm.instrument(torch.nn.Linear(2, 2), tmm.Spec(tmm.activation("rms")), run=run)
+
+
+def test_a_mapping_that_holds_itself_is_refused(root: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["a"] = endless
+    with start(root) as run, pytest.raises(ValueError, match="holds itself"):
+        run.log(endless)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tmm.naming import unwrapped_names
+from tmm.gaps import warn
+from tmm.naming import unwrapped, unwrapped_names
 from tmm.rules import BRANCH_FAMILIES
 from tmm.spec import Plan, ReferenceSource
 from tmm.state import ModelState, is_plain
@@ -140,6 +141,8 @@ def load_reference(
         found = _tensors(source)
         registered = {*module.parameters(), *module.buffers()}
         _check(plan, {own: known for own, known in names.items() if own in registered}, found)
+        if isinstance(source, torch.nn.Module) and needs_all and spec.is_strict:
+            _warn_of_other_code(module, source)
     device = None if spec.reference_device is None else torch.device(spec.reference_device)
     kept: dict[str, torch.Tensor] = {}
     for own, known in names.items():
@@ -150,6 +153,17 @@ def load_reference(
         tensor = _keep(other, own, device, spec.reference_dtype, copies=copies)
         kept.update(dict.fromkeys(known, tensor))
     return Reference(state, kept)
+
+
+def _warn_of_other_code(module: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Tell that only the tensors of a reference count, where it would compute something else."""
+    from tmm.module_monitor.likeness import differences
+
+    if differing := list(differences(unwrapped(module), unwrapped(reference))):
+        warn(
+            "reference=: the reference is computed by the model's code, with its own parameters and"
+            f" buffers, but differs otherwise: {'; '.join(differing[:_LISTED])}"
+        )
 
 
 def _check(
