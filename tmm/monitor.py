@@ -202,8 +202,8 @@ class Monitor:
             if self._forgotten.is_unused:
                 self._begin_to_record(self._writer, step)
         self.is_unused = False
-        self._forgotten.note_begin()
         monitored = self.is_step_monitored(step)
+        self._forgotten.note_begin(monitored=monitored)
         self.current_step = step
         self._finished = None
         self._open = StepCollector(step, self.registry, monitored=monitored)
@@ -919,7 +919,7 @@ class Monitor:
         if self._ranks is not None:
             self._ranks.close()
         try:
-            self._forgotten.note_end(is_recorded=self._writer is not None)
+            self._forgotten.note_end(str(self.spec), is_recorded=self._writer is not None)
             if self._writer is not None:
                 if self._ranks is not None:
                     self._writer.flush()  # what ranks have of their own is known then
