@@ -1118,3 +1118,16 @@ def test_no_step_is_monitored(tmp_path: Path) -> None:
     assert "choose another every=" in told.text
     with tmm.open_run(tmp_path / "run") as run:
         assert [event.text for event in run.events] == told.texts
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_function_that_calls_its_module_is_not_warned_of(in_parts: bool) -> None:
+    model = network()
+    parts = list(model) if in_parts else None
+    function = tmm.instrument(
+        lambda x: model[2](model[1](model[0](x))).sum(), RMS, module=model, parts=parts
+    )
+    with Told() as told, tmm.monitor(function).step(0):
+        function(X).backward()
+    assert not told.texts
+    assert "activation/2/rms" in tmm.monitor(function).get_step_metrics()

@@ -287,7 +287,8 @@ class Monitor:
         """Say that a step function has run and nothing of its ``module=`` was measured."""
         twin = self._require_twin()
         is_asked = self.spec.is_strict and self.spec.measures("activation")
-        is_known = finished.holds_rows or bool(twin.attribution.unmeasured)
+        seen = any(map(twin.attribution.how_measured, twin.attribution.names))
+        is_known = seen or finished.holds_rows or bool(twin.attribution.unmeasured)
         if twin.root.module is None and is_asked and not is_known:
             self._gaps.warn_once("module", finished.step, _NO_ROWS.format(step=finished.step))
 
