@@ -86,6 +86,8 @@ class RunReader:
         self.refresh()
         if pattern is None:
             return list(self._infos)
+        if not isinstance(pattern, str):
+            raise TypeError(f"pattern={pattern!r} is not text; give one regular expression")
         try:
             match = re.compile(pattern).match
         except re.error as error:
@@ -140,6 +142,8 @@ class RunReader:
         nearest keys, and ValueError for a histogram.
         """
         self.refresh()
+        if isinstance(keys, str):
+            raise TypeError(f"keys={keys!r} is one text; give a list of keys: [{keys!r}]")
         for key in keys:
             self._known(key)
             if self._is_histogram(key):
@@ -158,6 +162,8 @@ class RunReader:
         The keys are in the order of `keys`. Raises KeyError, naming the nearest steps.
         """
         self.refresh()
+        if not isinstance(step, (int, float, np.integer)):
+            raise TypeError(f"step={step!r} is not a number")
         place = bisect_left(self._steps, step)
         if place == len(self._steps) or self._steps[place] != step:
             near = self._steps[max(0, place - 2) : place + 2].tolist()
@@ -203,6 +209,8 @@ class RunReader:
         self._infos = dict(sorted(infos.items(), key=lambda item: item[1].position))
 
     def _known(self, key: str) -> KeyInfo:
+        if not isinstance(key, str):
+            raise TypeError(f"key={key!r} is not text; table(keys) reads many series at once")
         if key not in self._infos:
             near = get_close_matches(key, self._infos)
             raise KeyError(f"no key {key!r}" + (f"; nearest: {near}" if near else ""))

@@ -174,3 +174,12 @@ def test_demo_as_json(tmp_path: Path) -> None:
     assert found["loss"]["first"] > 1
     assert found["values"]["activation/h.0.mlp/rms"] > 0
     assert "Outputs of the layers" in result.stderr
+
+
+def test_demo_names_a_device_that_is_not_there(tmp_path: Path) -> None:
+    for device in ("nope", "cuda:99"):
+        options = ["--run", str(tmp_path / "run"), "--device", device, "--backend", "eager"]
+        result = CliRunner().invoke(app, ["demo", *options])
+        assert result.exit_code == 2
+        assert device in result.output
+    assert not (tmp_path / "run").exists()

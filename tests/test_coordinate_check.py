@@ -235,6 +235,10 @@ def test_arguments_out_of_range(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"widths": 8}, "widths=8 is not a list of numbers"),
+        ({"widths": (4.0, 8.0)}, "must be integers"),
+        ({"make_model": nn.Linear(4, 4)}, "make_model=.* is not a function"),
+        ({"loss": None}, "loss=None is not a function"),
         ({"seeds": [0, 1]}, r"seeds=\[0, 1\] is not a number of seeds"),
         ({"batches": 3}, "neither iterable nor a function"),
         ({"batches": torch.zeros(3, 4)}, "pairs of inputs and targets, not Tensor"),
@@ -245,6 +249,15 @@ def test_arguments_out_of_range(changes: dict[str, Any], message: str) -> None:
 def test_arguments_of_another_type(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         check(**changes)
+
+
+def test_an_optimizer_of_another_model() -> None:
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        other = nn.Linear(4, width)
+        return nn.Linear(4, width), torch.optim.SGD(other.parameters(), 0.1)
+
+    with pytest.raises(ValueError, match="the optimizer holds no parameter of the module"):
+        check(make_model=make)
 
 
 def test_layers_that_differ_between_widths() -> None:

@@ -287,3 +287,14 @@ def test_the_report_reads_well() -> None:
     assert "input mat2 (aten.mul" in text
     assert "becomes NaN in aten._softmax" in text
     assert text.splitlines()[-1] == "checked: forward and backward, eagerly"
+
+
+def test_a_loss_that_is_no_function_is_named() -> None:
+    with pytest.raises(TypeError, match="loss=3 is not a function"):
+        tmm.find_nonfinite(torch.nn.Linear(2, 2), torch.ones(1, 2), 3)  # type: ignore[arg-type]
+
+
+def test_a_function_without_a_loss_is_told() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="only the forward pass was checked"):
+        assert tmm.find_nonfinite(lambda x: print(model(x).shape), (torch.ones(1, 2),)) is None

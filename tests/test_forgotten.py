@@ -1100,3 +1100,31 @@ def test_compiled_in_place_after_it_was_instrumented() -> None:
     model.compile(backend="eager")
     with pytest.raises(ValueError, match=r"model\.compile\(\) before that, not after"):
         tmm.monitor(model)
+
+
+def test_no_step_is_monitored(tmp_path: Path) -> None:
+    spec = tmm.Spec(tmm.activation("rms"), every=100)
+    model = tmm.instrument(network(), spec, run=tmp_path / "run")
+    monitor = tmm.monitor(model)
+    with Told() as told:
+        for step in range(1, 9):
+            with monitor.step(step):
+                model(X)
+        tmm.remove(model)
+    assert "8 steps were opened and none of them is monitored" in told.text
+    assert "choose another every=" in told.text
+    with tmm.open_run(tmp_path / "run") as run:
+        assert [event.text for event in run.events] == told.texts
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_function_that_calls_its_module_is_not_warned_of(in_parts: bool) -> None:
+    model = network()
+    parts = list(model) if in_parts else None
+    function = tmm.instrument(
+        lambda x: model[2](model[1](model[0](x))).sum(), RMS, module=model, parts=parts
+    )
+    with Told() as told, tmm.monitor(function).step(0):
+        function(X).backward()
+    assert not told.texts
+    assert "activation/2/rms" in tmm.monitor(function).get_step_metrics()

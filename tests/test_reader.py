@@ -331,3 +331,21 @@ def test_other_processes_write_while_this_one_reads(tmp_path, processes, interpr
         assert run.series("h")[0].tolist() == [step for step in total if step % 7 == 0]
         assert sorted(event.step for event in run.events) == list(total[::10])
     assert len(list(Path(tmp_path).glob("metrics-*.h5"))) == processes
+
+
+def test_arguments_of_another_type_are_named(tmp_path):
+    write(tmp_path / "r", [record(0, {"loss": 1.0})])
+    with pytest.raises(TypeError, match=r"path=None is not the path"):
+        open_run(None)
+    with open_run(tmp_path / "r") as run:
+        for ask, message in (
+            (lambda: run.series(None), "key=None is not text"),
+            (lambda: run.series(["loss"]), r"table\(keys\) reads many"),
+            (lambda: run.table("loss"), r"give a list of keys: \['loss'\]"),
+            (lambda: run.keys(["loss"]), "pattern=.* is not text"),
+            (lambda: run.plot(["loss"]), "pattern=.* is not text"),
+            (lambda: run.at("0"), "step='0' is not a number"),
+            (lambda: run.samples("0"), "step='0' is not a number"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                ask()

@@ -761,3 +761,23 @@ def test_inputs_of_the_reference() -> None:
     monitor.remove_reference()
     with pytest.raises(RuntimeError, match="there is no reference"):
         monitor.give_reference_inputs(x)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    garbage, pickled = tmp_path / "garbage.pt", tmp_path / "pickled.pt"
+    garbage.write_text("garbage")
+    torch.save(nn.Linear(2, 2), pickled)
+    for path in (garbage, pickled):
+        spec = tmm.Spec(tmm.activation_difference("rms"), reference=path)
+        with pytest.raises(ValueError, match=rf"{path.name}' cannot be read as a state dict"):
+            tmm.instrument(nn.Linear(2, 2), spec)
+
+
+def test_a_reference_with_other_code_is_told() -> None:
+    model, other = (
+        nn.Sequential(nn.Linear(2, 2), activation) for activation in (nn.ReLU(), nn.Tanh())
+    )
+    spec = tmm.Spec(tmm.activation_difference("rms"), reference=other)
+    with pytest.warns(UserWarning, match="by the model's code.*1 is a Tanh, not a ReLU") as told:
+        tmm.instrument(model, spec)
+    assert {warning.filename for warning in told} == {__file__}

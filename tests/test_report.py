@@ -610,3 +610,10 @@ def test_a_large_run_opens_within_seconds(
     note = one(browser, "#layers .note").text
     assert f"5,000 steps shown as {len(heat['z'][0])} columns" in note
     assert "NaN and infinities win" in note
+
+
+def test_what_is_no_record_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="is not a record of tmm.list_runs"):
+        write_report([tmp_path], tmp_path / "page.html")  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="is a path; give tmm.open_run"):
+        tmm.analysis.find_anomalies(tmp_path)  # type: ignore[arg-type]

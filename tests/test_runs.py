@@ -713,7 +713,9 @@ def test_a_watch_that_fails_can_be_repeated(root: Path) -> None:
 
 def test_a_recording_that_failed_is_no_finished_run(root: Path) -> None:
     run = start(root)
-    run.log({"x": 1.0}, step=2**63)
+    run.log({"x": 1.0}, step=2**63 - 1)
+    run.step()
+    run.log({"x": 1.0})  # in a step that no file takes
     with pytest.raises(RuntimeError, match="does not fit in 64 bits"):
         for _ in range(100):
             run.step()
@@ -866,3 +868,55 @@ def test_a_measured_key_cannot_be_logged_after_its_step(root: Path) -> None:
     with pytest.raises(ValueError, match="tmm's own"):
         run.log({"activation/[root module]/rms": 1.0})
     run.finish()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"name": 3}, "name=3 is not text"),
+        ({"notes": ["x"]}, "notes=.* is not text"),
+        ({"system_seconds": "1"}, "system_seconds='1' is not a number"),
+        ({"sinks": "csv"}, r"give one: \['csv'\]"),
+        ({"resume": True}, "resume=True is not the id"),
+    ],
+)
+def test_arguments_of_another_type_are_named(
+    root: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        tmm.start_run(**{"root": root, **wrong})
+    assert not root.exists()
+
+
+def test_samples_need_a_step_and_names(root: Path) -> None:
+    with start(root) as run:
+        for step, samples, error in (
+            ("one", {"a": "x"}, TypeError),
+            (1.7, {"a": "x"}, TypeError),
+            (-1, {"a": "x"}, ValueError),
+            (0, ["x"], TypeError),
+        ):
+            with pytest.raises(error, match="log_samples"):
+                run.log_samples(step, samples)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="does not fit in 64 bits"):
+            run.log({"loss": 1.0}, step=2**63)
+
+
+def test_a_status_that_no_run_has_is_refused(root: Path) -> None:
+    with start(root) as run:
+        run.log({"loss": 1.0})
+    with pytest.raises(ValueError, match="status='done' is none of running"):
+        tmm.list_runs(root, status="done")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("run", [True, "", 3])
+def test_what_is_no_run_is_refused(run: Any) -> None:
+    with pytest.raises(TypeError, match="run=.* is neither the path of a folder nor a run"):
+        tmm.instrument(torch.nn.Linear(2, 2), tmm.Spec(tmm.activation("rms")), run=run)
+
+
+def test_a_mapping_that_holds_itself_is_refused(root: Path) -> None:
+    endless: dict[str, Any] = {}
+    endless["a"] = endless
+    with start(root) as run, pytest.raises(ValueError, match="holds itself"):
+        run.log(endless)

@@ -207,3 +207,8 @@ def test_nothing_is_said_of_other_ways_to_compile(tmp_path: Path, compiled: Any)
         warnings.simplefilter("error", tmm.MonitoringWarning)
         driven.instrument(compiled(nn.Linear(2, 2)))
     driven.finish()
+
+
+def test_an_option_that_nothing_takes_is_named() -> None:
+    with pytest.raises(TypeError, match="projekt= is no argument of the callback.*project, name"):
+        Session(SPEC, None, {"projekt": "p"})

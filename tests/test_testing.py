@@ -144,3 +144,11 @@ def test_what_runs_without_gradients_does_not_cut_them() -> None:
         tmm.Spec(tmm.activation_gradient("rms"), tmm.gradient("norm")),
     )
     assert rows["gradient/first.weight/norm"] > 0
+
+
+def test_arguments_that_cannot_be_are_named() -> None:
+    model, batch = nn.Linear(2, 2), torch.ones(1, 2)
+    with pytest.raises(TypeError, match="is not a tmm.Spec"):
+        assert_matches_hooks(model, batch, tmm.activation("rms"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="tolerance=-1"):
+        assert_matches_hooks(model, batch, tmm.Spec(tmm.activation("rms")), tolerance=-1)

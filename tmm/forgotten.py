@@ -34,6 +34,11 @@ _CLOSED = (
     " tmm.monitor(model) gives the one of a model that was instrumented anew"
 )
 
+_NONE_MONITORED = (
+    "{count} steps were opened and none of them is monitored, so that nothing is measured: {spec}"
+    " monitors other steps; choose another every="
+)
+
 _NO_BACKWARD = (
     "no gradient of an activation came in the monitored step {step}, so that rules of"
     " activation_gradient have no rows in it: end a step after loss.backward()"
@@ -58,6 +63,7 @@ class Forgotten:
         self.is_unused = True  # no step was opened so far
         self._gaps, self._explain = gaps, explain
         self._passes = 0
+        self._opened = self._monitored = 0
         self._block: StepBlock | None = None
         self._last: int | None = None
         self._replaced = 0
@@ -77,12 +83,17 @@ class Forgotten:
         if known is not None and not known.was_entered:
             self._tell("no with", known.step, _NO_WITH.format(step=known.step), "gap")
 
-    def note_begin(self) -> None:
+    def note_begin(self, *, monitored: bool) -> None:
         """A step was opened."""
         self.is_unused = False
+        self._opened += 1
+        self._monitored += monitored
 
-    def note_end(self, *, is_recorded: bool) -> None:
+    def note_end(self, spec: str, *, is_recorded: bool) -> None:
         """The monitor is closed; ``is_recorded`` tells whether there is a run to be empty."""
+        if is_recorded and self._opened > 1 and not self._monitored:
+            text = _NONE_MONITORED.format(count=self._opened, spec=spec)
+            self._tell("none monitored", 0, text, "note")
         if self._block is not None:
             self.note_block(self._block)
         was_entered = self._block is None or self._block.was_entered  # else that was told

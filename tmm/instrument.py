@@ -96,7 +96,8 @@ def instrument(
         ``tmm.monitor(model)`` opens its steps.
 
     Raises:
-        TypeError: if ``model`` is neither a module nor a function, or ``spec`` not a ``tmm.Spec``.
+        TypeError: if ``model`` is neither a module nor a function, ``spec`` not a ``tmm.Spec``, or
+            ``run`` neither a path nor a run.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
             matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
             with ``model``, ``placements`` is not as it should be, ``run`` holds something that is
@@ -109,6 +110,8 @@ def instrument(
         raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
     if on_error not in ("raise", "warn"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'warn'")
+    if run == "" or not (run is None or isinstance(run, (str, os.PathLike, LiveRun))):
+        raise TypeError(f"run={run!r} is neither the path of a folder nor a run")
     if resume and (run is None or isinstance(run, LiveRun)):
         raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     measured = _measured_module(model, module, parts)

@@ -200,8 +200,8 @@ class Monitor:
             if self._forgotten.is_unused:
                 self._begin_to_record(self._writer, step)
         self.is_unused = False
-        self._forgotten.note_begin()
         monitored = self.is_step_monitored(step)
+        self._forgotten.note_begin(monitored=monitored)
         self.current_step = step
         self._finished = None
         self._open = StepCollector(step, self.registry, monitored=monitored)
@@ -285,7 +285,8 @@ class Monitor:
         """Say that a step function has run and nothing of its ``module=`` was measured."""
         twin = self._require_twin()
         is_asked = self.spec.is_strict and self.spec.measures("activation")
-        is_known = finished.holds_rows or bool(twin.attribution.unmeasured)
+        seen = any(map(twin.attribution.how_measured, twin.attribution.names))
+        is_known = seen or finished.holds_rows or bool(twin.attribution.unmeasured)
         if twin.root.module is None and is_asked and not is_known:
             self._gaps.warn_once("module", finished.step, _NO_ROWS.format(step=finished.step))
 
@@ -917,7 +918,7 @@ class Monitor:
         if self._ranks is not None:
             self._ranks.close()
         try:
-            self._forgotten.note_end(is_recorded=self._writer is not None)
+            self._forgotten.note_end(str(self.spec), is_recorded=self._writer is not None)
             if self._writer is not None:
                 if self._ranks is not None:
                     self._writer.flush()  # what ranks have of their own is known then

@@ -7,6 +7,8 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
 from tmm.runs.samples import Sample, read_samples, sample_steps
 from tmm.runs.state import State
@@ -31,6 +33,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     Raises FileNotFoundError where there is no such folder, ValueError where it is no run or one of
     its files is damaged, and OSError where one cannot be read.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={path!r} is not the path of a folder; of a run give run.path")
     if not is_remote(path):
         return Run(without_scheme(path))
     copy = fetched(str(path))
@@ -47,7 +51,9 @@ class Run(RunReader):
 
         Raises KeyError, naming the steps that have some.
         """
-        return read_samples(self.path, step)
+        if not isinstance(step, (int, np.integer)):
+            raise TypeError(f"step={step!r} is not a number")
+        return read_samples(self.path, int(step))
 
     @property
     def sample_steps(self) -> list[int]:

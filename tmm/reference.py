@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from tmm.families import BRANCH_FAMILIES, PARAMETER_DIFFERENCE
-from tmm.naming import unwrapped_names
+from tmm.gaps import warn
+from tmm.likeness import differences
+from tmm.naming import unwrapped, unwrapped_names
 from tmm.spec import Plan, ReferenceSource
 from tmm.state import ModelState, is_plain
 
@@ -141,6 +144,8 @@ def load_reference(
         found = _tensors(source)
         registered = {*module.parameters(), *module.buffers()}
         _check(plan, {own: known for own, known in names.items() if own in registered}, found)
+        if isinstance(source, torch.nn.Module) and needs_all and spec.is_strict:
+            _warn_of_other_code(module, source)
     device = None if spec.reference_device is None else torch.device(spec.reference_device)
     kept: dict[str, torch.Tensor] = {}
     for own, known in names.items():
@@ -151,6 +156,15 @@ def load_reference(
         tensor = _keep(other, own, device, spec.reference_dtype, copies=copies)
         kept.update(dict.fromkeys(known, tensor))
     return Reference(state, kept)
+
+
+def _warn_of_other_code(module: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Tell that only the tensors of a reference count, where it would compute something else."""
+    if differing := list(differences(unwrapped(module), unwrapped(reference))):
+        warn(
+            "reference=: the reference is computed by the model's code, with its own parameters and"
+            f" buffers, but differs otherwise: {'; '.join(differing[:_LISTED])}"
+        )
 
 
 def _check(
@@ -225,7 +239,13 @@ def _read(path: Path) -> Mapping[str, torch.Tensor]:
             ) from error
         loaded: Mapping[str, torch.Tensor] = load_file(path)
         return loaded
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"reference={str(path)!r} cannot be read as a state dict; save one with"
+            f" torch.save(model.state_dict(), path): {error}"
+        ) from error
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

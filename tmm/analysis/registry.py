@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -92,8 +93,11 @@ def find_anomalies(
     """Everything unusual in a record: the worst first, then by step and in the order of execution.
 
     ``detectors``, names and functions, are those of `all_detectors` by default. One that raises is
-    warned of by its name, and the others run on. Asking twice gives equal results.
+    warned of by its name, and the others run on. Asking twice gives equal results. Raises
+    ``TypeError`` for the path of a run.
     """
+    if isinstance(recorded, (str, os.PathLike)):
+        raise TypeError(f"recorded={str(recorded)!r} is a path; give tmm.open_run(path)")
     read = ReadOnce(recorded)
     found: list[Anomaly] = []
     for name, detector in all_detectors() if detectors is None else detectors:

@@ -37,8 +37,8 @@ def anomalies(
     if kind is not None:
         kinds = sorted({anomaly.kind for anomaly in found})
         found = tuple(anomaly for anomaly in found if anomaly.kind == kind)
-        if not found and kinds:
-            fail(f"no anomaly of type {kind!r}; there are {', '.join(kinds)}")
+        if not found:
+            fail(f"no anomaly of type {kind!r}; there are {', '.join(kinds) or 'none'}")
     if as_json:
         print_json([asdict(anomaly) for anomaly in found])
         return

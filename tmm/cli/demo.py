@@ -54,6 +54,11 @@ def demo(
             f"torch.compile knows no {backend!r}; try inductor, aot_eager or eager",
             param_hint="--backend",
         )
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{device!r}: {reason}", param_hint="--device") from None
     console = Console(stderr=as_json)
     settings = TrainingSettings(_unused(run), steps, every, backend, seed, device)
     try:

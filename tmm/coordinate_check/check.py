@@ -27,6 +27,10 @@ Batches: TypeAlias = Iterable[Batch] | Callable[[int], Iterable[Batch]]
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 _LISTED = 5  # differing names in a message
+_FUNCTIONS = {
+    "make_model": "give one of the width that returns a module and its optimizer",
+    "loss": "give one of output and targets, such as torch.nn.functional.cross_entropy",
+}
 
 
 def coord_check(
@@ -70,6 +74,11 @@ def coord_check(
             widths or a pattern that matches nothing.
         TypeError: if ``make_model``, ``batches`` or ``loss`` give something else than said here.
     """
+    for name, value in (("make_model", make_model), ("loss", loss)):
+        if not callable(value) or (name == "make_model" and isinstance(value, nn.Module)):
+            raise TypeError(f"{name}={value!r} is not a function; {_FUNCTIONS[name]}")
+    if not isinstance(widths, Iterable):
+        raise TypeError(f"widths={widths!r} is not a list of numbers, such as (64, 128, 256)")
     widths = tuple(widths)
     _check_arguments(widths, steps, seeds, modules)
     data = _collect(batches, steps + 1, seeds)
@@ -106,6 +115,8 @@ def coord_check(
 
 
 def _check_arguments(widths: Sequence[int], steps: int, seeds: int, modules: str | None) -> None:
+    if not all(isinstance(width, (int, np.integer)) for width in widths):
+        raise TypeError(f"widths={widths!r} must be integers")
     if len(widths) < 2:
         raise ValueError(f"widths={widths!r}: a fit needs at least two, such as (64, 128, 256)")
     if widths[0] < 1 or any(a >= b for a, b in pairwise(widths)):
@@ -145,6 +156,12 @@ def _make(make_model: MakeModel, width: int) -> tuple[nn.Module, Optimizer]:
     if isinstance(made, tuple) and len(made) == 2:
         module, optimizer = made
         if isinstance(module, nn.Module) and isinstance(optimizer, Optimizer):
+            own = set(module.parameters())
+            if all(own.isdisjoint(group["params"]) for group in optimizer.param_groups):
+                raise ValueError(
+                    f"make_model({width}): the optimizer holds no parameter of the module that it"
+                    " was returned with; make it of that module's parameters()"
+                )
             return module, optimizer
     raise TypeError(
         f"make_model({width}) must return the module and its optimizer,"

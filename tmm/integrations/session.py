@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ class Session:
 
     Raises:
         TypeError: if ``spec`` is no ``tmm.Spec`` or ``run`` no run, there are ``options`` for a
-            run that is given, or they say where to resume.
+            run that is given, or they say where to resume or are none of ``tmm.start_run``.
     """
 
     def __init__(
@@ -57,6 +58,13 @@ class Session:
                 raise TypeError(
                     f"{name}= is what a checkpoint tells; to go on with a run without one, write"
                     " run=tmm.start_run(resume=...)"
+                )
+        known = inspect.signature(start_run).parameters
+        for name in options or {}:
+            if name not in known:
+                raise TypeError(
+                    f"{name}= is no argument of the callback, nor of tmm.start_run, which has"
+                    f" {', '.join(known)}"
                 )
         self.spec = default_spec() if spec is None else spec
         self.run = run

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tmm.gaps import warn
-from tmm.module_monitor.likeness import differences, modes
+from tmm.likeness import differences, modes
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.names import FormatName, Names, default_format_module_name_fn

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from tmm.gaps import warn
 from tmm.naming import buffer_names, parameter_names
 from tmm.nonfinite.graphs import Tracer
 from tmm.nonfinite.places import ModuleNames
@@ -59,10 +60,12 @@ def find_nonfinite(
         What was found; None if everything is finite.
 
     Raises:
-        TypeError: if ``model`` is neither a module nor a function.
+        TypeError: if ``model`` is neither a module nor a function, or ``loss`` not a function.
         ValueError: if ``loss`` does not give one number, a step function calls ``backward``, or
             ``module`` goes with a module.
     """
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss={loss!r} is not a function of the model's output")
     program = program_of(model, module)
     given = Batch.of(batch)
     notes: list[str] = []
@@ -79,6 +82,12 @@ def find_nonfinite(
     origins = search.origins()
     if own and not any(found.reaches for found in search.found):
         origins.insert(0, _COMPILED_ONLY)
+    is_function = not isinstance(model, torch.nn.Module)
+    if not origins and is_function and backward and search.ran.loss is None:
+        warn(
+            "find_nonfinite: only the forward pass was checked, in which all is finite, as the"
+            " function gave back no loss: let it return the loss, or give loss="
+        )
     if not origins:
         return None
     return Nonfinite(

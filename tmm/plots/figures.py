@@ -42,6 +42,8 @@ def figure(
     """The figure that ``Run.plot`` describes."""
     if kind not in FIGURE_KINDS:
         raise ValueError(f"kind={kind!r} is none of {', '.join(map(repr, FIGURE_KINDS))}")
+    if pattern is not None and not isinstance(pattern, str):
+        raise TypeError(f"pattern={pattern!r} is not text; give one regular expression")
     require_package("plotly", "a picture of a run")
     keys = _keys(run, pattern, kind)
     if kind == "lines":

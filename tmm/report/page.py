@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -41,8 +42,9 @@ _DEPTH_COLOURS = 32
 _MOST_COMPARED = 500  # keys in the table of final values
 
 
-def write_report(records: Sequence[RunRecord], path: Path) -> Path:
+def write_report(records: Sequence[RunRecord], path: str | os.PathLike[str]) -> Path:
     """Write the page of `report_page` to ``path``; OSError where that cannot be done."""
+    path = Path(path)
     path.write_text(report_page(records), encoding="utf-8", errors="replace")
     return path
 
@@ -59,6 +61,11 @@ def report_page(records: Sequence[RunRecord]) -> str:
 
     if not records:
         raise ValueError("a report needs a run")
+    for record in records:
+        if not isinstance(record, RunRecord):
+            raise TypeError(
+                f"records: {record!r} is not a record of tmm.list_runs(root); give some of these"
+            )
     if len({record.path.resolve() for record in records}) < len(records):
         raise ValueError("a report cannot show the same run twice")
     data, values = _data(records)

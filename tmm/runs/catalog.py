@@ -15,7 +15,7 @@ from tmm.reader import open_run
 from tmm.runs.deletion import delete_folder
 from tmm.runs.remote import fetched, is_remote, without_scheme
 from tmm.runs.samples import FOLDER as SAMPLES
-from tmm.runs.state import STATE_NAME, State, Status, parsed_time
+from tmm.runs.state import STATE_NAME, STATUSES, State, Status, parsed_time
 from tmm.runtime.info import INFO_NAME, is_info, read_info
 from tmm.runtime.segment_layout import is_segment
 
@@ -64,8 +64,11 @@ def list_runs(
 ) -> tuple[RunRecord, ...]:
     """The runs under ``root``, newest first, at most ``limit``. Broken ones are listed as such.
 
-    Raises ``FileNotFoundError`` where there is no such folder.
+    Raises ``FileNotFoundError`` where there is no such folder, ``ValueError`` for a status that no
+    run has.
     """
+    if status is not None and status not in STATUSES:
+        raise ValueError(f"status={status!r} is none of {', '.join(STATUSES)}")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is no folder")
     records = sorted(

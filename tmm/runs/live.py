@@ -182,10 +182,16 @@ class LiveRun:
 
         Raises:
             ValueError: for a name that is no text, or more than 16 MiB of a step.
-            TypeError: for what is neither text nor an array of numbers.
+            TypeError: for what is neither text nor an array of numbers, or a step that is none.
             OSError: if they cannot be written.
         """
         self._require_open()
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
+            raise TypeError(f"log_samples: step={step!r} is not an integer")
+        if step < 0:
+            raise ValueError(f"log_samples: step={step} is negative")
+        if not isinstance(samples, Mapping):
+            raise TypeError(f"log_samples({step}, {samples!r}): give a dictionary, by name")
         if not self.is_recorded:
             return
         self.writer.raise_pending()
@@ -416,6 +422,8 @@ class LiveRun:
     def _go_to(self, step: int) -> None:
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
             raise TypeError(f"step={step!r} is not an integer")
+        if step >= 2**63:
+            raise ValueError(f"step={step} does not fit in 64 bits; count steps from 0")
         if step < self.current_step:
             raise ValueError(f"step={step} lies before the open step {self.current_step}")
         if step > self.current_step:

@@ -9,6 +9,8 @@ import torch
 
 from tmm.keys import reserved_start
 
+_MOST_LEVELS = 100
+
 
 def numbers_in(
     values: Mapping[str, object], prefix: str = ""
@@ -25,6 +27,8 @@ def numbers_in(
         if not isinstance(key, str) or not key:
             raise ValueError(f"log: the key {key!r} is not text")
         name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and prefix.count("/") > _MOST_LEVELS:
+            raise ValueError(f"log: {name[:40]!r}... is nested too deeply, or holds itself")
         if isinstance(value, Mapping):
             yield from numbers_in(value, f"{name}/")
             continue

@@ -83,6 +83,8 @@ def find_sinks(sinks: Iterable[Sink | RunSink | str]) -> tuple[NamedSink, ...]:
     One that cannot be loaded is warned of and left out. Raises ``ValueError`` for a name that no
     package offers, and ``TypeError`` for what is neither text nor a sink.
     """
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(f"sinks={sinks!r} is not a list of sinks; give one: [{sinks!r}]")
     found: list[NamedSink] = []
     for sink in sinks:
         if isinstance(sink, type):

@@ -62,12 +62,19 @@ def start_run(
     Raises:
         ValueError: for a project that cannot name a folder, a run to resume that is running, a
             negative step, or a sink that nobody offers.
-        TypeError: for a configuration, tags, step or sinks of another kind.
+        TypeError: for a configuration, name, notes, tags, step or sinks of another kind.
         LookupError: if there is no run to resume.
         OSError: if the folder cannot be written.
     """
     if config is not None and not isinstance(config, Mapping):
-        raise TypeError(f"config={config!r} is not a dictionary")
+        raise TypeError(
+            f"config={config!r} is not a dictionary; vars(...) makes one of a namespace"
+        )
+    for argument, text in (("name", name), ("notes", notes)):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{argument}={text!r} is not text")
+    if resume is not None and not isinstance(resume, (str, os.PathLike)):
+        raise TypeError(f"resume={resume!r} is not the id, name or path of a run")
     step = _checked_step(step)
     if (rank := other_rank()) is not None:
         return _silent(Path(root) / project / f"rank-{rank}", project, step or 0)
@@ -76,6 +83,8 @@ def start_run(
         return _resumed(Path(root), resume, step, system_seconds, found)
     folder = Path(root) / _checked_project(project) / _new_id()
     tags = _checked_tags(tags)
+    if system_seconds is not None and not isinstance(system_seconds, (int, float)):
+        raise TypeError(f"system_seconds={system_seconds!r} is not a number of seconds")
     if system_seconds is not None and not system_seconds > 0:
         raise ValueError(f"system_seconds={system_seconds} must be positive, or None for never")
     settings = _plain(config)
@@ -160,6 +169,8 @@ def _checked_step(step: object) -> int | None:
         raise TypeError(f"step={step!r} is not an integer")
     if step < 0:
         raise ValueError(f"step={step} is negative")
+    if step >= 2**63:
+        raise ValueError(f"step={step} does not fit in 64 bits; count steps from 0")
     return int(step)
 
 

@@ -58,11 +58,16 @@ def assert_matches_hooks(
     Raises:
         AssertionError: for rows that are missing without a reason, superfluous, or wrong, the worst
             first.
-        ValueError: for a rule of what hooks do not see, or a model that is instrumented.
-        TypeError: if ``model`` is not a module.
+        ValueError: for a rule of what hooks do not see, a model that is instrumented, or a negative
+            tolerance.
+        TypeError: if ``model`` is not a module, or ``spec`` not a spec.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model={model!r} is not a torch.nn.Module")
+    if not isinstance(spec, Spec):
+        raise TypeError(f"spec={spec!r} is not a tmm.Spec; write tmm.Spec(tmm.activation('rms'))")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance!r} must be 0 at least")
     for rule in spec.rules:
         if rule.family not in _FAMILIES:
             raise ValueError(
