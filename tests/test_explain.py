@@ -191,7 +191,7 @@ def test_a_trace_holds_each_graph_before_and_after_each_pass(
         names = ["traced", *passes]
         texts = [graph / f"{i}-{name}.txt" for i, name in enumerate(names)]
         assert sorted(graph.iterdir()) == sorted([*texts, graph / "seconds.txt"])
-        before, inserted, *_, after = (text.read_text() for text in texts)
+        before, _, inserted, *_, after = (text.read_text() for text in texts)
         assert "tap(" in before
         assert "summarize" not in before
         assert "summarize" in inserted
