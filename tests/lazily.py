@@ -18,6 +18,8 @@ class Lazily:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):  # pytest asks everything whether it is a test
+            raise AttributeError(attribute)
         is_new = self._name not in sys.modules
         module = import_module(self._name)
         if is_new:
