@@ -154,6 +154,30 @@ def test_what_comes_before_the_first_step_is_no_training(tmp_path: Path) -> None
     assert events(tmp_path) == []
 
 
+def test_a_model_that_is_compiled_afterwards(tmp_path: Path) -> None:
+    model = tmm.instrument(network(), RMS, tmp_path)
+    monitor = tmm.monitor(model)
+    model.compile(backend="eager")
+    with Told() as told:
+        for step in range(3):
+            with monitor.step(step):
+                model(X)
+    assert "call it before tmm.instrument" in told.text
+    monitor.close()
+    assert [event.text for event in events(tmp_path)] == [told.text]
+
+
+def test_a_part_that_is_compiled_afterwards_is_measured_as_before() -> None:
+    model = tmm.instrument(network(), RMS)
+    model[0].compile(backend="eager")
+    with Told() as told, tmm.monitor(model).step(0):
+        model(X)
+    assert told.texts == []
+    assert {f"activation/{name}/rms" for name in ("[root module]", "0", "1", "2")} == set(
+        tmm.monitor(model).get_step_metrics()
+    )
+
+
 def test_a_run_that_is_never_used_is_told_nothing(tmp_path: Path) -> None:
     with Told() as told:
         tmm.remove(tmm.instrument(network(), RMS, tmp_path))

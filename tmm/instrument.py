@@ -29,7 +29,7 @@ from tmm.runtime.silent_writer import SilentWriter
 from tmm.runtime.writer import RunWriter
 from tmm.spec import Plan, Spec
 from tmm.twin.compile_settings import CompilerFunction, settings_for, settings_of
-from tmm.twin.dispatch import Dispatch, attach, bears_mark, detach, root_dispatch, stands
+from tmm.twin.dispatch import Dispatch, attach, bears_mark, detach, is_bypassed, root_dispatch
 from tmm.twin.regions import COMPILED_CALL, Region, region_of, regions_in
 from tmm.twin.trace import TraceFolder
 from tmm.twin.twin import Twin
@@ -169,7 +169,7 @@ def instrument(
         monitor.attach(
             *(twin, lambda: str(Explanation.of(twin)), reference, place),
             take_off=partial(_take_off, siblings, is_mark_left=live is not None),
-            stands=lambda: all(map(stands, siblings)),
+            is_bypassed=lambda: any(map(is_bypassed, siblings)),
         )
     except BaseException:
         if own is not None:

@@ -57,9 +57,9 @@ _NO_ROWS = (
     "the instrumented function ran in the monitored step {step} and called no module that a rule of"
     " activation matches, so that none has rows: give the module that the function calls as module="
 )
-_REPLACED = (
-    "something has taken the place of the call of the instrumented model, such as model.compile()"
-    " after tmm.instrument: what the model itself gives has no rows. Compile the model first"
+_BYPASSED = (
+    "module.compile() has replaced the call of an instrumented module, so that its output has no"
+    " rows: call it before tmm.instrument, not after it"
 )
 _WAIT_FOR_RANKS = 1.0  # seconds; in the first step, so that the run's file is there for later ones
 _WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
@@ -116,7 +116,7 @@ class Monitor:
         self.is_unused = True  # no step was opened, and nobody was told so
         self._nested: list[bool] = []  # of each step inside of the block, whether it was recording
         self._take_off: Callable[[], None] = lambda: None
-        self._stands: Callable[[], bool] = lambda: True
+        self._is_bypassed: Callable[[], bool] = lambda: False
         self._is_closed = False
         self._alerts = None if spec.alerts is None else Alerts(spec.alerts)
         if self._alerts is not None and earlier is not None and writer is not None:
@@ -130,16 +130,16 @@ class Monitor:
         reference: Reference | None = None,
         place: Ranks | None = None,
         take_off: Callable[[], None] = lambda: None,
-        stands: Callable[[], bool] = lambda: True,
+        is_bypassed: Callable[[], bool] = lambda: False,
     ) -> None:
         """Let ``twin`` run the forward passes of monitored steps, and ``explain`` describe them.
 
         ``reference`` is what they are compared with, ``place`` that of this process among others;
-        ``take_off`` lets the model run its own program again; ``stands`` tells whether calls of
-        the model still come here.
+        ``take_off`` lets the model run its own program again; ``is_bypassed`` tells whether calls
+        of it no longer come here.
         """
         place = place or Ranks()
-        self._take_off, self._stands = take_off, stands
+        self._take_off, self._is_bypassed = take_off, is_bypassed
         self._averaged = place.averaged
         self._twin, self._explain = twin, explain
         twin.compare_with(reference)
@@ -265,8 +265,8 @@ class Monitor:
             self._forgotten.note_no_backward(finished.step)
         if finished.expects_forward and not finished.ran_forward:
             self._gaps.warn_of_missed_forward(finished.step, self.hint)
-        elif finished.monitored and self.spec.is_strict and not self._stands():
-            self._gaps.warn_once("replaced", finished.step, _REPLACED)
+        elif finished.monitored and self._is_bypassed():
+            self._gaps.warn_once("bypassed", finished.step, _BYPASSED)
         self._finished = finished
         finished.events = self._gaps.take_events()
         if finished.is_on_host and not self._can_be_evaluated(finished):

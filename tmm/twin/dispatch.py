@@ -164,6 +164,14 @@ def stands(dispatch: Dispatch) -> bool:
     return holder is None or dispatch_of(holder.__dict__.get(attribute)) is dispatch
 
 
+def is_bypassed(dispatch: Dispatch) -> bool:
+    """Whether ``module.compile()`` has put another program in the place of ``dispatch`` since."""
+    holder, attribute = dispatch.region.holder, dispatch.region.attribute
+    if holder is None or attribute != COMPILED_CALL or stands(dispatch):
+        return False
+    return holder.__dict__.get(attribute) is not None
+
+
 def detach(dispatch: Dispatch, *, is_mark_left: bool = False) -> None:
     """Put back what stood in the place of ``dispatch``, unless something else took it since.
 
