@@ -1,5 +1,5 @@
 PYTHON ?= python
-STORAGE = runtime/segment*.py,runtime/hdf5_*.py,runtime/untrusted.py,runtime/info.py,runtime/writer.py,tmm/reader.py
+STORAGE = runtime/store/*.py,tmm/runs/recorded_run.py
 
 .PHONY: test test-all test-matrix lint format
 

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.parameters import peak_memory
 from benchmarks.report import save_report
 from benchmarks.timing import environment, interleave
-from tmm.operators import summarize_attention
+from tmm.kernels.ops import summarize_attention
 
 HEADS, CHANNELS = 4, 64
 SDPA, OURS, PEER = "attention", "tmm", "torch-module-monitor"

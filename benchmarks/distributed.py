@@ -36,10 +36,10 @@ import tmm
 from benchmarks.report import save_report
 from benchmarks.timing import environment, interleave
 from benchmarks.workloads import FIVE_METRICS, GPT_SMALL, monitored_step, training_step
-from tmm.metrics import builtin_reductions
-from tmm.runtime.cross_rank import Contribution, CrossRank
-from tmm.runtime.joined_rows import RowKind
-from tmm.runtime.process_group import ProcessGroup
+from tmm.core.metrics import builtin_reductions
+from tmm.runtime.ranks.gloo import ProcessGroup
+from tmm.runtime.ranks.joined_rows import RowKind
+from tmm.runtime.ranks.protocol import Contribution, CrossRank
 
 ROWS = (100, 1000, 4000)
 WORLDS = (1, 2, 4)

@@ -36,8 +36,8 @@ from benchmarks.workloads import (
     training_step,
     usual_workload,
 )
-from tmm.demo.gpt import GPTConfig
-from tmm.metrics import METRICS
+from tmm.core.metrics import METRICS
+from tmm.examples.gpt import GPTConfig
 
 WIDTH, ROWS = 64, 256  # of the chain of layers, and its batch
 RESAMPLES = 2000

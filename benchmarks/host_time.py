@@ -24,12 +24,12 @@ import typer
 from benchmarks.report import Line, finish, timed, with_goal
 from benchmarks.timing import Timing, keep_freed_memory
 from benchmarks.workloads import FIVE_METRICS
-from tmm.layout import Measurement, PackedLayout, Row, Site, StepRecord
-from tmm.metrics import builtin_reductions
-from tmm.operators import pack
-from tmm.runtime.binding import KeyRegistry
-from tmm.runtime.collector import StepCollector
-from tmm.runtime.writer import RunWriter
+from tmm.core.metrics import builtin_reductions
+from tmm.core.records import Measurement, PackedLayout, Row, Site, StepRecord
+from tmm.kernels.ops import pack
+from tmm.runtime.key_binding import KeyRegistry
+from tmm.runtime.step_collector import StepCollector
+from tmm.runtime.store.run_writer import RunWriter
 
 GOAL = 200e-6
 WARM_UP = 5

@@ -25,8 +25,8 @@ from torch import nn
 
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave
-from tmm.kernels.group import summarize_group
-from tmm.metrics import builtin_reductions, finalize
+from tmm.core.metrics import builtin_reductions, finalize
+from tmm.kernels.summarize.group import summarize_group
 
 GROUPED, READ, LOOP = "summarize_group", "reading once (torch.sum)", "loop with .item()"
 PEER = "torch-module-monitor"
@@ -150,7 +150,7 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def kernel_memory(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the rows of chunks in ``tmm/kernels/host.cpp``: 17 doubles per 32768 elements."""
+    """Bytes of the rows of chunks in ``host.cpp``: 17 doubles per 32768 elements."""
     if torch.cuda.is_available():
         return 0
     return sum(math.ceil(tensor.numel() / 2**15) * 17 * 8 for tensor in tensors)

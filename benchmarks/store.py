@@ -27,10 +27,10 @@ from rich.table import Table as RichTable
 
 from benchmarks.report import save_report
 from benchmarks.timing import environment
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.metrics import FloatArray
-from tmm.reader import open_run
-from tmm.runtime.writer import RunWriter
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runs.recorded_run import open_run
+from tmm.runtime.store.run_writer import RunWriter
 
 READS = 5
 PEER_STEPS = 200  # of the dictionary: it is saved one key after the other

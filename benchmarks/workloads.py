@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import tmm
-from tmm.demo.gpt import GPT, GPTConfig
+from tmm.examples.gpt import GPT, GPTConfig
 
 FIVE_METRICS = ("mean", "std", "rms", "absmax", "zero_fraction")
 

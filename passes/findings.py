@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from tmm.layout import PackedLayout, Share, Site
-from tmm.passes.placed import Placements
+from tmm.core.records import PackedLayout, Share, Site
+from tmm.passes.graph.sharding import Placements
 
 
 @dataclass(frozen=True)

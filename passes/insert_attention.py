@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.families import ATTENTION
-from tmm.kernels.attention_call import arrange
-from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.layout import ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
-from tmm.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
-from tmm.operators import (
+from tmm.core.families import ATTENTION
+from tmm.core.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
+from tmm.core.records import ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
+from tmm.kernels.attention.attention_call import arrange
+from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
+from tmm.kernels.ops import (
     attention_heads,
     select_statistics,
     stride_of,
@@ -26,19 +26,19 @@ from tmm.operators import (
     tap_attention,
     why_unmeasurable,
 )
-from tmm.passes.attention_parts import FoundAttention, Unmatched
-from tmm.passes.find_attention import find_attention, shows_attention
+from tmm.passes.attention.find_calls import find_attention, shows_attention
+from tmm.passes.attention.found import FoundAttention, Unmatched
+from tmm.passes.attention.multi_head import insert_parts
 from tmm.passes.findings import Findings
+from tmm.passes.graph.provenance import add_site
+from tmm.passes.graph.sharding import Placements, is_distributed
+from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
+from tmm.passes.graph.taps import call_of, site_of
+from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
-from tmm.passes.marks import call_of, site_of
-from tmm.passes.multi_head import insert_parts
-from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import add_site
-from tmm.passes.placed import Placements, is_distributed
+from tmm.passes.metrics.trace import insert_traced, trace
 from tmm.passes.remove_evaluations import is_evaluation
 from tmm.passes.request import GraphRequest
-from tmm.passes.trace_function import insert_traced, trace
-from tmm.passes.values import set_value, value_of
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"

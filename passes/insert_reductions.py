@@ -9,10 +9,10 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import Graph, GraphModule, Node
 
-from tmm.families import VALUE_FAMILY
-from tmm.layout import Measurement, Site
-from tmm.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
-from tmm.operators import (
+from tmm.core.families import VALUE_FAMILY
+from tmm.core.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
+from tmm.core.records import Measurement, Site
+from tmm.kernels.ops import (
     copy,
     histogram,
     summarize,
@@ -23,20 +23,20 @@ from tmm.operators import (
     why_unreadable,
 )
 from tmm.passes.findings import Findings
-from tmm.passes.marks import is_mark, site_of
-from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import add_site
-from tmm.passes.placed import Placements, is_distributed, why_unsummed
-from tmm.passes.recognize import recognize
-from tmm.passes.request import GraphRequest
-from tmm.passes.trace_function import (
+from tmm.passes.graph.provenance import add_site
+from tmm.passes.graph.sharding import Placements, is_distributed, why_unsummed
+from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
+from tmm.passes.graph.taps import is_mark, site_of
+from tmm.passes.graph.values import value_of
+from tmm.passes.metrics.recognize import recognize
+from tmm.passes.metrics.trace import (
     MetricFunctionError,
     TracedFunction,
     insert_call,
     insert_traced,
     trace_function,
 )
-from tmm.passes.values import value_of
+from tmm.passes.request import GraphRequest
 
 MEASUREMENTS = "tmm_measurements"
 """Node metadata: the measurements whose row (or whole values) the node computes."""

@@ -9,31 +9,25 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from tmm.families import ACTIVATION_DIFFERENCE, RCC
-from tmm.layout import Measurement, Site
-from tmm.metrics import Reduction
-from tmm.operators import tap, tap_input, tap_shown, why_unmeasurable
-from tmm.pairs import (
-    ROW_NORM,
-    Normalization,
-    normalized_norms,
-    norms_without,
-    reduce_pair,
-)
-from tmm.passes.copy_nodes import ORIGIN, Copier
-from tmm.passes.edits import add_placeholder, example_like, storages
+from tmm.core.families import ACTIVATION_DIFFERENCE, RCC
+from tmm.core.metrics import Reduction
+from tmm.core.records import Measurement, Site
+from tmm.kernels.ops import tap, tap_input, tap_shown, why_unmeasurable
+from tmm.kernels.pairs import ROW_NORM, Normalization, normalized_norms, norms_without, reduce_pair
 from tmm.passes.findings import Findings, ReferenceEnds
+from tmm.passes.graph.edits import add_placeholder, example_like, storages
+from tmm.passes.graph.mutation import overwritten_by
+from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
+from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
+from tmm.passes.graph.taps import call_of, is_mark, is_within, site_of
+from tmm.passes.graph.values import argument_of, set_value, value_of
 from tmm.passes.insert_reductions import MEASUREMENTS
-from tmm.passes.item_order import scrambled
-from tmm.passes.marks import call_of, is_mark, is_within, site_of
-from tmm.passes.masks import Masks
-from tmm.passes.mutation import overwritten_by
-from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import add_site, all_nodes, sites_of
+from tmm.passes.metrics.trace import MetricFunctionError, Traces, insert_traced
+from tmm.passes.reference.clone_nodes import ORIGIN, Copier
+from tmm.passes.reference.dropout_masks import Masks
+from tmm.passes.reference.item_order import scrambled
+from tmm.passes.reference.prefix_branch import Samples
 from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest
-from tmm.passes.samples import Samples
-from tmm.passes.trace_function import MetricFunctionError, Traces, insert_traced
-from tmm.passes.values import argument_of, set_value, value_of
 
 _COMPARED = "tmm_compared"
 

@@ -6,9 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.passes.edits import SHARED_MEMORY, storages
 from tmm.passes.findings import Findings
-from tmm.passes.nesting import nested_calls
+from tmm.passes.graph.edits import SHARED_MEMORY, storages
+from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.request import GraphRequest
 
 _DROPOUTS = (functional.dropout, torch.dropout, torch.ops.aten.dropout.default)

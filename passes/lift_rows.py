@@ -7,11 +7,11 @@ import operator
 from torch.fx import GraphModule, Node
 
 from tmm.passes.findings import Findings
+from tmm.passes.graph.provenance import copy_sites
+from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
+from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
-from tmm.passes.nesting import nested_calls, returns_body_outputs
-from tmm.passes.origin import copy_sites
 from tmm.passes.request import GraphRequest
-from tmm.passes.values import set_value, value_of
 
 
 def lift_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:

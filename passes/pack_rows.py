@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.layout import Measurement, PackedLayout, Row, Site
-from tmm.metrics import Reduction
-from tmm.operators import pack
+from tmm.core.metrics import Reduction
+from tmm.core.records import Measurement, PackedLayout, Row, Site
+from tmm.kernels.ops import pack
 from tmm.passes.findings import Findings
+from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
 from tmm.passes.request import GraphRequest
-from tmm.passes.values import set_value, value_of
 
 
 def pack_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:

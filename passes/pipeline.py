@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from tmm.layout import PackedLayout
-from tmm.passes.copy_graph import copy_graph
+from tmm.core.records import PackedLayout
+from tmm.passes.find_gradient_placements import find_gradient_placements
+from tmm.passes.find_placements import find_placements
 from tmm.passes.findings import Findings, ReferenceEnds, RowInput
-from tmm.passes.gradient_placements import find_gradient_placements
+from tmm.passes.graph.copy import copy_graph
+from tmm.passes.graph.provenance import all_nodes, sign_new_nodes
 from tmm.passes.insert_attention import asks_attention, insert_attention
-from tmm.passes.insert_probes import insert_probes
+from tmm.passes.insert_gradient_probes import insert_probes
 from tmm.passes.insert_reductions import insert_reductions
 from tmm.passes.insert_reference import insert_reference
 from tmm.passes.join_identities import join_identities
 from tmm.passes.lift_rows import lift_rows
-from tmm.passes.origin import all_nodes, sign_new_nodes
 from tmm.passes.pack_rows import pack_rows
-from tmm.passes.placements import find_placements
 from tmm.passes.remove_dead_marks import remove_dead_marks
 from tmm.passes.remove_evaluations import remove_evaluations
 from tmm.passes.remove_taps import remove_taps

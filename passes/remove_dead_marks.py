@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from tmm.layout import Site
-from tmm.operators import tap_value
-from tmm.passes.dead_draws import marks_of_dead_draws
+from tmm.core.records import Site
+from tmm.kernels.ops import tap_value
 from tmm.passes.findings import Findings
-from tmm.passes.marks import site_of
+from tmm.passes.graph.dead_draws import marks_of_dead_draws
+from tmm.passes.graph.taps import site_of
+from tmm.passes.graph.values import value_of
 from tmm.passes.request import GraphRequest
-from tmm.passes.values import value_of
 
 REASON = (
     "nothing uses the random numbers that it depends on: the compiled program leaves them out, and"

@@ -10,9 +10,9 @@ from torch.autograd import grad_mode
 from torch.fx import GraphModule, Node
 
 from tmm.passes.findings import Findings
-from tmm.passes.marks import is_mark
-from tmm.passes.nesting import nested_calls
-from tmm.passes.origin import all_nodes
+from tmm.passes.graph.provenance import all_nodes
+from tmm.passes.graph.subgraphs import nested_calls
+from tmm.passes.graph.taps import is_mark
 from tmm.passes.request import GraphRequest
 
 _EVALUATION = "tmm_evaluation"

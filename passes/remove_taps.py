@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from tmm.operators import MARKS
+from tmm.kernels.ops import MARKS
 from tmm.passes.findings import Findings
-from tmm.passes.nesting import nested_calls
+from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.request import GraphRequest
 
 

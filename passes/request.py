@@ -10,10 +10,10 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
-from tmm.layout import AttentionRequest, Site
-from tmm.metrics import Reduction
-from tmm.pairs import Normalization
-from tmm.passes.samples import Samples
+from tmm.core.metrics import Reduction
+from tmm.core.records import AttentionRequest, Site
+from tmm.kernels.pairs import Normalization
+from tmm.passes.reference.prefix_branch import Samples
 
 Select: TypeAlias = Callable[[Site, torch.dtype], tuple[Reduction, ...]]
 """The reductions of a site whose tensor has a dtype."""

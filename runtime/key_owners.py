@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tmm.families import VALUE_FAMILY
-from tmm.layout import Site
+from tmm.core.families import VALUE_FAMILY
+from tmm.core.records import Site
 
 LOGGED_FOR_RUN = "a number that run.log logs"
 LOGGED_BY_HAND = "a number that log_scalar or log_tensor logs"

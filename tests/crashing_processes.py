@@ -11,8 +11,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runtime.store.run_writer import RunWriter
 
 LONG = 60.0
 STEPS = 80  # that a process writes, if it lives to write them

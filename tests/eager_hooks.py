@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.testing.hooks import MetricFunction, Recording, eager_hooks, site_names, walk
-from tmm.testing.values import (
+from tmm.testing.defined_values import (
     AVERAGES,
     BUILTIN,
     COUNTS,
@@ -22,6 +21,7 @@ from tmm.testing.values import (
     disagreements,
     histogram,
 )
+from tmm.testing.eager_hooks import MetricFunction, Recording, eager_hooks, site_names, walk
 
 __all__ = [
     "AVERAGES",

@@ -23,56 +23,56 @@ FAULTS = (
     # Numbers
     Fault(
         "columns_in_another_order",
-        "tmm/kernels/host_operator.cpp",
+        "tmm/kernels/summarize/host_operator.cpp",
         '"minimum",\n    "maximum",',
         '"maximum",\n    "minimum",',
         ("tests/test_host.py",),
     ),
     Fault(
         "moment_of_means_left_out",
-        "tmm/kernels/host.cpp",
+        "tmm/kernels/summarize/host.cpp",
         "left.moment2 += right.moment2 + square * cross;",
         "left.moment2 += right.moment2;",
         ("tests/test_host.py",),
     ),
     Fault(
         "nan_counted_as_zero",
-        "tmm/kernels/host.cpp",
+        "tmm/kernels/summarize/host.cpp",
         "zeros += value == 0 ? 1.0 : 0.0;",
         "zeros += value < 0 || value > 0 ? 0.0 : 1.0;",
         ("tests/test_host.py",),
     ),
     Fault(
         "statistic_of_another_column",
-        "tmm/kernels/torch_rows.py",
+        "tmm/kernels/summarize/torch_rows.py",
         '"sum_absolute": lambda: total(values.abs()),',
         '"sum_absolute": lambda: total(values),',
         ("tests/test_kernels.py",),
     ),
     Fault(
         "std_of_a_population",
-        "tmm/metrics.py",
+        "tmm/core/metrics.py",
         'columns["moment2"] / (columns["count"] - 1)  # 0/0',
         'columns["moment2"] / columns["count"]  # 0/0',
         ("tests/test_metrics.py",),
     ),
     Fault(
         "micro_batches_averaged",
-        "runtime/collector.py",
+        "runtime/step_collector.py",
         "merge(self.reduction, own, rows) if known == sites",
         "merge(self.reduction, own, rows * (own[:, :1] / rows[:, :1])) if known == sites",
         ("tests/test_truth.py::test_micro_batches_of_different_sizes_are_joined",),
     ),
     Fault(
         "nan_of_a_rank_forgotten",
-        "runtime/joined_rows.py",
+        "runtime/ranks/joined_rows.py",
         "columns[name] = np.where(columns[name] > 0, np.nan, values)",
         "columns[name] = values",
         ("tests/test_joined_rows.py",),
     ),
     Fault(
         "rank_counted_twice",
-        "runtime/cross_rank.py",
+        "runtime/ranks/protocol.py",
         "total = self._collectives.total(sums(own))",
         "total = self._collectives.total(sums(own)) + sums(own)",
         ("tests/test_cross_rank.py",),
@@ -87,14 +87,14 @@ FAULTS = (
     # Attention
     Fault(
         "attention_heads_swapped",
-        "tmm/kernels/attention_host.cpp",
+        "tmm/kernels/attention/attention_host.cpp",
         "std::memcpy(call.result + head *",
         "std::memcpy(call.result + (call.heads - 1 - head) *",
         ("tests/test_attention_kernels.py",),
     ),
     Fault(
         "attention_mask_ignored",
-        "passes/find_attention.py",
+        "passes/attention/find_calls.py",
         "masks = (Mask.of(mask),) if isinstance(mask, Node) else ()\n    query, key, value = (",
         "masks: tuple[Mask, ...] = ()\n    query, key, value = (",
         ("tests/test_attention.py::test_forms_of_a_call",),
@@ -102,7 +102,7 @@ FAULTS = (
     # Forward and backward passes
     Fault(
         "repetition_of_a_checkpoint_counted",
-        "tmm/twin/twin.py",
+        "tmm/instrumentation/program.py",
         "discarding, self._discarding = self._discarding, True",
         "discarding, self._discarding = self._discarding, False",
         (
@@ -112,28 +112,28 @@ FAULTS = (
     ),
     Fault(
         "repetition_of_an_outside_call_counted",
-        "tmm/twin/twin.py",
+        "tmm/instrumentation/program.py",
         "_current_graph_task_id() == -1  # no repetition",
         "_current_graph_task_id() >= -1  # no repetition",
         ("tests/test_outside_calls.py",),
     ),
     Fault(
         "evaluation_counted_as_training",
-        "tmm/forward_passes.py",
+        "tmm/steps/forward_passes.py",
         "apart = frozenset(passes) - counted",
         "apart = frozenset[ForwardPass]()",
         ("tests/test_forward_passes.py",),
     ),
     Fault(
         "probe_cuts_a_gradient",
-        "passes/insert_probes.py",
+        "passes/insert_gradient_probes.py",
         "    if not is_grad_enabled:\n        place.refusal",
         "    if example is None:\n        place.refusal",
         ("tests/test_activation_gradients.py",),
     ),
     Fault(
         "graph_break_in_the_monitored_program",
-        "tmm/twin/outputs.py",
+        "tmm/instrumentation/outputs.py",
         "    for path, tensor in tensors_in(output):\n        if tensor.requires_grad and",
         "    torch._dynamo.graph_break()\n"
         "    for path, tensor in tensors_in(output):\n        if tensor.requires_grad and",
@@ -141,14 +141,14 @@ FAULTS = (
     ),
     Fault(
         "random_state_advanced",
-        "runtime/eager.py",
+        "runtime/eager_functions.py",
         "        state.restore()  # the training's random numbers are not the metric's",
         "        pass",
         ("tests/test_module_monitor.py::test_metrics_leave_the_random_numbers_alone",),
     ),
     Fault(
         "hook_left_behind",
-        "tmm/watched_optimizer.py",
+        "tmm/steps/watched_optimizer.py",
         "        self._before.remove()\n        self._after.remove()",
         "        self._before.remove()",
         ("tests/test_parameters.py::test_removing_takes_the_hooks_off",),
@@ -156,14 +156,14 @@ FAULTS = (
     # References
     Fault(
         "reference_shares_memory",
-        "tmm/reference.py",
+        "tmm/spec/reference.py",
         "kept = tensor.to(device, wanted, copy=copies)",
         "kept = tensor.to(device, wanted)",
         ("tests/test_reference_state.py",),
     ),
     Fault(
         "reference_with_a_dropout_of_its_own",
-        "passes/shared_masks.py",
+        "passes/graph/dropout_functions.py",
         "    if mask.dtype != torch.bool:\n"
         "        return input * mask\n"
         "    return input * mask * (1 / (1 - p) if p < 1 else 0.0)\n",
@@ -172,7 +172,7 @@ FAULTS = (
     ),
     Fault(
         "reference_from_another_random_state",
-        "tmm/twin/compare.py",
+        "tmm/instrumentation/reference/eager_comparison.py",
         "        state = RandomState.capture()\n",
         "        state = RandomState.capture()\n        torch.rand(())\n",
         ("tests/test_reference.py::test_ways",),
@@ -180,21 +180,21 @@ FAULTS = (
     # Optimizers
     Fault(
         "gradient_unscaled_twice",
-        "tmm/optimizers.py",
+        "tmm/steps/optimizers.py",
         'if state is not None and state["stage"] is not OptState.READY:',
         'if state is not None and state["stage"] is OptState.STEPPED:',
         ("tests/test_parameters.py",),
     ),
     Fault(
         "update_relative_to_weights_after_it",
-        "tmm/parameters.py",
+        "tmm/steps/parameters.py",
         "measure(now, reference=before, choose=_reads_both)",
         "measure(before, reference=now, choose=_reads_both)",
         ("tests/test_parameters.py::test_updates_equal_differences_of_copies",),
     ),
     Fault(
         "nested_step_counted_twice",
-        "tmm/nested_optimizers.py",
+        "tmm/steps/nested_optimizers.py",
         "return self.place == 0",
         "return True",
         ("tests/test_nested_optimizers.py",),
@@ -216,7 +216,7 @@ FAULTS = (
     ),
     Fault(
         "last_step_lost_by_the_writer",
-        "runtime/writer.py",
+        "runtime/store/run_writer.py",
         "            if not self._waiting:\n                return None\n",
         "            if not self._waiting or self.ended:\n                return None\n",
         ("tests/test_writer.py",),
@@ -237,7 +237,7 @@ FAULTS = (
     ),
     Fault(
         "torn_tail_read_as_data",
-        "runtime/segment_reader.py",
+        "runtime/store/segment_reader.py",
         'if not 0 < last["file_bytes"] <= size:',
         'if not 0 < last["file_bytes"]:',
         ("tests/test_segment.py",),

@@ -11,10 +11,10 @@ import torch
 from torch._dynamo.testing import normalize_gm
 from torch.fx import GraphModule
 
-from tmm.metrics import Reduction, builtin_reductions
+from tmm.core.metrics import Reduction, builtin_reductions
+from tmm.instrumentation.outputs import mark_inputs, mark_outputs
 from tmm.passes.findings import Findings
 from tmm.passes.request import GraphRequest
-from tmm.twin.outputs import mark_inputs, mark_outputs
 
 
 def trace(

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
-from tmm.reader import open_run
+from tmm.core.records import Event, KeyInfo, StepRecord, Table
+from tmm.runs.artifacts import read_samples
 from tmm.runs.catalog import list_runs
-from tmm.runs.samples import read_samples
+from tmm.runs.recorded_run import open_run
 from tmm.runs.state import LOCK_NAME, State
-from tmm.runtime.hdf5_bytes import checksum
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.store.hdf5_bytes import checksum
+from tmm.runtime.store.run_writer import RunWriter
 
 STEPS, KEYS, BINS = 40, 20, 8
 SAMPLE = Path("samples", "step-00000003.npz")

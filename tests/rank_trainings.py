@@ -28,7 +28,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import tmm
-from tmm.runtime.process_group import ProcessGroup
+from tmm.runtime.ranks.gloo import ProcessGroup
 
 Metrics = dict[int, dict[str, Any]]
 Training = Callable[[], Metrics]

@@ -16,7 +16,7 @@ import tmm
 from tests.eager_hooks import Recording, assert_agrees, tolerance, walk
 from tests.model_zoo import CASES, Batch, noise
 from tests.ways import WAYS, Callee, NoBlocksError, Way, call
-from tmm.testing.hooks import gradient_hooks
+from tmm.testing.eager_hooks import gradient_hooks
 
 METRICS = ("rms", "absmax", "mean", "std")
 SPEC = tmm.Spec(tmm.activation_gradient(*METRICS))

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tmm
-from tmm.alerts import Alerts, AlertSettings
 from tmm.analysis import Anomaly, Recorded, RecordedSeries, find_anomalies, registry
-from tmm.analysis.detectors.nonfinite import nonfinite
+from tmm.analysis.detectors.nonfinite_values import nonfinite
 from tmm.analysis.recent import RecentSeries
-from tmm.keys import info_of
-from tmm.layout import StepRecord, Table
+from tmm.core.keys import info_of
+from tmm.core.records import StepRecord, Table
+from tmm.spec.alerts import Alerts, AlertSettings
 
 
 def records(series: dict[str, Sequence[float]]) -> list[StepRecord]:
@@ -306,7 +306,7 @@ def test_a_step_that_stays_sick_judges_no_series_again(monkeypatch: pytest.Monke
         judged.append(name)
         return registry.found_by(name, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("tmm.alerts.found_by", found_by)
+    monkeypatch.setattr("tmm.spec.alerts.found_by", found_by)
     for record in records(series):
         if record.step in (20, 21):
             judged.clear()

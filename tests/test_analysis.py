@@ -30,9 +30,9 @@ from tmm.analysis.compare import direction_of
 from tmm.analysis.order import execution_ranks
 from tmm.analysis.recorded import ReadOnce
 from tmm.analysis.robust import before, bridged, jumps, runs
-from tmm.keys import info_of, is_inside, is_loss, is_total_loss, metric_of
-from tmm.layout import ROOT_NAME
-from tmm.runtime.writer import RunWriter
+from tmm.core.keys import info_of, is_inside, is_loss, is_total_loss, metric_of
+from tmm.core.records import ROOT_NAME
+from tmm.runtime.store.run_writer import RunWriter
 
 NAN, INF = math.nan, math.inf
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)

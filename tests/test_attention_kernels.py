@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.parameters import peak_memory
-from tmm import operators
-from tmm.kernels.attention import summarize_attention
-from tmm.kernels.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
-from tmm.kernels.attention_host import summarize_attention_on_host
-from tmm.kernels.attention_torch import summarize_attention_with_torch
+from tmm.kernels import ops as operators
+from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
+from tmm.kernels.attention.attention_host import summarize_attention_on_host
+from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
+from tmm.kernels.attention.choose import summarize_attention
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MASKS = [
@@ -525,7 +525,7 @@ def varied(dtype: torch.dtype) -> list[Case]:
 
 
 def check_triton() -> None:
-    from tmm.kernels.attention_triton import summarize_attention_with_triton
+    from tmm.kernels.attention.attention_triton import summarize_attention_with_triton
 
     torch.manual_seed(0)
     # The interpreter multiplies the bits of bfloat16.

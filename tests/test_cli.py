@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import tmm
 from tmm.cli import app
-from tmm.demo.gpt import GPT, GPTConfig
-from tmm.demo.training import TrainingSettings
+from tmm.cli.demo_training import TrainingSettings
+from tmm.examples.gpt import GPT, GPTConfig
 
 STEPS, EVERY = 8, 3
 
@@ -98,7 +98,7 @@ def test_the_lines_that_open_the_run_work(demo_run: tuple[Path, str]) -> None:
 @pytest.fixture
 def small_gpt(monkeypatch: pytest.MonkeyPatch) -> None:
     small = GPTConfig(256, context=128, layers=1, heads=1, width=8)
-    monkeypatch.setattr("tmm.demo.training.GPTConfig", lambda *sizes, **options: small)
+    monkeypatch.setattr("tmm.cli.demo_training.GPTConfig", lambda *sizes, **options: small)
 
 
 @pytest.mark.usefixtures("small_gpt")
@@ -134,7 +134,7 @@ def test_demo_explains_only_what_a_compiler_did(
     def fail(*_: object) -> float:
         raise InductorError(cause, sys._getframe())
 
-    monkeypatch.setattr("tmm.demo.training.train", fail)
+    monkeypatch.setattr("tmm.cli.demo_training.train", fail)
     result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run")])
     assert result.exit_code == 1
     if expected is None:

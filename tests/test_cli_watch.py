@@ -30,16 +30,16 @@ from tmm.cli import app
 from tmm.cli.sparkline import sparkline
 from tmm.cli.terminal import clean
 from tmm.cli.watch_frame import draw, duration, lines_for_keys
-from tmm.layout import Event, KeyInfo, StepRecord, Table
+from tmm.core.records import Event, KeyInfo, StepRecord, Table
 from tmm.runs.state import State
-from tmm.runtime.segment import SegmentWriter
-from tmm.watching.choice import choose_keys
-from tmm.watching.held_run import Extent, HeldRun
-from tmm.watching.judge import Findings, Judge, judged
-from tmm.watching.rates import RATE_KEYS, recorded_rates
-from tmm.watching.series_cache import KnownSeries, SeriesCache
-from tmm.watching.snapshot import Follower
-from tmm.watching.standing import standing
+from tmm.runtime.store.segment_writer import SegmentWriter
+from tmm.views.live.choice import choose_keys
+from tmm.views.live.held_run import Extent, HeldRun
+from tmm.views.live.judge import Findings, Judge, judged
+from tmm.views.live.live_snapshot import Follower
+from tmm.views.live.rates import RATE_KEYS, recorded_rates
+from tmm.views.live.series_cache import KnownSeries, SeriesCache
+from tmm.views.live.standing import standing
 
 LONG = 60
 SIZES = ((24, 80), (15, 60))  # rows and columns of terminals

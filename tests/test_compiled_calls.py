@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import tmm
 from tests.eager_hooks import assert_agrees, record_calls, tolerance
 from tests.ways import Counting
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 METRICS = ("rms", "absmax")
 SPEC = tmm.Spec(tmm.activation(*METRICS))
@@ -325,7 +325,7 @@ def test_a_graph_that_cannot_be_measured_does_not_end_a_training(
     x = torch.randn(6, 4)
     for step in range(3):
         if step == 1:
-            monkeypatch.setattr("tmm.twin.backend.rewrite", broken)
+            monkeypatch.setattr("tmm.instrumentation.backend.rewrite", broken)
             with pytest.warns(MonitoringWarning, match="step 1.*no room"), monitor.step(step):
                 output = model(x, step)
         else:

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import tmm
 from tests.browser import find_browser
 from tmm.cli import app
+from tmm.cli.coord_check_examples import BASE_WIDTH, GPT, MLP, Example, adam, gpt, mlp
 from tmm.coordinate_check import TERMS, Growth
 from tmm.coordinate_check import plot as plot_module
-from tmm.coordinate_check.examples import BASE_WIDTH, GPT, MLP, Example, adam, gpt, mlp
 from tmm.coordinate_check.fit import fit_power_law
 
 UPDATE, INPUT_CHANGE, ACTIVATION = TERMS
@@ -365,7 +365,7 @@ def only_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
     def examples() -> Iterator[Example]:
         yield mlp("mup")
 
-    monkeypatch.setattr("tmm.coordinate_check.examples.examples", examples)
+    monkeypatch.setattr("tmm.cli.coord_check_examples.examples", examples)
 
 
 @pytest.mark.usefixtures("only_mlp")
@@ -393,7 +393,7 @@ def test_the_command_without_a_browser_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
-    monkeypatch.setattr("tmm.coordinate_check.check.coord_check", lambda *_, **__: FOUND)
+    monkeypatch.setattr("tmm.coordinate_check.coordinate_check.coord_check", lambda *_, **__: FOUND)
     monkeypatch.setattr(plot_module, "write", fail)
     result = CliRunner().invoke(app, ["coord-check", "--quick", "-o", str(tmp_path)])
     assert result.exit_code == 1
@@ -426,7 +426,7 @@ def test_under_mup_no_exponent_differs_from_zero_and_otherwise_hidden_updates_gr
 
 @pytest.mark.usefixtures("only_mlp")
 def test_the_command_prints_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tmm.coordinate_check.check.coord_check", lambda *_, **__: FOUND)
+    monkeypatch.setattr("tmm.coordinate_check.coordinate_check.coord_check", lambda *_, **__: FOUND)
     result = CliRunner().invoke(app, ["coord-check", "--quick", "--json"])
     found = json.loads(result.stdout)
     assert found["widths"] == [128, 256, 512]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tmm.runtime import copies
-from tmm.runtime.copies import Copies
+from tmm.runtime import tensor_copies as copies
+from tmm.runtime.tensor_copies import Copies
 
 TENSORS = {
     "matrix": torch.randn(3, 5),

@@ -10,8 +10,8 @@ import pytest
 
 from tests.crashing_processes import DONE, histogram, values
 from tests.interpreters import ROOT
-from tmm.reader import open_run
-from tmm.runtime.segment_layout import segment_paths
+from tmm.runs.recorded_run import open_run
+from tmm.runtime.store.segment_layout import segment_paths
 
 TRIALS = 30
 CALL = """
@@ -78,9 +78,9 @@ def test_a_killed_process_loses_nothing_that_was_flushed(tmp_path, interpreters)
 FULL = """
 import resource, signal, sys
 import numpy as np
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.reader import open_run
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runs.recorded_run import open_run
+from tmm.runtime.store.run_writer import RunWriter
 
 folder, limit, closes, reads = sys.argv[1], int(sys.argv[2]), *map(eval, sys.argv[3:])
 if limit:

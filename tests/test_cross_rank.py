@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tmm.metrics import FloatArray, builtin_reductions, finalize
-from tmm.runtime.cross_rank import (
+from tmm.core.metrics import FloatArray, builtin_reductions, finalize
+from tmm.runtime.ranks.joined_rows import RowKind
+from tmm.runtime.ranks.protocol import (
     Contribution,
     CrossRank,
     NotJoinedError,
@@ -22,7 +23,6 @@ from tmm.runtime.cross_rank import (
     RanksLostError,
     Turn,
 )
-from tmm.runtime.joined_rows import RowKind
 
 (RMS,) = builtin_reductions(("rms", "max"), is_complex=False)
 (STD,) = builtin_reductions(("std",), is_complex=False)

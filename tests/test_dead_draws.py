@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tests.graphs import applied, check_golden, measure, text, trace
-from tmm.passes.dead_draws import marks_of_dead_draws
+from tmm.passes.graph.dead_draws import marks_of_dead_draws
 from tmm.passes.remove_dead_marks import remove_dead_marks
 
 Draw = Callable[[torch.Tensor], torch.Tensor]

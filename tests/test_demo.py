@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tmm
-from tmm.demo.gpt import GPT, GPTConfig, next_token_loss
-from tmm.demo.text import VOCABULARY, batches, decode, documentation_text, encode, split
-from tmm.demo.training import StepReport, TrainingSettings, demo_spec, train
+from tmm.cli.demo_training import StepReport, TrainingSettings, demo_spec, train
+from tmm.examples.gpt import GPT, GPTConfig, next_token_loss
+from tmm.examples.text import VOCABULARY, batches, decode, documentation_text, encode, split
 
 TINY = GPTConfig(VOCABULARY, context=16, layers=2, heads=2, width=16, dropout=0.1)
 

@@ -22,10 +22,10 @@ from tmm.analysis.detectors.gradients import (
 )
 from tmm.analysis.detectors.loss import loss_divergence, loss_drops, loss_plateaus, loss_spikes
 from tmm.analysis.detectors.memory import growing_memory
-from tmm.analysis.detectors.nonfinite import nonfinite
+from tmm.analysis.detectors.nonfinite_values import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.registry import BUILT_IN
-from tmm.layout import ROOT_NAME
+from tmm.core.records import ROOT_NAME
 
 NAN, INF = math.nan, math.inf
 Values = list[float]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tests.graphs import check_golden
-from tmm.passes.graph_text import Needs, _define
+from tmm.passes.graph.printer import Needs, _define
 
 RMS = tmm.Spec(tmm.activation("rms"))
 
@@ -270,8 +270,8 @@ def test_what_only_explains_does_not_break_a_step(
         raise AttributeError("no name")
 
     for name in ("node_lines", "runnable_code", "_extra_bytes", "end_of_graph"):
-        monkeypatch.setattr(f"tmm.twin.backend.{name}", fails)
-    monkeypatch.setattr("tmm.twin.trace.node_lines", fails)
+        monkeypatch.setattr(f"tmm.instrumentation.backend.{name}", fails)
+    monkeypatch.setattr("tmm.instrumentation.pass_trace.node_lines", fails)
     monkeypatch.setattr(tmm.Explanation, "__str__", fails)
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     model = torch.compile(module, backend="eager")

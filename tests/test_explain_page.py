@@ -15,10 +15,10 @@ from torch import nn
 import tmm
 from tests.browser import REQUIRED, errors, open_browser, show_as
 from tests.lazily import Lazily
-from tmm.explain import Explanation, ModuleReport, RuleReport
-from tmm.explain_page import page
-from tmm.passes.graph_text import NodeLine
-from tmm.twin.backend import GraphReport
+from tmm.instrumentation.backend import GraphReport
+from tmm.passes.graph.printer import NodeLine
+from tmm.steps.explanation import Explanation, ModuleReport, RuleReport
+from tmm.views.explain_page import page
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

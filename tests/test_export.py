@@ -15,9 +15,9 @@ from torch_module_monitor.storage import StorageManager as Original
 
 import tmm
 from tests.test_reader import BINS, exact, record, write
-from tmm.reader import open_run
 from tmm.runs import export
 from tmm.runs.export import export_run
+from tmm.runs.recorded_run import open_run
 
 HARD = (
     *("a,b", 'say "x"', '"', "two\nlines", "\r", "a\r\nb", "/", "a//b", "/a/", "a", "a/b"),

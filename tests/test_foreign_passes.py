@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tmm
 from tests.eager_hooks import assert_agrees, record_calls, tolerance
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 METRICS = ("mean", "rms", "norm")
 SPEC = tmm.Spec(tmm.activation(*METRICS))

@@ -18,11 +18,11 @@ from torch.optim import SGD, Adam
 
 import tmm
 from tests.interpreters import Interpreters
-from tmm import gaps
-from tmm.gaps import Gaps, MonitoringWarning, UserLine
-from tmm.layout import Event
+from tmm.core import failures as gaps
+from tmm.core.failures import Gaps, MonitoringWarning, UserLine
+from tmm.core.records import Event
 from tmm.runs import reminder
-from tmm.watch import Watch
+from tmm.steps.optimizer_hooks import Watch
 
 X = torch.ones(4, 3)
 RMS = tmm.Spec(tmm.activation("rms"))
@@ -901,7 +901,7 @@ def test_an_aggregate_that_fails_in_the_thread_of_the_writer(
     tmp_path: Path, first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator or with other ranks, where ``end_step`` waits for nothing."""
-    monkeypatch.setattr("tmm.runtime.collector.StepCollector.is_on_host", False)
+    monkeypatch.setattr("tmm.runtime.step_collector.StepCollector.is_on_host", False)
     aggregate = Failing()
     spec = tmm.Spec(tmm.activation(mine=lambda x: x.sum(), aggregate=aggregate))
     model = tmm.instrument(network(), spec, tmp_path)
@@ -930,7 +930,7 @@ def test_an_interrupt_while_a_record_is_written_loses_nothing(
 
     model = tmm.instrument(network(), RMS, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("tmm.runtime.writer._Channel.wait_written", interrupted)
+        patched.setattr("tmm.runtime.store.run_writer._Channel.wait_written", interrupted)
         with pytest.raises(KeyboardInterrupt), tmm.monitor(model).step(0):
             model(X)
     tmm.remove(model)
@@ -1021,7 +1021,7 @@ def called_by(names: Sequence[str], function: Callable[[], Any]) -> Any:
     "names",
     [
         ["tmm.monitor"],
-        ["torch.nn.modules.module", "tmm.twin.dispatch"],
+        ["torch.nn.modules.module", "tmm.instrumentation.switch"],
         ["contextlib", "tmm.monitor"],
         ["lightning.pytorch.trainer.trainer", "tmm.integrations.lightning", "tmm.monitor"],
         ["pytorch_lightning.trainer", "lightning_utilities.core", "tmm.integrations.lightning"],

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tmm
-from tmm.forward_passes import EVALUATIONS, ForwardPasses
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
+from tmm.steps.forward_passes import EVALUATIONS, ForwardPasses
 
 X, VALIDATION = torch.ones(4, 3), 50 * torch.ones(4, 3)
 SPEC = tmm.Spec(tmm.activation("rms"))

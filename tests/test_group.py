@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks.parameters import peak_memory
+from tmm.core.metrics import METRIC_NAMES, builtin_reductions, merge
 from tmm.kernels.dense import real
-from tmm.kernels.group import merge_rows, summarize_group
-from tmm.kernels.torch_rows import summarize_with_torch
-from tmm.metrics import METRIC_NAMES, builtin_reductions, merge
+from tmm.kernels.summarize.group import merge_rows, summarize_group
+from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
 (EIGHT,) = builtin_reductions(
     ("mean", "std", "rms", "norm", "mean_abs", "absmax", "min", "max"), is_complex=False
@@ -214,7 +214,7 @@ def test_triton_kernel_in_the_interpreter() -> None:
 
 
 def check_triton() -> None:
-    from tmm.kernels.group_triton import summarize_chunks
+    from tmm.kernels.summarize.group_triton import summarize_chunks
 
     torch.manual_seed(0)
     for columns in (ALL.columns, EIGHT.columns):

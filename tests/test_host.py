@@ -15,11 +15,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tmm.kernels.group import summarize_group
-from tmm.kernels.host import summarize_on_host
-from tmm.kernels.host_library import _Started
-from tmm.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
-from tmm.operators import summarize, summarize_difference
+from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
+from tmm.kernels.build import _Started
+from tmm.kernels.ops import summarize, summarize_difference
+from tmm.kernels.summarize.group import summarize_group
+from tmm.kernels.summarize.host import summarize_on_host
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -290,11 +290,11 @@ import warnings
 import torch
 from torch._inductor import config
 config.cpp.cxx = ("no-such-compiler",)
-from tmm.kernels.attention import summarize_attention
-from tmm.kernels.attention_call import arrange
-from tmm.kernels.attention_torch import summarize_attention_with_torch
-from tmm.kernels.group import summarize_group
-from tmm.operators import summarize
+from tmm.kernels.attention.choose import summarize_attention
+from tmm.kernels.attention.attention_call import arrange
+from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
+from tmm.kernels.summarize.group import summarize_group
+from tmm.kernels.ops import summarize
 x = torch.randn(2, 5, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

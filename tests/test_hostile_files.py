@@ -26,9 +26,9 @@ from tests.hostile_runs import LONG_AGO, SAMPLE, STEPS, read_all, write_run
 from tmm.cli import app
 from tmm.runs.catalog import find_run, list_runs
 from tmm.runs.state import LOCK_NAME, STATE_NAME, Lock
-from tmm.runtime.info import INFO_NAME
-from tmm.runtime.untrusted import DEEPEST, parse_json, read_file
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.store.run_file import INFO_NAME
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.runtime.store.untrusted import DEEPEST, parse_json, read_file
 
 SEGMENT = "metrics-001.h5"
 SECONDS = 20  # for what takes some hundredths of one

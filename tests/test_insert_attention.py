@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from tests.graphs import NOTHING, applied, check_golden, text, trace
-from tmm.layout import AttentionRequest
-from tmm.metrics import builtin_reductions
-from tmm.passes.attention_parts import FoundAttention
-from tmm.passes.copy_graph import copy_graph
-from tmm.passes.find_attention import find_attention
+from tmm.core.metrics import builtin_reductions
+from tmm.core.records import AttentionRequest
+from tmm.passes.attention.find_calls import find_attention
+from tmm.passes.attention.found import FoundAttention
+from tmm.passes.graph.copy import copy_graph
 from tmm.passes.insert_attention import insert_attention
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.remove_taps import remove_taps

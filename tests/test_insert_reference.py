@@ -11,18 +11,18 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import NOTHING, applied, check_golden, text, trace
-from tmm.metrics import Reduction, builtin_reductions
-from tmm.passes import trace_function
-from tmm.passes.copy_graph import copy_graph
-from tmm.passes.edits import storages
+from tmm.core.metrics import Reduction, builtin_reductions
 from tmm.passes.findings import Findings, ReferenceEnds
+from tmm.passes.graph.copy import copy_graph
+from tmm.passes.graph.edits import storages
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.insert_reference import insert_reference
 from tmm.passes.lift_rows import lift_rows
+from tmm.passes.metrics import trace as trace_function
 from tmm.passes.pack_rows import pack_rows
+from tmm.passes.reference.prefix_branch import Samples
 from tmm.passes.remove_taps import remove_taps
 from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest
-from tmm.passes.samples import Samples
 
 X = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmm.metrics import (
+from tmm.core.metrics import (
     METRIC_NAMES,
     FloatArray,
     Reduction,
@@ -19,11 +19,11 @@ from tmm.metrics import (
     function_reduction,
     merge,
 )
-from tmm.runtime.binding import SiteNames
-from tmm.runtime.cross_rank import JoinedStep
-from tmm.runtime.eager import reduce_eagerly
-from tmm.runtime.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
-from tmm.runtime.joined_step import Gathered, contribution_of, of_all_ranks
+from tmm.runtime.eager_functions import reduce_eagerly
+from tmm.runtime.key_binding import SiteNames
+from tmm.runtime.ranks.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
+from tmm.runtime.ranks.joined_step import Gathered, contribution_of, of_all_ranks
+from tmm.runtime.ranks.protocol import JoinedStep
 
 REDUCTIONS = (
     *builtin_reductions(METRIC_NAMES, is_complex=False),

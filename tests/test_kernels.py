@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from tmm.core.metrics import METRIC_NAMES, builtin_reductions, finalize
 from tmm.kernels.dense import flatten
-from tmm.kernels.host import summarize_on_host
-from tmm.kernels.torch_rows import summarize_with_torch
-from tmm.metrics import METRIC_NAMES, builtin_reductions, finalize
-from tmm.operators import histogram, pack, summarize
+from tmm.kernels.ops import histogram, pack, summarize
+from tmm.kernels.summarize.host import summarize_on_host
+from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
 SCALARS, _ = builtin_reductions(METRIC_NAMES, is_complex=False)
 SHAPES = [(4,), (8, 64, 128), (1001, 4), (3, 5, 7), (2, 3, 50257), (1, 1), ()]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 import tmm
-from tmm.layout import Measurement, PackedLayout, Row, Site
-from tmm.metrics import builtin_reductions
-from tmm.runtime.binding import KeyRegistry, single_row
+from tmm.core.metrics import builtin_reductions
+from tmm.core.records import Measurement, PackedLayout, Row, Site
+from tmm.runtime.key_binding import KeyRegistry, single_row
 
 (MEAN,) = builtin_reductions(("mean",), is_complex=False)
 

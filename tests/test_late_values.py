@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tmm
-from tmm.runs.sinks import Value
+from tmm.runs.delivery import Value
 
 KEY = "activation/[root module]/mean"
 

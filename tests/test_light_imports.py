@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import tmm
-from tmm.layout import KeyInfo, StepRecord, Table
+from tmm.core.records import KeyInfo, StepRecord, Table
 from tmm.runs.state import State
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.store.run_writer import RunWriter
 
 HIDDEN = ("explain", "instrument", "monitor", "record", "watch")
 """Functions with the names of modules."""
@@ -103,7 +103,7 @@ def test_the_package_offers_what_it_names() -> None:
     for name in tmm.__all__:
         found = getattr(tmm, name)
         assert isinstance(found, ModuleType) == (name in ("analysis", "sinks")), name
-    assert tmm.Spec is importlib.import_module("tmm.spec").Spec
+    assert tmm.Spec is importlib.import_module("tmm.spec.spec").Spec
 
 
 def test_types_and_run_time_name_the_same_modules() -> None:
@@ -127,12 +127,13 @@ def test_modules_take_the_place_of_no_function() -> None:
         assert isinstance(getattr(tmm, name), FunctionType)
     # In whatever order, and of both kinds of import.
     output = torch_after(
-        "import tmm.watch, tmm.explain, tmm.spec",
+        "import tmm.watch, tmm.explain, tmm.spec.spec",
         "from tmm.monitor import Monitor",
         "import tmm",
         "from tmm import record, instrument",
         "kinds = {type(getattr(tmm, name)).__name__ for name in " + repr(HIDDEN) + "}",
-        "print(kinds, type(record).__name__, type(instrument).__name__, tmm.spec.Spec is tmm.Spec)",
+        "print(kinds, type(record).__name__, type(instrument).__name__,"
+        " tmm.spec.spec.Spec is tmm.Spec)",
     )
     assert output.startswith("{'function'} function function True")
 

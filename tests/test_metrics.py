@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmm.metrics import (
+from tmm.core.metrics import (
     COLUMN_SEPARATOR,
     HISTOGRAM_EDGES,
     METRIC_NAMES,
@@ -22,7 +22,7 @@ from tmm.metrics import (
     function_reduction,
     merge,
 )
-from tmm.operators import histogram, summarize
+from tmm.kernels.ops import histogram, summarize
 
 (EVERYTHING, BINS) = builtin_reductions(METRIC_NAMES, is_complex=False)
 

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import tmm
-from tmm.gaps import MonitoringWarning
-from tmm.twin.twin import Twin
+from tmm.core.failures import MonitoringWarning
+from tmm.instrumentation.program import Twin
 
 
 class Scale(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tmm.naming import ParameterNames, display_name, relative_names, unwrapped_names
+from tmm.core.module_names import ParameterNames, display_name, relative_names, unwrapped_names
 
 
 class Wrapper(nn.Module):

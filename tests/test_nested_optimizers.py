@@ -20,7 +20,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 import tmm
 from tests.lazily import Lazily
 from tests.model_zoo import noise
-from tmm.runs.optimizers import OptimizerFinder
+from tmm.runs.find_optimizer import OptimizerFinder
 
 accelerate = Lazily("accelerate.optimizer")
 VECTORS = noise(6, 4)

@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 import tmm
 from tests.model_zoo import noise
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 VECTORS = noise(6, 4)
 RULES = (tmm.gradient("norm"), tmm.update("norm"), tmm.activation("rms"))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tmm
-from tmm.twin.outputs import tensors_in
+from tmm.instrumentation.outputs import tensors_in
 
 
 class Pair(NamedTuple):

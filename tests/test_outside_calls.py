@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import tmm
-from tmm.gaps import MonitoringWarning
-from tmm.twin.regions import COMPILED_CALL
+from tmm.core.failures import MonitoringWarning
+from tmm.instrumentation.regions import COMPILED_CALL
 
 SPEC = tmm.Spec(tmm.activation("rms"), tmm.activation_gradient("norm"))
 

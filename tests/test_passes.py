@@ -15,26 +15,22 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import NOTHING, applied, check_golden, measure, text, trace
-from tmm.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
-from tmm.operators import tap, tap_value
-from tmm.passes.copy_graph import copy_graph
+from tmm.core.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
+from tmm.kernels.ops import tap, tap_value
 from tmm.passes.findings import Findings
-from tmm.passes.graph_text import node_lines
-from tmm.passes.insert_probes import insert_probes
+from tmm.passes.graph.copy import copy_graph
+from tmm.passes.graph.printer import node_lines
+from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
+from tmm.passes.insert_gradient_probes import insert_probes
 from tmm.passes.insert_reductions import MEASUREMENTS, insert_reductions
 from tmm.passes.lift_rows import lift_rows
-from tmm.passes.origin import all_nodes, pass_of, sites_of
+from tmm.passes.metrics.gradient_probe import probe
+from tmm.passes.metrics.trace import MetricFunctionError
 from tmm.passes.pack_rows import pack_rows
 from tmm.passes.pipeline import PassError, passes_left_out, rewrite
-from tmm.passes.probe import probe
-from tmm.passes.remove_evaluations import (
-    is_evaluation,
-    remove_evaluations,
-    runs_without_gradients,
-)
+from tmm.passes.remove_evaluations import is_evaluation, remove_evaluations, runs_without_gradients
 from tmm.passes.remove_taps import remove_taps
 from tmm.passes.request import GraphRequest
-from tmm.passes.trace_function import MetricFunctionError
 
 
 class Checkpointed(nn.Module):

@@ -20,15 +20,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import measure, text, trace
-from tmm.layout import AttentionRequest, Share
-from tmm.metrics import builtin_reductions
-from tmm.passes.gradient_placements import gradient_shares
+from tmm.core.metrics import builtin_reductions
+from tmm.core.records import AttentionRequest, Share
+from tmm.passes.find_gradient_placements import gradient_shares
+from tmm.passes.find_placements import placements_of
+from tmm.passes.graph.provenance import all_nodes
+from tmm.passes.graph.sharding import Placements
+from tmm.passes.graph.taps import is_mark, site_of
 from tmm.passes.insert_reductions import MEASUREMENTS
-from tmm.passes.marks import is_mark, site_of
-from tmm.passes.origin import all_nodes
 from tmm.passes.pipeline import rewrite
-from tmm.passes.placed import Placements
-from tmm.passes.placements import placements_of
 from tmm.passes.request import PlacementRequest
 
 

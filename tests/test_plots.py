@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 import tmm
 from tmm.cli import app
-from tmm.keys import info_of, layer_of
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.plots import figure, write_figure
-from tmm.plots.groups import group_keys
-from tmm.plots.reduce import (
+from tmm.core.keys import info_of, layer_of
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runs.recorded_run import Run
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.views.plots import figure, write_figure
+from tmm.views.plots.groups import group_keys
+from tmm.views.plots.reduce import (
     FINITE,
     MINUS_INFINITY,
     NAN,
@@ -28,10 +30,8 @@ from tmm.plots.reduce import (
     thin,
     worst_of,
 )
-from tmm.plots.scale import scale_for
-from tmm.plots.style import INFINITY_COLOUR, NAN_COLOUR
-from tmm.reader import Run
-from tmm.runtime.writer import RunWriter
+from tmm.views.plots.scale import scale_for
+from tmm.views.plots.style import INFINITY_COLOUR, NAN_COLOUR
 
 anything = st.floats() | st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1.0])
 
@@ -412,7 +412,7 @@ def test_too_many_panels_are_refused(tmp_path: Path) -> None:
 def test_without_plotly_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tmm.plots.style.find_spec", lambda name: None)
+    monkeypatch.setattr("tmm.views.plots.style.find_spec", lambda name: None)
     with (
         of_layers(tmp_path) as run,
         pytest.raises(ImportError, match=r"pip install 'tmm-compile\[plot\]'"),

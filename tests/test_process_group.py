@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.interpreters import ROOT, Interpreters
-from tmm.runtime.process_group import ProcessGroup
+from tmm.runtime.ranks.gloo import ProcessGroup
 
 SIZES = (0, 1, 1000, 40_000)
 

@@ -13,8 +13,8 @@ from torch import nn
 import tmm
 from tests.eager_hooks import Recording, disagreements, eager_hooks, tolerance
 from tests.random_programs import Program, program, step
-from tmm.forward_passes import EVALUATIONS
-from tmm.testing.hooks import gradient_hooks
+from tmm.steps.forward_passes import EVALUATIONS
+from tmm.testing.eager_hooks import gradient_hooks
 
 METRICS = ("mean", "std", "rms", "absmax", "min", "zero_fraction")
 GRADIENTS = ("rms", "absmax")

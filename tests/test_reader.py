@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
-from tmm.reader import open_run
-from tmm.runtime.segment import SegmentWriter
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import Event, KeyInfo, StepRecord, Table
+from tmm.runs.recorded_run import open_run
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.runtime.store.segment_writer import SegmentWriter
 
 BINS = 4
 LONG = 60.0
@@ -292,8 +292,8 @@ def write_live(path, first):
 WRITER = f"""
 import math, sys
 import numpy as np
-from tmm.layout import Event, KeyInfo, StepRecord, Table
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import Event, KeyInfo, StepRecord, Table
+from tmm.runtime.store.run_writer import RunWriter
 STEPS = {STEPS}
 {"".join(map(inspect.getsource, (info, record, expected_values, write_live)))}
 write_live(sys.argv[1], int(sys.argv[2]))

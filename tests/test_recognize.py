@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tmm
 from tests.ways import Counting
-from tmm.known_functions import KnownFunctions, is_stateless
-from tmm.metrics import COLUMN_SEPARATOR, KnownMetric, finalize, function_reduction
-from tmm.operators import summarize
-from tmm.passes.recognize import recognize
-from tmm.passes.trace_function import trace_function
+from tmm.core.metrics import COLUMN_SEPARATOR, KnownMetric, finalize, function_reduction
+from tmm.kernels.ops import summarize
+from tmm.passes.metrics.recognize import recognize
+from tmm.passes.metrics.recognize_eager import KnownFunctions, is_stateless
+from tmm.passes.metrics.trace import trace_function
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 

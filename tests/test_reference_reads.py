@@ -12,7 +12,7 @@ from torch import nn
 
 import tmm
 from tests.eager_pair import Base, Pair, X, changed, model_of
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not compiled"])
 # What reads values decides between graphs, whatever compiles these.

@@ -14,7 +14,7 @@ from torch import nn
 
 import tmm
 from tests.eager_pair import Pair, X, changed, model_of
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 BOTH = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not compiled"])
 

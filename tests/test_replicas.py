@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from tests.model_zoo import noise
-from tmm.runtime.joined_rows import JoinedLayout, joined, maxima, sums
-from tmm.runtime.parameters import sum_of_squares
-from tmm.runtime.replicas import (
+from tmm.runtime.grouped_statistics import sum_of_squares
+from tmm.runtime.ranks.joined_rows import JoinedLayout, joined, maxima, sums
+from tmm.runtime.ranks.replica_rows import (
     JOINED_REPLICAS,
     binding_of,
     differing,

@@ -20,14 +20,14 @@ import tmm
 from tests.browser import errors, open_browser, show_as
 from tests.lazily import Lazily
 from tmm.cli import app
-from tmm.demo.gpt import GPT, GPTConfig
-from tmm.demo.training import TrainingSettings, train
-from tmm.keys import info_of
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.report import report_page, write_report
-from tmm.report.pack import four_digits
+from tmm.cli.demo_training import TrainingSettings, train
+from tmm.core.keys import info_of
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.examples.gpt import GPT, GPTConfig
 from tmm.runs.catalog import find_run
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.views.report import report_page, write_report
+from tmm.views.report.pack import four_digits
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -544,7 +544,7 @@ def test_the_command(
     assert "no run 'cold'" in report("cold", "-o", str(output), status=1)
     assert "the same run twice" in report("hot", "hot", "-o", str(output), status=1)
     assert ".html" in report("hot", "-o", "out.pdf", status=1)
-    monkeypatch.setattr("tmm.plots.style.find_spec", lambda name: None)
+    monkeypatch.setattr("tmm.views.plots.style.find_spec", lambda name: None)
     assert "pip install 'tmm-compile[plot]'" in report("hot", "-o", str(output), status=1)
 
 

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 import tmm
 from tests.interpreters import Interpreters
 from tmm.cli import app
-from tmm.gaps import MonitoringWarning
+from tmm.core.atomic_file import replace_text
+from tmm.core.failures import MonitoringWarning
 from tmm.runs import state as states
 from tmm.runs.catalog import RunRecord, delete_run, find_run, list_runs
-from tmm.runtime.replacing import replace_text
 
 RMS = tmm.Spec(tmm.activation("rms"))
 X = torch.ones(2, 3)
@@ -548,7 +548,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_full = False
         monkeypatch.setattr(states, "replace_text", self.replace_text)
-        monkeypatch.setattr("tmm.runtime.segment.GrowingDataset.append", self.append)
+        monkeypatch.setattr("tmm.runtime.store.segment_writer.GrowingDataset.append", self.append)
 
     def replace_text(self, path: Path, text: str) -> None:
         if self.is_full and (path.parent / states.LOCK_NAME).stat().st_size > 0:
@@ -674,7 +674,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_lock(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for target in ("tmm.runs.state.replace_text", "tmm.runtime.writer.replace_text"):
+    for target in ("tmm.runs.state.replace_text", "tmm.runtime.store.run_writer.replace_text"):
         monkeypatch.setattr(target, full)
         with pytest.raises(OSError, match="No space left") as kept:
             tmm.instrument(network(), RMS, run=tmp_path / "r")

@@ -579,7 +579,7 @@ def test_sinks_of_other_packages(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         Point("good", lambda: lambda step, values: taken.append(step)),
         Point("bad", lambda: 1 / 0),
     ]
-    monkeypatch.setattr("tmm.runs.sinks.entry_points", lambda group: points)
+    monkeypatch.setattr("tmm.runs.delivery.entry_points", lambda group: points)
     with pytest.warns(tmm.MonitoringWarning, match="sink bad of package:make cannot be made"):
         run = start(root, sinks=["good", "bad"])
     run.log({"a": 1.0})

@@ -16,7 +16,7 @@ from tests.eager_hooks import Expected, Tolerance, assert_agrees, backward
 from tests.eager_reference import Batch, expected
 from tests.model_zoo import CASES
 from tests.test_reference import as_double, moved, run
-from tmm.metrics import MEANS
+from tmm.core.metrics import MEANS
 
 METRICS = ("rms", "relative_norm", "cosine", "l2")
 RULES = (tmm.activation_difference(*METRICS), tmm.rcc())

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tmm.layout import Event, KeyInfo, StepRecord, Table
-from tmm.runtime import segment
-from tmm.runtime.segment import SegmentWriter
-from tmm.runtime.segment_layout import ABSENT, ABSENT_BITS, is_measured, segment_paths
-from tmm.runtime.segment_reader import SegmentReader
+from tmm.core.records import Event, KeyInfo, StepRecord, Table
+from tmm.runtime.store import segment_writer as segment
+from tmm.runtime.store.segment_layout import ABSENT, ABSENT_BITS, is_measured, segment_paths
+from tmm.runtime.store.segment_reader import SegmentReader
+from tmm.runtime.store.segment_writer import SegmentWriter
 
 BINS = 3
 NAN = np.float64(np.nan)
@@ -250,7 +250,9 @@ def test_a_file_is_published_only_when_readers_can_open_it(tmp_path, monkeypatch
 def test_a_number_that_was_taken_in_the_meantime_is_left(tmp_path, monkeypatch):
     SegmentWriter(tmp_path, keys=1).close()
     first = (tmp_path / "metrics-001.h5").read_bytes()
-    monkeypatch.setattr("tmm.runtime.segment.segment_paths", lambda _: [])  # as seen before
+    monkeypatch.setattr(
+        "tmm.runtime.store.segment_writer.segment_paths", lambda _: []
+    )  # as seen before
     writer = SegmentWriter(tmp_path, keys=1)
     writer.close()
     assert writer.path.name == "metrics-002.h5"
@@ -423,8 +425,8 @@ FORKS = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.runtime.segment import SegmentWriter
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runtime.store.segment_writer import SegmentWriter
 
 class ForkWhileWriting(tuple):
     def __iter__(self):

@@ -6,13 +6,13 @@ import h5py
 import numpy as np
 import pytest
 
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.runtime.hdf5_bytes import FileBytes, checksum, checksums
-from tmm.runtime.hdf5_chunks import chunks_of_array, chunks_of_tree
-from tmm.runtime.hdf5_objects import read_layout, read_root
-from tmm.runtime.segment import SegmentWriter
-from tmm.runtime.segment_file import SegmentFile
-from tmm.runtime.segment_reader import SegmentReader
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runtime.store.hdf5_bytes import FileBytes, checksum, checksums
+from tmm.runtime.store.hdf5_chunks import chunks_of_array, chunks_of_tree
+from tmm.runtime.store.hdf5_objects import read_layout, read_root
+from tmm.runtime.store.segment_file import SegmentFile
+from tmm.runtime.store.segment_reader import SegmentReader
+from tmm.runtime.store.segment_writer import SegmentWriter
 
 SUPERBLOCK = 48  # bytes
 

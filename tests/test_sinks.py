@@ -27,9 +27,9 @@ from torch import nn
 
 import tmm
 from tests.interpreters import Interpreters
-from tmm.layout import KeyInfo, StepRecord, Table
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runs.delivery import RunInfo, RunSink, Sinks, Value
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import RunInfo, RunSink, Sinks, Value
 from tmm.sinks import tensorboard
 from tmm.sinks.mlflow import key_of, metric_name
 

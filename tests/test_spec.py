@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tmm
-from tmm.spec import Plan
+from tmm.spec.spec import Plan
 
 NAMES = ["[root module]", "h.0", "h.0.attn", "h.0.mlp", "h.1", "h.1.mlp", "lm_head"]
 

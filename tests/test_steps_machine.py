@@ -15,8 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import tmm
 from tests.step_trainings import SPEC, Net, Pass, Step, Training, Values, check_same, recorded
+from tmm.runs.delivery import Value
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import Value
 
 batches = st.lists(st.integers(-9, 9), min_size=1, max_size=3)
 factors = st.sampled_from([1.0, 2.0, -3.0])

@@ -18,8 +18,8 @@ from hypothesis.stateful import (
 )
 
 from tests.test_reader import exact, record
-from tmm.reader import Run, open_run
-from tmm.runtime.writer import RunWriter
+from tmm.runs.recorded_run import Run, open_run
+from tmm.runtime.store.run_writer import RunWriter
 
 LONG = 60.0
 

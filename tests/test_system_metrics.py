@@ -13,8 +13,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from tmm.gaps import MonitoringWarning
-from tmm.runs.system import StepClock, SystemSampler
+from tmm.core.failures import MonitoringWarning
+from tmm.runs.machine import StepClock, SystemSampler
 
 THREAD = "tmm system metrics"
 LONG = 30.0
@@ -180,7 +180,7 @@ def test_a_sampler_that_is_forgotten_leaves_no_thread():
 
 def test_an_interpreter_that_exits_does_not_mind(interpreters):
     program = (
-        "import time; from tmm.runs.system import SystemSampler\n"
+        "import time; from tmm.runs.machine import SystemSampler\n"
         "sampler = SystemSampler(0.001); sampler.start(); time.sleep(0.3)\n"
         "assert sampler.latest()"
     )
@@ -317,7 +317,7 @@ def test_old_values_are_not_given(monkeypatch):
     """A driver may hang; what it said before is no news."""
     nvml = fake_nvml(monkeypatch, count=1)
     release = threading.Event()
-    monkeypatch.setattr("tmm.runs.system._STALE_SECONDS", 0.2)
+    monkeypatch.setattr("tmm.runs.machine._STALE_SECONDS", 0.2)
     with SystemSampler(0.01) as sampler:
         first_sample(sampler)
         nvml.nvmlDeviceGetTemperature = lambda gpu, sensor: release.wait(LONG)
@@ -349,7 +349,7 @@ def test_without_psutil_values_are_those_of_the_system(monkeypatch):
 def test_without_psutil_and_linux_keys_are_missing(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "psutil", None)
     for name in ("_STATUS", "_MEMORY"):
-        monkeypatch.setattr(f"tmm.runs.probes.{name}", tmp_path / "missing")
+        monkeypatch.setattr(f"tmm.runs.machine_probes.{name}", tmp_path / "missing")
     monkeypatch.delattr(os, "getloadavg")
     with SystemSampler() as sampler:
         assert set(first_sample(sampler)) == keys("process_cpu_percent")
@@ -367,7 +367,7 @@ def test_a_psutil_that_fails_is_said_once(monkeypatch):
 
 def test_a_clock_gives_seconds_and_rates(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("tmm.runs.system.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("tmm.runs.machine.time", SimpleNamespace(perf_counter=lambda: now[0]))
     clock = StepClock()
     assert clock.mark(8, 1024) == {}
     now[0] += 0.5

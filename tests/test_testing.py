@@ -10,9 +10,9 @@ from torch import nn
 
 import tmm
 from tests.ways import WAYS, Way
-from tmm.runtime import eager
+from tmm.instrumentation.program import Twin
+from tmm.runtime import eager_functions as eager
 from tmm.testing import assert_matches_hooks
-from tmm.twin.twin import Twin
 
 SPEC = tmm.Spec(
     tmm.activation("rms", "histogram"),
@@ -70,7 +70,9 @@ def test_a_value_that_is_wrong_by_more_than_the_tolerance_is_named(
 ) -> None:
     right = eager.reduce_eagerly
     monkeypatch.setattr(
-        "tmm.twin.twin.reduce_eagerly", lambda *given: right(*given) * (1 + 1e-3), raising=True
+        "tmm.instrumentation.program.reduce_eagerly",
+        lambda *given: right(*given) * (1 + 1e-3),
+        raising=True,
     )
     spec = tmm.Spec(tmm.activation("norm"))
     model = broken(nn.Sequential(nn.Linear(4, 2)))
@@ -109,7 +111,7 @@ def test_a_missing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_superfluous_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tmm.testing.hooks.Recording.add", lambda *given: None)
+    monkeypatch.setattr("tmm.testing.eager_hooks.Recording.add", lambda *given: None)
     with pytest.raises(AssertionError, match=r"superfluous|nothing was measured"):
         assert_matches_hooks(nn.Linear(4, 2), BATCH, tmm.Spec(tmm.activation("norm")))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.callback import callback_handler
 
 import tmm
-from tmm.twin.compile_settings import HAS_ISOLATION
+from tmm.instrumentation.compile_settings import HAS_ISOLATION
 
 RMS = tmm.Spec(tmm.activation("rms"))
 

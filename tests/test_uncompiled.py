@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tests.model_zoo import noise
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 BATCH = noise(6, 4)
 OWN = (tmm.activation("rms"), tmm.activation(n=lambda x: x.norm(dim=-1)))

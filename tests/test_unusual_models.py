@@ -17,7 +17,7 @@ import tmm
 from tests.eager_hooks import Recording, assert_agrees, eager_hooks, record_calls, tolerance
 from tests.model_zoo import CASES, LABELS, noise, tokens
 from tests.ways import WAYS, NoBlocksError, Way, call
-from tmm.gaps import MonitoringWarning
+from tmm.core.failures import MonitoringWarning
 
 METRICS = ("mean", "rms", "absmax")
 SPEC = tmm.Spec(tmm.activation(*METRICS))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tmm.report.page import SCRIPTS
+from tmm.views.report.page import SCRIPTS
 
 pytestmark = pytest.mark.lint
 
@@ -31,7 +31,7 @@ names = [found.name for found in pkgutil.walk_packages(tmm.__path__, "tmm.")]
 for name in names:
     if not name.endswith(".__main__"):
         assert importlib.import_module(name).__file__.startswith({installed!r}), name
-assert {{"tmm.passes.pipeline", "tmm.runtime.writer"}} <= set(names), names
+assert {{"tmm.passes.pipeline", "tmm.runtime.store.run_writer"}} <= set(names), names
 """
 
 

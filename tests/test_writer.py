@@ -9,11 +9,11 @@ import weakref
 import numpy as np
 import pytest
 
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.reader import open_run
-from tmm.runtime.info import read_info
-from tmm.runtime.segment_layout import segment_paths
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runs.recorded_run import open_run
+from tmm.runtime.store.run_file import read_info
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.runtime.store.segment_layout import segment_paths
 
 INFOS = tuple(KeyInfo(f"k/{i}", "k", str(i), i, "mean") for i in range(20))
 LONG = 60.0  # seconds that no test waits
@@ -290,8 +290,8 @@ def test_texts_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 SCRIPT = """
 import sys, threading
 import numpy as np
-from tmm.layout import KeyInfo, StepRecord, Table
-from tmm.runtime.writer import RunWriter
+from tmm.core.records import KeyInfo, StepRecord, Table
+from tmm.runtime.store.run_writer import RunWriter
 
 infos = tuple(KeyInfo(f"k/{i}", "k", str(i), i, "mean") for i in range(20))
 def record(step):
@@ -371,7 +371,7 @@ writer.close()
 
 
 WRITES_SOME = """
-from tmm.layout import Event
+from tmm.core.records import Event
 
 folder, first = sys.argv[1], int(sys.argv[2])
 print("ready", flush=True)

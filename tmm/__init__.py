@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tmm import analysis, sinks
-    from tmm.alerts import AlertError, AlertWarning
     from tmm.coordinate_check import CoordinateCheck, coord_check
-    from tmm.explain import Explanation
-    from tmm.gaps import MonitoringWarning
-    from tmm.instrument import explain, instrument, monitor, remove
-    from tmm.metrics import HISTOGRAM_EDGES, METRIC_NAMES
+    from tmm.core.failures import MonitoringWarning
+    from tmm.core.metrics import HISTOGRAM_EDGES, METRIC_NAMES
+    from tmm.instrumentation.record import record
     from tmm.module_monitor import (
         HooksManager,
         ModuleMonitor,
@@ -33,11 +31,16 @@ if TYPE_CHECKING:
         l2_norm,
         monitor_scaled_dot_product_attention,
     )
-    from tmm.monitor import Monitor
     from tmm.nonfinite import Nonfinite, find_nonfinite
-    from tmm.reader import Run, open_run
-    from tmm.record import record
-    from tmm.rules import (
+    from tmm.runs.catalog import RunRecord, list_runs
+    from tmm.runs.current import finish, init, log, step, watch
+    from tmm.runs.instrument import explain, instrument, monitor, remove
+    from tmm.runs.live import LiveRun
+    from tmm.runs.recorded_run import Run, open_run
+    from tmm.runs.start import start_run
+    from tmm.spec.alerts import AlertError, AlertWarning
+    from tmm.spec.default import default_spec
+    from tmm.spec.rules import (
         Rule,
         activation,
         activation_difference,
@@ -50,12 +53,9 @@ if TYPE_CHECKING:
         rcc,
         update,
     )
-    from tmm.runs.catalog import RunRecord, list_runs
-    from tmm.runs.current import finish, init, log, step, watch
-    from tmm.runs.default_spec import default_spec
-    from tmm.runs.live import LiveRun
-    from tmm.runs.start import start_run
-    from tmm.spec import Spec
+    from tmm.spec.spec import Spec
+    from tmm.steps.explanation import Explanation
+    from tmm.steps.monitor import Monitor
 
 __all__ = [
     "HISTOGRAM_EDGES",
@@ -111,12 +111,12 @@ __all__ = [
 ]
 
 _NAMES = {
-    "alerts": ("AlertError", "AlertWarning"),
+    "spec.alerts": ("AlertError", "AlertWarning"),
     "coordinate_check": ("CoordinateCheck", "coord_check"),
-    "explain": ("Explanation",),
-    "gaps": ("MonitoringWarning",),
-    "instrument": ("explain", "instrument", "monitor", "remove"),
-    "metrics": ("HISTOGRAM_EDGES", "METRIC_NAMES"),
+    "steps.explanation": ("Explanation",),
+    "core.failures": ("MonitoringWarning",),
+    "runs.instrument": ("explain", "instrument", "monitor", "remove"),
+    "core.metrics": ("HISTOGRAM_EDGES", "METRIC_NAMES"),
     "module_monitor": (
         "HooksManager",
         "ModuleMonitor",
@@ -127,11 +127,11 @@ _NAMES = {
         "l2_norm",
         "monitor_scaled_dot_product_attention",
     ),
-    "monitor": ("Monitor",),
+    "steps.monitor": ("Monitor",),
     "nonfinite": ("Nonfinite", "find_nonfinite"),
-    "reader": ("Run", "open_run"),
-    "record": ("record",),
-    "rules": (
+    "runs.recorded_run": ("Run", "open_run"),
+    "instrumentation.record": ("record",),
+    "spec.rules": (
         "Rule",
         "activation",
         "activation_difference",
@@ -146,10 +146,10 @@ _NAMES = {
     ),
     "runs.catalog": ("RunRecord", "list_runs"),
     "runs.current": ("finish", "init", "log", "step", "watch"),
-    "runs.default_spec": ("default_spec",),
+    "spec.default": ("default_spec",),
     "runs.live": ("LiveRun",),
     "runs.start": ("start_run",),
-    "spec": ("Spec",),
+    "spec.spec": ("Spec",),
 }
 _HOMES = MappingProxyType({name: module for module, names in _NAMES.items() for name in names})
 """The module that each name comes from."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.workloads import FIVE_METRICS
-from tmm.twin.compile_settings import HAS_ISOLATION
+from tmm.instrumentation.compile_settings import HAS_ISOLATION
 
 COMPILED, AOT_EAGER, EAGER = "plain compiled", "plain aot_eager", "plain uncompiled"
 

@@ -2,7 +2,7 @@
 
 from tmm.analysis.anomaly import Anomaly
 from tmm.analysis.compare import Comparison, compare
-from tmm.analysis.detectors.nonfinite import first_nonfinite
+from tmm.analysis.detectors.nonfinite_values import first_nonfinite
 from tmm.analysis.divergence import Divergence, first_divergence
 from tmm.analysis.recorded import Recorded, RecordedSeries
 from tmm.analysis.registry import find_anomalies

@@ -11,7 +11,7 @@ import numpy as np
 from tmm.analysis.equality import EqualWithNaN
 from tmm.analysis.robust import runs
 from tmm.analysis.series import BoolArray, Series
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 Severity: TypeAlias = Literal["low", "medium", "high", "critical"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)

@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from tmm.analysis.recorded import Recorded
-from tmm.keys import is_family, is_loss, words_of
-from tmm.layout import KeyInfo, StepArray
-from tmm.metrics import FloatArray
+from tmm.core.keys import is_family, is_loss, words_of
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepArray
 
 Direction: TypeAlias = Literal["min", "max"]
 """Which end of a metric is the better one."""

@@ -11,7 +11,7 @@ from tmm.analysis.equality import EqualWithNaN
 from tmm.analysis.order import execution_ranks
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 
 @dataclass(frozen=True, eq=False)

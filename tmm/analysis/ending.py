@@ -11,7 +11,7 @@ from tmm.analysis.anomaly import Severity
 from tmm.analysis.recent import Newest
 from tmm.analysis.robust import is_above_median, jumps_now
 from tmm.analysis.series import BoolArray, Series
-from tmm.layout import KeyInfo
+from tmm.core.records import KeyInfo
 
 
 @dataclass(frozen=True, eq=False)

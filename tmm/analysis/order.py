@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from tmm.analysis.recorded import Recorded
-from tmm.families import ACTIVATION, ACTIVATION_GRADIENT, STEP, Phase, family_of
-from tmm.keys import is_loss, is_total_norm
-from tmm.layout import LOGGED, KeyInfo
+from tmm.core.families import ACTIVATION, ACTIVATION_GRADIENT, STEP, Phase, family_of
+from tmm.core.keys import is_loss, is_total_norm
+from tmm.core.records import LOGGED, KeyInfo
 
 Rank: TypeAlias = tuple[Phase, int]
 

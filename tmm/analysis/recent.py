@@ -9,9 +9,9 @@ import numpy as np
 
 from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.series import Series
-from tmm.keys import GRAD_SCALE, SKIPPED
-from tmm.layout import KeyInfo, StepArray, StepRecord
-from tmm.metrics import FloatArray
+from tmm.core.keys import GRAD_SCALE, SKIPPED
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepArray, StepRecord
 
 _FIRST = 16  # what detectors call the beginning of a training, and a little more
 _RECENT = 200  # the longest window of a detector

@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tmm.keys import info_of
-from tmm.layout import KeyInfo, StepArray
-from tmm.metrics import FloatArray
+from tmm.core.keys import info_of
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepArray
 
 
 class Recorded(Protocol):

@@ -20,11 +20,11 @@ from tmm.analysis.detectors.gradients import (
 )
 from tmm.analysis.detectors.loss import loss_divergence, loss_drops, loss_plateaus, loss_spikes
 from tmm.analysis.detectors.memory import GROWTH_ENDS, growing_memory
-from tmm.analysis.detectors.nonfinite import nonfinite
+from tmm.analysis.detectors.nonfinite_values import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce, Recorded
-from tmm.gaps import levels_to_user
+from tmm.core.failures import levels_to_user
 
 Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from tmm.analysis.series import BoolArray
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 NORMAL = 1.4826
 """Standard deviation of a normal distribution in units of its median absolute deviation."""

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tmm.analysis.recorded import Recorded
-from tmm.keys import SKIPPED, metric_of
-from tmm.layout import KeyInfo, StepArray
-from tmm.metrics import FloatArray
+from tmm.core.keys import SKIPPED, metric_of
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepArray
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import Series, series_of
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from tmm.cli import runs
-from tmm.cli.anomalies import anomalies
-from tmm.cli.coord_check import coord_check
-from tmm.cli.demo import demo
-from tmm.cli.info import explain, info
-from tmm.cli.plot import plot
-from tmm.cli.report import report
-from tmm.cli.watch import watch
+from tmm.cli import runs_commands as runs
+from tmm.cli.anomalies_command import anomalies
+from tmm.cli.coord_check_command import coord_check
+from tmm.cli.demo_command import demo
+from tmm.cli.info_command import explain, info
+from tmm.cli.plot_command import plot
+from tmm.cli.report_command import report
+from tmm.cli.watch_command import watch
 
 app = typer.Typer(
     name="tmm",

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tmm.cli.terminal import clean
-from tmm.reader import Run
+from tmm.runs.recorded_run import Run
 
 _FAMILY = "activation"
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 

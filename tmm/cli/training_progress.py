@@ -9,13 +9,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tmm.demo.training import StepReport, TrainingSettings
+from tmm.cli.demo_training import StepReport, TrainingSettings
 
 _LINES_WITHOUT_TERMINAL = 10
 
 
 class TrainingProgress:
-    """Give ``report`` to ``tmm.demo.training.train``, inside of a ``with`` block."""
+    """Give ``report`` to ``tmm.cli.demo_training.train``, inside of a ``with`` block."""
 
     def __init__(self, console: Console, settings: TrainingSettings) -> None:
         self.first_loss = float("nan")

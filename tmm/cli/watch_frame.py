@@ -10,7 +10,7 @@ from rich.text import Text
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
 from tmm.cli.sparkline import sparkline
 from tmm.cli.terminal import clean
-from tmm.watching.snapshot import Line, Snapshot
+from tmm.views.live.live_snapshot import Line, Snapshot
 
 _STYLES = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "dim"}
 _STATUS_STYLES = {

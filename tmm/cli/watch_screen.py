@@ -18,9 +18,9 @@ from rich.live import Live
 from tmm.analysis.registry import all_detectors
 from tmm.cli.output import fail
 from tmm.cli.watch_frame import draw, lines_for_keys
-from tmm.runtime.info import INFO_NAME
-from tmm.watching.judge import Findings, Judge
-from tmm.watching.snapshot import Follower, Snapshot
+from tmm.runtime.store.run_file import INFO_NAME
+from tmm.views.live.judge import Findings, Judge
+from tmm.views.live.live_snapshot import Follower, Snapshot
 
 _SHARE = 0.1  # of the time, at most, goes into reading and drawing
 _FINAL_SECONDS = 10.0  # for the last look at anomalies, once the run has ended

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
 
 
 @dataclass(frozen=True)

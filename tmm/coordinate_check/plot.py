@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmm.coordinate_check.result import TERMS, CoordinateCheck
-from tmm.plots.files import OFFLINE
+from tmm.views.plots.picture_files import OFFLINE
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -18,7 +18,9 @@ except ImportError:
             "tmm.integrations.lightning needs Lightning: pip install 'tmm-compile[lightning]'"
         ) from error
 
-from tmm.gaps import warn
+from tmm.core.failures import warn
+from tmm.core.patch import Substitutes
+from tmm.instrumentation.regions import COMPILED_CALL, region_of
 from tmm.integrations.lightning_trainer import (
     begins_window,
     clips,
@@ -30,10 +32,8 @@ from tmm.integrations.lightning_trainer import (
     why_stopped,
 )
 from tmm.integrations.session import Session
-from tmm.integrations.substitutes import Substitutes
 from tmm.runs.live import LiveRun
-from tmm.spec import Spec
-from tmm.twin.regions import COMPILED_CALL, region_of
+from tmm.spec.spec import Spec
 
 
 class TMMCallback(pl.Callback):

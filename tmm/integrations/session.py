@@ -12,16 +12,16 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.gaps import warn
-from tmm.instrument import instrument, remove
-from tmm.instrument import monitor as monitor_of
-from tmm.monitor import Monitor
-from tmm.runs.default_spec import default_spec
+from tmm.core.failures import warn
+from tmm.instrumentation.regions import is_left_uncompiled
+from tmm.runs.instrument import instrument, remove
+from tmm.runs.instrument import monitor as monitor_of
 from tmm.runs.live import LiveRun
-from tmm.runs.logged_values import numbers_in
+from tmm.runs.logged_numbers import numbers_in
 from tmm.runs.start import start_run
-from tmm.spec import Spec
-from tmm.twin.regions import is_left_uncompiled
+from tmm.spec.default import default_spec
+from tmm.spec.spec import Spec
+from tmm.steps.monitor import Monitor
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 

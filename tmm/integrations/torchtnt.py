@@ -16,13 +16,13 @@ except ImportError as error:
         "tmm.integrations.torchtnt needs TorchTNT: pip install 'tmm-compile[torchtnt]'"
     ) from error
 
-from tmm.gaps import warn
+from tmm.core.failures import warn
 from tmm.integrations.session import Session
-from tmm.integrations.unit_parts import name_of_module, scaler_of, steps_done
-from tmm.integrations.unit_training import Outputs, TrackedRun, UnitTraining
-from tmm.monitor import Monitor
+from tmm.integrations.torchtnt_training import Outputs, TrackedRun, UnitTraining
+from tmm.integrations.torchtnt_unit import name_of_module, scaler_of, steps_done
 from tmm.runs.live import LiveRun
-from tmm.spec import Spec
+from tmm.spec.spec import Spec
+from tmm.steps.monitor import Monitor
 
 _SETTINGS = ("precision", "gradient_accumulation_steps", "clip_grad_norm", "clip_grad_value")
 _LIMITS = ("max_epochs", "max_steps", "max_steps_per_epoch")

@@ -12,10 +12,10 @@ from typing import Any
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 
-from tmm.gaps import warn
+from tmm.core.failures import warn
 from tmm.integrations.session import Session
 from tmm.runs.live import LiveRun
-from tmm.spec import Spec
+from tmm.spec.spec import Spec
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from tmm.instrument import instrument
-from tmm.instrument import monitor as monitor_of
-from tmm.metrics import Aggregate
+from tmm.core.metrics import Aggregate
+from tmm.core.module_names import parameter_names
+from tmm.instrumentation.regions import COMPILED_CALL, Region, compiled_wrappers, region_of
+from tmm.instrumentation.switch import Dispatch, attach, detach, root_dispatch, stands
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
-from tmm.module_monitor.rules import ModuleMonitorSpec
-from tmm.naming import parameter_names
-from tmm.rules import Rule
-from tmm.twin.dispatch import Dispatch, attach, detach, root_dispatch, stands
-from tmm.twin.regions import COMPILED_CALL, Region, compiled_wrappers, region_of
+from tmm.module_monitor.registered_rules import ModuleMonitorSpec
+from tmm.runs.instrument import instrument
+from tmm.runs.instrument import monitor as monitor_of
+from tmm.spec.rules import Rule
 
 _State = tuple[tuple[int, int, torch.dtype, torch.device], ...]
 

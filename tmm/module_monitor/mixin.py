@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tmm.show import is_shown, is_traced
+from tmm.instrumentation.show import is_shown, is_traced
 
 if TYPE_CHECKING:
-    from tmm.module_monitor.monitor import ModuleMonitor
+    from tmm.module_monitor.module_monitor import ModuleMonitor
 
 
 class MonitorMixin:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.layout import ROOT_NAME
-from tmm.naming import display_name, parameter_names, relative_names
+from tmm.core.module_names import display_name, parameter_names, relative_names
+from tmm.core.records import ROOT_NAME
 
 _WRAPPERS = ("_forward_module", "_orig_mod", "_fsdp_wrapped_module")
 

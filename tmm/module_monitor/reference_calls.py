@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from tmm.instrumentation.regions import Region, compiled_wrappers, install, region_of
 from tmm.module_monitor.mixin import MonitorMixin
-from tmm.twin.regions import Region, compiled_wrappers, install, region_of
 
 Note = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 """Takes the arguments of a call; tells whether the call is in a monitored step."""

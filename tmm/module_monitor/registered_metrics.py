@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 
-from tmm.metrics import MetricFunction
+from tmm.core.metrics import MetricFunction
 from tmm.module_monitor.names import Names
-from tmm.module_monitor.rules import (
+from tmm.module_monitor.registered_rules import (
     Aggregation,
     Metric,
     rules_of_modules,
     rules_of_parameters,
 )
-from tmm.rules import Rule
+from tmm.spec.rules import Rule
 
 
 class RegisteredMetrics:

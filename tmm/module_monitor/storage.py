@@ -13,7 +13,7 @@ import torch
 
 from tmm.runs import keyed_files as files
 from tmm.runs.keyed_files import FileName, as_float
-from tmm.runtime.joining import join
+from tmm.runtime.aggregate import join
 
 AggregationFunction: TypeAlias = Callable[[Any], object]
 """Takes all elements logged of a key, or the list of its numbers; gives one number, or several by

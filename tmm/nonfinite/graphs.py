@@ -12,11 +12,11 @@ from torch._dynamo.types import GuardFilterEntry
 from torch._functorch.partitioners import default_partition
 from torch.fx import GraphModule, Interpreter, Node
 
+from tmm.instrumentation.backend import Handle
+from tmm.instrumentation.compile_settings import CompileSettings, compile_separately
+from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
 from tmm.nonfinite.places import counterparts, place_of_node
 from tmm.nonfinite.watcher import Watcher
-from tmm.twin.backend import Handle
-from tmm.twin.compile_settings import CompileSettings, compile_separately
-from tmm.twin.kept_by_dynamo import KeptByDynamo
 
 
 class _NodeByNode(Interpreter):

@@ -14,8 +14,8 @@ from types import CodeType, FrameType
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.naming import display_name, relative_names
-from tmm.nonfinite.result import SourceLine
+from tmm.core.module_names import display_name, relative_names
+from tmm.nonfinite.origin import SourceLine
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep

@@ -12,11 +12,17 @@ import torch
 from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch.nn.parallel import DistributedDataParallel
 
-from tmm.naming import unwrapped, wrapped_module
+from tmm.core.module_names import unwrapped, wrapped_module
+from tmm.instrumentation.compile_settings import CompileSettings, settings_of
+from tmm.instrumentation.regions import (
+    COMPILED_CALL,
+    Region,
+    behind_dispatches,
+    region_of,
+    regions_in,
+)
+from tmm.instrumentation.switch import Dispatch, root_dispatch
 from tmm.nonfinite.graphs import Tracer
-from tmm.twin.compile_settings import CompileSettings, settings_of
-from tmm.twin.dispatch import Dispatch, root_dispatch
-from tmm.twin.regions import COMPILED_CALL, Region, behind_dispatches, region_of, regions_in
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from tmm.nonfinite.memory import Memory
+from tmm.nonfinite.known_memory import Memory
 from tmm.nonfinite.operation import Operation, packet_name, written_arguments
+from tmm.nonfinite.origin import Kind, Origin, Phase
 from tmm.nonfinite.places import ModuleNames, Place, RunningPlaces
 from tmm.nonfinite.reasons import Call, reason_of
-from tmm.nonfinite.result import Kind, Origin, Phase
 from tmm.nonfinite.statistics import (
     TensorStatistics,
     has_memory,

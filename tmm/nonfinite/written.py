@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from tmm.core.rng import RandomState
 from tmm.nonfinite.statistics import has_memory
-from tmm.preserve import RandomState
 
 
 class Written:

@@ -7,12 +7,12 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-from tmm.earlier import Earlier
-from tmm.metrics import HISTOGRAM_EDGES
-from tmm.run_info import describe_environment
+from tmm.core.metrics import HISTOGRAM_EDGES
 from tmm.runs.claim import claim
 from tmm.runs.held import HeldFolder
-from tmm.runtime.writer import RunWriter
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.spec.environment import describe_environment
+from tmm.steps.earlier import Earlier
 
 
 class PathRun:

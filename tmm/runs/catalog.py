@@ -11,13 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tmm.reader import open_run
+from tmm.runs.artifacts import FOLDER as SAMPLES
 from tmm.runs.deletion import delete_folder
+from tmm.runs.recorded_run import open_run
 from tmm.runs.remote import fetched, is_remote, without_scheme
-from tmm.runs.samples import FOLDER as SAMPLES
 from tmm.runs.state import STATE_NAME, STATUSES, State, Status, parsed_time
-from tmm.runtime.info import INFO_NAME, is_info, read_info
-from tmm.runtime.segment_layout import is_segment
+from tmm.runtime.store.run_file import INFO_NAME, is_info, read_info
+from tmm.runtime.store.segment_layout import is_segment
 
 _DEPTH = 4  # folders below a root
 _MOST_REASON = 500  # characters

@@ -10,9 +10,9 @@ from itertools import count
 from pathlib import Path
 
 from tmm.runs.state import STATE_NAME, Lock, State
-from tmm.runtime.info import EXPLANATION_NAME, INFO_NAME, read_info
-from tmm.runtime.segment_layout import segment_paths
-from tmm.runtime.writer import is_info_of_run
+from tmm.runtime.store.run_file import EXPLANATION_NAME, INFO_NAME, read_info
+from tmm.runtime.store.run_writer import is_info_of_run
+from tmm.runtime.store.segment_layout import segment_paths
 
 
 @dataclass(frozen=True)

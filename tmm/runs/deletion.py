@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from secrets import token_hex
 
-from tmm.runs.samples import FOLDER as SAMPLES
+from tmm.runs.artifacts import FOLDER as SAMPLES
 from tmm.runs.state import LOCK_NAME, STATE_NAME, Lock
-from tmm.runtime.info import EXPLANATION_NAME, INFO_NAME
+from tmm.runtime.store.run_file import EXPLANATION_NAME, INFO_NAME
 
 _FILES = re.compile(
     "|".join(

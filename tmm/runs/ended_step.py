@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tmm.layout import StepRecord
-from tmm.runtime.collector import StepCollector
+from tmm.core.records import StepRecord
+from tmm.runtime.step_collector import StepCollector
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tmm.layout import StepArray
-from tmm.metrics import FloatArray
-from tmm.reader import Run
+from tmm.core.atomic_file import replacing
+from tmm.core.metrics import FloatArray
+from tmm.core.records import StepArray
 from tmm.runs.csv_text import spreadsheet_text
-from tmm.runtime.info import INFO_NAME
-from tmm.runtime.replacing import replacing
+from tmm.runs.recorded_run import Run
+from tmm.runtime.store.run_file import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
 

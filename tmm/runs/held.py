@@ -8,7 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tmm.gaps import words
+from tmm.core.failures import words
 from tmm.runs.state import Lock, State, Status
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tmm.runtime.replacing import replacing
+from tmm.core.atomic_file import replacing
 
 FileName: TypeAlias = str | os.PathLike[str]
 Table: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[np.float64]]

@@ -14,29 +14,29 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.earlier import Earlier
-from tmm.gaps import UserLine, warn, words
-from tmm.layout import Event, StepRecord
-from tmm.metrics import HISTOGRAM_EDGES
-from tmm.run_info import describe_environment
-from tmm.runs.default_spec import default_spec
+from tmm.core.failures import UserLine, warn, words
+from tmm.core.metrics import HISTOGRAM_EDGES
+from tmm.core.records import Event, StepRecord
+from tmm.runs.artifacts import write_samples
+from tmm.runs.delivery import NamedSink, RunInfo, Sinks
 from tmm.runs.ended_step import EndedStep
+from tmm.runs.find_optimizer import OptimizerFinder
 from tmm.runs.held import HeldFolder
-from tmm.runs.logged_values import checked_count, numbers_in
-from tmm.runs.optimizers import OptimizerFinder
+from tmm.runs.logged_numbers import checked_count, numbers_in
+from tmm.runs.machine import StepClock, SystemSampler
 from tmm.runs.reminder import StepReminder
-from tmm.runs.samples import write_samples
-from tmm.runs.sinks import NamedSink, RunInfo, Sinks
 from tmm.runs.state import Lock, Status
-from tmm.runs.system import StepClock, SystemSampler
-from tmm.runtime.binding import KeyRegistry
-from tmm.runtime.collector import StepCollector
-from tmm.runtime.silent_writer import SilentWriter
-from tmm.runtime.writer import RunWriter
-from tmm.spec import Spec
+from tmm.runtime.key_binding import KeyRegistry
+from tmm.runtime.step_collector import StepCollector
+from tmm.runtime.store.null_writer import SilentWriter
+from tmm.runtime.store.run_writer import RunWriter
+from tmm.spec.default import default_spec
+from tmm.spec.environment import describe_environment
+from tmm.spec.spec import Spec
+from tmm.steps.earlier import Earlier
 
 if TYPE_CHECKING:
-    from tmm.monitor import Monitor
+    from tmm.steps.monitor import Monitor
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -222,8 +222,8 @@ class LiveRun:
             RuntimeError: after ``finish``, or for a second model.
             ValueError, TypeError, OSError: as ``tmm.instrument`` and ``Monitor.watch`` raise.
         """
-        from tmm.instrument import instrument, remove
-        from tmm.instrument import monitor as monitor_of
+        from tmm.runs.instrument import instrument, remove
+        from tmm.runs.instrument import monitor as monitor_of
 
         self._require_open()
         watched = instrument(model, spec or default_spec(), run=self, **options)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tmm.earlier import Earlier
-from tmm.ranks import other_rank
 from tmm.runs.catalog import find_run
 from tmm.runs.claim import lock_to_resume, make_folder
+from tmm.runs.delivery import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.live import LiveRun
-from tmm.runs.sinks import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.state import Lock
+from tmm.spec.ranks import other_rank
+from tmm.steps.earlier import Earlier
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 

@@ -15,8 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, get_args
 
-from tmm.runtime.replacing import replace_text
-from tmm.runtime.untrusted import open_file, parse_json, read_file
+from tmm.core.atomic_file import replace_text
+from tmm.runtime.store.untrusted import open_file, parse_json, read_file
 
 try:
     import fcntl

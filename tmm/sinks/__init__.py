@@ -4,7 +4,7 @@
 or by name. Packages are imported when a run starts; docs/sinks.md says what each backend keeps.
 """
 
-from tmm.runs.sinks import OpenSink, RunInfo, RunSink, Sink
+from tmm.runs.delivery import OpenSink, RunInfo, RunSink, Sink
 from tmm.sinks.csv import CSVSink
 from tmm.sinks.jsonl import JSONLinesSink
 from tmm.sinks.mlflow import MLflowSink

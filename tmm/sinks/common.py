@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tmm.metrics import HISTOGRAM_EDGES, FloatArray
-from tmm.runs.sinks import Value
+from tmm.core.metrics import HISTOGRAM_EDGES, FloatArray
+from tmm.runs.delivery import Value
 
 FINITE_EDGES: FloatArray = HISTOGRAM_EDGES.copy()
 """The edges of histograms for backends that draw no infinite bins: the outer ones end at ±2¹⁷."""

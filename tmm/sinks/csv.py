@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 from tmm.runs.csv_text import spreadsheet_text
-from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.delivery import RunInfo, Value
 from tmm.sinks.common import check_keys, numbers
 from tmm.sinks.lines import StepFile
 

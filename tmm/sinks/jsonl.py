@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.delivery import RunInfo, Value
 from tmm.sinks.common import check_keys
 from tmm.sinks.lines import StepFile
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.delivery import RunInfo, Value
 from tmm.runs.state import Status
 from tmm.sinks.common import chosen
 

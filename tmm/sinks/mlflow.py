@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import unquote
 
-from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.delivery import RunInfo, Value
 from tmm.runs.state import Status
 from tmm.sinks.common import check_keys, numbers, require
 

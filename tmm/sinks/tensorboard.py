@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from tmm.metrics import FloatArray
-from tmm.runs.sinks import RunInfo, Value
+from tmm.core.metrics import FloatArray
+from tmm.runs.delivery import RunInfo, Value
 from tmm.runs.state import Status
 from tmm.sinks.common import FINITE_EDGES, check_keys, chosen, require
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tmm.runs.sinks import RunInfo, Value
+from tmm.runs.delivery import RunInfo, Value
 from tmm.runs.state import Status
 from tmm.sinks.common import FINITE_EDGES, check_keys, chosen, require
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch._dynamo.eval_frame import OptimizedModule
 
-from tmm.instrument import explain, instrument, monitor, remove
-from tmm.preserve import RandomState, unchanged
-from tmm.rules import Rule
-from tmm.spec import Spec
-from tmm.testing.hooks import Recording, eager_hooks, gradient_hooks, site_names, walk
-from tmm.testing.values import Expected, FloatArray, Tolerance, disagreements
+from tmm.core.rng import RandomState, unchanged
+from tmm.runs.instrument import explain, instrument, monitor, remove
+from tmm.spec.rules import Rule
+from tmm.spec.spec import Spec
+from tmm.testing.defined_values import Expected, FloatArray, Tolerance, disagreements
+from tmm.testing.eager_hooks import Recording, eager_hooks, gradient_hooks, site_names, walk
 
 __all__ = ["assert_matches_hooks"]
 

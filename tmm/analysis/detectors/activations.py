@@ -10,8 +10,8 @@ from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
-from tmm.keys import metric_of
-from tmm.layout import KeyInfo
+from tmm.core.keys import metric_of
+from tmm.core.records import KeyInfo
 
 _LARGE = 100.0
 _TAILS = 1000.0

@@ -10,7 +10,7 @@ from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median
 from tmm.analysis.series import Series, series_of
-from tmm.layout import KeyInfo
+from tmm.core.records import KeyInfo
 
 _ENTROPY, _PART = 0.1, 0.2
 _NORMALIZED = 0.02

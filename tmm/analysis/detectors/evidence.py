@@ -11,10 +11,10 @@ from tmm.analysis.order import Rank
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray, Series, series_of, skipped_steps
-from tmm.families import ATTENTION, Phase
-from tmm.keys import metric_of
-from tmm.layout import KeyInfo, StepArray
-from tmm.metrics import METRIC_NAMES, FloatArray
+from tmm.core.families import ATTENTION, Phase
+from tmm.core.keys import metric_of
+from tmm.core.metrics import METRIC_NAMES, FloatArray
+from tmm.core.records import KeyInfo, StepArray
 
 COUNTS = ("nan_count", "inf_count")
 EXTREMES = ("absmax", "max", "min")

@@ -11,17 +11,11 @@ from tmm.analysis.ending import Ending, EndsWith, any_finite, jumping
 from tmm.analysis.recent import Newest
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, jumps
-from tmm.analysis.series import (
-    BoolArray,
-    Series,
-    named,
-    series_of,
-    skipped_steps,
-)
-from tmm.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
-from tmm.keys import GRAD_SCALE, metric_of, total_norm
-from tmm.layout import KeyInfo, StepArray
-from tmm.metrics import FloatArray
+from tmm.analysis.series import BoolArray, Series, named, series_of, skipped_steps
+from tmm.core.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
+from tmm.core.keys import GRAD_SCALE, metric_of, total_norm
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo, StepArray
 
 _FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
 _TOTALS = tuple(total_norm(family).partition("/")[2] for family in _FAMILIES)

@@ -12,8 +12,8 @@ from tmm.analysis.ending import EndsWith, any_finite
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import NORMAL, before, bridged, median
 from tmm.analysis.series import Series, series_of
-from tmm.keys import is_loss, is_total_loss
-from tmm.metrics import FloatArray
+from tmm.core.keys import is_loss, is_total_loss
+from tmm.core.metrics import FloatArray
 
 _NEAR = 10  # values before that say where the loss is now
 _LEAST_NEAR = 3

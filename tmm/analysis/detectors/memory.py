@@ -11,8 +11,8 @@ from tmm.analysis.anomaly import Anomaly, Severity, episodes
 from tmm.analysis.ending import EndsWith, any_finite
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import series_of
-from tmm.layout import KeyInfo
-from tmm.metrics import FloatArray
+from tmm.core.metrics import FloatArray
+from tmm.core.records import KeyInfo
 
 _MEMORY = re.compile(r"system/(process_memory|gpu_\d+/(torch_)?memory)")
 _PARTS = 5

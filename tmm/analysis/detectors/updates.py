@@ -11,8 +11,8 @@ from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged
 from tmm.analysis.series import Series, metrics_of
-from tmm.keys import metric_of
-from tmm.layout import KeyInfo
+from tmm.core.keys import metric_of
+from tmm.core.records import KeyInfo
 
 _LARGE = 0.1
 _SMALL = 1e-8

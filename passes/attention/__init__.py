@@ -1,0 +1,1 @@
+"""How attention is found in a graph."""

@@ -1,0 +1,1 @@
+"""How a graph's reference branch is copied."""

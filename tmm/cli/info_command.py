@@ -1,0 +1,65 @@
+"""``tmm info`` and ``tmm explain``."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+from tmm.cli.output import AsJson, Query, Root, fail, print_json, print_table, told
+from tmm.cli.terminal import clean_lines
+
+_OPTIONAL = ("psutil", "nvidia-ml-py", "plotly", "kaleido", "pyarrow", "safetensors")
+
+
+def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """Show versions, devices, optional packages and how many runs there are."""
+    import torch
+
+    from tmm.runs.catalog import list_runs
+
+    found: dict[str, object] = {
+        "tmm": version("tmm-compile"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "root": str(root),
+        "runs": len(list_runs(root)) if root.is_dir() else 0,
+    }
+    if as_json:
+        print_json(found)
+        return
+    optional = found.pop("optional")
+    assert isinstance(optional, dict)
+    rows = [*found.items(), *((name, value or "not installed") for name, value in optional.items())]
+    print_table("tmm", ("", ""), rows)
+
+
+def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) -> None:
+    """Show what was measured in a run and where, what was not and why, and its graphs."""
+    from tmm.runs.catalog import find_run
+    from tmm.runs.recorded_run import open_run
+
+    with told():
+        record = find_run(query, root)
+        with open_run(record.path) as run:
+            try:
+                text = run.text("explain.txt")
+            except FileNotFoundError:
+                fail(f"the run {record.id} watched no model")
+    if as_json:
+        print_json({"id": record.id, "text": text})
+    else:
+        typer.echo(clean_lines(text))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,147 @@
+"""Names of values: composed and parsed here, and nowhere else.
+
+A key is ``family/site/metric``, or a name that a user chose. Keys of attention, of whole steps and
+of the system end with their site.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tmm.core.families import ATTENTION, GRADIENT, RCC, STEP, family_of
+from tmm.core.records import ROOT_NAME, KeyInfo
+
+LOSS_WORDS = frozenset({"loss", "losses"})
+NO_LOSS_WORDS = frozenset({"scale", "scaler", "scaling", "weight", "coefficient", "coef", "count"})
+"""Words that make something else of a name that contains ``loss``, such as ``loss_scale``."""
+
+TOTAL_WORDS = LOSS_WORDS.union(
+    ("train", "training", "val", "valid", "validation", "eval", "test"),
+    ("total", "mean", "average", "avg", "step", "epoch"),
+)
+"""What the name of the loss that is optimised, or its like on other data, consists of."""
+
+_WORD = re.compile(r"[A-Z]+[0-9]*(?![a-z])|[A-Z]?[a-z]+[0-9]*|[0-9]+")
+
+
+_HEAD = re.compile(r"(\.call_\d+)?(\.head_\d+)?(\.(query|key|value|activation))?$")
+_PART = re.compile(r"\.head_\d+\.(query|key|value|activation)$")
+_WITHOUT_BIAS = ".weight"
+
+
+def key_of(*parts: str) -> str:
+    """The key of a family, a site and a metric, those that are not empty."""
+    return "/".join(part for part in parts if part)
+
+
+SKIPPED = key_of(STEP.name, "skipped")
+"""Whether the step of an optimizer was skipped, by a scaler of gradients."""
+
+GRAD_SCALE = key_of(STEP.name, "grad_scale")
+TOTAL_NORM = "gradient_norm"
+"""What is of several gradients together."""
+
+
+def total_norm(family: str, block: str = "") -> str:
+    """The key of the norm of all gradients of a family together, or of those of a block."""
+    return key_of(STEP.name, family.replace(GRADIENT.name, TOTAL_NORM, 1), block)
+
+
+def is_total_norm(info: KeyInfo) -> bool:
+    """Whether it is the norm of several gradients together."""
+    return info.kind == STEP.name and info.site.startswith(TOTAL_NORM)
+
+
+def block_of_norm(info: KeyInfo) -> str:
+    """The block of a norm of several gradients; empty for that of all, and for other keys."""
+    start = f"{TOTAL_NORM}/"
+    is_of_block = info.kind == STEP.name and info.site.startswith(start)
+    return info.site.removeprefix(start) if is_of_block else ""
+
+
+def is_family(kind: str) -> bool:
+    """Whether ``kind`` is the first part of keys that tmm makes itself."""
+    return family_of(kind) is not None
+
+
+def reserved_start(key: str) -> str | None:
+    """What a key begins with, up to its first slash, if only tmm makes such keys."""
+    start, slash, _ = key.partition("/")
+    return f"{start}/" if slash and is_family(start.split(" ")[0]) else None
+
+
+def info_of(key: str, position: int = 0) -> KeyInfo:
+    """What the key says of itself."""
+    kind, _, rest = key.partition("/")
+    site, _, metric = rest.rpartition("/")
+    family = family_of(kind)
+    if family is None or not metric or not family.ends_with_metric:
+        site = ""
+    return KeyInfo(key, kind, site or rest or key, position, "")
+
+
+def metric_of(info: KeyInfo) -> str:
+    """The metric at the end of a key; empty for keys that have none."""
+    for prefix in (f"{info.kind}/{info.site}", info.site):
+        if info.key.startswith(prefix):
+            return info.key[len(prefix) :].lstrip("/")
+    return ""
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in lower case: ``valLoss``, ``val_loss`` and ``val.loss`` have two."""
+    return [word.lower() for word in _WORD.findall(name)]
+
+
+def is_loss(info: KeyInfo) -> bool:
+    """Whether the key is that of a loss.
+
+    The last part of its path contains the word, or an earlier part is it (``Loss/train``); keys of
+    tmm's own families are none.
+    """
+    if is_family(info.kind):
+        return False
+    *folders, name = info.key.split("/")
+    words = set(words_of(name))
+    if words & NO_LOSS_WORDS:
+        return False
+    return bool(words & LOSS_WORDS) or any(folder.lower() in LOSS_WORDS for folder in folders)
+
+
+def is_total_loss(info: KeyInfo) -> bool:
+    """Whether it is the loss as a whole, rather than one of its terms such as ``kl_loss``."""
+    return is_loss(info) and set(words_of(info.key)) <= TOTAL_WORDS
+
+
+def is_inside(inner: str, outer: str) -> bool:
+    """Whether the site ``inner`` lies in a module below that of the site ``outer``."""
+    if outer.startswith(ROOT_NAME):
+        return not inner.startswith(ROOT_NAME)
+    return inner.startswith(f"{outer.partition('[')[0]}.")
+
+
+def layer_of(info: KeyInfo) -> str:
+    """The module that a key belongs to; empty for keys that belong to none."""
+    family, site = family_of(info.kind), info.site
+    if family is None or family.subject is None:
+        return block_of_norm(info)
+    if family.subject == "parameters":
+        return site.rpartition(".")[0] or ROOT_NAME
+    if site.startswith(ROOT_NAME):
+        return ROOT_NAME
+    if family is RCC:
+        return site.removesuffix(_WITHOUT_BIAS)
+    if family is ATTENTION or part_of_head(info):
+        site = _HEAD.sub("", site)
+    return site.partition("[")[0]
+
+
+def part_of_head(info: KeyInfo) -> str:
+    """Which tensor of an attention head a key is of, such as ``"query"``; empty for others."""
+    part = _PART.search(info.site)
+    return part[1] if part else ""
+
+
+def is_without_bias(info: KeyInfo) -> bool:
+    """Whether a norm of the coordinate check leaves out the bias."""
+    return info.site.endswith(_WITHOUT_BIAS)

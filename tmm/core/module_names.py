@@ -1,0 +1,227 @@
+"""Names of modules as users know them: wrapper components removed."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tmm.core.records import ROOT_NAME
+
+_WRAPPED = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+
+
+def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that ``module`` merely wraps (for compilation, sharding, ...), if it does."""
+    if isinstance(module, _PARALLEL):
+        inner: torch.nn.Module = module.module
+        return inner
+    for name in _WRAPPED:
+        if name in module._modules:  # which of a script module has no get
+            inner_or_none = module._modules[name]
+            if inner_or_none is not None:
+                return inner_or_none
+    return None
+
+
+def is_container(module: torch.nn.Module) -> bool:
+    """Whether a module has no forward of its own, such as ``torch.nn.ModuleList``."""
+    own = inspect.getattr_static(type(module), "forward", None)  # script modules make theirs up
+    return own is torch.nn.Module.forward and "forward" not in vars(module)
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The innermost module that ``module`` merely wraps; itself if it wraps none."""
+    while (inner := wrapped_module(module)) is not None:
+        module = inner
+    return module
+
+
+def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """Dotted names of ``module`` (empty) and its descendants, in the order of ``named_modules``.
+
+    A wrapper and the module that it wraps have one name; it is given to the wrapped one. Where two
+    modules would have one name without the wrappers' components, these stay. A module that occurs
+    several times has the first of its names. Modules with a hash of their own, which
+    may change, are left out, with what is inside: such are the metrics of torchmetrics.
+    """
+    names: dict[torch.nn.Module, str] = {}
+    seen: set[torch.nn.Module] = set()
+
+    def visit(current: torch.nn.Module, name: str) -> None:
+        if current is not module and type(current).__hash__ is not torch.nn.Module.__hash__:
+            return
+        if current in seen:
+            return
+        seen.add(current)
+        inner = wrapped_module(current)
+        if inner is None:
+            names[current] = name
+        # Not `named_children` and `named_parameters`, whose sets and generators take twice as long.
+        for child_name, child in current._modules.items():
+            if child is None:
+                continue
+            if child is inner:
+                visit(child, name)
+            else:
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(module, "")
+    counts = Counter(names.values())
+    if len(counts) < len(names) or ROOT_NAME in counts:
+        names = _names_told_apart(module, {name for name, count in counts.items() if count > 1})
+    return names
+
+
+def _names_told_apart(
+    module: torch.nn.Module, ambiguous: Container[str]
+) -> dict[torch.nn.Module, str]:
+    """``relative_names`` where some are ``ambiguous``, or that of the root.
+
+    What has an ambiguous name gets that of ``named_modules`` instead, and a number where even that
+    is taken.
+    """
+    names: dict[torch.nn.Module, str] = {}
+    taken = {ROOT_NAME}
+    seen: set[torch.nn.Module] = set()
+
+    def visit(current: torch.nn.Module, name: str, whole: str, shown: str) -> None:
+        if current is not module and type(current).__hash__ is not torch.nn.Module.__hash__:
+            return
+        if current in seen:
+            return
+        seen.add(current)
+        inner = wrapped_module(current)
+        if name in ambiguous and name:
+            shown = whole
+        if inner is None:
+            plain, number = shown, 2
+            while shown in taken:
+                shown, number = f"{plain} ({number})", number + 1
+            taken.add(shown)
+            names[current] = shown
+        both = name, shown
+        for child_name, child in current._modules.items():
+            if child is None:
+                continue
+            of_child = f"{whole}.{child_name}" if whole else child_name
+            if child is inner:
+                visit(child, name, of_child, shown)
+            else:
+                plain, told = (f"{start}.{child_name}" if start else child_name for start in both)
+                visit(child, plain, of_child, told)
+
+    visit(module, "", "", "")
+    return names
+
+
+def display_name(name: str) -> str:
+    """A module's name in keys and for patterns: the root, whose name is empty, has one too."""
+    return name or ROOT_NAME
+
+
+def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[str, str]]:
+    """Each parameter with its dotted name and the display name of the module that it belongs to.
+
+    A parameter that several modules share has the first of its names.
+    """
+    names: dict[torch.nn.Parameter, tuple[str, str]] = {}
+    for owner, prefix in relative_names(module).items():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                dotted = f"{prefix}.{name}" if prefix else name
+                names.setdefault(parameter, (dotted, display_name(prefix)))
+    return names
+
+
+@dataclass(frozen=True, eq=False)
+class _Walked:
+    """A module and the children that it had."""
+
+    module: torch.nn.Module
+    names: tuple[str, ...]
+    children: tuple[torch.nn.Module | None, ...]
+
+    @classmethod
+    def now(cls, module: torch.nn.Module) -> _Walked:
+        children = module._modules
+        return cls(module, tuple(children.keys()), tuple(children.values()))
+
+    def has_changed(self) -> bool:
+        children = self.module._modules  # compared by identity: some classes define equality
+        return tuple(children.keys()) != self.names or not all(
+            map(operator.is_, children.values(), self.children)
+        )
+
+
+class ModuleTree:
+    """A module and all that is in it, which may be others at each time one asks."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._walked: list[_Walked] = []
+
+    def has_changed(self) -> bool:
+        """Whether any module has other children than when this was last asked, or nobody asked."""
+        if self._walked and not any(walked.has_changed() for walked in self._walked):
+            return False
+        self._walked = [_Walked.now(module) for module in self._module.modules()]
+        return True
+
+
+class ParameterNames:
+    """The names of a module's parameters, which may be others at each call.
+
+    Its modules are walked again only where one has other children than at the last walk.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._tree = ModuleTree(module)
+        self._owners: list[tuple[torch.nn.Module, str]] = []
+
+    def __call__(self) -> dict[torch.nn.Parameter, str]:
+        """Each parameter with its dotted name; a shared one has the first of its names."""
+        names: dict[torch.nn.Parameter, str] = {}
+        for owner, prefix in self.owners():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    names.setdefault(parameter, prefix + name)
+        return names
+
+    def owners(self) -> Sequence[tuple[torch.nn.Module, str]]:
+        """Each module with what the names of its tensors begin with."""
+        if self._tree.has_changed():
+            self._owners = [
+                (owner, f"{name}." if name else "")
+                for owner, name in relative_names(self._module).items()
+            ]
+        return self._owners
+
+
+def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """Each buffer with its dotted name; a shared one has the first of its names."""
+    names: dict[torch.Tensor, str] = {}
+    for owner, prefix in relative_names(module).items():
+        for name, buffer in owner.named_buffers(recurse=False):
+            names.setdefault(buffer, f"{prefix}.{name}" if prefix else name)
+    return names
+
+
+def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
+    """Names in a state dict, and what they are without the components of wrappers.
+
+    Names that are equal without them keep them.
+    """
+    whole = {name: name.removeprefix("module.") for name in names}
+    without = {
+        name: ".".join(part for part in stripped.split(".") if part not in _WRAPPED)
+        for name, stripped in whole.items()
+    }
+    counts = Counter(without.values())
+    return {name: plain if counts[plain] == 1 else whole[name] for name, plain in without.items()}

@@ -1,0 +1,395 @@
+"""Which module a measured row belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from tmm.core.failures import MonitoringWarning, levels_to_user
+from tmm.core.families import (
+    ACTIVATION_DIFFERENCE,
+    ATTENTION,
+    BRANCH_FAMILIES,
+    VALUE_FAMILY,
+    rule_family,
+)
+from tmm.core.metrics import Reduction
+from tmm.core.module_names import display_name, parameter_names, relative_names, unwrapped
+from tmm.core.records import (
+    ATTENTION_MARK,
+    OUTSIDE,
+    ROOT_NAME,
+    AttentionRequest,
+    Measurement,
+    PackedLayout,
+    Share,
+    Site,
+)
+from tmm.instrumentation.backend import Comparison, MeasuredGraph, Scope
+from tmm.instrumentation.outputs import tensors_in
+from tmm.kernels.ops import why_unmeasurable
+from tmm.kernels.pairs import Normalization
+from tmm.passes.graph.sharding import Placed, why_unsummed
+from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
+from tmm.passes.insert_reference import BRANCH
+from tmm.passes.request import CheckedModule, PlacementRequest
+from tmm.runtime.key_binding import Binding, KeyRegistry, single_row
+from tmm.spec.ranks import Ranks, is_distributed
+from tmm.spec.spec import Plan
+
+Frames = Sequence[torch.nn.Module]
+"""The modules whose forward is running, the innermost last."""
+
+_IF_EQUAL = (
+    "nothing in the model is known to average gradients over ranks: where they are equal on all"
+    " ranks, they are those of the whole batch; where not, rows are of this rank alone (rank 0),"
+    " and the notes of their keys say so"
+)
+
+
+class Attribution:
+    """Names the rows of graphs and of eager calls, for the modules of one model.
+
+    A graph may serve several equal modules. Its rows are credited when it runs: to the module
+    whose frame is running, as a parameter among the graph's inputs confirms.
+
+    ``rows`` are all measurements so far, with names as in keys; ``unmeasured`` are the sites that
+    were asked for and have none, with the reason, and ``lost_attention`` the attentions among them;
+    ``by_rank`` those whose rows of several ranks are not joined; ``remarks`` is what else is to be
+    known of rows.
+    """
+
+    def __init__(
+        self, root: torch.nn.Module, plan: Plan, registry: KeyRegistry, ranks: Ranks
+    ) -> None:
+        self.root = unwrapped(root)
+        self.plan = plan
+        self.ranks = ranks
+        self.names = relative_names(root)
+        self.unmeasured: dict[str, str] = {}
+        self.lost_attention: dict[str, str] = {}
+        self.by_rank: dict[str, str] = {}
+        self.remarks: dict[str, str] = {}
+        self._registry = registry
+        self._bindings: dict[tuple[int, torch.nn.Module, bool], Binding | None] = {}
+        self._eager: dict[Measurement, Binding] = {}
+        self.rows: dict[Measurement, None] = {}
+        self._measured: dict[str, dict[str, None]] = {}
+        self._has_warned = False
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is to be known of rows beyond their names: of families, sites and the rest."""
+        of_families = {rule.family: self.ranks.notes(rule.family) for rule in self.plan.spec.rules}
+        noted = {family: note for family, note in of_families.items() if note}
+        if "gradient" in of_families and not self.ranks.averages:
+            noted["gradient"] = _IF_EQUAL
+        for site, note in self._registry.site_notes.items():
+            if site.partition("/")[0].removesuffix("_before_clip") in of_families:
+                noted[site] = note
+        return noted | self.remarks
+
+    def refresh(self) -> None:
+        """Learn of modules that were added to the model."""
+        self.names = relative_names(self.root)
+
+    def name(self, module: torch.nn.Module) -> str:
+        """The name of a module in keys; its type for one that is not part of the model."""
+        return display_name(self.names.get(module, type(module).__name__))
+
+    def how_measured(self, module: torch.nn.Module) -> str:
+        """Where the rows of a module came from so far: graph, eager, or both."""
+        return " and ".join(self._measured.get(self.name(module), ()))
+
+    # Graphs
+
+    def scope(self, owner: torch.nn.Module, values: Mapping[str, Reduction]) -> Scope:
+        """The scope of a frame of ``owner`` that is being compiled."""
+        modules = {id(module): OUTSIDE + name for module, name in self.names.items()}
+        modules |= {id(module): name for module, name in relative_names(owner).items()}
+        # Equal modules may come to share the graph: it measures what any of them asks for.
+        peers = [module for module in self.names if type(module) is type(owner)]
+        resolvers = [self._resolver(peer) for peer in peers]
+
+        def select(
+            site: Site, dtype: torch.dtype, family: str = "activation"
+        ) -> tuple[Reduction, ...]:
+            names = [name for resolve in resolvers if (name := resolve(site.module)) is not None]
+            path = site.path if site.is_shown else ""
+            selected = [r for name in names for r in self.plan.select(name + path, dtype, family)]
+            return tuple(dict.fromkeys(selected))
+
+        own = {name: module for module, name in relative_names(owner).items()}
+
+        def check(relative: str) -> CheckedModule | None:
+            module = own.get(relative)
+            names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
+            checks = [checked_module(self.plan, name, module) for name in names if module]
+            return next((found for found in checks if found is not None), None)
+
+        comparison = None
+        if any(self.plan.spec.measures(family) for family in BRANCH_FAMILIES):
+            comparison = Comparison(partial(select, family=ACTIVATION_DIFFERENCE.name), check)
+        attention = None
+        if self.plan.spec.measures(ATTENTION.name):
+
+            def attention(relative: str) -> tuple[AttentionRequest, ...]:
+                names = [name for resolve in resolvers if (name := resolve(relative)) is not None]
+                requests = [request for name in names for request in self.plan.attention(name)]
+                return tuple(dict.fromkeys(requests))
+
+        gradient = None
+        if self.plan.spec.measures(GRADIENT):
+            gradient = partial(select, family=GRADIENT)
+        return Scope(
+            *(owner, self.name(owner), modules, select, values, gradient, comparison),
+            attention=attention,
+            placements=self._placements(owner, peers),
+            is_root=owner is self.root,
+        )
+
+    def _placements(
+        self, owner: torch.nn.Module, peers: Iterable[torch.nn.Module]
+    ) -> PlacementRequest | None:
+        """How ranks share the model; parameters count as equal if those of all peers are."""
+        shared = self.ranks.tensor_parallel
+        if shared is None:
+            return None
+        prefixes = [f"{name}." if (name := self.names[peer]) else "" for peer in peers]
+        equal = (
+            id(parameter)
+            for parameter, (name, _) in parameter_names(owner).items()
+            if all(prefix + name in shared.equal for prefix in prefixes)
+        )
+        return PlacementRequest(shared.ranks, shared.is_first, frozenset(equal))
+
+    def lose(self, measurement: Measurement, reason: str) -> Binding:
+        """A site, named as in keys, is not compared with the reference in a forward pass.
+
+        Its row of the step is left out by the binding: other forward passes would be a part of it.
+        """
+        site = self.ranks.placed(measurement, self.by_rank)
+        lost = None if site is None else self._registry.site(measurement.family, site)
+        if lost is None:
+            return Binding((), ())
+        name = measurement.site.module + measurement.site.path
+        self.unmeasured[f"{name}, compared with the reference"] = reason
+        self._warn_once(name, reason)
+        return Binding((), (), (lost,))
+
+    def _warn_once(self, name: str, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{name} cannot be compared with the reference: {reason}. Where that is so it has"
+                " no rows; tmm.explain(model).unmeasured lists what has none, and why",
+                MonitoringWarning,
+                stacklevel=levels_to_user(),
+            )
+
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        resolve = self._resolver(owner)
+        for site, reason in unmeasured:
+            name = (resolve(site.module) or site.module) + site.path
+            self.unmeasured[name] = reason
+            if site.path.endswith(ATTENTION_MARK):
+                self.lost_attention[name] = reason
+            if reason.startswith(BRANCH):
+                self._warn_once(name, reason.removeprefix(f"{BRANCH}: "))
+
+    def bind(
+        self,
+        graph: MeasuredGraph,
+        layout: PackedLayout,
+        inputs: Sequence[object],
+        frames: Frames,
+        *,
+        lost: str = "",
+    ) -> Binding | None:
+        """The rows of a call of ``graph``, named; None if it is not known which module ran it.
+
+        ``lost`` tells why those of the reference are left out, if they are.
+        """
+        owner = self._owner(graph, inputs, frames)
+        if owner is None:
+            self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
+            return None
+        key = (id(layout), owner, not lost)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(graph, layout, owner, lost)
+        return self._bindings[key]
+
+    def _owner(
+        self, graph: MeasuredGraph, inputs: Sequence[object], frames: Frames
+    ) -> torch.nn.Module | None:
+        owner = frames[-1]
+        if graph.witness is None or owner is graph.owner is self.root:
+            return owner
+        parameter = inputs[graph.witness.input]
+        for candidate in (owner, *reversed(frames), *self.names):
+            if (
+                type(candidate) is type(graph.owner)
+                and _parameter(candidate, graph.witness.parameter) is parameter
+            ):
+                return candidate
+        return owner if owner is graph.owner else None
+
+    def _bind(
+        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, lost: str
+    ) -> Binding | None:
+        if type(owner) is not type(graph.owner):
+            self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
+            return None
+        absolute = self._resolver(owner)
+        left_out: list[str] = []
+
+        def resolve(measurement: Measurement) -> Site | None:
+            if measurement.family == VALUE_FAMILY:
+                return self._placed(measurement)
+            name = absolute(measurement.site.module)
+            if name is None:
+                return None
+            site = replace(measurement.site, module=name)
+            if not site.is_shown and graph.outside(measurement) and owner is not graph.owner:
+                return None
+            if not self._is_wanted(replace(measurement, site=site)):
+                return None
+            if lost and rule_family(measurement.family) in BRANCH_FAMILIES:
+                left_out.extend(self.lose(replace(measurement, site=site), lost).left_out)
+                return None
+            self._measured.setdefault(name, {})["graph"] = None
+            return self._placed(replace(measurement, site=site))
+
+        self.leave_out(owner, layout.unmeasured)
+        binding = self._registry.bind(layout, resolve)
+        return replace(binding, left_out=tuple(left_out))
+
+    def _placed(self, measurement: Measurement) -> Site | None:
+        """Where this rank records a measurement, whose site is named as in keys."""
+        site = self.ranks.placed(measurement, self.by_rank)
+        family, reduction = measurement.family, measurement.reduction
+        if site is not None and self._registry.claim(family, site, reduction) is not None:
+            self.rows[replace(measurement, site=site)] = None
+        return site
+
+    def _is_wanted(self, measurement: Measurement) -> bool:
+        """Whether a rule asks for the measurement, whose site is named as in keys."""
+        site, family = measurement.site, measurement.family
+        if measurement.is_of_attention:
+            if site.is_shown:
+                return True  # it was asked for by the call
+            family = ATTENTION.name
+        name = site.module + site.path if site.is_shown else site.module
+        wanted = [*self.plan.select(name, torch.float32, family)]
+        wanted += self.plan.select(name, torch.complex64, family)
+        return measurement.reduction in wanted
+
+    def _resolver(self, owner: torch.nn.Module) -> Callable[[str], str | None]:
+        """From names relative to ``owner`` to those in keys: a shared module has its first name."""
+        modules = {name: module for module, name in relative_names(owner).items()}
+
+        def resolve(name: str) -> str | None:
+            if name.startswith(OUTSIDE):
+                return display_name(name.removeprefix(OUTSIDE))
+            module = modules.get(name)
+            return None if module not in self.names else display_name(self.names[module])
+
+        return resolve
+
+    # Eager calls
+
+    def select_eagerly(
+        self, module: torch.nn.Module, output: object, family: str = "activation"
+    ) -> list[tuple[Binding, torch.Tensor, Reduction]]:
+        """What to reduce of the output of a module that ran outside of every graph.
+
+        The gradient of a ``DTensor`` is left out: it may be placed in another way than the tensor.
+        """
+        name = display_name(self.names[module])
+        selected = []
+        for path, tensor in tensors_in(output):
+            reductions = self.plan.select(name, tensor.dtype, family)
+            reason = why_unmeasurable(tensor) or why_unsummed(tensor)
+            if family == GRADIENT and is_distributed(tensor):
+                reason = "gradient: it may be placed in another way than the DTensor"
+            if reductions and reason:
+                self.unmeasured[name + path] = reason
+                continue
+            if reductions:
+                self.note_eager(name)
+            for reduction in reductions:
+                share = self.share_of(tensor)
+                measurement = Measurement(family, Site(name, path), reduction, share)
+                selected.append((self.bind_eagerly(measurement), tensor, reduction))
+        return selected
+
+    def note_eager(self, name: str) -> None:
+        """Remember that a module, named as in keys, was measured outside of graphs."""
+        self._measured.setdefault(name, {})["eager"] = None
+
+    def bind_layout(self, layout: PackedLayout) -> Binding:
+        """The binding of rows outside of graphs, whose sites are named as in keys."""
+        return self._registry.bind(layout, self._placed)
+
+    def shown_site(self, owner: torch.nn.Module | str, path: str) -> Site:
+        """The site, named as in keys, of what the program shows under a name or a module."""
+        if isinstance(owner, str):
+            return Site(owner + path, is_shown=True)
+        return Site(self.name(owner), path, is_shown=bool(path))  # else it is like an output
+
+    def select_shown(self, site: Site, tensor: torch.Tensor) -> list[tuple[Binding, Reduction]]:
+        """What to reduce of a tensor that the program shows outside of every graph."""
+        reductions = self.plan.select(site.module + site.path, tensor.dtype)
+        if reductions and (reason := why_unmeasurable(tensor)):
+            self.unmeasured[site.module + site.path] = reason
+            return []
+        share = self.share_of(tensor)
+        found = (Measurement("activation", site, reduction, share) for reduction in reductions)
+        return [(self.bind_eagerly(measurement), measurement.reduction) for measurement in found]
+
+    def bind_eagerly(self, measurement: Measurement) -> Binding:
+        """The binding of one measurement whose site is named as in keys."""
+        if measurement not in self._eager:
+            self._eager[measurement] = self.bind_layout(single_row(measurement))
+        return self._eager[measurement]
+
+    def share_of(self, tensor: torch.Tensor) -> Share | None:
+        """What this rank has of a tensor outside of every graph, where ranks share tensors."""
+        shared = self.ranks.tensor_parallel
+        if shared is None:
+            return None
+        placed = Placed.of(tensor)
+        if placed is None:
+            return Share("unknown", "it was measured outside of graphs, and is no DTensor")
+        return placed.share(shared.ranks, is_first=shared.is_first)
+
+
+def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedModule | None:
+    """What the refined coordinate check asks of a module of that name; nothing of the root."""
+    if name == ROOT_NAME or not plan.select(name, torch.float32, "rcc"):
+        return None
+    if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        return CheckedModule(only_update=True)
+    is_norm = isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    if not isinstance(module, torch.nn.Linear) and not is_norm:
+        return CheckedModule()
+    bias = getattr(module, "bias", None)
+    checked = CheckedModule(has_weight_rows=True, bias=None if bias is None else id(bias))
+    if not plan.has_operand_rows(name):
+        return checked
+    normalization = None
+    if isinstance(module, torch.nn.LayerNorm):
+        normalization = Normalization(module.normalized_shape, module.eps)
+    return replace(checked, has_operand_rows=True, normalization=normalization)
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+    try:
+        return module.get_parameter(name)
+    except AttributeError:
+        return None

@@ -1,0 +1,114 @@
+"""The hooks that a model carries during a monitored forward pass, and at no other time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch._dynamo.types import GuardFilterEntry
+
+from tmm.instrumentation.attribution import Attribution
+from tmm.instrumentation.eager_backend import in_fused_layers
+from tmm.instrumentation.outputs import mark_inputs, mark_nothing, mark_outputs
+from tmm.instrumentation.regions import COMPILED_CALL
+
+_KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
+
+# What exists only while tracing, or only between graphs: no guard may depend on it.
+_UNGUARDED = (
+    *("._forward_hooks", "._forward_pre_hooks", "._forward_pre_hooks_with_kwargs"),
+    f".{COMPILED_CALL}",
+)
+
+
+class ModuleHooks:
+    """Marks the outputs of modules while Dynamo traces, and shows their calls where no graph is.
+
+    ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
+    with its output afterwards. With ``marks_inputs`` inputs are marked, too. With
+    ``spares_fused_layers`` nothing is inside of layers that torch computes as a whole where no
+    module has a hook.
+    """
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        enter: Callable[..., None],
+        leave: Callable[..., None],
+        *,
+        marks_inputs: bool,
+        spares_fused_layers: bool = False,
+    ) -> None:
+        self._attribution = attribution
+        self._enter = enter
+        self._leave = leave
+        self._marks_inputs = marks_inputs
+        self._spares_fused_layers = spares_fused_layers
+        self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
+
+    def mark(self) -> None:
+        """Mark what Dynamo traces from now on."""
+        self.remove()  # from the modules known so far: there may be others now
+        self._attribution.refresh()
+        for module in self._hooked():
+            module._forward_hooks[_KEY] = mark_outputs
+            if self._marks_inputs:
+                module._forward_pre_hooks[_KEY] = mark_inputs
+                module._forward_pre_hooks_with_kwargs[_KEY] = True
+            elif module._forward_pre_hooks:
+                # The user's hooks are guarded on, with the length of the dict that holds them.
+                module._forward_pre_hooks[_KEY] = mark_nothing
+            if (call := module.__dict__.get(COMPILED_CALL)) is not None:
+                # A part that is compiled on its own is traced like any other.
+                self._hidden_calls.append((module, call))
+                module.__dict__[COMPILED_CALL] = None
+
+    def watch(self) -> None:
+        """Show the calls that run from now on."""
+        # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
+        self._show_calls()
+        for module in self._hooked():
+            module._forward_pre_hooks[_KEY] = self._enter
+            if self._marks_inputs:
+                module._forward_pre_hooks_with_kwargs[_KEY] = True
+            module._forward_hooks[_KEY] = self._leave
+
+    def remove(self) -> None:
+        """Leave the modules as they were."""
+        self._show_calls()
+        for module in self._attribution.names:
+            module._forward_pre_hooks.pop(_KEY, None)
+            module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
+            module._forward_hooks.pop(_KEY, None)
+
+    def _hooked(self) -> Iterator[torch.nn.Module]:
+        names = self._attribution.names
+        spared = in_fused_layers(names) if self._spares_fused_layers else set()
+        for module in names:
+            if module not in spared:
+                yield module
+            elif self._attribution.plan.metrics(self._attribution.name(module)):
+                self._attribution.unmeasured[self._attribution.name(module)] = (
+                    "torch may compute the whole layer in its fast path, which hooks would prevent"
+                )
+
+    def _show_calls(self) -> None:
+        while self._hidden_calls:
+            module, call = self._hidden_calls.pop()
+            module.__dict__[COMPILED_CALL] = call
+
+
+def has_own_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs hooks that are the user's, of its own or of all modules."""
+    own = (module._forward_pre_hooks, module._forward_hooks)
+    return (
+        any(len(hooks) > (_KEY in hooks) for hooks in own)
+        or bool(module._backward_hooks or module._backward_pre_hooks)
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def keep_guard(entry: GuardFilterEntry) -> bool:
+    """Whether a guard of Dynamo depends on the user's program, and not on these hooks."""
+    ours = any(entry.value is hook for hook in (mark_outputs, mark_inputs, mark_nothing))
+    return not ours and not entry.name.endswith(_UNGUARDED)

@@ -1,0 +1,799 @@
+"""The monitored program of a model: traced from the same modules, run on monitored steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, Protocol
+
+import torch
+from torch._C._dynamo import eval_frame
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.eval_frame import innermost_fn
+from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
+from torch._dynamo.types import GuardFilterEntry
+
+from tmm.core.families import ACTIVATION_DIFFERENCE, ATTENTION, BRANCH_FAMILIES, VALUE_FAMILY
+from tmm.core.metrics import Aggregate, Reduction
+from tmm.core.module_names import display_name, unwrapped
+from tmm.core.recorded_values import RecordedValues, RecordError
+from tmm.core.records import Measurement, Site
+from tmm.instrumentation.attribution import Attribution
+from tmm.instrumentation.backend import MeasuredGraph, MeasuringBackend, Scope
+from tmm.instrumentation.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
+from tmm.instrumentation.eager_backend import EagerAnswers
+from tmm.instrumentation.foreign import PASSED_BY, foreign_pass
+from tmm.instrumentation.graph_breaks import GraphBreaks
+from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
+from tmm.instrumentation.module_hooks import ModuleHooks, has_own_hooks, keep_guard
+from tmm.instrumentation.notes import Notes
+from tmm.instrumentation.outputs import tensors_in
+from tmm.instrumentation.outside import OutsideCalls
+from tmm.instrumentation.pass_trace import TraceFolder
+from tmm.instrumentation.reference.batch_prefix import Sampling
+from tmm.instrumentation.reference.comparison import Comparing
+from tmm.instrumentation.regions import COMPILED_CALL, Region
+from tmm.instrumentation.untraced import Untraced
+from tmm.kernels.dense import packed_dtype
+from tmm.kernels.ops import summarize_attention
+from tmm.passes.findings import RowInput
+from tmm.passes.graph.sharding import why_unsummed
+from tmm.passes.insert_attention import SHOWN
+from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
+from tmm.passes.insert_gradient_probes import WITHOUT_GRADIENT
+from tmm.passes.metrics.trace import MetricFunctionError
+from tmm.passes.reference.prefix_branch import SamplesError
+from tmm.runtime.eager_functions import reduce_eagerly
+from tmm.runtime.key_binding import Binding, KeyRegistry
+from tmm.spec.ranks import Ranks, local_part
+from tmm.spec.reference import Reference
+from tmm.spec.spec import Plan
+
+_running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
+
+
+GradientSink = Callable[[Binding, Sequence[torch.Tensor]], None]
+
+
+class Recorder(Protocol):
+    """Takes what a twin measures; a ``Monitor``."""
+
+    registry: KeyRegistry
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients carry a scaler's factor."""
+
+    def is_monitoring(self) -> bool:
+        """Whether a forward pass would be measured now."""
+
+    def outside_pass(self, module: torch.nn.Module, output: object) -> AbstractContextManager[None]:
+        """Rows in the block are of a module that was called past the model's own forward."""
+
+    def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
+        """Take the extra outputs of one call of a graph."""
+
+    def begin_pass(self, module: torch.nn.Module | None, inputs: object) -> None:
+        """A step function calls a module."""
+
+    def end_pass(self, output: object) -> None:
+        """The module that a step function called has given ``output``."""
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """A graph of a step function has given ``outputs``."""
+
+    def parameters_without_rows(self) -> dict[str, str]:
+        """Parameters that a rule matches and that had no rows so far, with the reason."""
+
+    def note_failure(self, error: Exception) -> None:
+        """The step is lost, as something of it could not be measured; raises in the first one."""
+
+    def gradient_sink(self) -> GradientSink | None:
+        """What takes the rows of gradients of the step that is open; None if none is wanted."""
+
+    def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
+        """What gradients of this forward pass are to be multiplied with, if anything."""
+
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost the open step its rows, but not end it."""
+
+    def bear(self, error: Exception) -> None:
+        """Do not record the open step, for which ``error`` is the reason."""
+
+
+def running_twin() -> Twin | None:
+    """The twin whose forward pass is running in this context."""
+    return _running.get()
+
+
+class Twin:
+    """Runs a model with its measurements.
+
+    ``root`` is what the user calls; ``regions`` are the parts of it that are compiled on their
+    own. Regions of one class with equal settings share one program, hence its graphs.
+
+    While Dynamo traces, every module carries a hook that marks its outputs in the graph. While
+    the program runs, every module carries hooks that measure it where no graph holds it, and tell
+    which module the running frame belongs to. Outside of both, no hook exists.
+
+    Where no region is to be traced there is no second program: the user's own one runs, and
+    ``untraced`` measures it. ``own_programs`` are those of the regions.
+    """
+
+    def __init__(
+        self,
+        root: Region,
+        regions: Sequence[Region],
+        module: torch.nn.Module,
+        plan: Plan,
+        recorder: Recorder,
+        trace: TraceFolder | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.root = root
+        self.regions = tuple(regions)
+        self.module = module
+        self.plan = plan
+        self.recorder = recorder
+        self.trace = trace
+        self.comparing: Comparing | None = None
+        self.attribution = Attribution(module, plan, recorder.registry, ranks or Ranks())
+        self.values = RecordedValues()
+        self.breaks = GraphBreaks()
+        self.notes = Notes()
+        self.graphs: list[MeasuredGraph] = []
+        self.eager_modules: dict[torch.nn.Module, torch.nn.Module] = {}
+        self.asks_as_eager = any(
+            region.settings is not None and region.settings.traced_for
+            for region in (root, *regions)
+        )
+        self._answers = EagerAnswers()
+        self.own_programs: dict[Region, Callable[..., Any]] = {}
+        self.untraced: Untraced | None = None
+        compares = any(map(plan.spec.measures, BRANCH_FAMILIES))
+        if not compares and all(region.settings is None for region in (root, *regions)):
+            self.untraced = Untraced(
+                *(self.attribution, recorder, self.is_running),
+                is_step_function=root.module is None,
+            )
+        self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
+        self._backends: list[MeasuringBackend] = []
+        self._kept = KeptByDynamo()
+        # Of a model that is dropped, too.
+        weakref.finalize(self, self._kept.forget).atexit = False
+        self._frames: list[torch.nn.Module] = []
+        self._entering: torch.nn.Module | None = None
+        self._tracing = False
+        self._in_program = False
+        self._function_depth = 0  # frames of a step function that is running, and outside of it
+        self._evaluations = 0
+        self._isolation_ids: set[int] = set()
+        self._discarding = False
+        self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
+        self._outside = OutsideCalls(self._shows_call, self._show_call)
+        self._hooks = ModuleHooks(
+            *(self.attribution, self._enter_module, self._leave_module),
+            marks_inputs=plan.spec.measures("rcc"),
+            spares_fused_layers=self.asks_as_eager,
+        )
+
+    # Running
+
+    def run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Run a region, measured."""
+        if self.is_running():
+            if not self._is_in_function():
+                return self._run(region, *args, **kwargs)
+            self.recorder.begin_pass(region.module, (args, kwargs))
+            output = self._run(region, *args, **kwargs)
+            self.recorder.end_pass(output)
+            return output
+        comparing = self.comparing
+        if comparing is not None and region.callee in (self.attribution.root, self.root.callee):
+            module = region.module
+            forward = region.callee if module is None else unwrapped(module).forward
+            comparing.inputs.match(forward, args, kwargs)
+            if comparing.inputs.pairs and not comparing.inputs.are_traced:
+                comparing.inputs.are_traced = True
+                self.close()  # the graphs have no place for inputs of the reference
+        with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
+            return self._run(region, *args, **kwargs)
+
+    def watch(
+        self, untraced: Untraced, region: Region, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Exception | None]:
+        """Run the user's own program of a region, measured; what it gives, and our own fault."""
+        outer = _running.set(self)
+        try:
+            is_function = region.module is None
+            with untraced.forward(
+                is_measured=not self._discarding, is_function=is_function
+            ) as measured:
+                output = self.own_programs[region](*args, **kwargs)
+                if region.module is not None and region.attribute == COMPILED_CALL:
+                    untraced.leave(region.module, output)  # the call itself was seen by nobody
+                untraced.uncalled.look_through(output)
+        finally:
+            _running.reset(outer)
+        return output, measured.fault
+
+    def rest(self) -> None:
+        """Leave the model alone until the next step."""
+        if self.untraced is not None:
+            self.untraced.rest()
+
+    def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Run a region as in a monitored step, but measure nothing."""
+        discarding, self._discarding = self._discarding, True
+        try:
+            if self.untraced is not None:
+                output, fault = self.watch(self.untraced, region, *args, **kwargs)
+                if fault is not None:
+                    raise fault
+                return output
+            return self.run(region, *args, **kwargs)
+        finally:
+            self._discarding = discarding
+
+    @contextmanager
+    def set_aside(self, region: Region, foreign: str) -> Iterator[None]:
+        """Let the user's program run inside of a forward pass of the twin, which is ``foreign``."""
+        name = self.attribution.name(self.frame if region.module is None else region.module)
+        self.attribution.unmeasured[f"{name}, under {foreign}"] = PASSED_BY
+        outer = _running.set(None)
+        self._hooks.remove()
+        try:
+            yield
+        finally:
+            self._hooks.watch()
+            _running.reset(outer)
+
+    def is_running(self) -> bool:
+        """Whether a forward pass of this twin is under way in this context."""
+        return _running.get() is self
+
+    @property
+    def is_tracing(self) -> bool:
+        """Whether one of our programs is being traced."""
+        return self._tracing
+
+    def is_entering(self, region: Region) -> bool:
+        """Whether the program of ``region`` has just called its module: once only."""
+        entering = region.module is not None and self._entering is region.module
+        if entering:
+            self._entering = None
+        return entering
+
+    def _run(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        module = region.module
+        depth, entering, in_program = len(self._frames), self._entering, self._in_program
+        function_depth = self._function_depth
+        self._frames.append(unwrapped(self.module if module is None else module))
+        if module is None:
+            self._function_depth = len(self._frames)
+        try:
+            self._in_program = region.settings is not None
+            if not self._in_program:
+                call = region.callee if module is None else module._call_impl
+                return call(*args, **kwargs)
+            if module is not None and _runs_hooks_outside(region, module):
+                return self._run_between_hooks(region, module, *args, **kwargs)
+            self._entering = module
+            return self._program(region)(region.callee, *args, **kwargs)
+        except (BackendCompilerFailed, InternalTorchDynamoError) as error:
+            if (fault := _fault_of_the_user(error)) is not None:
+                raise fault from None
+            raise
+        finally:
+            self.breaks.note(self._frames[depth])
+            del self._frames[depth:]
+            self._entering, self._in_program = entering, in_program
+            self._function_depth = function_depth
+
+    def _run_between_hooks(
+        self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run hooks as they are, and what lies between them in graphs, as the user's program."""
+        program = self._program(region, is_traced=False)
+        if region.entry == "call":
+            self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
+            return program(module._call_impl, *args, **kwargs)
+        self.breaks.add(module, "its forward alone is compiled")
+        forward = getattr(module.forward, "__func__", module.forward)
+        with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
+            return module._call_impl(*args, **kwargs)
+
+    def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
+        settings = region.settings
+        assert settings is not None
+        key = (type(region.callee), settings, is_traced)
+        for known, program in self._programs:
+            if known == key:
+                return program
+        sampling = None
+        if (kept := self.plan.spec.reference_samples) is not None:
+            sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
+        backend = MeasuringBackend(self, settings, sampling)
+        self._backends.append(backend)
+        program, forget = compile_separately(
+            *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
+            is_traced=is_traced,
+        )
+        self._kept.add(forget)
+        self._programs.append((key, program))
+        self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
+        return program
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        outer = _running.set(self)
+        frames, self._frames = self._frames, [unwrapped(self.module)]
+        self.breaks.skip()
+        self._outside.pause()
+        self._hooks.watch()
+        callback_handler.register_start_callback(self._start_tracing)
+        callback_handler.register_end_callback(self._end_tracing)
+        try:
+            yield
+        finally:
+            callback_handler.remove_start_callback(self._start_tracing)
+            callback_handler.remove_end_callback(self._end_tracing)
+            self._answers.stop()
+            self._hooks.remove()
+            self._outside.resume()
+            self._frames = frames
+            _running.reset(outer)
+
+    def compare_with(self, reference: Reference | None) -> None:
+        """Compare with ``reference`` from now on, or with nothing; graphs are traced anew."""
+        self.comparing = None
+        if reference is not None:
+            self.comparing = Comparing(
+                *(reference, self.attribution, self._add_comparison, self._lose_comparison)
+            )
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
+        for backend in self._backends:
+            backend.close()
+        if self.untraced is not None:
+            self.untraced.close()
+        self._kept.forget()
+        self.graphs.clear()
+        self._backends.clear()
+        self._programs.clear()
+
+    # Tracing
+
+    def _start_tracing(self, compilation: CallbackArgs) -> None:
+        if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
+            return
+        if not self._compiles_program():
+            name = self.attribution.name(self._frames[-1])
+            self.attribution.unmeasured[f"{name}, in a function that is compiled by itself"] = (
+                "modules that such a function calls are measured only where Dynamo inlines it"
+            )
+            return
+        self._tracing = True
+        if self.asks_as_eager:
+            self._answers.give()
+        self._kept.begin()
+        self._hooks.mark()
+
+    def _end_tracing(self, compilation: CallbackArgs) -> None:
+        if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
+            return
+        if self._tracing:
+            self._kept.end()
+            self.breaks.note(self._frames[-1])
+        self._tracing = False
+        self._answers.stop()
+        self._hooks.watch()
+
+    def _compiles_program(self) -> bool:
+        """Whether what Dynamo compiles now is one of our programs, not a function of the user."""
+        if HAS_ISOLATION:
+            return eval_frame.get_eval_frame_isolate_recompiles_id() in self._isolation_ids
+        return self._in_program
+
+    def scope(self) -> Scope:
+        """The scope of the frame that Dynamo is compiling now."""
+        if not self._tracing:
+            raise RuntimeError(
+                "a graph was traced while another thread was compiling, so that its modules could"
+                " not be marked"
+            )
+        scope = self.attribution.scope(self._frames[-1], self.values.reductions)
+        is_step_function = len(self._frames) == self._function_depth
+        return replace(scope, is_step_function=True) if is_step_function else scope
+
+    @property
+    def is_bearing(self) -> bool:
+        """Whether a fault of the monitoring may cost a step its rows, but not end it."""
+        return self.recorder.is_bearing
+
+    def bear(self, error: Exception) -> None:
+        """Let the step, in which a graph runs unmeasured, go on without a record."""
+        self.recorder.bear(error)
+
+    def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
+        """Remember which sites of a frame of ``owner`` have no rows, and why."""
+        self.attribution.leave_out(owner, unmeasured)
+
+    def leave_out_evaluations(self, count: int) -> None:
+        """Remember how many calls of the model a graph of a step function does not measure."""
+        self._evaluations += count
+        self.attribution.unmeasured["calls without gradients, in graphs of the step function"] = (
+            f"{self._evaluations} are not measured, as others of the same modules have gradients"
+        )
+
+    # Calls between graphs
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _enter_module(
+        self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None = None
+    ) -> None:
+        if self.comparing is not None and self.comparing.is_repeating:
+            return
+        if self._is_in_function():
+            self.recorder.begin_pass(module, (arguments, keywords))
+        self._frames.append(module)
+        if self.comparing is not None:
+            self.comparing.enter(module, arguments, keywords)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
+        if self.comparing is not None and self.comparing.is_repeating:
+            return
+        if module in self._frames[1:]:
+            while self._frames.pop() is not module:
+                pass  # a module that was left by an exception is still on the stack
+        self.eager_modules[module] = self._frames[-1]
+        for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+            self._add_eagerly(binding, tensor, reduction)
+        if self.comparing is not None:
+            self.comparing.leave(module, output)
+        if self.plan.spec.measures(GRADIENT):
+            self._probe_eagerly(module, output)
+        if self._is_in_function():
+            self.recorder.end_pass(output)
+
+    def _is_in_function(self) -> bool:
+        """Whether a step function is running, and no module that it calls."""
+        return len(self._frames) == self._function_depth and not self._discarding
+
+    # Calls past the forward of the model
+
+    def begin_step(self) -> None:
+        """Measure modules that are called by themselves from now on, too."""
+        regions = (self.root, *self.regions)
+        if self._matched[0] is not self.attribution.names:
+            own = {part for region in regions for part in (region.callee, region.holder)}
+            names = self.attribution.names.items()
+            matched = (m for m, name in names if self.measures_output(display_name(name)))
+            self._matched = (self.attribution.names, tuple(m for m in matched if m not in own))
+        # A program that the user compiled has guards on modules with hooks of the user.
+        is_compiled = any(region.settings is not None for region in regions)
+        self._outside.begin(
+            module for module in self._matched[1] if not (is_compiled and module._forward_hooks)
+        )
+
+    def end_step(self) -> None:
+        """Leave the modules as they were."""
+        self._outside.end()
+
+    def measures_output(self, name: str) -> bool:
+        """Whether a rule asks for the output of the module of that name, or for its gradient."""
+        dtypes, families = (torch.float32, torch.complex64), ("activation", GRADIENT)
+        return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
+
+    def _shows_call(self) -> bool:
+        return (
+            _running.get() is None
+            and self.recorder.is_monitoring()
+            and torch._C._current_graph_task_id() == -1  # no repetition for a backward pass
+            and foreign_pass() is None
+        )
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _show_call(self, module: torch.nn.Module, output: object) -> None:
+        if self.untraced is not None:
+            self.untraced.note_call(module)
+        else:
+            self.eager_modules.setdefault(module, unwrapped(self.module))
+        with self.recorder.outside_pass(module, output):
+            for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+                self._add_eagerly(binding, tensor, reduction)
+            if self.plan.spec.measures(GRADIENT):
+                self._probe_eagerly(module, output)
+        name = self.attribution.name(module)
+        if self.comparing is not None and self.plan.select(
+            name, torch.float32, ACTIVATION_DIFFERENCE.name
+        ):
+            self.attribution.unmeasured[f"{name} against the reference"] = (
+                "it is called past the model's own forward, which the reference repeats"
+            )
+
+    # Measuring
+
+    def follow(self, outputs: Sequence[object]) -> None:
+        """Tell of the outputs of a graph that a step function has run."""
+        if self._is_in_function():
+            self.recorder.follow(outputs)
+
+    def collect(
+        self, graph: MeasuredGraph, inputs: Sequence[object], extra: Sequence[torch.Tensor]
+    ) -> None:
+        """Take the rows of one call of ``graph``."""
+        if graph.has_own_randomness and self.comparing is not None:
+            self.comparing.note_own_randomness()
+        if not extra:
+            return
+        binding = self.attribution.bind(
+            *(graph, graph.layout, inputs, self._frames),
+            lost="" if self.comparing is None else self.comparing.lost,
+        )
+        if binding is None or self._discarding:
+            return
+        if not (graph.is_evaluation and self._is_in_function()):
+            self._guarded(self._hand_over, self.recorder.add, binding, extra)
+            return
+        with torch.no_grad():  # as the calls in the graph, whatever holds around it
+            self.recorder.begin_pass(None, ())
+        self._guarded(self._hand_over, self.recorder.add, binding, extra)
+        self.recorder.end_pass(())
+
+    def gradient_rows(
+        self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
+    ) -> torch.Tensor:
+        """An extra input of one call of ``graph``; the gradient that it gets holds rows."""
+        dtype, device = packed_dtype(wanted.device), wanted.device
+        rows = torch.zeros(wanted.length, dtype=dtype, device=device)
+        if (factor := self.recorder.gradient_factor(device)) is not None:
+            rows += factor
+        rows.requires_grad_()
+        binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
+        sink = None if self._discarding else self.recorder.gradient_sink()
+        if binding is not None and sink is not None and torch.is_grad_enabled():
+            rows.register_hook(partial(self._take_gradient, sink, binding))
+        return rows
+
+    def _take_gradient(
+        self, sink: GradientSink, binding: Binding, rows: torch.Tensor | None
+    ) -> None:
+        if rows is not None:  # else nothing of the graph's outputs had a gradient
+            self._guarded(self._hand_over, sink, binding, [rows])
+
+    def _hand_over(
+        self, sink: GradientSink, binding: Binding, outputs: Sequence[torch.Tensor]
+    ) -> None:
+        if any(map(_is_batched, outputs)):
+            self._refuse_batched(binding)
+        else:
+            sink(binding, outputs)
+
+    def _refuse_batched(self, binding: Binding) -> None:
+        for group in binding.groups:
+            for site in group.sites:
+                self.attribution.unmeasured[site.partition("/")[2]] = "inside torch.func.vmap"
+
+    def _reduce_gradient(
+        self,
+        sink: GradientSink,
+        binding: Binding,
+        reduction: Reduction,
+        factor: torch.Tensor | None,
+        gradient: torch.Tensor | None,
+    ) -> None:
+        if gradient is None:
+            return  # nothing that the loss depends on used the tensor
+        if _is_batched(gradient):
+            self._refuse_batched(binding)
+            return
+        if factor is not None:
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
+        sink(binding, [reduce_eagerly(gradient, reduction)])
+
+    def _guarded(self, measure: Callable[..., None], *arguments: Any) -> None:
+        """Measure something in the middle of the user's program, which goes on if that fails."""
+        try:
+            measure(*arguments)
+        except Exception as error:
+            self.recorder.note_failure(error)
+
+    @property
+    def frame(self) -> torch.nn.Module:
+        """The module whose frame is running."""
+        return self._frames[-1]
+
+    def _probe_eagerly(self, module: torch.nn.Module, output: object) -> None:
+        sink = None if self._discarding else self.recorder.gradient_sink()
+        if sink is None:
+            return
+        selected = self.attribution.select_eagerly(module, output, GRADIENT)
+        for binding, tensor, reduction in selected:
+            if tensor.requires_grad and not torch.is_grad_enabled():
+                for path, given in tensors_in(output):
+                    if given is tensor:
+                        name = self.attribution.name(module) + path
+                        self.attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
+            elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
+                # Asked for first: torch crashes on a hook of a view whose base was written to.
+                factor = self.recorder.gradient_factor(tensor.device)
+                measure = partial(self._reduce_gradient, sink, binding, reduction, factor)
+                tensor.register_hook(partial(self._guarded, measure))
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether any graph measures gradients."""
+        return any(graph.row_inputs for graph in self.graphs)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether gradients carry a scaler's factor that is to be taken out."""
+        return self.recorder.scales_gradients
+
+    def declare_value(
+        self, name: str, value_type: type, aggregate: Aggregate | None, *, any_family: bool = False
+    ) -> None:
+        """Know of a value that the model records; see ``RecordedValues.declare``."""
+        declare = partial(self.values.declare, name, value_type, aggregate, any_family=any_family)
+        if self._watches:
+            assert self.untraced is not None
+            self.untraced.do(lambda _: declare())  # what is wrong is said after the pass
+        else:
+            declare()
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a declared value outside of graphs."""
+        reduction = self.values.reductions.get(name)
+        if reduction is None:
+            return  # the declaration was refused
+        if reason := why_unsummed(tensor):
+            self.attribution.unmeasured[name] = reason
+            return
+        share = self.attribution.share_of(tensor)
+        measurement = Measurement(VALUE_FAMILY, Site(name), reduction, share)
+        binding = self.attribution.bind_eagerly(measurement)
+        self._add_eagerly(binding, tensor.detach(), reduction)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def show_eagerly(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
+        """Measure a tensor that the program shows outside of graphs; see ``show``."""
+        site = self.attribution.shown_site(owner, path)
+        if self._is_discarding:
+            return
+        for binding, reduction in self.attribution.select_shown(site, tensor):
+            self._add_eagerly(binding, tensor, reduction)
+        if self.comparing is not None and self.is_running():
+            self.comparing.show(site, tensor)
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def show_attention_eagerly(
+        self,
+        owner: torch.nn.Module | str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> None:
+        """Measure an attention that the program shows outside of graphs; see ``show``."""
+        if self._is_discarding:
+            return
+        (reduction,) = SHOWN.statistics
+        family = ATTENTION.of(reduction.metrics[0])
+
+        def rows() -> Iterator[tuple[Binding, torch.Tensor]]:
+            found = summarize_attention(
+                *(query.detach(), key.detach(), None if mask is None else mask.detach()),
+                *(is_causal, scale, SHOWN.queries, SHOWN.pooled, reduction.metrics[0]),
+            )
+            for head, row in enumerate(found.unflatten(0, (-1, reduction.width)).unbind()):
+                site = self.attribution.shown_site(owner, f".head_{head}")
+                share = self.attribution.share_of(query)
+                measurement = Measurement(family, site, reduction, share)
+                yield self.attribution.bind_eagerly(measurement), row
+
+        self._take(rows)
+
+    @property
+    def _is_discarding(self) -> bool:
+        """Whether a forward pass, or a part of it, runs that is not to be measured."""
+        repeats = self.comparing is not None and self.comparing.is_repeating
+        return self._discarding or repeats
+
+    def _add_comparison(self, measurement: Measurement, row: torch.Tensor) -> None:
+        if not self._discarding:
+            self.recorder.add(self.attribution.bind_eagerly(measurement), [row])
+
+    def _lose_comparison(self, measurement: Measurement, reason: str) -> None:
+        binding = self.attribution.lose(measurement, reason)
+        if not self._discarding:
+            self.recorder.add(binding, [])
+
+    def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
+        tensor = local_part(tensor)
+        is_empty = not tensor.numel()
+        if not self._is_discarding and not (is_empty and reduction.function is not None):
+            self._take(lambda: [(binding, reduce_eagerly(tensor, reduction))])
+
+    @property
+    def _watches(self) -> bool:
+        """Whether the user's own program runs in this context, and is measured."""
+        return self.untraced is not None and self.is_running()
+
+    def _take(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
+        """Take rows that were computed outside of graphs."""
+        if self._watches:
+            assert self.untraced is not None
+            self.untraced.do(lambda current: current.direct.extend(rows()))
+            return
+        self._guarded(self._add_all, rows)
+
+    def _add_all(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
+        for binding, row in rows():
+            self.recorder.add(binding, [row])
+
+
+def _fault_of_the_user(error: BaseException | None) -> Exception | None:
+    """The message for the user that Dynamo wrapped in an error of its own, if it did."""
+    while error is not None:
+        if isinstance(error, (RecordError, MetricFunctionError, SamplesError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_batched(tensor: torch.Tensor) -> bool:
+    """Whether torch.func.vmap runs over a tensor, which other transforms may have wrapped."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
+    """Whether Dynamo, given ``module`` as a whole, would trace more than the user's program does.
+
+    That begins with the forward: neither hooks nor a ``__call__`` of the user's are in its graphs.
+    """
+    if region.entry == "call":
+        return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
+    return region.entry == "forward"
+
+
+def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
+    return MethodType(function, module) if isinstance(function, FunctionType) else function
+
+
+@contextmanager
+def _shadowed(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``module`` run ``forward`` in the place of its own, where that is compiled."""
+    before = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
+
+
+def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return callee(*args, **kwargs)
+
+
+def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
+    return [keep_guard(entry) for entry in entries]

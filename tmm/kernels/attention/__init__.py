@@ -1,0 +1,1 @@
+"""Statistics of attention, one implementation per kind of machine."""

@@ -1,0 +1,126 @@
+"""Compile the kernels of a CPU, once per machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from tmm.core.failures import levels_to_user
+from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Those that there are kernels for."""
+
+
+class _Started:
+    """A compilation in a thread, as torch waits for it."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future, self._process = future, os.getpid()
+
+    def result(self) -> None:
+        """Wait, except in a forked child, where no thread goes on.
+
+        Torch then compiles what is not there, so that what went wrong is found anew.
+        """
+        if os.getpid() == self._process:
+            wait([self._future])
+
+
+@functools.cache
+def start_compiling(*sources: str) -> None:
+    """Run the compiler in the background, while torch compiles, for ``load_kernels``.
+
+    What goes wrong is left to that. An interpreter that exits waits for the compiler.
+    """
+    compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
+    with suppress(Exception):
+        _trusted_cache().load_async(
+            _text(sources), submit_fn=lambda work: _Started(compiler.submit(work))
+        )
+    compiler.shutdown(wait=False)
+
+
+def load_kernels(
+    sources: Sequence[str], argument_types: Sequence[Any], measures: str
+) -> dict[torch.dtype, Callable[..., None]]:
+    """The functions ``summarize_{dtype}`` of C++ files beside this one, by dtype.
+
+    The files are compiled as one, and may register operators.
+
+    There are none where no C++ compiler works, and where others than this user can write to the
+    folder of compiled kernels; a warning then tells that what ``measures`` says is done by plain
+    torch operations.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # slow to import
+
+    try:
+        library = _trusted_cache().load(_text(sources))
+    except UntrustedFileError as error:
+        _warn_of_others(str(error))
+        return {}
+    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+        warnings.warn(
+            f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
+            f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
+            stacklevel=levels_to_user(),
+        )
+        return {}
+    kernels = {}
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        kernel = getattr(library, f"summarize_{name}")
+        kernel.argtypes = list(argument_types)
+        kernel.restype = None
+        kernels[dtype] = kernel
+    return kernels
+
+
+def _trusted_cache() -> Any:
+    """Torch's cache of compiled libraries, if its folder and what it loads are this user's own.
+
+    Raises UntrustedFileError, now or when it loads.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    check_folder(cache_dir())
+    return _cache_class()
+
+
+@functools.cache
+def _cache_class() -> Any:
+    from torch._inductor.codecache import CppCodeCache  # slow to import
+    from torch._inductor.utils import clear_on_fresh_cache
+
+    class TrustedCache(CppCodeCache):
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+        cache_clear = staticmethod(cache.clear)
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> Any:
+            check_file(path)
+            return CppCodeCache._load_library_inner(path, key)
+
+    return clear_on_fresh_cache(TrustedCache)
+
+
+@functools.cache
+def _warn_of_others(reason: str) -> None:
+    """Say it once, of all kernels."""
+    warnings.warn(
+        "tmm measures on the CPU with plain torch operations, which is slower, because compiled "
+        f"kernels could be somebody else's: {reason}. TORCHINDUCTOR_CACHE_DIR names another folder",
+        stacklevel=levels_to_user(),
+    )
+
+
+def _text(sources: Sequence[str]) -> str:
+    return "".join((Path(__file__).parent / source).read_text() for source in sources)

@@ -1,0 +1,54 @@
+"""What is measured of a tensor and another one that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from tmm.core.metrics import PAIR_COLUMNS
+from tmm.kernels.dense import flatten
+
+
+def difference(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``own - other``, in float32 at least: in half precision it would lose its digits."""
+    wide = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
+    return own.to(wide) - other.to(wide)
+
+
+def columns_of_difference(columns: Iterable[str]) -> tuple[str, ...]:
+    """The columns, the first ones of a row, that are of the difference of a pair."""
+    return tuple(column for column in columns if column not in PAIR_COLUMNS)
+
+
+def further_terms(
+    own: torch.Tensor, reference: torch.Tensor, columns: Iterable[str]
+) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
+    """The tensors whose columns, one after the other, are the rest of a row."""
+    terms: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+    # In the order of PAIR_COLUMNS.
+    if "reference_sum_squares" in columns:
+        terms.append((reference, ("sum_squares",)))
+    if "own_sum_squares" in columns:
+        terms.append((own, ("sum_squares",)))
+    if "dot" in columns:
+        wide = torch.promote_types(own.dtype, torch.float32)
+        own, reference = own.to(wide), reference.to(wide)
+        products = (own * reference.conj()).real if own.is_complex() else own * reference
+        terms.append((products, ("sum",)))
+    return terms
+
+
+def can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the kernel of a CPU can reduce the pair while it reads both."""
+    alike = own.dtype == other.dtype and own.shape == other.shape and own.device == other.device
+    return alike and own.device.type == "cpu" and own.is_floating_point()
+
+
+def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with their elements densely in memory, in one order."""
+    if own.is_contiguous() and other.is_contiguous():
+        return own, other
+    if own.stride() != other.stride():
+        own, other = own.contiguous(), other.contiguous()
+    return flatten(own), flatten(other)

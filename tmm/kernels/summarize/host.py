@@ -1,0 +1,65 @@
+"""Rows of partial sums on a CPU, by ``host.cpp``, compiled once per machine.
+
+Loading it also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tmm.core.metrics import COLUMN_ORDER
+from tmm.kernels.build import load_kernels
+
+SOURCES = ("summarize/host.cpp", "summarize/host_operator.cpp")
+
+
+def summarize_on_host(
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """One row of partial sums per tensor.
+
+    Args:
+        tensors: On the CPU, dense in memory, and of one floating-point dtype.
+        subtracted: As many of the same dtype and sizes, their elements in the same order; rows are
+            then of the differences, taken in float32 at least, and of the pairs.
+        columns: Names from ``tmm.core.metrics.COLUMN_ORDER``.
+
+    Returns:
+        Float64, shape ``(len(tensors), len(columns))``; None where there is no such kernel: for
+        the dtype, or because no C++ compiler works, which is warned of once.
+    """
+    kernel = _kernels().get(tensors[0].dtype)
+    if kernel is None:
+        return None
+    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64, device="cpu")
+    integers = ctypes.c_int64 * len(tensors)
+    kernel(
+        len(tensors),
+        integers(*[tensor.data_ptr() for tensor in tensors]),
+        None if subtracted is None else integers(*[tensor.data_ptr() for tensor in subtracted]),
+        integers(*[tensor.numel() for tensor in tensors]),
+        len(columns),
+        _order(columns),
+        torch.get_num_threads(),
+        rows.data_ptr(),
+    )
+    return rows
+
+
+@functools.cache
+def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(columns))(*[COLUMN_ORDER.index(name) for name in columns])
+
+
+@functools.cache
+def _kernels() -> dict[torch.dtype, Callable[..., None]]:
+    """The kernel of each dtype; none at all without a compiler."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
+    return load_kernels(SOURCES, types, "measures")

@@ -1,0 +1,50 @@
+"""Attentions that a module shows to its monitor."""
+
+from __future__ import annotations
+
+import torch
+
+from tmm.module_monitor.module_monitor import ModuleMonitor
+
+
+def monitor_scaled_dot_product_attention(
+    monitor: ModuleMonitor,
+    module: str | torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    activation: torch.Tensor | None = None,
+    is_reference: bool = False,
+) -> None:
+    """Measure an attention, per head; for the ``forward`` of a ``MonitorMixin``.
+
+    Query, key, value and, if given, the output (``activation``) are measured by the activation
+    metrics that match ``{module}.head_{i}.query``, ``.key``, ``.value`` and ``.activation``, and
+    the entropy (in nats, mean over queries) as ``attention_entropy/{module}.head_{i}``: of the
+    probabilities before dropout, hence ``dropout_p`` has no effect. Shapes and masks are those of
+    ``torch.nn.functional.scaled_dot_product_attention``, with a dimension of heads; with
+    ``enable_gqa``, the heads of keys and values are those that each head of the query reads.
+
+    What is shown in the forward pass of the reference is not needed (see
+    ``ModuleMonitor.monitor_activations``).
+    """
+    if is_reference or not monitor.is_monitoring():
+        return
+    heads = query.shape[-3]
+    parts = {"query": query, "key": key, "value": value}
+    if activation is not None:
+        parts["activation"] = activation
+    for name, tensor in parts.items():
+        tensor = tensor.detach()
+        queries_of_one = max(1, heads // tensor.shape[-3])
+        for head in range(heads):
+            part = tensor[..., head // queries_of_one, :, :]
+            monitor.show(module, f".head_{head}.{name}", part)
+    monitor.show_attention(
+        *(module, query.detach(), key.detach(), attn_mask), is_causal=is_causal, scale=scale
+    )

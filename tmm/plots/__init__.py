@@ -1,6 +1,0 @@
-"""Pictures of runs: series over steps, heat maps of layers over steps, values over depth."""
-
-from tmm.plots.figures import FIGURE_KINDS, FigureKind, figure
-from tmm.plots.files import write_figure
-
-__all__ = ["FIGURE_KINDS", "FigureKind", "figure", "write_figure"]

@@ -1,5 +1,0 @@
-"""What runs recorded as one HTML page that needs nothing else."""
-
-from tmm.report.page import report_page, write_report
-
-__all__ = ["report_page", "write_report"]

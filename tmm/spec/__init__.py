@@ -1,0 +1,1 @@
+"""What a user asks for, and what it means for a model."""

@@ -1,0 +1,239 @@
+"""What goes wrong is said at the step where it happens, by the detectors of ``tmm anomalies``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity
+from tmm.analysis.detectors.nonfinite_values import nonfinite, nonfinite_at
+from tmm.analysis.recent import RecentSeries
+from tmm.analysis.registry import (
+    ENDINGS,
+    Detector,
+    all_detectors,
+    find_anomalies,
+    found_by,
+    in_order,
+)
+from tmm.core.failures import levels_to_user
+from tmm.core.records import Event, StepRecord, Table
+from tmm.runtime.store.run_reader import RunReader
+
+Alarms: TypeAlias = bool | Severity | Iterable[str | Detector]
+OnAlert: TypeAlias = Literal["warn", "raise"] | Callable[[tuple[Anomaly, ...]], object]
+
+_LEAST: Severity = "medium"
+_SPREADS = "nonfinite"  # from tensor to tensor, which is no news
+_TOLD = 5  # anomalies in one message
+_KEPT = 20  # events of one step
+
+
+class AlertWarning(UserWarning):
+    """Something in the training has gone wrong."""
+
+
+class AlertError(RuntimeError):
+    """Something in the training has gone wrong; the step is recorded.
+
+    Attributes:
+        step: the step.
+        anomalies: what was found in it, the worst first.
+    """
+
+    def __init__(self, step: int, anomalies: tuple[Anomaly, ...]) -> None:
+        super().__init__(_message(step, anomalies))
+        self.step, self.anomalies = step, anomalies
+
+
+@dataclass(frozen=True)
+class AlertSettings:
+    """Which detectors look at each step, the least severity that counts, and what is done."""
+
+    detectors: tuple[tuple[str, Detector], ...]
+    least: Severity
+    action: OnAlert
+
+    def __str__(self) -> str:
+        names = [name for name, _ in self.detectors]
+        action = "<function>" if callable(self.action) else repr(self.action)
+        return f"alerts={names}, on_alert={action}"
+
+    @classmethod
+    def build(cls, alerts: Alarms, on_alert: OnAlert) -> AlertSettings | None:
+        """What ``alerts=`` and ``on_alert=`` of a spec mean; None for no alerts.
+
+        Raises:
+            ValueError: for a detector or a severity that does not exist, no detectors, or an
+                ``on_alert`` without alerts.
+            TypeError: for what is none of them, or an ``on_alert`` that cannot be done.
+        """
+        if on_alert not in ("warn", "raise") and not callable(on_alert):
+            raise TypeError(f"on_alert={on_alert!r} is neither 'warn', 'raise' nor a function")
+        if alerts is False and on_alert != "warn":
+            raise ValueError(
+                f"on_alert={on_alert!r} does nothing without alerts; give alerts=True, too"
+            )
+        if isinstance(alerts, bool):
+            return cls(all_detectors(), _LEAST, on_alert) if alerts else None
+        if isinstance(alerts, str):
+            if alerts not in SEVERITIES:
+                raise ValueError(
+                    f"alerts={alerts!r} is no severity ({', '.join(get_args(Severity))}); give"
+                    " detectors as a list"
+                )
+            return cls(all_detectors(), alerts, on_alert)
+        if not isinstance(alerts, Iterable):
+            raise TypeError(
+                f"alerts={alerts!r} is neither True, a severity nor a list of detectors"
+            )
+        chosen = tuple(map(_detector, alerts))
+        if not chosen:
+            raise ValueError("alerts=[] has no detectors; give True for all, False for none")
+        return cls(chosen, _LEAST, on_alert)
+
+
+class Alerts:
+    """Looks at each recorded step, and remembers what was said already."""
+
+    def __init__(self, settings: AlertSettings) -> None:
+        self.settings = settings
+        self._recent = RecentSeries()
+        self._active: set[tuple[str, str]] = set()
+        self._seen: dict[tuple[str, str], int] = {}
+
+    def recall(self, run: RunReader) -> None:
+        """Take the steps of ``run``, so that a training that goes on is judged as one."""
+        records = [_record(run, step) for step in RecentSeries.remembered(run.steps)]
+        for record in records[:-1]:
+            self._recent.add(record)
+        for record in records[-1:]:
+            self.look_at(record)
+
+    def look_at(self, record: StepRecord) -> tuple[Anomaly, ...]:
+        """What begins in a step, the worst first: each episode is found once."""
+        self._recent.add(record)
+        step = record.step
+        found: list[Anomaly] = []
+        lasting: set[tuple[str, str]] = set()
+        for name, detector in self.settings.detectors:
+            if detector is nonfinite:
+                anomalies, keys = self._nonfinite(name, step)
+                lasting |= {(_SPREADS, key) for key in keys}
+            elif detector in ENDINGS:
+                anomalies = self._ending(name, detector, lasting)
+            else:
+                anomalies = list(find_anomalies(self._recent, [(name, detector)]))
+            found += (anomaly for anomaly in anomalies if anomaly.last_step == step)
+        return self._heard(step, in_order(found, self._recent.keys()), lasting)
+
+    def _heard(
+        self, step: int, found: tuple[Anomaly, ...], lasting: set[tuple[str, str]]
+    ) -> tuple[Anomaly, ...]:
+        """What is new of what was found in a step, where ``lasting`` episodes go on."""
+        heard = {
+            (anomaly.kind, anomaly.key): anomaly
+            for anomaly in reversed(found)
+            if self._counts(anomaly.severity)
+        }
+        new = tuple(
+            anomaly
+            for anomaly in found
+            if heard.get((anomaly.kind, anomaly.key)) is anomaly and self._is_new(anomaly)
+        )
+        measured = set(self._recent.keys())
+        now = heard.keys() | lasting
+        self._active = {known for known in self._active if known[1] not in measured} | now
+        self._seen |= dict.fromkeys(now, step)
+        return new
+
+    def _nonfinite(self, name: str, step: int) -> tuple[list[Anomaly], frozenset[str]]:
+        """NaN and infinity in the step: what there is to tell, or the keys where it goes on."""
+        if self.settings.least == "low":  # of what is harmless, too
+            whole = partial(nonfinite, since=step)
+            return found_by(name, whole, self._recent), frozenset()
+        goes_on = any(kind == _SPREADS for kind, _ in self._active)
+        found, keys = nonfinite_at(self._recent, step, anew=not goes_on)
+        return list(found), keys if goes_on else frozenset()
+
+    def _ending(
+        self, name: str, detector: Detector, lasting: set[tuple[str, str]]
+    ) -> list[Anomaly]:
+        """What ends with the newest values; episodes that were told and go on are ``lasting``."""
+        asked: set[str] = set()
+        for end in ENDINGS[detector]:
+            if not self._counts(end.worst):
+                continue
+            newest = self._recent.newest(end.chooses)
+            ending = end.ending(newest)
+            groups = set()
+            for place in np.flatnonzero(ending.possible):
+                info = newest.info(int(place))
+                if ending.sure[place] and (end.kind, info.key) in self._active:
+                    lasting.add((end.kind, info.key))
+                    continue
+                asked.add(info.key)
+                groups.add(info.key if end.group is None else end.group(info))
+            if end.group is not None and groups:
+                infos = map(newest.info, range(len(newest)))
+                asked.update(info.key for info in infos if end.group(info) in groups)
+        return found_by(name, detector, self._recent.part(frozenset(asked))) if asked else []
+
+    def _counts(self, severity: Severity) -> bool:
+        return SEVERITIES.index(severity) >= SEVERITIES.index(self.settings.least)
+
+    def act(self, step: int, anomalies: tuple[Anomaly, ...]) -> None:
+        """Do what the spec says about what was found.
+
+        Raises:
+            AlertError: if it says "raise".
+        """
+        action = self.settings.action
+        if callable(action):
+            action(anomalies)
+        elif action == "raise":
+            raise AlertError(step, anomalies)
+        else:
+            warnings.warn(_message(step, anomalies), AlertWarning, stacklevel=levels_to_user())
+
+    def _is_new(self, anomaly: Anomaly) -> bool:
+        """Whether its episode was not heard of: one that pauses is found with its first step."""
+        known = (anomaly.kind, anomaly.key)
+        if anomaly.kind == _SPREADS:
+            return not any(kind == _SPREADS for kind, _ in self._active)
+        return known not in self._active and anomaly.step > self._seen.get(known, anomaly.step - 1)
+
+
+def alert_events(step: int, anomalies: tuple[Anomaly, ...]) -> tuple[Event, ...]:
+    """What the run keeps of it."""
+    return tuple(
+        Event(step, "alert", f"{anomaly.severity}: {anomaly.text}") for anomaly in anomalies[:_KEPT]
+    )
+
+
+def _record(run: RunReader, step: int) -> StepRecord:
+    numbers = {key: value for key, value in run.at(step).items() if np.ndim(value) == 0}
+    infos = tuple(map(run.key_info, numbers))
+    return StepRecord(step, (Table(infos, np.array(list(numbers.values()), dtype=np.float64)),))
+
+
+def _detector(chosen: str | Detector) -> tuple[str, Detector]:
+    if callable(chosen):
+        return getattr(chosen, "__name__", type(chosen).__name__), chosen
+    known = dict(all_detectors())
+    if chosen not in known:
+        raise ValueError(f"alerts: no detector {chosen!r}; there are {', '.join(known)}")
+    return chosen, known[chosen]
+
+
+def _message(step: int, anomalies: tuple[Anomaly, ...]) -> str:
+    lines = [f"step {step}: {anomalies[0].text}"]
+    lines += [f"  {anomaly.text}" for anomaly in anomalies[1:_TOLD]]
+    if len(anomalies) > _TOLD:
+        lines.append(f"  and {len(anomalies) - _TOLD} more")
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""What a model is compared with: itself at first, another module, a state dict, a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from tmm.core.failures import warn
+from tmm.core.families import BRANCH_FAMILIES, PARAMETER_DIFFERENCE
+from tmm.core.module_names import unwrapped, unwrapped_names
+from tmm.spec.likeness import differences
+from tmm.spec.module_state import ModelState, is_plain
+from tmm.spec.spec import Plan, ReferenceSource
+
+_LISTED = 5  # differing names in a message
+_NESTED = ("state_dict", "model_state_dict", "model")
+
+
+class Reference:
+    """A counterpart for each parameter, buffer and further tensor of a model that is compared.
+
+    Counterparts are found by the names under which the model holds its tensors; ``look`` finds
+    those that it holds now, which may be others than before. Tied tensors have tied counterparts.
+    Those that are kept on another device, or in another dtype, are brought over when they are
+    asked for, and are given up with ``release``.
+    """
+
+    def __init__(self, state: ModelState, kept: Mapping[str, torch.Tensor]) -> None:
+        self._state = state
+        self._kept = dict(kept)
+        self._names: dict[int, tuple[str, torch.Tensor]] = {}  # keeps the ids valid
+        self._here: dict[int, torch.Tensor] = {}
+        self._memory = {_memory(tensor) for tensor in self._kept.values()}
+        self._places: dict[int, list[torch.Tensor]] = {}
+        self._shared: dict[int, tuple[torch.Tensor, int]] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Find what the model holds under its names now."""
+        names: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, own in self._state:
+            names.setdefault(id(own), (name, own))
+        if self._here:
+            replaced = self._here.keys() - names.keys()
+            for key in replaced:
+                del self._here[key]
+        self._names = names
+        self._places.clear()
+        self._shared = {key: shared for key, shared in self._shared.items() if key in names}
+
+    def of(self, own: object) -> torch.Tensor | None:
+        """The counterpart of a tensor that the model holds, with its device and dtype, or None."""
+        key = id(own)
+        if key in self._here:
+            return self._here[key]
+        if key not in self._names or not isinstance(own, torch.Tensor):
+            return None
+        kept = self._kept.get(self._names[key][0])
+        if kept is None or kept.shape != own.shape:
+            shared, version = self._shared.get(key, (None, 0))
+            return shared.detach() if shared is own and own._version == version else None
+        if kept.device == own.device and kept.dtype == own.dtype:
+            return kept
+        self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
+        self._memory.add(_memory(self._here[key]))
+        return self._here[key]
+
+    def holds(self, own: object) -> bool:
+        """Whether the model holds a tensor under a name, with a counterpart or without."""
+        return id(own) in self._names
+
+    def why_not(self, own: object) -> str | None:
+        """Why a tensor that the model holds under a name has no counterpart; None if it has."""
+        if not self.holds(own) or self.of(own) is not None:
+            return None
+        name, tensor = self._names[id(own)]
+        if (kept := self._kept.get(name)) is None:
+            return f"the model has {name}, which the reference does not have"
+        return f"{name} has shape {tuple(tensor.shape)}, in the reference {tuple(kept.shape)}"
+
+    def keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of a counterpart, which nothing may overwrite."""
+        return tensor.untyped_storage()._cdata in self._memory
+
+    def lying_in(self, storage: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The model's tensors that lie in a piece of memory, with their counterparts."""
+        if not self._places:
+            for _, own in self._names.values():
+                if is_plain(own):
+                    self._places.setdefault(own.untyped_storage()._cdata, []).append(own)
+        held = ((own, self.of(own)) for own in self._places.get(storage, ()))
+        return [(own, kept) for own, kept in held if kept is not None]
+
+    def lacking(self) -> list[torch.Tensor]:
+        """What the model holds without a counterpart."""
+        return [own for _, own in self._names.values() if self.of(own) is None]
+
+    def share(self, tensor: torch.Tensor) -> None:
+        """Let a tensor that depends on no parameter be its own counterpart, as long as it is."""
+        if not tensor.is_inference():  # those do not tell when they change
+            self._shared[id(tensor)] = tensor, tensor._version
+
+    def release(self) -> None:
+        """Give up what was brought over."""
+        self._memory -= {_memory(tensor) for tensor in self._here.values()}
+        self._here.clear()
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if is_plain(tensor) else 0
+
+
+def load_reference(
+    module: torch.nn.Module, plan: Plan, source: ReferenceSource | None
+) -> Reference | None:
+    """The reference for ``module`` that ``source`` gives; None without one.
+
+    It shares memory with nothing, unless the spec follows what a reference module comes to be.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ, which are listed, or a file holds no state dict.
+        OSError: a file cannot be read.
+    """
+    spec = plan.spec
+    if source is None:
+        return None
+    needs_all = any(spec.measures(family) for family in BRANCH_FAMILIES)
+    state = ModelState(module, everything=needs_all)
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, own in state:
+        names.setdefault(own, []).append(name)
+    if not needs_all:
+        names = {
+            own: known
+            for own, known in names.items()
+            if plan.metrics(known[0], PARAMETER_DIFFERENCE.name)
+        }
+    found = None
+    if not (isinstance(source, str) and source == "init"):
+        found = _tensors(source)
+        registered = {*module.parameters(), *module.buffers()}
+        _check(plan, {own: known for own, known in names.items() if own in registered}, found)
+        if isinstance(source, torch.nn.Module) and needs_all and spec.is_strict:
+            _warn_of_other_code(module, source)
+    device = None if spec.reference_device is None else torch.device(spec.reference_device)
+    kept: dict[str, torch.Tensor] = {}
+    for own, known in names.items():
+        other = own if found is None else _first(found, known)
+        copies = spec.copies_reference or other is None or other is own
+        # A state dict need not hold buffers, and holds no other attributes.
+        other = own if other is None else other
+        tensor = _keep(other, own, device, spec.reference_dtype, copies=copies)
+        kept.update(dict.fromkeys(known, tensor))
+    return Reference(state, kept)
+
+
+def _warn_of_other_code(module: torch.nn.Module, reference: torch.nn.Module) -> None:
+    """Tell that only the tensors of a reference count, where it would compute something else."""
+    if differing := list(differences(unwrapped(module), unwrapped(reference))):
+        warn(
+            "reference=: the reference is computed by the model's code, with its own parameters and"
+            f" buffers, but differs otherwise: {'; '.join(differing[:_LISTED])}"
+        )
+
+
+def _check(
+    plan: Plan, names: Mapping[torch.Tensor, Sequence[str]], found: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise ``ValueError`` for tensors that cannot be the counterparts of those that are named."""
+    problems = []
+    for own, known in names.items():
+        name, other = known[0], _first(found, known)
+        is_parameter = isinstance(own, torch.nn.Parameter)
+        if other is None:
+            problems += [f"{name} is missing"] if is_parameter else []
+        elif other.shape != own.shape:
+            problems.append(f"{name} has shape {tuple(other.shape)}, not {tuple(own.shape)}")
+        elif other.dtype != own.dtype and plan.spec.reference_dtype is None:
+            problems.append(
+                f"{name} has {other.dtype}, not {own.dtype} (reference_dtype= converts)"
+            )
+        elif own.requires_grad and other.numel() and other.data_ptr() == own.data_ptr():
+            problems.append(f"{name} is the parameter itself, which will change: give a copy")
+    if any(problem.endswith("is missing") for problem in problems):
+        known_names = {*plan.parameters, *(name for known in names.values() for name in known)}
+        problems += [f"{name} is not in the model" for name in found if name not in known_names]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(
+            f"reference= does not fit the model: {'; '.join(problems[:_LISTED])}{more}"
+        )
+
+
+def _first(found: Mapping[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor | None:
+    return next((found[name] for name in names if name in found), None)
+
+
+def _keep(
+    tensor: torch.Tensor,
+    own: torch.Tensor,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    *,
+    copies: bool,
+) -> torch.Tensor:
+    tensor = tensor.detach()
+    device = own.device if device is None else device
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    # Frozen parameters are copied, too: they may be trained, merged or loaded into later.
+    kept = tensor.to(device, wanted, copy=copies)
+    pin = device.type == "cpu" and own.device.type == "cuda"
+    return kept.pin_memory() if pin else kept
+
+
+def _tensors(
+    reference: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
+) -> dict[str, torch.Tensor]:
+    if isinstance(reference, torch.nn.Module):
+        return {name: own.detach() for name, own in ModelState(reference, everything=True)}
+    if isinstance(reference, (str, os.PathLike)):
+        reference = _read(Path(reference))
+    tensors = {name: v for name, v in reference.items() if isinstance(v, torch.Tensor)}
+    names = unwrapped_names(tensors)
+    return {names[name]: value.detach() for name, value in tensors.items()}
+
+
+def _read(path: Path) -> Mapping[str, torch.Tensor]:
+    """The state dict in a file, also where a checkpoint holds it beside other things."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ValueError(
+                f"reference={str(path)!r} needs the package safetensors: pip install safetensors"
+            ) from error
+        loaded: Mapping[str, torch.Tensor] = load_file(path)
+        return loaded
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"reference={str(path)!r} cannot be read as a state dict; save one with"
+            f" torch.save(model.state_dict(), path): {error}"
+        ) from error
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not any(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise ValueError(
+            f"reference={str(path)!r} holds no state dict; save one with"
+            " torch.save(model.state_dict(), path)"
+        )
+    return content

@@ -1,0 +1,1 @@
+"""Training steps: what is open, what is measured when, and the user's face of both."""

@@ -1,0 +1,100 @@
+"""The state that optimizers keep of parameters: rows of the family ``optimizer_state``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+from tmm.core.metrics import Reduction
+from tmm.runtime.step_collector import StepCollector
+from tmm.steps.nested_optimizers import inner_optimizers
+from tmm.steps.parameters import ParameterMonitor, Tensors
+
+Group = dict[str, Any]
+
+
+def add_states(
+    collector: StepCollector,
+    parameters: ParameterMonitor,
+    names: Mapping[torch.nn.Parameter, str],
+    optimizers: Sequence[Optimizer],
+    unless: torch.Tensor | None,
+) -> None:
+    """Measure what ``optimizers``, which have taken a step together, keep of parameters.
+
+    Where several keep it, the innermost has what a step is computed from. The first is the
+    outermost. Of what ``ZeroRedundancyOptimizer`` distributes each rank measures its part.
+    """
+    inside = (inner for optimizer in optimizers for inner in inner_optimizers(optimizer))
+    involved = dict.fromkeys((*optimizers, *inside))
+    kept: dict[torch.nn.Parameter, list[tuple[Optimizer, Group, Group]]] = {}
+    for optimizer in reversed(involved):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                if parameter in names and (state or parameter.grad is not None):
+                    kept.setdefault(parameter, []).append((optimizer, group, state))
+    tensors: dict[str, Tensors] = {}
+    for parameter, places in kept.items():
+        name = names[parameter]
+        for metric in parameters.plan.metrics(name, "optimizer_state"):
+            found = (_state_value(metric, *place) for place in places)
+            value = next(filter(torch.is_tensor, found), None)
+            if value is not None:
+                tensors.setdefault(metric, {})[name] = value
+            else:
+                kind = type(optimizers[0]).__name__
+                parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
+                    "it is not known how this optimizer keeps it"
+                )
+    is_distributed = any(isinstance(o, ZeroRedundancyOptimizer) for o in optimizers)
+    if parameters.ranks.size > 1 and not is_distributed:
+        for parameter in names.keys() - kept.keys():
+            name = names[parameter]
+            if parameters.plan.metrics(name, "optimizer_state"):
+                reason = "this rank keeps none, and that of other ranks is not looked for"
+                parameters.unmeasured[f"optimizer_state of {name}"] = reason
+    for metric, by_name in tensors.items():
+        parameters.add(
+            *(collector, "optimizer_state", by_name),
+            unless=unless,
+            choose=_Computes(metric),
+            is_own=is_distributed,
+        )
+
+
+@dataclass(frozen=True)
+class _Computes:
+    """Chooses the reductions of one metric."""
+
+    metric: str
+
+    def __call__(self, reduction: Reduction) -> bool:
+        return reduction.metrics == (self.metric,)
+
+
+def _state_value(
+    metric: str, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]
+) -> torch.Tensor | None:
+    """The tensor that a metric of an optimizer's state is taken of; None where it has none."""
+    if metric == "effective_lr":
+        known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and "step" in state
+        return _effective_rate(group, state) if known else None
+    value: torch.Tensor | None = state.get(metric.removesuffix("_norm"))
+    return value
+
+
+def _effective_rate(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
+    """What each element of ``exp_avg`` is multiplied with in a step of Adam."""
+    first, second = group["betas"]
+    step = torch.as_tensor(state["step"], dtype=torch.float64)
+    squares: torch.Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
+    rate = torch.as_tensor(group["lr"], dtype=torch.float64) / (1 - first**step)
+    root = (squares / (1 - second**step).to(squares)).sqrt_().add_(group["eps"])
+    result: torch.Tensor = rate.to(squares) / root
+    return result

@@ -1,0 +1,67 @@
+"""Compares what several ranks hold, and one of them measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from tmm.runtime.grouped_statistics import dense_part, sum_of_squares
+from tmm.runtime.key_binding import Binding
+from tmm.runtime.ranks.replica_rows import binding_of, numbers_of, rows_of
+from tmm.runtime.step_collector import StepCollector
+from tmm.spec.ranks import Ranks, is_distributed
+
+Names = tuple[str, ...]
+Numbers = tuple[Names, torch.Tensor]
+
+
+class Replicas:
+    """Has ranks compare tensors, by one number of each, with the rows that they join anyway."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._bindings: dict[tuple[str, Names], Binding] = {}
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether nothing in the model keeps what ranks hold equal."""
+        return self._ranks.size > 1 and not self._ranks.averages
+
+    def numbers(
+        self, tensors: Mapping[str, torch.Tensor], squares: Sequence[Numbers]
+    ) -> Iterator[Numbers]:
+        """What is equal on ranks that hold the same; some of the sums of squares are known."""
+        if self._ranks.size == 1:
+            return
+        plain = {name: tensor for name, tensor in tensors.items() if not is_distributed(tensor)}
+        known = {name for names, _ in squares for name in names}
+        others = {name: tensor for name, tensor in plain.items() if name not in known}
+        for names, values in (*squares, *squares_of(others)):
+            places = [place for place, name in enumerate(names) if name in plain]
+            if places:
+                held = tuple(names[place] for place in places)
+                yield held, numbers_of([dense_part(plain[n]) for n in held], values[places])
+
+    def add(
+        self,
+        collector: StepCollector,
+        family: str,
+        names: Names,
+        numbers: torch.Tensor,
+        unless: torch.Tensor | None = None,
+    ) -> None:
+        """Send the numbers of tensors, which the keys of ``family`` are of."""
+        if (family, names) not in self._bindings:
+            self._bindings[family, names] = binding_of([f"{family}/{name}" for name in names])
+        rows = rows_of(numbers, 1 if self._ranks.averages else self._ranks.size)
+        collector.add(self._bindings[family, names], (rows,), unless=unless)
+
+
+def squares_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[Numbers]:
+    """The sums of the squares of tensors, those of a device together."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(tensor.device, []).append(name)
+    for names in by_device.values():
+        yield tuple(names), sum_of_squares([tensors[name] for name in names])
