@@ -245,8 +245,8 @@ FAULTS = (
     Fault(
         "late_value_takes_the_place_of_its_step",
         "tmm/runs/live.py",
-        "self._ended = self._ended.with_part(collector)\n",
-        "self._ended = EndedStep(collector.step, (collector,))\n",
+        "ended = self._ended.with_part(collector)\n",
+        "ended = EndedStep(collector.step, (collector,))\n",
         ("tests/test_late_values.py",),
     ),
     Fault(
@@ -260,8 +260,8 @@ FAULTS = (
     Fault(
         "sink_without_the_last_row",
         "tmm/sinks/csv.py",
-        "(step, spreadsheet_text(key), value) for key, value in rows\n",
-        "(step, spreadsheet_text(key), value) for key, value in [*rows][:-1]\n",
+        "rows = numbers(values, None).items()\n",
+        "rows = [*numbers(values, None).items()][:-1]\n",
         ("tests/test_sinks.py::test_it_holds_what_the_run_holds",),
     ),
     Fault(

@@ -7,7 +7,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,9 +17,6 @@ import tmm
 from tmm.core.records import KeyInfo, StepRecord, Table
 from tmm.runs.state import State
 from tmm.runtime.store.run_writer import RunWriter
-
-HIDDEN = ("explain", "instrument", "monitor", "record", "watch")
-"""Functions with the names of modules."""
 
 
 def write_run(folder: Path) -> Path:
@@ -120,24 +117,6 @@ def test_types_and_run_time_name_the_same_modules() -> None:
     assert sorted(typed) == sorted(tmm.__all__)
 
 
-def test_modules_take_the_place_of_no_function() -> None:
-    for name in HIDDEN:
-        module = importlib.import_module(f"tmm.{name}")
-        assert isinstance(module, ModuleType)
-        assert isinstance(getattr(tmm, name), FunctionType)
-    # In whatever order, and of both kinds of import.
-    output = torch_after(
-        "import tmm.watch, tmm.explain, tmm.spec.spec",
-        "from tmm.monitor import Monitor",
-        "import tmm",
-        "from tmm import record, instrument",
-        "kinds = {type(getattr(tmm, name)).__name__ for name in " + repr(HIDDEN) + "}",
-        "print(kinds, type(record).__name__, type(instrument).__name__,"
-        " tmm.spec.spec.Spec is tmm.Spec)",
-    )
-    assert output.startswith("{'function'} function function True")
-
-
 @pytest.mark.parametrize("name", ["instrumnt", "_nothing", "no.module", "__wrapped__"])
 def test_what_there_is_not_is_an_attribute_error(name: str) -> None:
     with pytest.raises(AttributeError, match=f"module 'tmm' has no attribute '{name}'"):
@@ -149,7 +128,7 @@ def test_a_stand_in_may_take_the_place_of_a_function(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tmm, "instrument", len)
     assert tmm.instrument is len
     monkeypatch.undo()
-    assert tmm.instrument.__module__ == "tmm.instrument"
+    assert tmm.instrument.__module__ == "tmm.runs.instrument"
 
 
 def test_a_name_may_first_be_asked_for_by_a_compiled_program() -> None:

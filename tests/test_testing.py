@@ -13,6 +13,7 @@ from tests.ways import WAYS, Way
 from tmm.instrumentation.program import Twin
 from tmm.runtime import eager_functions as eager
 from tmm.testing import assert_matches_hooks
+from tmm.testing.eager_hooks import Recording
 
 SPEC = tmm.Spec(
     tmm.activation("rms", "histogram"),
@@ -111,7 +112,7 @@ def test_a_missing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_superfluous_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tmm.testing.eager_hooks.Recording.add", lambda *given: None)
+    monkeypatch.setattr(Recording, "add", lambda *given: None)
     with pytest.raises(AssertionError, match=r"superfluous|nothing was measured"):
         assert_matches_hooks(nn.Linear(4, 2), BATCH, tmm.Spec(tmm.activation("norm")))
 

@@ -623,7 +623,7 @@ def test_a_metric_that_fails_later_ends_no_training(rule: Any) -> None:
         return module.state_dict()
 
     plain = run()
-    with pytest.warns(tmm.gaps.MonitoringWarning, match="the training goes on") as caught:
+    with pytest.warns(tmm.MonitoringWarning, match="the training goes on") as caught:
         monitored = run(rule(Failing(5)), tmm.activation("rms"))
     assert not differences(plain, monitored)
     texts = [str(w.message) for w in caught if "monitoring failed" in str(w.message)]

@@ -171,11 +171,6 @@ class _Package(ModuleType):
         self.__dict__[name] = found
         return found
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # An import of the module tmm.watch must not put it in the place of the function.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
 
