@@ -84,6 +84,6 @@ def test_keys_of_a_run_of_everything(tmp_path: Path) -> None:
     with tmm.open_run(run.path) as recorded:
         lines = [
             f"{key} ({recorded.key_info(key).kind}: {recorded.key_info(key).site})"
-            for key in recorded.keys()
+            for key in recorded.keys()  # noqa: SIM118
         ]
     check_golden("keys_of_a_run", "\n".join(lines) + "\n")
