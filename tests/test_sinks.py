@@ -147,7 +147,7 @@ def _whole(bins: Any) -> list[float]:
 def read_wandb(path: Path) -> Series:
     series: Series = {}
     for file in wandb_files(path.name):
-        for record in wandb_records(file):
+        for record in finished_records(file):
             if record.WhichOneof("record_type") != "history":
                 continue
             row: dict[str, Any] = {}
@@ -167,6 +167,16 @@ def read_wandb(path: Path) -> Series:
 def wandb_files(run_id: str) -> list[Path]:
     folder = Path(os.environ["WANDB_DIR"], "wandb")
     return sorted(folder.glob(f"offline-run-*-{run_id}/*.wandb"))
+
+
+def finished_records(file: Path) -> list[Any]:
+    """Those of a run that has finished: W&B's own process may write for a moment after that."""
+    end = time.monotonic() + 20
+    while True:
+        records = list(wandb_records(file))
+        if any(r.HasField("exit") for r in records) or time.monotonic() > end:
+            return records
+        time.sleep(0.05)
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
@@ -452,7 +462,7 @@ def test_wandb_knows_the_run(run_of: Callable[[Scenario], Path]) -> None:
 
 def wandb_about(path: Path) -> dict[str, Any]:
     (file,) = wandb_files(path.name)
-    run = next(r.run for r in wandb_records(file) if r.WhichOneof("record_type") == "run")
+    run = next(r.run for r in finished_records(file) if r.WhichOneof("record_type") == "run")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     config.pop("_wandb")
     names = {"project": run.project, "display_name": run.display_name, "tags": list(run.tags)}
@@ -461,7 +471,7 @@ def wandb_about(path: Path) -> dict[str, Any]:
 
 def wandb_exit_code(path: Path) -> int:
     (file,) = wandb_files(path.name)
-    (code,) = (r.exit.exit_code for r in wandb_records(file) if r.HasField("exit"))
+    (code,) = (r.exit.exit_code for r in finished_records(file) if r.HasField("exit"))
     return int(code)
 
 
@@ -522,7 +532,7 @@ def test_a_run_of_wandb_that_the_user_started(tmp_path: Path) -> None:
             run.log({"loss": 1.0})
         own.log({"mine": 2.0}, step=1)
     (file,) = wandb_files("own")
-    kinds = [record.WhichOneof("record_type") for record in wandb_records(file)]
+    kinds = [record.WhichOneof("record_type") for record in finished_records(file)]
     assert (kinds.count("history"), kinds.count("exit")) == (2, 1)
 
 

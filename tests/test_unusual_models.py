@@ -19,7 +19,7 @@ from tests.model_zoo import CASES, LABELS, noise, tokens
 from tests.ways import WAYS, NoBlocksError, Way, call
 from tmm.core.failures import MonitoringWarning
 
-METRICS = ("mean", "rms", "absmax")
+METRICS = ("mean", "rms", "absmax", "norm")  # norms see what is counted twice
 SPEC = tmm.Spec(tmm.activation(*METRICS))
 VECTORS = noise(6, 8)
 
