@@ -1,7 +1,7 @@
 PYTHON ?= python
 STORAGE = runtime/store/*.py,tmm/runs/recorded_run.py
 
-.PHONY: test test-all test-matrix lint format
+.PHONY: test test-all test-matrix lint format faults
 
 test:
 	$(PYTHON) -m pytest
@@ -28,6 +28,10 @@ test-matrix:
 	  "$$environment/bin/python" -m pip install --quiet --upgrade "$$torch" -e '.[test]' && \
 	  "$$environment/bin/python" -m pytest || exit 1; \
 	done
+
+# Plants the faults of tests/fault_table.py one by one, and names the test that catches each.
+faults:
+	$(PYTHON) -m tests.deliberate_faults
 
 format:
 	$(PYTHON) -m ruff check --fix .
