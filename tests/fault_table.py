@@ -200,8 +200,8 @@ FAULTS = (
     Fault(
         "step_number_off_by_one",
         "tmm/runs/live.py",
-        "step = self.current_step if self._ended is None else self._ended.step",
-        "step = self.current_step if self._ended is None else self._ended.step + 1",
+        "            self._ended = EndedStep(collector.step, (collector,))\n",
+        "            self._ended = EndedStep(collector.step + 1, (collector,))\n",
         ("tests/test_runs.py::test_what_is_logged_between_steps_belongs_to_the_one_that_ended",),
     ),
     Fault(
