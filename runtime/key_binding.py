@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tmm.core.families import ACTIVATION_DIFFERENCE, VALUE_FAMILY
-from tmm.core.keys import key_of
+from tmm.core.keys import key_of, parts_of
 from tmm.core.metrics import FloatArray, KnownMetric, Reduction
 from tmm.core.records import LOGGED, KeyInfo, Measurement, PackedLayout, Row, Site
 from tmm.runtime.key_owners import KeyOwners, owner_of
@@ -217,7 +217,7 @@ class KeyRegistry:
         return known
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
-        kind, _, name = site.partition("/")
+        kind, name = parts_of(site)
         # Rows that only other ranks have are new here.
         position = self._positions.setdefault(site, len(self._positions))
         notes = _together(self._notes(kind), self.site_notes.get(site, ""))

@@ -34,6 +34,13 @@ def _found(*names: str) -> str:
     return path
 
 
+_ARGUMENTS = (
+    *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--disable-extensions", "--no-first-run"),
+)
+
+
 @contextmanager
 def open_browser() -> Iterator[Chrome]:
     """A headless Chromium; without one the test is skipped, or fails where one is required."""
@@ -43,7 +50,7 @@ def open_browser() -> Iterator[Chrome]:
     browser, driver = find_browser(), _found("chromedriver")
     options = ChromeOptions()
     options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+    for argument in _ARGUMENTS:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     chrome = Chrome(options=options, service=Service(driver))

@@ -17,7 +17,7 @@ from torch import nn
 
 import tmm
 from tmm.core.failures import MonitoringWarning
-from tmm.instrumentation.program import Twin
+from tmm.instrumentation.twin import Twin
 
 
 class Scale(nn.Module):

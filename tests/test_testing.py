@@ -10,7 +10,7 @@ from torch import nn
 
 import tmm
 from tests.ways import WAYS, Way
-from tmm.instrumentation.program import Twin
+from tmm.instrumentation.twin import Twin
 from tmm.runtime import eager_functions as eager
 from tmm.testing import assert_matches_hooks
 from tmm.testing.eager_hooks import Recording
@@ -71,7 +71,7 @@ def test_a_value_that_is_wrong_by_more_than_the_tolerance_is_named(
 ) -> None:
     right = eager.reduce_eagerly
     monkeypatch.setattr(
-        "tmm.instrumentation.program.reduce_eagerly",
+        "tmm.instrumentation.twin.reduce_eagerly",
         lambda *given: right(*given) * (1 + 1e-3),
         raising=True,
     )

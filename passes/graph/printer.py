@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _custom_builtins
 
+from tmm.core.keys import key_of
 from tmm.core.records import Site
 from tmm.passes.graph.provenance import pass_of, sites_of
 from tmm.passes.graph.subgraphs import nested_calls
@@ -147,7 +148,7 @@ def _module(node: Node, names: Mapping[int, str]) -> str:
 def site_label(family: str, site: Site) -> str:
     """A site as a reader knows it, relative to the module whose frame was traced."""
     name = site.module.removeprefix("//") + site.path
-    return f"{family}/{name or '[this module]'}" if family else f"record {name!r}"
+    return key_of(family, name or "[this module]") if family else f"record {name!r}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tmm.core.families import FAMILIES, GRADIENT, PARAMETER, Phase
-from tmm.core.keys import key_of
+from tmm.core.keys import key_of, parts_of
 from tmm.core.metrics import FloatArray, Reduction
 from tmm.kernels.summarize.group import summarize_group
 from tmm.runtime.key_binding import Binding, RowGroup, SiteNames
@@ -84,13 +84,13 @@ def differing(sites: Sequence[str], rows: FloatArray) -> Iterator[str]:
     are_known = np.isfinite(least) & np.isfinite(largest)
     is_there = count > 0  # in this step
     differ = is_there & ((are_known & ~are_equal) | (count < expected))
-    kinds = np.array([site.partition("/")[0] for site in sites])
+    kinds = np.array([parts_of(site)[0] for site in sites])
     unclear = ~are_known | ((least == 0) & (largest == 0) & (kinds != PARAMETER.name))
     differ |= is_there & unclear & np.isin(kinds, kinds[differ])
     # Where gradients are said to be averaged, parameters are not compared: they follow these.
     follow = expected == 1
     for place in np.flatnonzero(differ):
-        family, _, name = sites[place].partition("/")
+        family, name = parts_of(sites[place])
         if family != PARAMETER.name:
             yield sites[place]
         if family == PARAMETER.name or (family == GRADIENT.name and follow[place]):

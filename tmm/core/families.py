@@ -12,7 +12,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from tmm.core.metrics import ATTENTION_METRICS, HISTOGRAM, METRIC_NAMES
+from tmm.core.metrics import ATTENTION_METRICS, HISTOGRAM, METRIC_NAMES, STATE_METRICS
 
 Subject: TypeAlias = Literal["modules", "parameters"]
 
@@ -86,8 +86,7 @@ GRADIENT = Family("gradient", "parameters", Phase.GRADIENT, METRIC_NAMES)
 GRADIENT_BEFORE_CLIP = Family("gradient_before_clip", "parameters", Phase.GRADIENT, METRIC_NAMES)
 UPDATE = Family("update", "parameters", Phase.UPDATE, (*METRIC_NAMES, "relative_norm"))
 OPTIMIZER_STATE = Family(
-    *("optimizer_state", "parameters", Phase.UPDATE),
-    ("exp_avg_norm", "exp_avg_sq_norm", "effective_lr"),
+    *("optimizer_state", "parameters", Phase.UPDATE, tuple(STATE_METRICS)),
 )
 PARAMETER = Family("parameter", "parameters", Phase.PARAMETER, METRIC_NAMES)
 PARAMETER_DIFFERENCE = Family(

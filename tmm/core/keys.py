@@ -34,6 +34,12 @@ def key_of(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def parts_of(site: str) -> tuple[str, str]:
+    """The family and the name that `key_of` made a site of; no name if it has no family."""
+    family, _, name = site.partition("/")
+    return family, name
+
+
 SKIPPED = key_of(STEP.name, "skipped")
 """Whether the step of an optimizer was skipped, by a scaler of gradients."""
 
@@ -54,9 +60,7 @@ def is_total_norm(info: KeyInfo) -> bool:
 
 def block_of_norm(info: KeyInfo) -> str:
     """The block of a norm of several gradients; empty for that of all, and for other keys."""
-    start = f"{TOTAL_NORM}/"
-    is_of_block = info.kind == STEP.name and info.site.startswith(start)
-    return info.site.removeprefix(start) if is_of_block else ""
+    return parts_of(info.site)[1] if is_total_norm(info) else ""
 
 
 def is_family(kind: str) -> bool:
@@ -124,7 +128,7 @@ def layer_of(info: KeyInfo) -> str:
     """The module that a key belongs to; empty for keys that belong to none."""
     family, site = family_of(info.kind), info.site
     if family is None or family.subject is None:
-        return block_of_norm(info)
+        return block_of_norm(info) if parts_of(site)[0] == TOTAL_NORM else ""
     if family.subject == "parameters":
         return site.rpartition(".")[0] or ROOT_NAME
     if site.startswith(ROOT_NAME):

@@ -125,6 +125,13 @@ HISTOGRAM = "histogram"
 METRIC_NAMES = (*METRICS, HISTOGRAM)
 
 _norm, _mean = METRICS["norm"], METRICS["mean"]
+STATE_METRICS: Mapping[str, Metric] = {
+    "exp_avg_norm": _norm,
+    "exp_avg_sq_norm": _norm,
+    "effective_lr": _mean,
+}
+"""Metrics of the state of an optimizer."""
+
 DERIVED_METRICS: Mapping[str, Metric] = {
     "relative_norm": Metric(
         ("sum_squares", "reference_sum_squares"),
@@ -136,9 +143,7 @@ DERIVED_METRICS: Mapping[str, Metric] = {
     ),
     "l2": _mean,
     "l2norm": _mean,
-    "exp_avg_norm": _norm,
-    "exp_avg_sq_norm": _norm,
-    "effective_lr": _mean,
+    **STATE_METRICS,
 }
 """Metrics of single families: of differences and updates, and of the state of an optimizer.
 
@@ -164,10 +169,7 @@ MEANS = (*("mean", "mean_abs", "rms", "zero_fraction", "relative_norm", "cosine"
 estimates them."""
 
 _ALL_METRICS = {**METRICS, **DERIVED_METRICS, **ATTENTION_METRICS}
-_OF_OTHER_TENSORS = (
-    *("exp_avg_norm", "exp_avg_sq_norm", "effective_lr"),
-    *(*ROW_NORMS, *ATTENTION_METRICS),
-)
+_OF_OTHER_TENSORS = (*STATE_METRICS, *ROW_NORMS, *ATTENTION_METRICS)
 
 AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),

@@ -12,7 +12,9 @@ import torch
 
 from tmm.core.records import ROOT_NAME
 
-_WRAPPED = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Names under which wrappers hold the module that they wrap; left out of the names in keys."""
+
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
@@ -21,7 +23,7 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     if isinstance(module, _PARALLEL):
         inner: torch.nn.Module = module.module
         return inner
-    for name in _WRAPPED:
+    for name in WRAPPERS:
         if name in module._modules:  # which of a script module has no get
             inner_or_none = module._modules[name]
             if inner_or_none is not None:
@@ -220,7 +222,7 @@ def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     """
     whole = {name: name.removeprefix("module.") for name in names}
     without = {
-        name: ".".join(part for part in stripped.split(".") if part not in _WRAPPED)
+        name: ".".join(part for part in stripped.split(".") if part not in WRAPPERS)
         for name, stripped in whole.items()
     }
     counts = Counter(without.values())

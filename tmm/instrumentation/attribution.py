@@ -17,6 +17,7 @@ from tmm.core.families import (
     VALUE_FAMILY,
     rule_family,
 )
+from tmm.core.keys import parts_of
 from tmm.core.metrics import Reduction
 from tmm.core.module_names import display_name, parameter_names, relative_names, unwrapped
 from tmm.core.records import (
@@ -89,7 +90,7 @@ class Attribution:
         if "gradient" in of_families and not self.ranks.averages:
             noted["gradient"] = _IF_EQUAL
         for site, note in self._registry.site_notes.items():
-            if site.partition("/")[0].removesuffix("_before_clip") in of_families:
+            if parts_of(site)[0].removesuffix("_before_clip") in of_families:
                 noted[site] = note
         return noted | self.remarks
 

@@ -59,7 +59,7 @@ def region_of(module: torch.nn.Module) -> Region | None:
         # A lazy module is initialized by what stands there, before this.
         call = vars(module).get("_forward", vars(module).get("forward"))
         return Region(inner, settings, module, "forward", _entry(call))
-    call = behind_dispatches(module.__dict__.get(COMPILED_CALL))
+    call = behind_switches(module.__dict__.get(COMPILED_CALL))
     if (settings := settings_of(call)) is not None:
         return Region(module, settings, module, entry=_entry(call))
     # As by @torch.compile on the method, or model.forward = torch.compile(model.forward).
@@ -68,7 +68,7 @@ def region_of(module: torch.nn.Module) -> Region | None:
 
 
 def _entry(compiled: object) -> Entry:
-    inner = getattr(behind_dispatches(compiled), "_torchdynamo_orig_callable", None)
+    inner = getattr(behind_switches(compiled), "_torchdynamo_orig_callable", None)
     return "call" if getattr(inner, "__code__", None) in _BEGUN_BY_TORCH else "callee"
 
 
@@ -89,10 +89,10 @@ def regions_in(module: torch.nn.Module) -> list[Region]:
     return [region for region in regions if region is not None]
 
 
-def behind_dispatches(call: object) -> object:
-    """What stood in place of a dispatch before, through any number of them."""
-    while (dispatch := getattr(call, "tmm_dispatch", None)) is not None:
-        call = dispatch.original
+def behind_switches(call: object) -> object:
+    """What stood in place of a switch before, through any number of them."""
+    while (switch := getattr(call, "tmm_switch", None)) is not None:
+        call = switch.original
     return call
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tmm.core.metrics import Aggregate
-from tmm.instrumentation.program import running_twin
+from tmm.instrumentation.twin import running_twin
 from tmm.kernels.ops import tap_attention, tap_shown, tap_value
 
 Owner = torch.nn.Module | str

@@ -15,8 +15,8 @@ from torch._dynamo.eval_frame import OptimizedModule
 from tmm.core.autograd import is_in_autograd_function
 from tmm.instrumentation.compile_settings import room_for_two
 from tmm.instrumentation.foreign import foreign_pass, transform
-from tmm.instrumentation.program import Twin, running_twin
 from tmm.instrumentation.regions import COMPILED_CALL, Region, install
+from tmm.instrumentation.twin import Twin, running_twin
 
 _MARK = "tmm_run_ended"
 """Attribute of a call that was put back when a run ended."""
@@ -48,11 +48,11 @@ class Steps(Protocol):
 
 
 @dataclass(eq=False)
-class Dispatch:
+class Switch:
     """Runs a region: the twin in a monitored step, else the user's own program.
 
     ``original`` is what stood in its place (None where nothing did); ``plain`` runs it.
-    ``siblings`` are all dispatches of one model, ``is_root`` that of what the user calls.
+    ``siblings`` are all switches of one model, ``is_root`` that of what the user calls.
     """
 
     region: Region
@@ -60,7 +60,7 @@ class Dispatch:
     original: object
     steps: Steps
     twin: Twin
-    siblings: list[Dispatch]
+    siblings: list[Switch]
     is_root: bool
     ran_twin: bool = False
 
@@ -69,12 +69,12 @@ class Dispatch:
         region: Region,
         steps: Steps,
         twin: Twin,
-        siblings: list[Dispatch],
+        siblings: list[Switch],
         *,
         is_root: bool,
         plain: Callable[..., Any] | None = None,
-    ) -> Dispatch:
-        """The dispatch of a region, added to its ``siblings``; ``plain`` is that of a function."""
+    ) -> Switch:
+        """The switch of a region, added to its ``siblings``; ``plain`` is that of a function."""
         original: object = plain
         if region.holder is not None:
             plain = original = region.holder.__dict__.get(region.attribute)
@@ -84,9 +84,9 @@ class Dispatch:
         if region.settings is not None:
             plain = room_for_two(plain)
         twin.own_programs[region] = plain
-        dispatch = Dispatch(region, plain, original, steps, twin, siblings, is_root)
-        siblings.append(dispatch)
-        return dispatch
+        switch = Switch(region, plain, original, steps, twin, siblings, is_root)
+        siblings.append(switch)
+        return switch
 
     # Called from frames that Dynamo runs: neither the choice nor tmm itself is to be compiled,
     # but what the user's program goes on to call is.
@@ -144,43 +144,43 @@ class Dispatch:
         return self.twin.repeat(self.region, *args, **kwargs)
 
 
-def attach(dispatch: Dispatch) -> Callable[..., Any]:
-    """Put ``dispatch`` in the place of its region's program; gives back what stands there now."""
-    steps, plain, choose = dispatch.steps, dispatch.plain, dispatch.choose
+def attach(switch: Switch) -> Callable[..., Any]:
+    """Put ``switch`` in the place of its region's program; gives back what stands there now."""
+    steps, plain, choose = switch.steps, switch.plain, switch.choose
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if steps.recording or dispatch.ran_twin or steps.is_unused:
+        if steps.recording or switch.ran_twin or steps.is_unused:
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 
-    forward.tmm_dispatch = dispatch  # type: ignore[attr-defined]
-    install(dispatch.region, forward)
+    forward.tmm_switch = switch  # type: ignore[attr-defined]
+    install(switch.region, forward)
     return forward
 
 
-def stands(dispatch: Dispatch) -> bool:
-    """Whether ``dispatch`` is still in the place of its region's program."""
-    holder, attribute = dispatch.region.holder, dispatch.region.attribute
-    return holder is None or dispatch_of(holder.__dict__.get(attribute)) is dispatch
+def stands(switch: Switch) -> bool:
+    """Whether ``switch`` is still in the place of its region's program."""
+    holder, attribute = switch.region.holder, switch.region.attribute
+    return holder is None or switch_of(holder.__dict__.get(attribute)) is switch
 
 
-def is_bypassed(dispatch: Dispatch) -> bool:
-    """Whether ``module.compile()`` has put another program in the place of ``dispatch`` since."""
-    holder, attribute = dispatch.region.holder, dispatch.region.attribute
-    if holder is None or attribute != COMPILED_CALL or stands(dispatch):
+def is_bypassed(switch: Switch) -> bool:
+    """Whether ``module.compile()`` has put another program in the place of ``switch`` since."""
+    holder, attribute = switch.region.holder, switch.region.attribute
+    if holder is None or attribute != COMPILED_CALL or stands(switch):
         return False
     return holder.__dict__.get(attribute) is not None
 
 
-def detach(dispatch: Dispatch, *, is_mark_left: bool = False) -> None:
-    """Put back what stood in the place of ``dispatch``, unless something else took it since.
+def detach(switch: Switch, *, is_mark_left: bool = False) -> None:
+    """Put back what stood in the place of ``switch``, unless something else took it since.
 
     With ``is_mark_left``, ``bears_mark`` tells of the model later; nothing else notices it.
     """
-    holder, attribute = dispatch.region.holder, dispatch.region.attribute
-    if holder is None or not stands(dispatch):
+    holder, attribute = switch.region.holder, switch.region.attribute
+    if holder is None or not stands(switch):
         return
-    original = dispatch.original
+    original = switch.original
     if original is not None:
         holder.__dict__[attribute] = original
         if isinstance(original, FunctionType):
@@ -197,25 +197,25 @@ def bears_mark(model: object) -> bool:
     return any(call is None or getattr(call, _MARK, False) for call in calls)
 
 
-def dispatch_of(call: object) -> Dispatch | None:
-    """The dispatch that a callable is, if it is one."""
-    dispatch = getattr(call, "tmm_dispatch", None)
-    return dispatch if isinstance(dispatch, Dispatch) else None
+def switch_of(call: object) -> Switch | None:
+    """The switch that a callable is, if it is one."""
+    switch = getattr(call, "tmm_switch", None)
+    return switch if isinstance(switch, Switch) else None
 
 
-def root_dispatch(model: object) -> Dispatch | None:
-    """The dispatch by which ``model``, a module or function, is instrumented."""
+def root_switch(model: object) -> Switch | None:
+    """The switch by which ``model``, a module or function, is instrumented."""
     for call in _calls_of(model):
-        dispatch = dispatch_of(call)
-        while dispatch is not None:
-            if dispatch.is_root:
-                return dispatch
-            dispatch = dispatch_of(dispatch.original)
+        switch = switch_of(call)
+        while switch is not None:
+            if switch.is_root:
+                return switch
+            switch = switch_of(switch.original)
     return None
 
 
 def _calls_of(model: object, absent: object = None) -> list[object]:
-    """What may stand where a dispatch of ``model`` does; ``absent`` where nothing does."""
+    """What may stand where a switch of ``model`` does; ``absent`` where nothing does."""
     if isinstance(model, OptimizedModule):
         inner = model._orig_mod.__dict__.get(COMPILED_CALL, absent)
         return [model.__dict__.get("forward", absent), inner]

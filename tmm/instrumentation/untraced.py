@@ -30,7 +30,7 @@ from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed, local_part
 
 if TYPE_CHECKING:
-    from tmm.instrumentation.program import GradientSink, Recorder
+    from tmm.instrumentation.twin import GradientSink, Recorder
 
 _FAMILIES = ("activation", GRADIENT)
 

@@ -69,7 +69,7 @@ class TMMCallback(pl.Callback):
         self._trainer: pl.Trainer | None = None
         self._resume: str | None = None
         self._methods = Substitutes()  # of the module, during a batch
-        self._dispatches = Substitutes()  # of its parts, while they are measured
+        self._switches = Substitutes()  # of its parts, while they are measured
         self._is_inside = False
         self._step = 0  # as trainer.global_step was when the step began
         self._losses: list[torch.Tensor] = []
@@ -122,7 +122,7 @@ class TMMCallback(pl.Callback):
                 " module, which is compiled in place, and they cannot be told apart; pass"
                 " torch.compile(module) to fit instead"
             )
-        with self._take_dispatches(pl_module):
+        with self._take_switches(pl_module):
             measured = session.instrument(
                 pl_module.training_step,
                 module=pl_module,
@@ -261,18 +261,18 @@ class TMMCallback(pl.Callback):
         return methods
 
     @contextmanager
-    def _take_dispatches(self, module: pl.LightningModule) -> Iterator[None]:
+    def _take_switches(self, module: pl.LightningModule) -> Iterator[None]:
         """Keep what ``instrument`` puts into the module and its parts, for the windows only.
 
         A copy of a ``LightningModule`` would carry it, and run the original's weights.
         """
         own = [(part, vars(part).get(COMPILED_CALL)) for part in module.modules()]
         yield
-        self._dispatches = Substitutes()
+        self._switches = Substitutes()
         for part, call in own:
             attributes = vars(part)
             if attributes.get(COMPILED_CALL) is not call:
-                self._dispatches.add(part, COMPILED_CALL, attributes.pop(COMPILED_CALL))
+                self._switches.add(part, COMPILED_CALL, attributes.pop(COMPILED_CALL))
                 if call is not None:
                     attributes[COMPILED_CALL] = call
 
@@ -293,12 +293,12 @@ class TMMCallback(pl.Callback):
             session.begin_step(self._step)
             session.log({"epoch": trainer.current_epoch, **learning_rates(trainer)})
         self._is_inside = True
-        self._dispatches.install()
+        self._switches.install()
         try:
             yield
         finally:
             self._is_inside = False
-            self._dispatches.remove()
+            self._switches.remove()
             self._methods.remove()
             session.pause()
 

@@ -12,7 +12,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from tmm.core.metrics import Aggregate
 from tmm.core.module_names import parameter_names
 from tmm.instrumentation.regions import COMPILED_CALL, Region, compiled_wrappers, region_of
-from tmm.instrumentation.switch import Dispatch, attach, detach, root_dispatch, stands
+from tmm.instrumentation.switch import Switch, attach, detach, root_switch, stands
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
 from tmm.module_monitor.registered_rules import ModuleMonitorSpec
@@ -47,14 +47,14 @@ class Measuring:
         self._wrappers = compiled_wrappers(module)
         self._callee, *others = (*self._wrappers, module)
         self._state = _state(reference)
-        if any(root_dispatch(callee) is not None for callee in (module, *self._wrappers)):
+        if any(root_switch(callee) is not None for callee in (module, *self._wrappers)):
             raise ValueError(
                 "the module is monitored already, by tmm.instrument or another ModuleMonitor; add"
                 " the metrics to that one"
             )
         spec = ModuleMonitorSpec(rules, names, reference, _other_dtype(module, reference))
         instrument(self._callee, spec)
-        self._dispatch = _dispatch_of(self._callee)
+        self._switch = _switch_of(self._callee)
         self._attach(others)
         self.core = monitor_of(self._callee)
         self.core.keeps_history = False
@@ -69,21 +69,21 @@ class Measuring:
 
     def _attach(self, others: list[torch.nn.Module]) -> None:
         """Measure calls of these, too: of the module itself, and of further wrappers of it."""
-        root = self._dispatch
+        root = self._switch
         for other in others:
             if other.__dict__.get(COMPILED_CALL) is None or isinstance(other, OptimizedModule):
                 region = region_of(other) or Region(other, root.region.settings, other)
-                attach(Dispatch.of(region, root.steps, root.twin, root.siblings, is_root=False))
+                attach(Switch.of(region, root.steps, root.twin, root.siblings, is_root=False))
 
     @property
     def runs_forward(self) -> bool:
         """Whether a forward pass, of the model or of the reference, is under way."""
         calls = self._reference_calls
-        return self._dispatch.twin.is_running() or (calls is not None and calls.are_running)
+        return self._switch.twin.is_running() or (calls is not None and calls.are_running)
 
     def is_current(self) -> bool:
         """Whether model and reference are as they were: not compiled, moved or loaded anew."""
-        if not all(map(stands, self._dispatch.siblings)) or _state(self.reference) != self._state:
+        if not all(map(stands, self._switch.siblings)) or _state(self.reference) != self._state:
             return False
         return self.has_run_forward or compiled_wrappers(self.module) == self._wrappers
 
@@ -91,8 +91,8 @@ class Measuring:
         """Leave model and reference as they were."""
         if self._reference_calls is not None:
             self._reference_calls.stop()
-        for dispatch in self._dispatch.siblings:
-            detach(dispatch)
+        for switch in self._switch.siblings:
+            detach(switch)
         self.core.close()
 
     def add_gradients(self, family: str) -> None:
@@ -163,10 +163,10 @@ class Measuring:
         return is_monitoring
 
 
-def _dispatch_of(model: torch.nn.Module) -> Dispatch:
-    dispatch = root_dispatch(model)
-    assert dispatch is not None
-    return dispatch
+def _switch_of(model: torch.nn.Module) -> Switch:
+    switch = root_switch(model)
+    assert switch is not None
+    return switch
 
 
 def _state(module: torch.nn.Module | None) -> _State:

@@ -11,7 +11,6 @@ import torch
 
 from tmm.core.failures import warn
 from tmm.core.module_names import unwrapped
-from tmm.instrumentation.program import running_twin
 from tmm.instrumentation.show import (
     is_shown,
     is_traced,
@@ -19,6 +18,7 @@ from tmm.instrumentation.show import (
     show_attention,
     show_value,
 )
+from tmm.instrumentation.twin import running_twin
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.names import FormatName, Names, default_format_module_name_fn

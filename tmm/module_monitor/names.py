@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.core.module_names import display_name, parameter_names, relative_names
+from tmm.core.module_names import WRAPPERS, display_name, parameter_names, relative_names
 from tmm.core.records import ROOT_NAME
-
-_WRAPPERS = ("_forward_module", "_orig_mod", "_fsdp_wrapped_module")
 
 FormatName = Callable[[str], str]
 
@@ -19,7 +17,7 @@ def default_format_module_name_fn(name: str) -> str:
 
     Those are what ``torch.compile``, FSDP and others add. The root is ``"[root module]"``.
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS) or ROOT_NAME
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS) or ROOT_NAME
 
 
 class Names:

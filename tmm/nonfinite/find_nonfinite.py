@@ -222,11 +222,11 @@ def _context() -> Iterator[None]:
 @contextmanager
 def _quiet(program: Program) -> Iterator[None]:
     """In the block, monitors measure nothing and no gradient is sent to another process."""
-    parts = [part for dispatch in program.dispatches for part in dispatch.siblings]
+    parts = [part for switch in program.switches for part in switch.siblings]
     ran_twin = [part.ran_twin for part in parts]
     with ExitStack() as stack:
-        for dispatch in program.dispatches:
-            stack.enter_context(dispatch.steps.no_monitor())
+        for switch in program.switches:
+            stack.enter_context(switch.steps.no_monitor())
         for parallel in program.parallel:
             stack.enter_context(parallel.no_sync())
         try:

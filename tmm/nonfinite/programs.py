@@ -17,11 +17,11 @@ from tmm.instrumentation.compile_settings import CompileSettings, settings_of
 from tmm.instrumentation.regions import (
     COMPILED_CALL,
     Region,
-    behind_dispatches,
+    behind_switches,
     region_of,
     regions_in,
 )
-from tmm.instrumentation.switch import Dispatch, root_dispatch
+from tmm.instrumentation.switch import Switch, root_switch
 from tmm.nonfinite.graphs import Tracer
 
 
@@ -31,7 +31,7 @@ class Program:
 
     ``callee`` is what runs, without the wrappers of ``torch.compile`` and of data-parallel
     training; with ``settings`` it is compiled as a whole. ``roots`` are the modules that are
-    known to run, by name, ``regions`` their parts that are compiled on their own, ``dispatches``
+    known to run, by name, ``regions`` their parts that are compiled on their own, ``switches``
     those of their monitors, and ``parallel`` the parts that exchange gradients with other
     processes.
     """
@@ -40,7 +40,7 @@ class Program:
     settings: CompileSettings | None
     roots: Mapping[str, torch.nn.Module]
     regions: tuple[Region, ...]
-    dispatches: tuple[Dispatch, ...]
+    switches: tuple[Switch, ...]
     parallel: tuple[DistributedDataParallel, ...]
 
     @property
@@ -72,21 +72,21 @@ def program_of(model: object, module: torch.nn.Module | None) -> Program:
             raise TypeError("model= is a ScriptModule, which cannot be looked into")
         callee, settings = _without_wrappers(model)
         roots, regions = {"": unwrapped(callee)}, tuple(regions_in(callee))
-        found = _dispatches(model), _parallel(model)
+        found = _switches(model), _parallel(model)
         return Program(callee, settings, roots, regions, *found)
     if not callable(model):
         raise TypeError(f"model={model!r} is neither a module nor a function")
     if module is not None and not isinstance(module, torch.nn.Module):
         raise TypeError(f"module={module!r} is not a torch.nn.Module")
-    dispatch = root_dispatch(model)
-    compiled = behind_dispatches(model) if dispatch is None else dispatch.original
+    switch = root_switch(model)
+    compiled = behind_switches(model) if switch is None else switch.original
     assert callable(compiled)
     function = innermost_fn(compiled)
     used = modules_of(function)
     if module is not None:
         used = {"": module, **used}
     regions = tuple(region for root in used.values() for region in regions_in(root))
-    found = _dispatches(model, *used.values()), _parallel(*used.values())
+    found = _switches(model, *used.values()), _parallel(*used.values())
     settings = settings_of(compiled)
     if module is not None:
         return Program(function, settings, {"": unwrapped(module)}, regions, *found)
@@ -108,9 +108,9 @@ def _parallel(*models: torch.nn.Module) -> tuple[DistributedDataParallel, ...]:
     return tuple(part for part in parts if isinstance(part, DistributedDataParallel))
 
 
-def _dispatches(*models: object) -> tuple[Dispatch, ...]:
-    found = [root_dispatch(model) for model in models]
-    return tuple(dict.fromkeys(dispatch for dispatch in found if dispatch is not None))
+def _switches(*models: object) -> tuple[Switch, ...]:
+    found = [root_switch(model) for model in models]
+    return tuple(dict.fromkeys(switch for switch in found if switch is not None))
 
 
 def modules_of(function: object) -> dict[str, torch.nn.Module]:

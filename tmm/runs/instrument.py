@@ -19,16 +19,16 @@ from tmm.core.module_names import display_name, parameter_names, relative_names
 from tmm.instrumentation.compile_settings import CompilerFunction, settings_for, settings_of
 from tmm.instrumentation.eager_backend import eager, why_traced
 from tmm.instrumentation.pass_trace import TraceFolder
-from tmm.instrumentation.program import Twin
 from tmm.instrumentation.regions import COMPILED_CALL, Region, region_of, regions_in
 from tmm.instrumentation.switch import (
-    Dispatch,
+    Switch,
     attach,
     bears_mark,
     detach,
     is_bypassed,
-    root_dispatch,
+    root_switch,
 )
+from tmm.instrumentation.twin import Twin
 from tmm.runs.at_path import PathRun
 from tmm.runs.live import LiveRun
 from tmm.runtime.key_binding import KeyRegistry
@@ -122,7 +122,7 @@ def instrument(
     if resume and (run is None or isinstance(run, LiveRun)):
         raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     measured = _measured_module(model, module, parts)
-    if root_dispatch(model) is not None or root_dispatch(measured) is not None:
+    if root_switch(model) is not None or root_switch(measured) is not None:
         raise ValueError(
             "the model is instrumented already; tmm.remove(model) first, or put all rules into"
             " one tmm.Spec"
@@ -166,7 +166,7 @@ def instrument(
         own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
         writer, earlier = own.writer, own.earlier
     registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
-    siblings: list[Dispatch] = []
+    siblings: list[Switch] = []
     monitor: Monitor | None = None
     try:
         monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks, earlier)
@@ -191,8 +191,8 @@ def instrument(
     for region in regions:
         if region.holder is not root.holder:
             is_root = region.callee is measured
-            attach(Dispatch.of(region, monitor, twin, siblings, is_root=is_root))
-    function = attach(Dispatch.of(root, monitor, twin, siblings, is_root=True, plain=model))
+            attach(Switch.of(region, monitor, twin, siblings, is_root=is_root))
+    function = attach(Switch.of(root, monitor, twin, siblings, is_root=True, plain=model))
     return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 
 
@@ -215,15 +215,15 @@ def remove(model: Model) -> Model:
         ValueError: if the model is not instrumented.
         OSError: if what was measured could not be written.
     """
-    dispatch = root_dispatch(model)
-    if dispatch is None and bears_mark(model):
+    switch = root_switch(model)
+    if switch is None and bears_mark(model):
         return model  # its run has ended, and taken the monitoring off
-    dispatch = _require(model)
-    _take_off(dispatch.siblings, is_mark_left=False)
-    _monitor_of(dispatch).close()
+    switch = _require(model)
+    _take_off(switch.siblings, is_mark_left=False)
+    _monitor_of(switch).close()
     if isinstance(model, torch.nn.Module):
         return model
-    return dispatch.original  # type: ignore[return-value]
+    return switch.original  # type: ignore[return-value]
 
 
 def explain(model: Callable[..., Any]) -> Explanation:
@@ -335,28 +335,28 @@ def _traced_if_need_be(
     return replace(root, settings=settings), regions
 
 
-def _take_off(siblings: list[Dispatch], *, is_mark_left: bool) -> None:
+def _take_off(siblings: list[Switch], *, is_mark_left: bool) -> None:
     """Let a model run its own program again."""
     for attached in siblings:
         detach(attached, is_mark_left=is_mark_left)
 
 
-def _monitor_of(dispatch: Dispatch) -> Monitor:
-    assert isinstance(dispatch.steps, Monitor)
-    return dispatch.steps
+def _monitor_of(switch: Switch) -> Monitor:
+    assert isinstance(switch.steps, Monitor)
+    return switch.steps
 
 
-def _require(model: Callable[..., Any]) -> Dispatch:
-    dispatch = root_dispatch(model)
-    if dispatch is None and bears_mark(model):
+def _require(model: Callable[..., Any]) -> Switch:
+    switch = root_switch(model)
+    if switch is None and bears_mark(model):
         raise ValueError(
             "the model is not instrumented any more: its run has ended. Its folder has explain.txt:"
             " tmm.open_run(run.path).text('explain.txt')"
         )
-    if dispatch is None:
+    if switch is None:
         in_place = isinstance(model, torch.nn.Module) and model.__dict__.get(COMPILED_CALL)
         raise ValueError(
             "the model is not instrumented; call tmm.instrument(model, spec) first"
             + (", and model.compile() before that, not after it" if in_place else "")
         )
-    return dispatch
+    return switch

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from tmm.core.families import VALUE_FAMILY
+from tmm.core.keys import key_of
 from tmm.core.module_names import display_name
 from tmm.instrumentation.backend import GraphReport
 from tmm.instrumentation.compile_settings import settings_of
-from tmm.instrumentation.program import Twin
+from tmm.instrumentation.twin import Twin
 from tmm.spec.rules import Rule
 from tmm.steps.silent import silent_modules, used
 
@@ -285,7 +286,7 @@ def _sites(twin: Twin) -> dict[str, tuple[str, ...]]:
     for measurement in twin.attribution.rows:
         if measurement.family != VALUE_FAMILY:
             place = measurement.site
-            site = f"{measurement.family}/{place.named(place.module + place.path)}"
+            site = key_of(measurement.family, place.named(place.module + place.path))
             sites[site] = (*sites.get(site, ()), *measurement.reduction.metrics)
     return sites
 

@@ -21,8 +21,8 @@ from tmm.core.records import StepRecord
 from tmm.core.rng import BufferVersions, RandomState, unchanged
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
-from tmm.instrumentation.program import Twin
 from tmm.instrumentation.regions import Region
+from tmm.instrumentation.twin import Twin
 from tmm.passes.pipeline import PassError
 from tmm.runtime.key_binding import Binding, KeyRegistry
 from tmm.runtime.ranks.protocol import CrossRank

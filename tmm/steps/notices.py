@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tmm.core.families import ATTENTION
-from tmm.instrumentation.program import Twin
+from tmm.instrumentation.twin import Twin
 
 _SHOWN = 3  # names in a warning
 

@@ -245,7 +245,7 @@ class ParameterMonitor:
             if is_sharded(tensors[name]):
                 for reduction in selected:
                     if reduction.function is not None:
-                        self.unmeasured[f"{family}/{name}/{reduction.metrics[0]}"] = _SHARDED
+                        self.unmeasured[key_of(family, name, reduction.metrics[0])] = _SHARDED
                 selected = tuple(r for r in selected if r.function is None)
             return tuple(r for r in selected if choose is None or choose(r))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
+from tmm.core.keys import key_of
 from tmm.runtime.grouped_statistics import dense_part, sum_of_squares
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.ranks.replica_rows import binding_of, numbers_of, rows_of
@@ -53,7 +54,7 @@ class Replicas:
     ) -> None:
         """Send the numbers of tensors, which the keys of ``family`` are of."""
         if (family, names) not in self._bindings:
-            self._bindings[family, names] = binding_of([f"{family}/{name}" for name in names])
+            self._bindings[family, names] = binding_of([key_of(family, name) for name in names])
         rows = rows_of(numbers, 1 if self._ranks.averages else self._ranks.size)
         collector.add(self._bindings[family, names], (rows,), unless=unless)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tmm.core.module_names import display_name, is_container, unwrapped
-from tmm.instrumentation.program import Twin
+from tmm.instrumentation.twin import Twin
 
 _SHOWN = 6  # names in a warning
 _NOT_CALLED = "not called in a monitored step, or what it returned held no tensor"

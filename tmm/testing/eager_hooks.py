@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from tmm.core.module_names import WRAPPERS
 from tmm.testing.defined_values import (
     BUILTIN,
     ORDERED,
@@ -26,8 +27,6 @@ from tmm.testing.defined_values import (
 MetricFunction = Callable[[torch.Tensor], object]
 Aggregate = str | Callable[[torch.Tensor], object]
 """How values are joined: ``"mean"``, ``"sum"``, ``"min"``, ``"max"`` or by a function."""
-
-_WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Recording:
@@ -106,8 +105,8 @@ def site_names(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Modules by the name that users know, without those that merely wrap another one."""
     named = {}
     for name, child in module.named_modules():
-        if not any(wrapper in child._modules for wrapper in _WRAPPERS):
-            parts = [part for part in name.split(".") if part and part not in _WRAPPERS]
+        if not any(wrapper in child._modules for wrapper in WRAPPERS):
+            parts = [part for part in name.split(".") if part and part not in WRAPPERS]
             named[".".join(parts) or "[root module]"] = child
     return named
 

@@ -13,12 +13,12 @@ from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import BoolArray, Series, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
-from tmm.core.keys import GRAD_SCALE, metric_of, total_norm
+from tmm.core.keys import GRAD_SCALE, block_of_norm, metric_of, parts_of, total_norm
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
 
 _FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
-_TOTALS = tuple(total_norm(family).partition("/")[2] for family in _FAMILIES)
+_TOTALS = tuple(parts_of(total_norm(family))[1] for family in _FAMILIES)
 _LARGE = 100.0
 _FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
 _SMALLEST = 1e-6
@@ -137,7 +137,7 @@ def idle_parameters(
 
 def _is_norm(info: KeyInfo) -> bool:
     if info.kind == STEP.name:
-        return info.site.partition("/")[0] in _TOTALS
+        return parts_of(info.site)[0] in _TOTALS
     return info.kind in _FAMILIES and metric_of(info) == "norm"
 
 
@@ -149,7 +149,7 @@ def _is_frozen(norms: Series) -> bool:
 def _named(series: Series) -> str:
     clip = " before clipping" if "before_clip" in series.key else ""
     if series.info.kind == STEP.name:
-        block = series.site.partition("/")[2]
+        block = block_of_norm(series.info)
         whose = f"of block {block}" if block else "of all parameters"
         return f"The gradient norm {whose}{clip}"
     return f"The gradient norm of {series.site}{clip}"

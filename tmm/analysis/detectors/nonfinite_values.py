@@ -14,7 +14,7 @@ from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.recorded import Recorded
 from tmm.core.families import ACTIVATION, ATTENTION, STEP, Phase
-from tmm.core.keys import is_inside
+from tmm.core.keys import block_of_norm, is_inside
 
 _PLACES = {
     Phase.FORWARD: "the output of",
@@ -103,7 +103,7 @@ class _Found:
         if ATTENTION.begins(info.kind):
             return f"the attention of {self.site}"
         if info.kind == STEP.name:
-            block = self.site.partition("/")[2]
+            block = block_of_norm(info)
             return f"the gradient norm of {f'block {block}' if block else 'all parameters'}"
         if self.rank[0] is Phase.LOSS:
             return info.key

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tmm.core.keys import key_of, parts_of
 from tmm.core.records import ROOT_NAME
 from tmm.instrumentation.backend import GraphReport
 from tmm.passes.graph.printer import NodeLine
@@ -175,12 +176,12 @@ def _row(
 
 def _site(label: str, owner: str, names: Collection[str]) -> tuple[str, str | None]:
     """A site's label with the name that its module has in the model, and that name."""
-    family, slash, site = label.partition("/")
-    found = _located(site, owner, names) if slash else None
+    family, site = parts_of(label)
+    found = _located(site, owner, names) if site else None
     if found is None:
         return label, None
     module, path = found
-    return f"{family}/{module}{path}", module
+    return key_of(family, module + path), module
 
 
 def _located(site: str, owner: str, names: Collection[str]) -> tuple[str, str] | None:

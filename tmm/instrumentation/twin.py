@@ -19,6 +19,7 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._dynamo.types import GuardFilterEntry
 
 from tmm.core.families import ACTIVATION_DIFFERENCE, ATTENTION, BRANCH_FAMILIES, VALUE_FAMILY
+from tmm.core.keys import parts_of
 from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.module_names import display_name, unwrapped
 from tmm.core.recorded_values import RecordedValues, RecordError
@@ -582,7 +583,7 @@ class Twin:
     def _refuse_batched(self, binding: Binding) -> None:
         for group in binding.groups:
             for site in group.sites:
-                self.attribution.unmeasured[site.partition("/")[2]] = "inside torch.func.vmap"
+                self.attribution.unmeasured[parts_of(site)[1]] = "inside torch.func.vmap"
 
     def _reduce_gradient(
         self,
