@@ -79,10 +79,10 @@ def installed(wheel: Path) -> Path:
 
 def test_the_wheel_holds_every_module_and_its_types(wheel: Path) -> None:
     page = ("page.html", "page.css", "page.js", "graphs.js")
-    kernels = ("host", "host_operator", "attention_host")
+    kernels = ("summarize/host", "summarize/host_operator", "attention/attention_host")
     expected = {"tmm/py.typed", *(f"tmm/kernels/{name}.cpp" for name in kernels)}
-    expected |= {f"tmm/explain_page/{name}" for name in page}
-    expected |= {f"tmm/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
+    expected |= {f"tmm/views/explain_page/{name}" for name in page}
+    expected |= {f"tmm/views/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
     for path in source_files():
         folder, *rest = path.relative_to(ROOT).parts
         expected.add("/".join([PACKAGES[folder], *rest]))
