@@ -40,6 +40,38 @@ DRAWINGS = {
 
 RANK = {folder: rank for rank, floor in enumerate(FLOORS) for folder in floor}
 
+LONG = {
+    "tmm.core.metrics",
+    "tmm.instrumentation.attribution",
+    "tmm.instrumentation.backend",
+    "tmm.instrumentation.reference.follower",
+    "tmm.instrumentation.twin",
+    "tmm.instrumentation.untraced",
+    "tmm.integrations.lightning",
+    "tmm.integrations.torchtnt",
+    "tmm.integrations.transformers",
+    "tmm.module_monitor.module_monitor",
+    "tmm.nonfinite.watcher",
+    "tmm.passes.attention.softmax_pattern",
+    "tmm.passes.find_placements",
+    "tmm.passes.insert_attention",
+    "tmm.passes.insert_reference",
+    "tmm.passes.reference.clone_nodes",
+    "tmm.runs.instrument",
+    "tmm.runs.live",
+    "tmm.runtime.step_collector",
+    "tmm.runtime.store.run_writer",
+    "tmm.spec.ranks",
+    "tmm.spec.rules",
+    "tmm.spec.spec",
+    "tmm.steps.explanation",
+    "tmm.steps.forward_passes",
+    "tmm.steps.monitor",
+    "tmm.steps.optimizer_hooks",
+    "tmm.steps.parameters",
+}
+"""Files of more than 300 lines: they may hold two ideas. The list only shrinks."""
+
 WITHOUT_TORCH = (
     *("tmm.core.keys", "tmm.core.families", "tmm.core.records", "tmm.core.metrics"),
     *("tmm.analysis", "tmm.runtime.store.run_reader", "tmm.runtime.store.run_writer"),
@@ -100,6 +132,11 @@ def test_every_folder_has_a_floor() -> None:
 def test_no_two_files_have_one_name() -> None:
     names = Counter(path.stem for path in FILES.values() if not path.stem.startswith("__"))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_files_are_short() -> None:
+    long = {module for module, path in FILES.items() if path.read_text().count("\n") > 300}
+    assert long == LONG
 
 
 def test_no_module_hides_behind_a_public_name() -> None:
