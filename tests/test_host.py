@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
+from tmm.kernels import build, kept_library
 from tmm.kernels.build import _Started
 from tmm.kernels.ops import summarize, summarize_difference
+from tmm.kernels.summarize import host
 from tmm.kernels.summarize.group import summarize_group
 from tmm.kernels.summarize.host import summarize_on_host
 
@@ -284,7 +287,60 @@ def test_other_dtypes_have_no_kernel() -> None:
     assert summarize_on_host([torch.zeros(4).to(torch.float8_e4m3fn)], ("sum",)) is None
 
 
-def test_without_a_compiler_plain_operations_serve() -> None:
+LATER = """
+import sys, warnings
+import torch
+from torch._inductor import config
+config.cpp.cxx = ("no-such-compiler",)
+from tmm.kernels.summarize.host import summarize_on_host
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    rows = summarize_on_host([torch.arange(5.0)], ("count", "sum"))
+assert rows is None or rows.tolist() == [[5, 10]]
+print(rows is not None, "torch._inductor.codecache" in sys.modules, len(caught))
+print(*(str(warning.message) for warning in caught))
+"""
+
+
+def test_a_later_process_asks_no_compiler(tmp_path: Path) -> None:
+    """It finds the kernel, unless that is damaged or somebody else could have written it."""
+    assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
+    text = build._text(host.SOURCES)
+    (known,) = kept_library._places(build._cache_folder(), text)
+    kept = tmp_path / "cache" / "tmm" / known.name
+    kept.parent.mkdir(parents=True)
+    shutil.copy2(known, kept)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run() -> list[str]:
+        command = [sys.executable, "-c", LATER]
+        done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+        return done.stdout.splitlines()
+
+    assert run()[0] == "True False 0"
+    kept.chmod(0o777)
+    shown, said = run()
+    assert shown == "False False 1"
+    assert f"others can write to {kept}" in said
+    kept.chmod(0o700)
+    kept.write_bytes(kept.read_bytes()[:1000])
+    shown, said = run()
+    assert shown == "False True 1"
+    assert "could not be compiled" in said
+
+
+def test_what_is_kept_is_found_by_its_sources(tmp_path: Path) -> None:
+    assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
+    (known,) = kept_library._places(build._cache_folder(), build._text(host.SOURCES))
+    assert not kept_library.is_kept(tmp_path, "a")
+    kept_library.keep_library(tmp_path, "a", known)
+    kept_library.keep_library(tmp_path, "a", known)
+    assert kept_library.is_kept(tmp_path, "a")
+    assert not kept_library.is_kept(tmp_path, "b")
+    kept_library.keep_library(tmp_path / "nowhere", "a", known)  # which costs nobody anything
+
+
+def test_without_a_compiler_plain_operations_serve(tmp_path: Path) -> None:
     code = """
 import warnings
 import torch
@@ -308,7 +364,8 @@ assert len(said) == 2, said
 assert all("plain torch operations, which is slower" in text for text in said), said
 assert "measures attention" in said[0], said
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    folder = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **folder})
 
 
 def test_waiting_for_a_compilation_leaves_errors_and_ends_in_a_forked_child() -> None:

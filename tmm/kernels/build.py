@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import warnings
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from tmm.core.failures import levels_to_user
+from tmm.kernels.kept_library import find_library, is_kept, keep_library
 from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -41,11 +43,12 @@ def start_compiling(*sources: str) -> None:
 
     What goes wrong is left to that. An interpreter that exits waits for the compiler.
     """
+    text = _text(sources)
+    if is_kept(_cache_folder(), text):
+        return
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
-        _trusted_cache().load_async(
-            _text(sources), submit_fn=lambda work: _Started(compiler.submit(work))
-        )
+        _trusted_cache().load_async(text, submit_fn=lambda work: _Started(compiler.submit(work)))
     compiler.shutdown(wait=False)
 
 
@@ -60,14 +63,15 @@ def load_kernels(
     folder of compiled kernels; a warning then tells that what ``measures`` says is done by plain
     torch operations.
     """
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # slow to import
-
+    text = _text(sources)
     try:
-        library = _trusted_cache().load(_text(sources))
+        library = find_library(_cache_folder(), text) or _compiled(text)
     except UntrustedFileError as error:
         _warn_of_others(str(error))
         return {}
-    except (CppCompileError, InvalidCxxCompiler, OSError) as error:
+    except Exception as error:
+        if not _is_of_compiler(error):
+            raise
         warnings.warn(
             f"tmm {measures} on the CPU with plain torch operations, which is slower, because its "
             f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
@@ -84,14 +88,32 @@ def load_kernels(
     return kernels
 
 
+def _compiled(text: str) -> ctypes.CDLL:
+    """The library of a text, from torch's cache or the compiler, kept for later processes."""
+    library: ctypes.CDLL = _trusted_cache().load(text)
+    keep_library(_cache_folder(), text, Path(library._name))
+    return library
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether a library could not be compiled, or not be loaded."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # slow to import
+
+    return isinstance(error, (CppCompileError, InvalidCxxCompiler, OSError))
+
+
+def _cache_folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
 def _trusted_cache() -> Any:
     """Torch's cache of compiled libraries, if its folder and what it loads are this user's own.
 
     Raises UntrustedFileError, now or when it loads.
     """
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    check_folder(cache_dir())
+    check_folder(_cache_folder())
     return _cache_class()
 
 
