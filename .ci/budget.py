@@ -3,7 +3,8 @@
 python .ci/budget.py REPORT
 
 The budget is the sum over all tests on one core of the machine that it was set on; another machine
-gets as much more as it takes longer for a fixed loop. Exits with 1 where it is exceeded.
+gets as much more as it takes longer for a fixed loop. Says where it is exceeded, and exits with 1
+where it is by more than what other programs on the machine explain.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from xml.etree import ElementTree
 BUDGET = 960.0
 """Seconds: eight minutes on two cores."""
 
-NOISE = 1.1
-"""What two runs on one machine may differ by."""
+SLACK = 2.0
+"""What other programs on the machine may make of it: what is more fails."""
 
 LOOP_SECONDS = 0.0924
 """What the loop of `slowness` takes on the machine that the budget was set on."""
@@ -44,17 +45,16 @@ def slowness() -> float:
 def main(report: Path) -> int:
     """Print the comparison; gives the exit code."""
     seconds, slow = durations(report), slowness()
-    total, budget = sum(seconds.values()), BUDGET * slow * NOISE
+    total, budget = sum(seconds.values()), BUDGET * slow
     print(
-        f"{len(seconds)} tests took {total:.0f} s of {budget:.0f} s ({BUDGET:.0f} s, {NOISE} for"
-        f" noise, {slow:.2f} for this machine); the slowest:"
+        f"{len(seconds)} tests took {total:.0f} s of {budget:.0f} s ({BUDGET:.0f} s, times"
+        f" {slow:.2f} for this machine); the slowest:"
     )
     for name, taken in list(seconds.items())[:_NAMED]:
         print(f"{taken:8.1f} s  {name}")
     if total > budget:
         print(f"The tests are {total - budget:.0f} s over their budget.")
-        return 1
-    return 0
+    return int(total > SLACK * budget)
 
 
 if __name__ == "__main__":

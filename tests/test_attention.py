@@ -309,7 +309,8 @@ ONE = {"float mask": CALLS["float mask"]}
 @pytest.mark.parametrize(
     ("calls", "backend"),
     [
-        *[(CALLS, "eager"), (FEW, "aot_eager"), (ONE, "inductor")],
+        *[(CALLS, "eager"), (FEW, "aot_eager")],
+        pytest.param(ONE, "inductor", marks=pytest.mark.slow),  # flex is compiled by default
         *[pytest.param(CALLS, name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")],
     ],
     ids=["all-eager", "few-aot_eager", "one-inductor", "all-aot_eager", "all-inductor"],

@@ -13,7 +13,7 @@ from tests.interpreters import ROOT
 from tmm.runs.recorded_run import open_run
 from tmm.runtime.store.segment_layout import segment_paths
 
-TRIALS = 30
+TRIALS = 15
 CALL = """
 import sys
 from tests import crashing_processes
