@@ -65,8 +65,8 @@ def find_placements(module: GraphModule, request: GraphRequest, found: Findings)
     ranks hold alike. Random numbers, cutting out of tensors and inputs of the graph are not known,
     nor what is overwritten by them. Changes nothing.
     """
-    if request.placements is not None:
-        found.placements = placements_of(module, request.placements)
+    assert request.placements is not None
+    found.placements = placements_of(module, request.placements)
 
 
 def placements_of(module: GraphModule, request: PlacementRequest) -> Placements:

@@ -57,8 +57,7 @@ def insert_attention(module: GraphModule, request: GraphRequest, found: Findings
     program shows by a call are measured in any case. Finds the modules whose attention cannot be
     measured, with the reason.
     """
-    if asks_attention(request, module):
-        found.unmeasured += _insert(module, request, found.placements, Counter())
+    found.unmeasured += _insert(module, request, found.placements, Counter())
 
 
 def asks_attention(request: GraphRequest, module: GraphModule) -> bool:

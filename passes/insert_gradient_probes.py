@@ -68,8 +68,6 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: Findings) -
     A tensor that is overwritten or returned while it is known under another name has no probe: the
     program would become another one. Finds the extra inputs, and such sites with the reason.
     """
-    if request.select_gradient is None:
-        return
     all_places = list(_places(module, request, found.gradient_shares, ()))
     places = [place for place in all_places if not place.refusal]
     for device in dict.fromkeys(place.device for place in places):

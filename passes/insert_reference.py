@@ -56,8 +56,7 @@ def insert_reference(module: GraphModule, request: GraphRequest, found: Findings
     with the extra outputs, and the sites that cannot be compared, with the reason.
     """
     asked, modules = request.comparison, request.modules
-    if asked is None:
-        return
+    assert asked is not None
     marks = (mark for mark in all_nodes(module) if is_mark(mark))
     wanted = [mark for mark in marks if _is_wanted(mark, modules, asked)]
     for mark in wanted:

@@ -21,8 +21,6 @@ def join_identities(module: GraphModule, request: GraphRequest, found: Findings)
     For a graph that runs as it stands, where such a dropout gives back its input; a compiler
     copies, as Dynamo's trace does. The graph stays as it is.
     """
-    if not request.keeps_unused:
-        return
     joined: dict[int, int] = {}
     _join(module, joined)
     if joined:

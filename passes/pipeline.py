@@ -51,7 +51,7 @@ PASSES = (
     Pass(find_placements, lambda request, _: request.placements is not None),
     Pass(find_gradient_placements, lambda request, _: request.placements is not None),
     Pass(insert_reductions),
-    Pass(insert_attention, lambda request, module: asks_attention(request, module)),
+    Pass(insert_attention, asks_attention),
     Pass(insert_reference, lambda request, _: request.comparison is not None),
     Pass(insert_probes, lambda request, _: request.select_gradient is not None),
     Pass(remove_taps),

@@ -22,10 +22,9 @@ def remove_dead_marks(module: GraphModule, request: GraphRequest, found: Finding
     """Erase each mark of a tensor that depends on random numbers which nothing else depends on.
 
     Afterwards no measurement brings a draw back that the program without them does without. Finds
-    the sites that were asked for, with the reason. A graph that runs as it stands is left alone.
+    the sites that were asked for, with the reason. It is for a graph that a compiler makes
+    smaller, not for one that runs as it stands.
     """
-    if request.keeps_unused:
-        return
     for graph, mark in marks_of_dead_draws(module):
         if (site := _wanted(mark, request)) is not None:
             found.unmeasured.append((site, REASON))

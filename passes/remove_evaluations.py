@@ -36,8 +36,6 @@ def remove_evaluations(module: GraphModule, request: GraphRequest, found: Findin
     Afterwards ``is_evaluation`` tells the nodes of those calls. Finds the number of such
     calls, in the graph of a step function.
     """
-    if not request.is_step_function:
-        return
     calls = _calls(module)
     trained = [call for call in calls if call.has_gradients]
     evaluations = [

@@ -479,16 +479,18 @@ def test_a_file_is_read_up_to_a_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "error", "message"),
     [
-        {"config": {"data": "x" * (9 << 20)}},
-        {"config": {"deep": json.loads("[" * 200 + "]" * 200)}},
-        {"name": ["a"]},
-        {"notes": {"a": 1}},
+        ({"config": {"data": "x" * (9 << 20)}}, ValueError, r"run\.json"),
+        ({"config": {"deep": json.loads("[" * 200 + "]" * 200)}}, ValueError, "nested"),
+        ({"name": ["a"]}, TypeError, "name=.* is not text"),
+        ({"notes": {"a": 1}}, TypeError, "notes=.* is not text"),
     ],
 )
-def test_no_run_is_started_that_could_not_be_read(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"run\.json|nested|is not text"):
+def test_no_run_is_started_that_could_not_be_read(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
         tmm.start_run("p", root=tmp_path, system_seconds=None, **options)
 
 

@@ -1,1 +1,1 @@
-"""What everything else speaks in: names, keys, metrics, records. Numbers and texts, no threads."""
+"""What everything else speaks in: names, keys, metrics, records. And what all need of torch."""

@@ -116,7 +116,10 @@ BRANCH_FAMILIES = tuple(family.name for family in FAMILIES.values() if family.ru
 
 def family_of(start: str) -> Family | None:
     """That of keys that begin with ``start``, up to their first slash; None if a user chose it."""
-    return next((family for family in FAMILIES.values() if family.begins(start)), None)
+    exact = FAMILIES.get(start)
+    if exact is not None and exact.begins(start):
+        return exact
+    return next((family for family in (ATTENTION, RCC) if family.begins(start)), None)
 
 
 def rule_family(family: str) -> str:

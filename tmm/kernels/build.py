@@ -43,12 +43,13 @@ def start_compiling(*sources: str) -> None:
 
     What goes wrong is left to that. An interpreter that exits waits for the compiler.
     """
-    text = _text(sources)
-    if is_kept(_cache_folder(), text):
-        return
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
-        _trusted_cache().load_async(text, submit_fn=lambda work: _Started(compiler.submit(work)))
+        text = _text(sources)
+        if not is_kept(_cache_folder(), text):
+            _trusted_cache().load_async(
+                text, submit_fn=lambda work: _Started(compiler.submit(work))
+            )
     compiler.shutdown(wait=False)
 
 
