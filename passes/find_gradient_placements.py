@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
 
 from tmm.core.records import Share
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
 from tmm.passes.graph.mutation import overwritten_by
@@ -27,7 +27,9 @@ _ADD = (operator.add, torch.add, "add")
 _OUTSIDE = "its gradient comes from outside of the graph"
 
 
-def find_gradient_placements(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def find_gradient_placements(
+    module: GraphModule, request: GraphRequest, found: GraphFindings
+) -> None:
     """Find, of each mark in a graph, what this rank has of the gradient of the marked tensor.
 
     That is the gradient from what uses the tensor after the mark. The program itself gives the

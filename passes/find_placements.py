@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
 from tmm.passes.graph.mutation import overwritten_by
@@ -56,7 +56,7 @@ _DETERMINISTIC_FUNCTIONS = _functions(_DETERMINISTIC)
 _OF_AN_INPUT = "an input of the graph, of which no DTensor says how ranks share it"
 
 
-def find_placements(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def find_placements(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Find out how ranks share the tensors of a graph, of those where that is certain.
 
     The placements of a ``DTensor`` are its own, and those of its local tensor. What becomes a

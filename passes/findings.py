@@ -54,7 +54,7 @@ class RowInput:
 
 
 @dataclass
-class Findings:
+class GraphFindings:
     """What passes leave for those that come later, and for whoever runs the graph.
 
     ``unmeasured`` are the sites that were asked for and have no rows, with the reason. ``layout``

@@ -29,7 +29,7 @@ from tmm.kernels.ops import (
 from tmm.passes.attention.find_calls import find_attention, shows_attention
 from tmm.passes.attention.found import FoundAttention, Unmatched
 from tmm.passes.attention.multi_head import insert_parts
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import add_site
 from tmm.passes.graph.sharding import Placements, is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
@@ -49,7 +49,7 @@ SHOWN = AttentionRequest(builtin_reductions(("entropy",), is_complex=False), ())
 """What is measured of an attention that the program shows by a call."""
 
 
-def insert_attention(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def insert_attention(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """After each attention that is asked for, insert the nodes that measure its heads.
 
     Afterwards rows that lie one after the other in a node are marked as such; the attentions

@@ -16,7 +16,7 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Row, Share, Site
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.ops import tap, why_unmeasurable
-from tmm.passes.findings import Findings, RowInput
+from tmm.passes.findings import GraphFindings, RowInput
 from tmm.passes.graph.edits import add_placeholder, storages
 from tmm.passes.graph.provenance import add_site, sites_of
 from tmm.passes.graph.sharding import is_distributed
@@ -59,7 +59,7 @@ class _Place:
         return sum(reduction.width for reduction in self.reductions)
 
 
-def insert_probes(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """After each tap of a tensor that requires a gradient, pass the tensor through a probe.
 
     Afterwards whatever used the tensor later uses the probe's result, and the graph has one more

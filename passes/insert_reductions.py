@@ -22,7 +22,7 @@ from tmm.kernels.ops import (
     why_unmeasurable,
     why_unreadable,
 )
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import add_site
 from tmm.passes.graph.sharding import Placements, is_distributed, why_unsummed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
@@ -75,7 +75,7 @@ class SharedRow:
         return [self.columns.index(column) for column in columns]
 
 
-def insert_reductions(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def insert_reductions(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """After each tap, insert the nodes that reduce the tapped tensor to rows.
 
     Afterwards each inserted row carries its measurements in ``node.meta``, and each inserted node

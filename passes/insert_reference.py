@@ -14,7 +14,7 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, Site
 from tmm.kernels.ops import tap, tap_input, tap_shown, why_unmeasurable
 from tmm.kernels.pairs import ROW_NORM, Normalization, normalized_norms, norms_without, reduce_pair
-from tmm.passes.findings import Findings, ReferenceEnds
+from tmm.passes.findings import GraphFindings, ReferenceEnds
 from tmm.passes.graph.edits import add_placeholder, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
@@ -46,7 +46,7 @@ X_T, X_CHANGE = ".weight/x_t", ".weight/x_t-x_0"
 """Paths of the norms of the operands of both terms of a weight."""
 
 
-def insert_reference(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def insert_reference(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """After each mark that is to be compared, insert the rows of the comparison.
 
     Afterwards the graph computes again, with the parameters of the reference and without
@@ -73,7 +73,7 @@ def _compare(
     modules: Mapping[int, str],
     asked: ComparisonRequest,
     wanted: Sequence[Node],
-    found: Findings,
+    found: GraphFindings,
 ) -> ReferenceEnds:
     placeholders = list(module.graph.find_nodes(op="placeholder"))
     compared = [node for node in placeholders if asked.parameter(node) is not None]

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.edits import SHARED_MEMORY, storages
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.request import GraphRequest
@@ -15,7 +15,7 @@ _DROPOUTS = (functional.dropout, torch.dropout, torch.ops.aten.dropout.default)
 """The only operations whose traced result is a copy and whose real one may be the input."""
 
 
-def join_identities(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def join_identities(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Have ``storages`` count a dropout that drops nothing and what it was given as one memory.
 
     For a graph that runs as it stands, where such a dropout gives back its input; a compiler

@@ -6,7 +6,7 @@ import operator
 
 from torch.fx import GraphModule, Node
 
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import copy_sites
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.values import set_value, value_of
@@ -14,7 +14,7 @@ from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
 from tmm.passes.request import GraphRequest
 
 
-def lift_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def lift_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Make each row of a nested graph an extra output of it, and an item of its call's result.
 
     Afterwards every row stands in ``module.graph`` itself, and nested graphs hold no measurements.

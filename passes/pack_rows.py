@@ -10,13 +10,13 @@ from torch.fx import GraphModule, Node
 from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Row, Site
 from tmm.kernels.ops import pack
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
 from tmm.passes.request import GraphRequest
 
 
-def pack_rows(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def pack_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Join all rows into one tensor per device and append it to the outputs of the graph.
 
     Tensors that leave whole (for callable aggregates and functions that are not traced) are

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from tmm.core.records import PackedLayout
 from tmm.passes.find_gradient_placements import find_gradient_placements
 from tmm.passes.find_placements import find_placements
-from tmm.passes.findings import Findings, ReferenceEnds, RowInput
+from tmm.passes.findings import GraphFindings, ReferenceEnds, RowInput
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.provenance import all_nodes, sign_new_nodes
 from tmm.passes.insert_attention import asks_attention, insert_attention
@@ -35,7 +35,7 @@ class Pass:
     ``is_asked`` tells whether a request is any of its business.
     """
 
-    apply: Callable[[GraphModule, GraphRequest, Findings], None]
+    apply: Callable[[GraphModule, GraphRequest, GraphFindings], None]
     is_asked: Callable[[GraphRequest, GraphModule], bool] = lambda request, module: True
 
     @property
@@ -108,7 +108,7 @@ def rewrite(
     or is needed, and ``PassError`` for a fault of a pass.
     """
     left_out = passes_left_out(os.environ.get(LEFT_OUT, "")) if without is None else set(without)
-    rewritten, found = copy_graph(module), Findings()
+    rewritten, found = copy_graph(module), GraphFindings()
     seconds: dict[str, float] = {}
     for each in PASSES:
         name = each.name

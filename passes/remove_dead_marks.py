@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.core.records import Site
 from tmm.kernels.ops import tap_value
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dead_draws import marks_of_dead_draws
 from tmm.passes.graph.taps import site_of
 from tmm.passes.graph.values import value_of
@@ -18,7 +18,7 @@ REASON = (
 )
 
 
-def remove_dead_marks(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def remove_dead_marks(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Erase each mark of a tensor that depends on random numbers which nothing else depends on.
 
     Afterwards no measurement brings a draw back that the program without them does without. Finds

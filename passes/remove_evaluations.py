@@ -9,7 +9,7 @@ import torch
 from torch.autograd import grad_mode
 from torch.fx import GraphModule, Node
 
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import is_mark
@@ -28,7 +28,7 @@ class _Call:
     has_gradients: bool = False
 
 
-def remove_evaluations(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def remove_evaluations(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Erase the marks in calls without gradients, where the same modules are called with them, too.
 
     A call is one that the step function itself makes; as of a teacher that is the model itself, in

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from tmm.kernels.ops import MARKS
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.request import GraphRequest
 
 
-def remove_taps(module: GraphModule, request: GraphRequest, found: Findings) -> None:
+def remove_taps(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
     """Erase every tap, also in nested graphs; users of a tap use what it marked."""
     for target in MARKS:
         for node in module.graph.find_nodes(op="call_function", target=target):

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from tmm.core.metrics import Reduction, builtin_reductions
 from tmm.instrumentation.outputs import mark_inputs, mark_outputs
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.request import GraphRequest
 
 
@@ -56,12 +56,12 @@ NOTHING = GraphRequest({}, lambda site, dtype: ())
 
 
 def applied(
-    apply: Callable[[GraphModule, GraphRequest, Findings], None],
+    apply: Callable[[GraphModule, GraphRequest, GraphFindings], None],
     graph: GraphModule,
     request: GraphRequest = NOTHING,
-) -> Findings:
+) -> GraphFindings:
     """What a pass finds in a graph, which it may change."""
-    found = Findings()
+    found = GraphFindings()
     apply(graph, request, found)
     return found
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import NOTHING, applied, check_golden, text, trace
 from tmm.core.metrics import Reduction, builtin_reductions
-from tmm.passes.findings import Findings, ReferenceEnds
+from tmm.passes.findings import GraphFindings, ReferenceEnds
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.edits import storages
 from tmm.passes.insert_reductions import MEASUREMENTS
@@ -112,12 +112,12 @@ def test_it_is_idempotent_and_leaves_what_is_not_asked_for_alone() -> None:
     module = Nested()
     graph = traced(module)
     untouched = text(graph)
-    assert applied(insert_reference, graph, options_for(module, graph)) == Findings()
+    assert applied(insert_reference, graph, options_for(module, graph)) == GraphFindings()
     assert text(graph) == untouched
     options = options_for(module, graph, "norm", checked="small")
     applied(insert_reference, graph, options)
     once = text(graph)
-    assert applied(insert_reference, graph, options) == Findings()
+    assert applied(insert_reference, graph, options) == GraphFindings()
     assert text(graph) == once
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.graphs import NOTHING, applied, check_golden, measure, text, trace
 from tmm.core.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
 from tmm.kernels.ops import tap, tap_value
-from tmm.passes.findings import Findings
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.printer import node_lines
 from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
@@ -374,13 +374,13 @@ def test_insert_probes_leaves_graphs_without_gradients_alone() -> None:
     module = in_place().requires_grad_(False)
     graph = copy_graph(trace(module, X.detach()))
     before = text(graph)
-    assert applied(insert_probes, graph, probes(module, "rms")) == Findings()
+    assert applied(insert_probes, graph, probes(module, "rms")) == GraphFindings()
     assert text(graph) == before
     module.requires_grad_(True)
     graph = copy_graph(trace(module, X.detach()))
     assert (
         applied(insert_probes, graph, GraphRequest({}, nothing, select_gradient=nothing))
-        == Findings()
+        == GraphFindings()
     )
 
 
@@ -398,7 +398,7 @@ def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
     (rows,) = applied(insert_probes, graph, probes(module, "norm")).row_inputs
     assert [row.measurement.site.module for row in rows.layout.rows] == ["fc", ""]
     after = text(graph)
-    assert applied(insert_probes, graph, probes(module, "norm")) == Findings()
+    assert applied(insert_probes, graph, probes(module, "norm")) == GraphFindings()
     assert text(graph) == after
     nested = [node for node in all_nodes(graph) if node.target is probe]
     assert len(nested) == 2
