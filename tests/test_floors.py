@@ -66,8 +66,6 @@ LONG = {
     "tmm.spec.spec",
     "tmm.steps.explanation",
     "tmm.steps.forward_passes",
-    "tmm.steps.monitor",
-    "tmm.steps.optimizer_hooks",
     "tmm.steps.parameters",
 }
 """Files of more than 300 lines: they may hold two ideas. The list only shrinks."""

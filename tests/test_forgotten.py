@@ -22,6 +22,7 @@ from tmm.core import failures as gaps
 from tmm.core.failures import Gaps, MonitoringWarning, UserLine
 from tmm.core.records import Event
 from tmm.runs import reminder
+from tmm.runs.instrument import steps_of
 from tmm.steps.optimizer_hooks import Watch
 
 X = torch.ones(4, 3)
@@ -267,7 +268,7 @@ def test_a_step_inside_of_another_one(tmp_path: Path, inner: str, number: int) -
             model(X)
             nested()
             if inner != "begin":
-                assert monitor.recording
+                assert monitor.is_monitoring()
                 model(X)
         alone = monitor.get_step_metrics()["activation/0/rms"]
         with monitor.step(2):
@@ -912,7 +913,7 @@ def test_an_aggregate_that_fails_in_the_thread_of_the_writer(
         with Told() as told, is_raised if first and step == 1 else nullcontext():
             with monitor.step(step):
                 model(X)
-            monitor._writer.flush()  # type: ignore[union-attr]
+            steps_of(model).archive.flush()
         assert bool(told.texts) == (not first and step == 3)  # at the step after it
     tmm.remove(model)
     (gap,) = [event for event in events(tmp_path) if event.step == (0 if first else 2)]
@@ -1106,7 +1107,7 @@ def test_an_optimizer_without_the_state_that_is_asked_for() -> None:
                 model(X).sum().backward()
                 optimizer.step()
     assert "keep nothing of what rules of optimizer_state ask for" in told.text
-    reasons = set(monitor.parameters_without_rows().values())
+    reasons = set(tmm.explain(model).without_rows.values())
     assert reasons == {"its optimizer keeps nothing of what is asked"}
 
 

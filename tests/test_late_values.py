@@ -11,6 +11,7 @@ from torch import nn
 
 import tmm
 from tmm.runs.delivery import Value
+from tmm.runs.instrument import steps_of
 
 KEY = "activation/[root module]/mean"
 
@@ -33,7 +34,7 @@ class Recorded:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.ones_(self.model.weight)
         tmm.instrument(self.model, SPEC, run=self.run)
-        self.monitor = tmm.monitor(self.model)
+        self.monitor, self.steps = tmm.monitor(self.model), steps_of(self.model)
 
     def tell(self, step: int, values: Mapping[str, Value]) -> None:
         self.told[step] = dict(values)
@@ -77,11 +78,11 @@ def test_values_are_added_again_after_a_step_that_was_discarded(recorded: Record
     recorded.run.log({"early": 1.0})
     recorded.monitor.begin_step(0)
     recorded.run.log({"forgotten": 1.0})
-    recorded.monitor.discard_step()
+    recorded.steps.discard_step()
     recorded.step(0, 2.0)
     recorded.run.log({"validation": 3.0})
     recorded.monitor.begin_step(1)
-    recorded.monitor.discard_step()
+    recorded.steps.discard_step()
     recorded.run.log({"accuracy": 4.0})
     recorded.step(1, 5.0)
     recorded.check({0: {KEY: 2.0, "early": 1.0, "validation": 3.0, "accuracy": 4.0}, 1: {KEY: 5.0}})
@@ -133,3 +134,16 @@ def test_values_after_a_first_step_that_could_not_be_evaluated(recorded: Recorde
         recorded.step(0, 1000.0, loss=1.0)
     recorded.run.log({"validation": 2.0})
     recorded.check({0: {"loss": 1.0, "validation": 2.0}})
+
+
+def test_steps_go_on_when_the_model_is_gone(recorded: Recorded) -> None:
+    """What is logged after ``run.step()`` belongs to the next step, not to the model's last one."""
+    recorded.step(0, 2.0)
+    recorded.run.log({"late": 1.0})
+    tmm.remove(recorded.model)
+    recorded.run.log({"later": 2.0})
+    recorded.run.step()
+    recorded.run.log({"loss": 3.0})
+    recorded.run.step()
+    recorded.run.log({"loss": 4.0})
+    recorded.check({0: {KEY: 2.0, "late": 1.0, "later": 2.0}, 1: {"loss": 3.0}, 2: {"loss": 4.0}})

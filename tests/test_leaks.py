@@ -14,6 +14,7 @@ from torch import nn
 
 import tmm
 from tmm.module_monitor import ModuleMonitor
+from tmm.runs.instrument import steps_of
 
 RMS = tmm.activation("rms")
 
@@ -93,7 +94,7 @@ def test_a_model_that_is_dropped_is_collected(
     monitor = tmm.monitor(model)
     monitor.watch(optimizer)
     train(model, monitor, optimizer)
-    gone = [weakref.ref(thing) for thing in (net, monitor, monitor.twin)]
+    gone = [weakref.ref(thing) for thing in (net, monitor, steps_of(model).twin)]
     del net, model, monitor
     collect()
     assert [reference() for reference in gone] == [None] * 3  # the optimizer is still there

@@ -541,8 +541,7 @@ def test_training_is_undisturbed_and_nothing_is_kept() -> None:
             optimizer.zero_grad()
             monitor.end_step()
         if monitored:
-            core = monitor._core
-            assert not core._history
+            assert not monitor._steps.archive._history
             gc.collect()
         return tuple(model.parameters())
 

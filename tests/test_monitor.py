@@ -274,9 +274,9 @@ class Fault:
 
 
 def broken(monitor: tmm.Monitor) -> Fault:
-    assert monitor._twin is not None
-    fault = Fault(monitor._twin)
-    monitor._twin.run = fault.run  # type: ignore[method-assign]
+    assert monitor._steps.twin is not None
+    fault = Fault(monitor._steps.twin)
+    monitor._steps.twin.run = fault.run  # type: ignore[method-assign]
     return fault
 
 

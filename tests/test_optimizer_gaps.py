@@ -114,8 +114,8 @@ def test_what_is_no_gap(way: str) -> None:
             scaler.update()
 
     def only_parameters() -> None:
-        with monitor.step(0):
-            monitor.open_collector().expects_forward = False
+        with monitor.step(0), monitor.no_monitor():
+            pass  # which says that none is expected
 
     run = only_parameters if way == "no forward" else train(monitor, model, step)
     assert told(run) == []

@@ -22,6 +22,7 @@ from tests.eager_hooks import Tolerance, assert_agrees, backward, walk
 from tests.eager_reference import Batch, expected
 from tests.model_zoo import CASES, CORE, convolutional, noise
 from tests.ways import WAYS, Callee, Way, call
+from tmm.runs.instrument import steps_of
 
 METRICS = ("norm", "rms", "relative_norm", "absmax", "cosine", "l2")
 RULES = (tmm.activation_difference(*METRICS), tmm.rcc())
@@ -756,8 +757,9 @@ def test_inputs_of_the_reference() -> None:
         expected = (model(x) - reference(x if other is None else other)).norm().item()
         (value,) = monitor.get_step_metrics().values()
         assert value == pytest.approx(expected, rel=1e-5)
-    assert monitor.twin.comparing is not None
-    assert len(list(monitor.twin.comparing.inputs.remarks())) == 1
+    comparing = steps_of(compiled).twin.comparing
+    assert comparing is not None
+    assert len(list(comparing.inputs.remarks())) == 1
     monitor.remove_reference()
     with pytest.raises(RuntimeError, match="there is no reference"):
         monitor.give_reference_inputs(x)

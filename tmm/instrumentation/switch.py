@@ -23,7 +23,7 @@ _MARK = "tmm_run_ended"
 
 
 class Steps(Protocol):
-    """The steps of a model, as far as the choice depends on them: those of its ``Monitor``.
+    """The steps of a model, as far as the choice depends on them.
 
     ``recording`` tells that a monitored step is open, ``is_unused`` that none was opened so far.
     """
@@ -43,7 +43,9 @@ class Steps(Protocol):
     def pass_by(self, foreign: str) -> None:
         """A pass that is ``foreign`` is not measured."""
 
-    def run_forward(self, region: Region, plain: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    def run_forward(
+        self, twin: Twin, region: Region, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Run a forward pass of a monitored step."""
 
 
@@ -52,7 +54,8 @@ class Switch:
     """Runs a region: the twin in a monitored step, else the user's own program.
 
     ``original`` is what stood in its place (None where nothing did); ``plain`` runs it.
-    ``siblings`` are all switches of one model, ``is_root`` that of what the user calls.
+    ``siblings`` are all switches of one model, ``is_root`` that of what the user calls, and
+    ``owner`` is what monitors it.
     """
 
     region: Region
@@ -60,6 +63,7 @@ class Switch:
     original: object
     steps: Steps
     twin: Twin
+    owner: object
     siblings: list[Switch]
     is_root: bool
     ran_twin: bool = False
@@ -68,9 +72,10 @@ class Switch:
     def of(
         region: Region,
         steps: Steps,
-        twin: Twin,
-        siblings: list[Switch],
         *,
+        twin: Twin,
+        owner: object,
+        siblings: list[Switch],
         is_root: bool,
         plain: Callable[..., Any] | None = None,
     ) -> Switch:
@@ -84,7 +89,7 @@ class Switch:
         if region.settings is not None:
             plain = room_for_two(plain)
         twin.own_programs[region] = plain
-        switch = Switch(region, plain, original, steps, twin, siblings, is_root)
+        switch = Switch(region, plain, original, steps, twin, owner, siblings, is_root)
         siblings.append(switch)
         return switch
 
@@ -137,7 +142,7 @@ class Switch:
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _run_on_its_own(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.run_forward(self.region, self.plain, *args, **kwargs)
+        return self.steps.run_forward(self.twin, self.region, self.plain, *args, **kwargs)
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _repeat(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,9 +51,8 @@ from tmm.passes.metrics.trace import MetricFunctionError
 from tmm.passes.reference.prefix_branch import SamplesError
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding, KeyRegistry
-from tmm.spec.ranks import Ranks, local_part
+from tmm.spec.ranks import local_part
 from tmm.spec.reference import Reference
-from tmm.spec.spec import Plan
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
 
@@ -62,9 +61,11 @@ GradientSink = Callable[[Binding, Sequence[torch.Tensor]], None]
 
 
 class Recorder(Protocol):
-    """Takes what a twin measures; a ``Monitor``."""
+    """Takes what a twin measures."""
 
-    registry: KeyRegistry
+    @property
+    def registry(self) -> KeyRegistry:
+        """The keys of what is measured."""
 
     @property
     def scales_gradients(self) -> bool:
@@ -87,9 +88,6 @@ class Recorder(Protocol):
 
     def follow(self, outputs: Sequence[object]) -> None:
         """A graph of a step function has given ``outputs``."""
-
-    def parameters_without_rows(self) -> dict[str, str]:
-        """Parameters that a rule matches and that had no rows so far, with the reason."""
 
     def note_failure(self, error: Exception) -> None:
         """The step is lost, as something of it could not be measured; raises in the first one."""
@@ -132,19 +130,18 @@ class Twin:
         root: Region,
         regions: Sequence[Region],
         module: torch.nn.Module,
-        plan: Plan,
+        attribution: Attribution,
         recorder: Recorder,
         trace: TraceFolder | None = None,
-        ranks: Ranks | None = None,
     ) -> None:
         self.root = root
         self.regions = tuple(regions)
         self.module = module
-        self.plan = plan
+        self.attribution = attribution
+        self.plan = plan = attribution.plan
         self.recorder = recorder
         self.trace = trace
         self.comparing: Comparing | None = None
-        self.attribution = Attribution(module, plan, recorder.registry, ranks or Ranks())
         self.values = RecordedValues()
         self.breaks = GraphBreaks()
         self.notes = Notes()
@@ -228,6 +225,8 @@ class Twin:
         """Leave the model alone until the next step."""
         if self.untraced is not None:
             self.untraced.rest()
+        if self.comparing is not None:
+            self.comparing.reference.release()
 
     def repeat(self, region: Region, *args: Any, **kwargs: Any) -> Any:
         """Run a region as in a monitored step, but measure nothing."""

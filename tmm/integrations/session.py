@@ -1,4 +1,4 @@
-"""One training that a framework drives: its run, its monitor, and when its steps begin and end."""
+"""One training that a framework drives: its run, its model, and when its steps begin and end."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 
 from tmm.core.failures import warn
 from tmm.instrumentation.regions import is_left_uncompiled
-from tmm.runs.instrument import instrument, remove
+from tmm.runs.instrument import instrument, remove, steps_of
 from tmm.runs.instrument import monitor as monitor_of
 from tmm.runs.live import LiveRun
 from tmm.runs.logged_numbers import numbers_in
 from tmm.runs.start import start_run
 from tmm.spec.default import default_spec
 from tmm.spec.spec import Spec
+from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
 
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -71,7 +72,7 @@ class Session:
         self._owns_run = run is None
         self._options = dict(options or {})
         self._model: Callable[..., Any] | None = None
-        self._monitor: Monitor | None = None
+        self._steps: ModelSteps | None = None
         self._pauses = ExitStack()
         self._refused: set[str] = set()
 
@@ -112,61 +113,68 @@ class Session:
                 " torch.compile(module), or a class that has a forward of its own"
             )
         instrumented = instrument(model, self.spec, run=self.run, **options)
-        self._model, self._monitor = instrumented, monitor_of(instrumented)
+        self._model, self._steps = instrumented, steps_of(instrumented)
         return instrumented
 
     @property
     def is_instrumented(self) -> bool:
         """Whether there is a model."""
-        return self._monitor is not None
+        return self._steps is not None
 
     @property
-    def monitor(self) -> Monitor:
-        """The monitor of the instrumented model."""
-        assert self._monitor is not None, "instrument() comes first"
-        return self._monitor
+    def monitor(self) -> Monitor | None:
+        """The monitor of the instrumented model; None without one."""
+        return None if self._model is None else monitor_of(self._model)
+
+    @property
+    def steps(self) -> ModelSteps:
+        """The steps of the instrumented model."""
+        assert self._steps is not None, "instrument() comes first"
+        return self._steps
 
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Watch an optimizer that trains the model and is not watched yet."""
-        if self._monitor is not None and self._monitor.trains(optimizer):
-            self._monitor.watch_found(optimizer, scaler)
+        if self._steps is not None and self._steps.watch.may_watch(optimizer):
+            self._steps.watch.watch(optimizer, scaler)
 
     # Steps
 
     @property
     def is_step_open(self) -> bool:
         """Whether a step has begun and not ended."""
-        return self._monitor is not None and self._monitor.is_step_open
+        return self._steps is not None and self._steps.timeline.is_open
 
     def begin_step(self, step: int) -> None:
         """Begin a step; nothing happens if one is open, as for its later micro-batches."""
-        if self._monitor is not None and not self._monitor.is_step_open:
-            self._monitor.begin_step(step)
+        if self._steps is not None and not self._steps.timeline.is_open:
+            self._steps.begin_step(step)
 
     def end_micro_batch(self) -> None:
         """A micro-batch of the step is done, and others follow."""
         if self.is_step_open:
-            self.monitor.after_micro_batch()
+            self.steps.after_micro_batch()
 
     def measure_before_clip(self) -> None:
         """Measure gradients that are complete and not clipped yet; one call in a step counts."""
-        if self.is_step_open and not self.monitor.open_collector().has_gradients_before_clip:
-            self.monitor.monitor_gradients(before_clip=True)
+        if self._steps is None or (collector := self._steps.timeline.open) is None:
+            return
+        if not collector.has_gradients_before_clip:
+            self._steps.measure_gradients(before_clip=True)
 
     def end_step(self) -> None:
         """End the step that is open, if there is one."""
         if self.is_step_open:
-            self.monitor.end_step()
+            self.steps.end_step()
 
     def discard_step(self) -> None:
         """Forget the step that is open, if there is one, as if it had not begun."""
         if self.is_step_open:
-            self.monitor.discard_step()
+            self.steps.discard_step()
 
     def pause(self) -> None:
         """Measure no forward pass until ``go_on``: they are those of an evaluation."""
-        if self._monitor is not None:
-            self._pauses.enter_context(self._monitor.no_monitor())
+        if self._steps is not None:
+            self._pauses.enter_context(self._steps.recorder.no_monitor())
 
     def go_on(self) -> None:
         """End each ``pause``."""
@@ -230,6 +238,6 @@ class Session:
 
     def _release(self) -> None:
         self.go_on()
-        model, self._model, self._monitor = self._model, None, None
+        model, self._model, self._steps = self._model, None, None
         if model is not None:
             remove(model)

@@ -94,7 +94,7 @@ class TMMCallback(Callback):
     @property
     def monitor(self) -> Monitor | None:
         """The monitor of the training under way."""
-        return self._session.monitor if self._session.is_instrumented else None
+        return self._session.monitor
 
     def log(self, values: Mapping[str, object]) -> None:
         """Record the numbers among ``values`` in the step that is open or has ended last.
@@ -234,7 +234,7 @@ class TMMCallback(Callback):
         tracked.path, tracked.was_loaded = session.state.get("run", ""), False
         module = unit.tracked_modules()[module_name]
         session.instrument(module)
-        session.monitor.hint = (
+        session.steps.hint = (
             f"The train step called another object than unit.{module_name}; say which one to"
             " measure: TMMCallback(module='name')"
         )

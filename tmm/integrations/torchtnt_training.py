@@ -120,7 +120,7 @@ class UnitTraining:
         if self._has_stepped:
             self._end_step()
         session = self.session
-        if session.is_step_open and not session.monitor.open_collector().holds_logged:
+        if session.is_step_open and not session.steps.timeline.require("step").holds_logged:
             session.discard_step()
 
     def _end_step(self) -> None:

@@ -204,12 +204,12 @@ class TMMCallback(TrainerCallback):
                 " the model itself to the Trainer, with TrainingArguments(torch_compile=True)"
             )
         session.instrument(model)
-        session.monitor.hint = _CALL_THE_MODEL
+        session.steps.hint = _CALL_THE_MODEL
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        if session.monitor.trains(optimizer):
+        if session.steps.watch.may_watch(optimizer):
             session.watch(optimizer, accelerator.scaler)
-        elif session.monitor.watches_optimizers:
+        elif session.steps.watches_optimizers:
             warn(
                 f"gradients, parameters and updates are not measured: {type(optimizer).__name__}"
                 " holds no parameter of the model"

@@ -16,8 +16,7 @@ from tmm.instrumentation.switch import Switch, attach, detach, root_switch, stan
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
 from tmm.module_monitor.registered_rules import ModuleMonitorSpec
-from tmm.runs.instrument import instrument
-from tmm.runs.instrument import monitor as monitor_of
+from tmm.runs.instrument import instrument, steps_of
 from tmm.spec.rules import Rule
 
 _State = tuple[tuple[int, int, torch.dtype, torch.device], ...]
@@ -26,7 +25,7 @@ _State = tuple[tuple[int, int, torch.dtype, torch.device], ...]
 class Measuring:
     """Measures one model, and compares it with one reference, by a fixed set of rules.
 
-    ``core`` is the monitor of the instrumented model. ``has_run_forward`` tells whether a forward
+    ``steps`` are those of the instrumented model. ``has_run_forward`` tells whether a forward
     pass ran in the last step.
     """
 
@@ -56,10 +55,10 @@ class Measuring:
         instrument(self._callee, spec)
         self._switch = _switch_of(self._callee)
         self._attach(others)
-        self.core = monitor_of(self._callee)
-        self.core.keeps_history = False
-        self.core.keeps_evaluations_apart = False  # as torch-module-monitor does
-        self.core.hint = (
+        self.steps = steps_of(self._callee)
+        self.steps.archive.keeps_history = False
+        self.steps.recorder.keeps_evaluations_apart = False  # as torch-module-monitor does
+        self.steps.hint = (
             "Call the module that was given to set_module, or what torch.compile made of it, not"
             " its parts; inside of a function or module that is compiled itself it is not measured."
         )
@@ -73,7 +72,15 @@ class Measuring:
         for other in others:
             if other.__dict__.get(COMPILED_CALL) is None or isinstance(other, OptimizedModule):
                 region = region_of(other) or Region(other, root.region.settings, other)
-                attach(Switch.of(region, root.steps, root.twin, root.siblings, is_root=False))
+                attach(
+                    Switch.of(
+                        *(region, root.steps),
+                        twin=root.twin,
+                        owner=root.owner,
+                        siblings=root.siblings,
+                        is_root=False,
+                    )
+                )
 
     @property
     def runs_forward(self) -> bool:
@@ -93,7 +100,7 @@ class Measuring:
             self._reference_calls.stop()
         for switch in self._switch.siblings:
             detach(switch)
-        self.core.close()
+        self.steps.close()
 
     def add_gradients(self, family: str) -> None:
         """Measure the gradients, as they are now, as ``family``."""
@@ -126,18 +133,20 @@ class Measuring:
         reference: dict[str, torch.Tensor] | None = None,
     ) -> None:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        collector = self.core.open_collector()
-        self.core.parameters.add(collector, family, detached, rules=rules, reference=reference)
+        collector = self.steps.timeline.require(family)
+        self.steps.watch.parameters.add(
+            collector, family, detached, rules=rules, reference=reference
+        )
 
     def show_value(self, key: str, tensor: torch.Tensor, aggregate: Aggregate | None) -> None:
         """Record a tensor outside of the model's forward pass, joined with what is inside."""
-        twin = self.core.twin
+        twin = self.steps.twin
         twin.declare_value(key, type(tensor), aggregate, any_family=True)
         twin.record_eagerly(key, tensor)
 
     def remarks(self) -> Iterator[str]:
         """What a user should know of the reference's inputs."""
-        comparing = self.core.twin.comparing
+        comparing = self.steps.twin.comparing
         if comparing is not None:
             yield from comparing.inputs.remarks()
             if comparing.inputs.are_waiting:
@@ -150,7 +159,7 @@ class Measuring:
     @property
     def unmeasured(self) -> Mapping[str, str]:
         """What was asked for and has no rows so far, with the reason."""
-        return self.core.twin.attribution.unmeasured
+        return self.steps.twin.attribution.unmeasured
 
     @staticmethod
     def _names_of_parameters(module: torch.nn.Module) -> dict[torch.nn.Parameter, str]:
@@ -159,7 +168,9 @@ class Measuring:
     def _note_reference(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
         is_monitoring = self._is_monitoring()
         if is_monitoring:
-            self.core.give_reference_inputs(*arguments, **keywords)
+            comparing = self.steps.twin.comparing
+            assert comparing is not None
+            comparing.inputs.give(arguments, keywords)
         return is_monitoring
 
 

@@ -27,7 +27,7 @@ from tmm.module_monitor.registered_rules import Aggregation, rule_of_coordinate_
 from tmm.module_monitor.storage import StorageManager
 from tmm.spec.likeness import differences, modes
 from tmm.spec.rules import Rule
-from tmm.steps.monitor import Monitor
+from tmm.steps.model_steps import ModelSteps
 
 
 def _every_twentieth(step: int) -> bool:
@@ -98,7 +98,6 @@ class ModuleMonitor(RegisteredMetrics):
         self._is_stale = False
         self._checks_coordinates = False
         self._has_checked_coordinates = False
-        self._is_open = False
         self._is_paused = False
         self._ended: int | None = None
         self._said: set[str] = set()
@@ -189,9 +188,9 @@ class ModuleMonitor(RegisteredMetrics):
         """Measure by other rules from now on, or from the next step if this one has begun."""
         self._is_stale = True
         measuring = self._measuring
-        if self._is_open and measuring is not None and not measuring.core.has_content:
+        if measuring is not None and self._is_open and not measuring.steps.timeline.has_content:
             assert self.current_step is not None
-            self._prepared().core.begin_step(self.current_step)
+            self._prepared().steps.begin_step(self.current_step)
 
     def _prepared(self) -> Measuring:
         """The model, instrumented for the metrics as they are now."""
@@ -246,10 +245,10 @@ class ModuleMonitor(RegisteredMetrics):
         self.current_step = step
         if not self.is_step_monitored(step):
             return False
-        self._prepared().core.begin_step(step)
+        self._prepared().steps.begin_step(step)
         self._compare_modes()
         self._storage.create_step_entry(step)
-        self._is_open, self._has_checked_coordinates = True, False
+        self._has_checked_coordinates = False
         return True
 
     @contextmanager
@@ -258,7 +257,7 @@ class ModuleMonitor(RegisteredMetrics):
         paused, self._is_paused = self._is_paused, True
         measuring = self._measuring
         try:
-            with nullcontext() if measuring is None else measuring.core.no_monitor():
+            with nullcontext() if measuring is None else measuring.steps.recorder.no_monitor():
                 yield
         finally:
             self._is_paused = paused
@@ -267,7 +266,7 @@ class ModuleMonitor(RegisteredMetrics):
         """Mark the end of a micro-batch; all of a step are joined."""
         if self._is_open:
             self._say_remarks()
-            self._core.after_micro_batch()
+            self._steps.after_micro_batch()
 
     def end_step(self) -> None:
         """End the step: what it measured is joined, and is complete in ``storage``.
@@ -278,11 +277,10 @@ class ModuleMonitor(RegisteredMetrics):
         if not self._is_open:
             return
         assert self._measuring is not None
-        core = self._measuring.core
-        self._measuring.has_run_forward = core.has_run_forward
+        self._measuring.has_run_forward = self._has_run_forward
         self._say_remarks()
-        self._is_open, self._is_paused = False, False
-        core.end_step()
+        self._is_paused = False
+        self._steps.end_step()
         self._ended = self.current_step
         for name, reason in self._measuring.unmeasured.items():
             self._log_once(f"{name} is not measured: {reason}")
@@ -306,7 +304,8 @@ class ModuleMonitor(RegisteredMetrics):
         step, self._ended = self._ended, None
         if step is None:
             return
-        measured = self._core.get_step_metrics()
+        latest = self._steps.archive.latest
+        measured = {} if latest is None else latest.record().by_key()
         if not self._has_checked_coordinates:
             measured = {k: v for k, v in measured.items() if not k.startswith("RCC ")}
         entry = self._storage.log_dict.setdefault(step, {})
@@ -391,7 +390,7 @@ class ModuleMonitor(RegisteredMetrics):
         if is_traced() or running_twin() is not None:
             show_activation(module, path, tensor)
         elif self._shows(module):
-            self._core.twin.show_eagerly(module, path, tensor)
+            self._steps.twin.show_eagerly(module, path, tensor)
 
     def show_attention(
         self,
@@ -407,7 +406,7 @@ class ModuleMonitor(RegisteredMetrics):
         if is_traced() or running_twin() is not None:
             show_attention(module, query, key, mask, is_causal=is_causal, scale=scale)
         elif self._shows(module):
-            self._core.twin.show_attention_eagerly(module, query, key, mask, is_causal, scale)
+            self._steps.twin.show_attention_eagerly(module, query, key, mask, is_causal, scale)
 
     def _shows(self, module: str | torch.nn.Module) -> bool:
         """Whether what is shown outside of the model's forward passes is measured."""
@@ -439,7 +438,7 @@ class ModuleMonitor(RegisteredMetrics):
             ValueError: if no forward pass has run.
         """
         if self.is_monitoring():
-            if not self._core.has_run_forward:
+            if not self._has_run_forward:
                 raise ValueError(
                     "No inputs found for the monitored module. Perform a forward pass before"
                     " calling refined_coordinate_check."
@@ -456,9 +455,19 @@ class ModuleMonitor(RegisteredMetrics):
             )
 
     @property
-    def _core(self) -> Monitor:
+    def _steps(self) -> ModelSteps:
         assert self._measuring is not None
-        return self._measuring.core
+        return self._measuring.steps
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether a step is open; of those that are not monitored none is."""
+        return self._measuring is not None and self._measuring.steps.timeline.is_open
+
+    @property
+    def _has_run_forward(self) -> bool:
+        collector = self._steps.timeline.open
+        return collector is not None and collector.ran_forward
 
     def _say_remarks(self) -> None:
         assert self._measuring is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -10,18 +10,17 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-if TYPE_CHECKING:
-    from tmm.steps.monitor import Monitor
+from tmm.steps.model_steps import ModelSteps
 
 
 class OptimizerFinder:
-    """Lets a monitor watch each optimizer that steps and holds parameters of its model."""
+    """Watches each optimizer that steps and holds parameters of its model."""
 
-    def __init__(self, monitor: Monitor, scaler: GradScaler | None) -> None:
-        self._monitor = monitor
+    def __init__(self, steps: ModelSteps, scaler: GradScaler | None) -> None:
+        self._steps = steps
         self._scaler = scaler
         if scaler is not None:
-            monitor.expect_scaler(scaler)
+            steps.watch.expect(scaler)
         self._looked_at: WeakSet[Optimizer] = WeakSet()  # another one may have its number later
         self._handle = register_optimizer_step_pre_hook(self._look)
 
@@ -33,6 +32,6 @@ class OptimizerFinder:
     def _look(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         if optimizer not in self._looked_at:
             self._looked_at.add(optimizer)
-            if self._monitor.trains(optimizer):
+            if self._steps.watch.may_watch(optimizer):
                 # Its own hooks run after those of all optimizers: it is measured in this step.
-                self._monitor.watch_found(optimizer, self._scaler, finds_all=True)
+                self._steps.watch.watch(optimizer, self._scaler, finds_all=True)

@@ -28,19 +28,20 @@ from tmm.instrumentation.switch import (
     is_bypassed,
     root_switch,
 )
-from tmm.instrumentation.twin import Twin
 from tmm.runs.at_path import PathRun
 from tmm.runs.live import LiveRun
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.gloo import ProcessGroup
 from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.store.null_writer import SilentWriter
-from tmm.runtime.store.run_writer import RunWriter
 from tmm.spec.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.spec.reference import load_reference
 from tmm.spec.spec import Plan, Spec
 from tmm.steps.explanation import Explanation
+from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
+from tmm.steps.monitored_model import MonitoredModel, Recording
+from tmm.steps.timeline import StepTimeline
 
 # To type checkers, torch.compile(module) is any callable.
 Model = TypeVar("Model", bound=Callable[..., Any])
@@ -155,44 +156,46 @@ def instrument(
     live = run if isinstance(run, LiveRun) else None
     if per_rank:
         run = _folder_of_rank(run)
-    writer: RunWriter | SilentWriter | None = None
     own: PathRun | None = None
-    earlier = None
-    if live is not None:
-        writer, earlier = live.writer, live.earlier
-    elif run is not None and place.rank > 0:
-        writer = SilentWriter(Path(run))  # type: ignore[arg-type]
-    elif run is not None:
-        own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
-        writer, earlier = own.writer, own.earlier
     registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
     siblings: list[Switch] = []
-    monitor: Monitor | None = None
     try:
-        monitor = Monitor(spec, measured, registry, writer, on_error, live, ranks, earlier)
         if live is not None:
-            live.attach(monitor)
-        twin = Twin(root, regions, measured, plan, monitor, trace_folder, place)
-        monitor.attach(
-            *(twin, lambda: str(Explanation.of(twin)), reference, place),
+            recording = live.recording_of(registry)
+        elif run is not None and place.rank > 0:
+            writer = SilentWriter(Path(run))  # type: ignore[arg-type]
+            recording = Recording(StepTimeline(registry), writer)
+        elif run is not None:
+            own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
+            recording = Recording(StepTimeline(registry), own.writer, own.earlier)
+        else:
+            recording = Recording(StepTimeline(registry))
+        monitored = MonitoredModel.of(
+            *(root, regions, measured, plan, recording),
+            reference=reference,
+            trace=trace_folder,
+            on_error=on_error,
+            place=place,
+            ranks=ranks,
             take_off=partial(_take_off, siblings, is_mark_left=live is not None),
             is_bypassed=lambda: any(map(is_bypassed, siblings)),
         )
     except BaseException:
         if own is not None:
             own.give_up()
-        if live is not None and live.monitor is monitor:
-            live.detach()
         raise
+    if live is not None:
+        live.attach(monitored)
     if own is not None:
         # Other ranks may have exited, without a word: nobody waits for them.
-        own.close_at_exit(monitor.close if ranks is None else own.writer.close)
-        monitor.note_path(own.notice)
+        own.close_at_exit(monitored.steps.close if ranks is None else own.writer.close)
+        if own.notice:
+            monitored.steps.gaps.warn_once("path", 0, own.notice)
+    switch = partial(Switch.of, owner=monitored, twin=monitored.steps.twin, siblings=siblings)
     for region in regions:
         if region.holder is not root.holder:
-            is_root = region.callee is measured
-            attach(Switch.of(region, monitor, twin, siblings, is_root=is_root))
-    function = attach(Switch.of(root, monitor, twin, siblings, is_root=True, plain=model))
+            attach(switch(region, monitored.steps.recorder, is_root=region.callee is measured))
+    function = attach(switch(root, monitored.steps.recorder, is_root=True, plain=model))
     return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 
 
@@ -202,7 +205,16 @@ def monitor(model: Callable[..., Any]) -> Monitor:
     Raises:
         ValueError: if the model is not instrumented.
     """
-    return _monitor_of(_require(model))
+    return _monitored(_require(model)).monitor
+
+
+def steps_of(model: Callable[..., Any]) -> ModelSteps:
+    """The steps of an instrumented model, for what drives them in the place of its user.
+
+    Raises:
+        ValueError: if the model is not instrumented.
+    """
+    return _monitored(_require(model)).steps
 
 
 def remove(model: Model) -> Model:
@@ -220,7 +232,7 @@ def remove(model: Model) -> Model:
         return model  # its run has ended, and taken the monitoring off
     switch = _require(model)
     _take_off(switch.siblings, is_mark_left=False)
-    _monitor_of(switch).close()
+    _monitored(switch).steps.close()
     if isinstance(model, torch.nn.Module):
         return model
     return switch.original  # type: ignore[return-value]
@@ -234,7 +246,7 @@ def explain(model: Callable[..., Any]) -> Explanation:
     Raises:
         ValueError: if the model is not instrumented.
     """
-    return Explanation.of(_require(model).twin)
+    return steps_of(model).explanation()
 
 
 def _measured_module(
@@ -341,9 +353,9 @@ def _take_off(siblings: list[Switch], *, is_mark_left: bool) -> None:
         detach(attached, is_mark_left=is_mark_left)
 
 
-def _monitor_of(switch: Switch) -> Monitor:
-    assert isinstance(switch.steps, Monitor)
-    return switch.steps
+def _monitored(switch: Switch) -> MonitoredModel:
+    assert isinstance(switch.owner, MonitoredModel)
+    return switch.owner
 
 
 def _require(model: Callable[..., Any]) -> Switch:

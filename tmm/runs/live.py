@@ -5,12 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -19,28 +17,26 @@ from tmm.core.metrics import HISTOGRAM_EDGES
 from tmm.core.records import Event, StepRecord
 from tmm.runs.artifacts import write_samples
 from tmm.runs.delivery import NamedSink, RunInfo, Sinks
-from tmm.runs.ended_step import EndedStep
 from tmm.runs.find_optimizer import OptimizerFinder
 from tmm.runs.held import HeldFolder
 from tmm.runs.logged_numbers import checked_count, numbers_in
-from tmm.runs.machine import StepClock, SystemSampler
+from tmm.runs.machine import SystemSampler
 from tmm.runs.reminder import StepReminder
+from tmm.runs.run_steps import RunSteps, last
 from tmm.runs.state import Lock, Status
 from tmm.runtime.key_binding import KeyRegistry
-from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.spec.default import default_spec
 from tmm.spec.environment import describe_environment
 from tmm.spec.spec import Spec
 from tmm.steps.earlier import Earlier
-
-if TYPE_CHECKING:
-    from tmm.steps.monitor import Monitor
+from tmm.steps.model_steps import ModelSteps
+from tmm.steps.monitor import Monitor
+from tmm.steps.monitored_model import MonitoredModel, Recording
+from tmm.steps.timeline import StepTimeline, checked_step
 
 Model = TypeVar("Model", bound=Callable[..., Any])
-
-_WAIT = 0.05  # seconds
 
 
 class LiveRun:
@@ -57,8 +53,6 @@ class LiveRun:
     Attributes:
         id: unique among all runs; the name of its folder ``path``.
         project, name, config, tags, notes: as given.
-        monitor: that of the model that is watched; None without one.
-        current_step: the step that is open, or that will be.
     """
 
     def __init__(
@@ -74,12 +68,10 @@ class LiveRun:
 
         ``earlier`` is what a run that goes on had recorded before.
         """
-        self.earlier = earlier
+        self._earlier = earlier
         self.path, self.id = run.path, run.id
         self.project, self.name = run.project, run.name
         self.config, self.tags, self.notes = dict(run.config), run.tags, run.notes
-        self.monitor: Monitor | None = None
-        self.current_step = run.first_step
         info = {
             "id": self.id,
             "project": self.project,
@@ -110,23 +102,30 @@ class LiveRun:
                 raise
         # Before the handler below, which runs first then: what backends do at exit ends them.
         self._sinks = Sinks(sinks, run)
-        self._registry = KeyRegistry()
-        self._open: StepCollector | None = None
-        self._opened: StepCollector | None = None
-        self._ended: EndedStep | None = None  # the last step of the monitor
-        self._ended_before: EndedStep | None = None  # the same when it began the open one
-        self._early: StepCollector | None = None  # logged before that, and taken into it
-        self._last_step: int | None = None
-        self._finder: OptimizerFinder | None = None
-        self._clock = StepClock()
-        self._timing: dict[str, float] | None = None
-        self._reminder = StepReminder(self._tell)
         self._begun_at = UserLine.here()
-        self._begins_own = False  # the step that the monitor begins is one of this run
+        self._reminder = StepReminder(self._tell)
         self._system = None if system_seconds is None else SystemSampler(system_seconds)
+        self._recorded = RunSteps(self.writer, self._sinks, self._reminder, self._system)
+        self._timeline = StepTimeline(KeyRegistry(), run.first_step, self._recorded)
+        self._monitored: MonitoredModel | None = None
+        self._finder: OptimizerFinder | None = None
         if self._system is not None:
             self._system.start()
         self._register_exit()
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """That of the model that is watched; None without one."""
+        return None if self._monitored is None else self._monitored.monitor
+
+    @property
+    def _steps(self) -> ModelSteps | None:
+        return None if self._monitored is None else self._monitored.steps
+
+    @property
+    def current_step(self) -> int:
+        """The step that is open, or that will be."""
+        return self._timeline.current
 
     # Values
 
@@ -150,9 +149,9 @@ class LiveRun:
         numbers = dict(numbers_in(values))
         if step is not None:
             self._go_to(step)
-        collector = self._collector()
+        collector = self._timeline.collector()
         for key, number in numbers.items():
-            collector.log(key, number, _last, of_all_ranks=False)
+            collector.log(key, number, last, of_all_ranks=False)
             self._reminder.note_logged(collector.step, key, collector.times_logged(key))
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
@@ -167,14 +166,11 @@ class LiveRun:
         """
         self._require_open()
         counts = checked_count("samples", samples), checked_count("tokens", tokens)
-        if self.monitor is not None:
-            self.monitor.open_collector()
+        if self._steps is not None:
+            self._timeline.require("run.step")
         self._reminder.note_step()
-        self._timing = self._clock.mark(*counts)
-        self._end_step(is_ended=True)
-        self.current_step += 1
-        if self.monitor is not None:
-            self._begin_monitored()
+        self._recorded.timing = self._recorded.clock.mark(*counts)
+        self._advance(self.current_step + 1)
         return self.current_step
 
     def log_samples(self, step: int, samples: Mapping[str, object]) -> None:
@@ -222,93 +218,48 @@ class LiveRun:
             RuntimeError: after ``finish``, or for a second model.
             ValueError, TypeError, OSError: as ``tmm.instrument`` and ``Monitor.watch`` raise.
         """
-        from tmm.runs.instrument import instrument, remove
-        from tmm.runs.instrument import monitor as monitor_of
+        from tmm.runs.instrument import instrument, remove, steps_of
 
         self._require_open()
         watched = instrument(model, spec or default_spec(), run=self, **options)
-        monitor = monitor_of(watched)
+        steps = steps_of(watched)
         try:
             if optimizer is not None:
-                monitor.watch_found(optimizer, scaler)
-            elif monitor.watches_optimizers:
-                self._finder = OptimizerFinder(monitor, scaler)
+                steps.watch.watch(optimizer, scaler)
+            elif steps.watches_optimizers:
+                self._finder = OptimizerFinder(steps, scaler)
         except BaseException:
             remove(watched)
             raise
-        self._begin_monitored()
-        self._reminder.count_updates(monitor.holds, lambda: self.current_step)
+        self._begin_watched(steps)
+        self._reminder.count_updates(steps.watch.holds, lambda: self.current_step)
         return watched
 
-    def attach(self, monitor: Monitor) -> None:
-        """Record the steps of ``monitor``; called by ``tmm.instrument``.
+    def recording_of(self, registry: KeyRegistry) -> Recording:
+        """How this run records a model that ``attach`` will be called with; keys are its.
 
         Raises:
             RuntimeError: after ``finish``, or for a second model.
         """
         self._require_open()
-        if self.monitor is not None:
+        if self._monitored is not None:
             raise RuntimeError(
                 f"the run {self.id} watches a model already; start another run, or put both models"
                 " into one module"
             )
-        self.monitor = monitor
-        self._registry = monitor.registry  # a key has one owner, wherever it is logged
+        self._timeline.registry = registry  # a key has one owner, wherever it is logged
+        return Recording(
+            self._timeline, self.writer, self._earlier, self._recorded.evaluate, self._detach
+        )
 
-    def has_opened(self, collector: StepCollector) -> bool:
-        """Whether the step of the monitor was opened by this run; called by the monitor."""
-        return collector is self._opened
+    def attach(self, monitored: MonitoredModel) -> None:
+        """Record the steps of a model; called by ``tmm.instrument``."""
+        self._monitored = monitored
 
-    def begins(self, collector: StepCollector) -> None:
-        """The monitor begins a step; called by it."""
-        step, self._opened, self._early = collector.step, None, None
-        if not self._begins_own:
-            self._reminder.note_step()
-        if self._open is not None and self._open.step == step and self._ended is None:
-            collector.take_logged(self._open)
-            self._early, self._open = self._open, None
-        self._flush_own()
-        self._ended_before, self._ended = self._ended, None
-        self.current_step = step
-
-    def evaluate(self, step: StepCollector | EndedStep) -> StepRecord:
-        """Evaluate a step and hand it to the sinks; called by the writer's thread."""
-        record = step.record()
-        self._sinks.take(record)
-        return record
-
-    def ends(self, collector: StepCollector) -> None:
-        """The monitor is about to end a step; called by it."""
-        if collector.failed:
-            self._timing = None
-            self._clock.mark()
-            self.drops(collector)
-            return
-        self._ended = self._known_of(collector.step)
-        if collector.monitored or collector.holds_values:
-            self._add_own_values(collector)
-            self._last_step = collector.step
-            self._ended = EndedStep(collector.step, (collector,))
-        elif self._timing is None:
-            self._clock.mark()  # so that the next step is not taken for both
-
-    def discards(self) -> None:
-        """The monitor forgets its open step: what is logged now belongs to the one before.
-
-        What was logged before it began waits again for the step that comes.
-        """
-        self._ended, self._open, self._early = self._ended_before, self._early, None
-
-    def drops(self, collector: StepCollector) -> None:
-        """The monitor drops a step, whose logged values are kept; called by it."""
-        self._ended = self._known_of(collector.step)
-        if collector.holds_logged:
-            self._ended = self._ended.with_part(collector.logged())
-            self._submit(self._ended)
-
-    def detach(self) -> None:
-        """The monitor is taken off its model; called by it."""
-        self.monitor = self._opened = None
+    def _detach(self) -> None:
+        """The monitoring is taken off the model."""
+        self._monitored = None
+        self._timeline.leave()
 
     # End
 
@@ -369,7 +320,7 @@ class LiveRun:
             self._sinks.close(status)
         finally:
             try:
-                self._held.end(status, reason, self._last_step)
+                self._held.end(status, reason, self._timeline.last_recorded)
             except OSError as error:
                 failure = failure or error
         if failure is not None:
@@ -388,8 +339,8 @@ class LiveRun:
 
     def _tell(self, step: int, text: str) -> None:
         """Say what was forgotten, and keep it in the run."""
-        if self.monitor is not None:
-            self.monitor.tell("run.step", step, text)
+        if self._steps is not None:
+            self._steps.forgotten.tell("run.step", step, text)
             return
         warn(text, self._begun_at)
         self.writer.submit(StepRecord(step, events=(Event(step, "gap", text),)))
@@ -401,98 +352,47 @@ class LiveRun:
         if self._system is not None:
             self._system.stop()
         try:
-            if self.monitor is not None:
-                if self._opened is not None:
+            if self._steps is not None:
+                if self._timeline.is_of_run:
                     self._end_step(is_ended=is_ended)
-                self.monitor.close()
-            self._flush_own()
+                self._steps.close()
+            self._timeline.flush()
         finally:
             self.writer.close()
 
     # Steps
 
-    def _collector(self) -> StepCollector:
-        if self.monitor is not None and self.monitor.is_step_open:
-            return self.monitor.open_collector()
-        if self._open is None:
-            step = self.current_step if self._ended is None else self._ended.step
-            self._open = StepCollector(step, self._registry, monitored=False)
-        return self._open
-
     def _go_to(self, step: int) -> None:
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-            raise TypeError(f"step={step!r} is not an integer")
-        if step >= 2**63:
-            raise ValueError(f"step={step} does not fit in 64 bits; count steps from 0")
+        step = checked_step(step)
         if step < self.current_step:
             raise ValueError(f"step={step} lies before the open step {self.current_step}")
         if step > self.current_step:
-            if self.monitor is not None and self._opened is None:
+            if self._steps is not None and not self._timeline.is_of_run:
                 raise RuntimeError(
                     f"step={step} is not the step {self.current_step} that the monitor has open;"
                     " leave out step="
                 )
             self._reminder.note_step()
-            self._end_step(is_ended=True)
-            self.current_step = int(step)
-            if self.monitor is not None:
-                self._begin_monitored()
+            self._advance(step)
 
-    def _begin_monitored(self) -> None:
-        assert self.monitor is not None
-        self._begins_own = True
-        try:
-            self.monitor.begin_step(self.current_step)
-        finally:
-            self._begins_own = False
-        self._opened = self.monitor.open_collector()
+    def _advance(self, step: int) -> None:
+        """End the step that is open, and let ``step`` be the next one."""
+        if self._steps is not None:
+            self._end_step(is_ended=True)
+        self._timeline.go_to(step)
+        if self._steps is not None:
+            self._begin_watched(self._steps)
+
+    def _begin_watched(self, steps: ModelSteps) -> None:
+        steps.begin_step(self.current_step, is_of_run=True)
 
     def _end_step(self, *, is_ended: bool) -> None:
-        if self.monitor is not None:
-            self.monitor.settle(is_ended=is_ended)
-        if self.monitor is None:
-            self._flush_own()
-        elif self.monitor.has_content:
-            self.monitor.end_step()
+        assert self._steps is not None
+        self._steps.recorder.settle(is_ended=is_ended)
+        if self._steps.timeline.has_content:
+            self._steps.end_step()
         else:
-            self.monitor.discard_step()
-        self._opened = None
-
-    def _flush_own(self) -> None:
-        collector, self._open = self._open, None
-        if collector is None:
-            return
-        if self._ended is None:
-            self._add_own_values(collector)
-            ended = EndedStep(collector.step, (collector,))
-        else:
-            ended = self._ended.with_part(collector)
-        try:
-            self._submit(ended)
-        except (KeyboardInterrupt, SystemExit):
-            self._open = collector  # it is recorded when the run ends
-            raise
-        self._ended = ended if self._ended is not None else None
-
-    def _submit(self, ended: EndedStep) -> None:
-        self._last_step = ended.step
-        # As in ``Monitor.end_step``: a process that is killed now is to lose nothing.
-        wait = _WAIT if ended.is_on_host else 0.0
-        self.writer.submit(partial(self.evaluate, ended), wait_seconds=wait)
-
-    def _known_of(self, step: int) -> EndedStep:
-        """What was recorded of a step before it began for the last time."""
-        before = self._ended_before
-        return before if before is not None and before.step == step else EndedStep(step)
-
-    def _add_own_values(self, collector: StepCollector) -> None:
-        values = self._clock.mark() if self._timing is None else self._timing
-        self._timing = None
-        if self._system is not None:
-            values |= self._system.latest()
-        for key, value in values.items():
-            number = torch.tensor(value, dtype=torch.float64)
-            collector.log(key, number, _last, of_all_ranks=False)
+            self._steps.discard_step()
 
     def _require_open(self) -> None:
         if self.is_finished:
@@ -502,7 +402,3 @@ class LiveRun:
                 f"the run {self.id} belongs to process {self._held.process}: a child forked from"
                 " it cannot record into it"
             )
-
-
-def _last(values: torch.Tensor) -> torch.Tensor:
-    return values[-1]

@@ -97,8 +97,8 @@ class Explanation:
     without_rows: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(twin: Twin) -> Explanation:
-        """The state of ``twin`` now."""
+    def of(twin: Twin, without_rows: dict[str, str]) -> Explanation:
+        """The state of ``twin`` now, and of parameters ``without_rows``, with the reasons."""
         attribution = twin.attribution
         traced = _traced_modules(twin)
         silent = silent_modules(twin) if attribution.rows else {}
@@ -108,7 +108,6 @@ class Explanation:
             else NOT_COMPILED
             for module, caller in twin.eager_modules.items()
         }
-        without_rows = twin.recorder.parameters_without_rows()
         unmeasured = attribution.unmeasured | twin.recorder.registry.owners.refused
         unmeasured |= _compiled_methods(twin) | _eager_attention(twin)
         if twin.untraced is not None:

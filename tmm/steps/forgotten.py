@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tmm.core.failures import Gaps
 from tmm.steps.step_block import StepBlock
 
@@ -56,12 +54,12 @@ STEPS = "steps"
 class Forgotten:
     """Follows what happens around the steps of a monitor.
 
-    ``explain`` gives what ``tmm.explain`` has of things that are not measured, by name.
+    ``unmeasured`` is what ``tmm.explain`` has of things that are not measured, by name.
     """
 
-    def __init__(self, gaps: Gaps, explain: Callable[[], dict[str, str]]) -> None:
+    def __init__(self, gaps: Gaps, unmeasured: dict[str, str]) -> None:
         self.is_unused = True  # no step was opened so far
-        self._gaps, self._explain = gaps, explain
+        self._gaps, self._unmeasured = gaps, unmeasured
         self._passes = 0
         self._opened = self._monitored = 0
         self._block: StepBlock | None = None
@@ -148,5 +146,5 @@ class Forgotten:
 
     def _tell(self, kind: str, step: int, text: str, event: str, subject: str = STEPS) -> None:
         if self._gaps.warn_once(kind, step, text, event=event):
-            told = self._explain()
+            told = self._unmeasured
             told[subject] = f"{told[subject]}; {text}" if subject in told else text

@@ -2,24 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from tmm.core.failures import Gaps
 from tmm.core.families import ATTENTION
 from tmm.instrumentation.twin import Twin
+from tmm.runtime.step_collector import StepCollector
+from tmm.steps.forgotten import Forgotten
+from tmm.steps.silent import silent_modules, warning_of
 
+_NO_ROWS = (
+    "the instrumented function ran in the monitored step {step} and called no module that a rule of"
+    " activation matches, so that none has rows: give the module that the function calls as module="
+)
+_BYPASSED = (
+    "module.compile() has replaced the call of an instrumented module, so that its output has no"
+    " rows: call it before tmm.instrument, not after it"
+)
 _SHOWN = 3  # names in a warning
 
 
 class Notices:
-    """Tells once, at the end of a step, what it found that is not measured.
+    """Tells, at the end of a step, what was asked for and has no rows, and what to do.
 
-    That is what had the key of something else, and attentions.
+    ``is_bypassed`` tells whether calls of the model no longer come to ``twin``.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, twin: Twin, gaps: Gaps, forgotten: Forgotten, is_bypassed: Callable[[], bool]
+    ) -> None:
+        self._twin = twin
+        self._gaps = gaps
+        self._forgotten = forgotten
+        self._is_bypassed = is_bypassed
         self._said: dict[str, None] = {}
         self._known = -1
 
-    def news(self, twin: Twin) -> str | None:
-        """What is new since the last call, as a user should know it; None for nothing."""
+    def before(self, finished: StepCollector, hint: str) -> None:
+        """Look at a step that is about to be kept; ``hint`` tells what to call."""
+        asks = self._twin.plan.spec.measures("activation_gradient")
+        if finished.ran_forward and asks and not finished.has_activation_gradients:
+            self._forgotten.note_no_backward(finished.step)
+        if finished.expects_forward and not finished.ran_forward:
+            self._gaps.warn_of_missed_forward(finished.step, hint)
+        elif finished.monitored and self._is_bypassed():
+            self._gaps.warn_once("bypassed", finished.step, _BYPASSED)
+
+    def after(self, finished: StepCollector, *, is_first: bool) -> None:
+        """Look at a step that was kept; at more, if it ``is_first``."""
+        if not finished.ran_forward:
+            return
+        if is_first:
+            self._tell(finished.step, warning_of(silent_modules(self._twin)))
+            self._look_for_rows(finished)
+        self._tell(finished.step, self._news())
+
+    def _look_for_rows(self, finished: StepCollector) -> None:
+        """Say that a step function has run and nothing of its ``module=`` was measured."""
+        spec, attribution = self._twin.plan.spec, self._twin.attribution
+        is_asked = spec.is_strict and spec.measures("activation")
+        seen = any(map(attribution.how_measured, attribution.names))
+        is_known = seen or finished.holds_rows or bool(attribution.unmeasured)
+        if self._twin.root.module is None and is_asked and not is_known:
+            self._gaps.warn_once("module", finished.step, _NO_ROWS.format(step=finished.step))
+
+    def _tell(self, step: int, text: str | None) -> None:
+        if text is not None:
+            self._gaps.tell(step, text)
+
+    def _news(self) -> str | None:
+        """What had the key of something else, and attentions, since the last call."""
+        twin = self._twin
         refused, lost = twin.recorder.registry.owners.refused, twin.attribution.lost_attention
         if len(refused) + len(lost) == self._known:
             return None
