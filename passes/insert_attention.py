@@ -30,11 +30,11 @@ from tmm.passes.attention.find_calls import find_attention, shows_attention
 from tmm.passes.attention.found import FoundAttention, Unmatched
 from tmm.passes.attention.multi_head import insert_parts
 from tmm.passes.findings import GraphFindings
-from tmm.passes.graph.provenance import add_site
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import Placements, is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import call_of, site_of
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.values import module_stack, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
 from tmm.passes.metrics.trace import insert_traced, trace
 from tmm.passes.remove_evaluations import is_evaluation
@@ -101,8 +101,7 @@ def _insert(
                 yield Site(name, ATTENTION_MARK), attention.reason
                 continue
             # Of this call of the module: with those of the modules that called it.
-            stack = node.meta.get("nn_module_stack") or {}
-            place = tuple((key, path) for key, (path, _) in stack.items())
+            place = tuple((key, path) for key, (path, _) in module_stack(node).items())
             site = Site(name, f".call_{calls[place]}" if calls[place] else "")
             calls[place] += 1
             if isinstance(attention, Node):
@@ -251,23 +250,14 @@ class _Heads:
     ) -> None:
         if self.placements is not None:
             measured = tuple(_placed(self.placements, values, measured))
-        following = self.last.next
+        at = Rewriter(self.graph, self.last)
         traced = trace(function, [_example(value).detach() for value in values], reduction)
-        detached = []
-        for value in values:
-            with self.graph.inserting_after(self.last):
-                self.last = self.graph.call_method("detach", (value,))
-            set_value(self.last, _example(value).detach())
-            detached.append(self.last)
-        first = detached[0]
-        row = insert_traced(self.graph, traced, detached, self.last)
+        row = insert_traced(at, traced, [at.call("detach", value) for value in values])
         row.meta[MEASUREMENTS] = measured
         row.meta[CONSECUTIVE] = True
-        node = first
-        while node is not following:
-            for measurement in measured:
-                add_site(node, measurement.family, measurement.site)
-            self.last, node = node, node.next
+        for measurement in measured:
+            at.credit(measurement.family, measurement.site)
+        self.last = at.last
 
 
 def _placed(

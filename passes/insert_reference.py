@@ -18,9 +18,10 @@ from tmm.passes.findings import GraphFindings, ReferenceEnds
 from tmm.passes.graph.edits import add_placeholder, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import call_of, is_mark, is_within, site_of
-from tmm.passes.graph.values import argument_of, set_value, value_of
+from tmm.passes.graph.values import argument_of, value_of
 from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.metrics.trace import MetricFunctionError, Traces, insert_traced
 from tmm.passes.reference.clone_nodes import ORIGIN, Copier
@@ -326,14 +327,11 @@ class _Place:
         self.traces = traces
         self.mark = mark
         (self.tensor,) = mark.all_input_nodes
-        example = value_of(self.tensor)
-        with module.graph.inserting_after(mark):
-            self.live = module.graph.call_method("detach", (self.tensor,))
-        set_value(self.live, example.detach())
-        self.last = self._detached = self.live
-        if samples is not None and samples.has_items(example):
-            with module.graph.inserting_after(self.live):
-                self.last = self.live = samples.insert_narrow(module.graph, self.live)
+        at = Rewriter(module.graph, mark)
+        self.live = at.call("detach", self.tensor)
+        if samples is not None and samples.has_items(value_of(self.tensor)):
+            self.live = samples.insert_narrow(at, self.live)
+        self._last, self._shared = at.last, list(at.inserted())
 
     def of(self, copier: Copier) -> Node:
         """The counterpart that ``copier`` found of the marked tensor."""
@@ -364,7 +362,7 @@ class _Place:
         *values: Node,
     ) -> Node:
         """Insert ``function`` of ``values``, a row; equal functions compute the same."""
-        following = self.last.next
+        at = Rewriter(self.module.graph, self._last)
         examples = [value_of(value).detach() for value in values]
         try:
             traced, was_known = self.traces.trace(function, examples, reduction)
@@ -373,13 +371,12 @@ class _Place:
                 raise
             reduction = replace(reduction, trace=False)
             traced, was_known = self.traces.trace(_one_after_the_other, examples, reduction)
-        row = insert_traced(self.module.graph, traced, values, self.last, was_known=was_known)
+        row = insert_traced(at, traced, values, was_known=was_known)
         row.meta[MEASUREMENTS] = (Measurement(family, site, reduction),)
-        add_site(self.live, family, site)
-        add_site(self._detached, family, site)
-        while self.last.next is not following:
-            self.last = self.last.next
-            add_site(self.last, family, site)
+        at.credit(family, site)
+        for node in self._shared:
+            add_site(node, family, site)
+        self._last = at.last
         return row
 
 

@@ -19,9 +19,10 @@ from tmm.passes.graph.dropout_functions import FUNCTIONS, SharedMask, draws_by_i
 from tmm.passes.graph.edits import add_body_input, add_body_output, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.values import module_stack, origin_of, set_value, value_of
 from tmm.passes.reference.dropout_masks import Masks
 from tmm.passes.reference.normalization import mixes_items, without_statistics
 from tmm.passes.reference.prefix_branch import Samples, SamplesError
@@ -340,11 +341,7 @@ class Copier:
         self.copies[node] = copied
 
     def _describe(self, copied: Node, original: Node) -> None:
-        copied.meta = {
-            key: value
-            for key, value in original.meta.items()
-            if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
-        }
+        copied.meta = origin_of(original)
         example = value_of(original)
         if self.samples is not None:
             example = self.samples.example(example)
@@ -366,8 +363,8 @@ class Copier:
         if self.samples is not None and self.samples.has_items(example):
             if not isinstance(example, torch.Tensor):
                 return cast("Argument", self.samples.example(example))
-            with self.module.graph.inserting_after(_last_input(self.module, node)):
-                narrowed = self.samples.insert_narrow(self.module.graph, node)
+            at = Rewriter(self.module.graph, _last_input(self.module, node))
+            narrowed = self.samples.insert_narrow(at, node)
             narrowed.meta[ORIGIN] = node
             add_site(narrowed, self.family, self.site)
             node, example = narrowed, value_of(narrowed)
@@ -386,8 +383,7 @@ def of_the_shape_only(target: object) -> bool:
 
 
 def _module_type(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {"": ("", type(None))}
-    path, kind = next(reversed(stack.values()))
+    path, kind = next(reversed(module_stack(node).values()), ("", type(None)))
     return f"{path} ({getattr(kind, '__name__', kind)})"
 
 
