@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch.fx import GraphModule, Node
 
-from tmm.core.families import ATTENTION
-from tmm.core.metrics import COLUMN_SEPARATOR, Reduction, builtin_reductions
-from tmm.core.records import ATTENTION_MARK, AttentionRequest, Measurement, Share, Site
-from tmm.kernels.attention.attention_call import arrange
-from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
-from tmm.kernels.ops import (
-    attention_heads,
-    select_statistics,
-    stride_of,
-    summarize,
-    summarize_attention,
-    summarize_heads,
-    tap_attention,
-    why_unmeasurable,
-)
+from tmm.core.metrics import builtin_reductions
+from tmm.core.records import ATTENTION_MARK, AttentionRequest, Site
+from tmm.kernels.ops import tap_attention
 from tmm.passes.attention.find_calls import find_attention, shows_attention
 from tmm.passes.attention.found import FoundAttention, Unmatched
+from tmm.passes.attention.head_rows import Heads, why_unreadable
 from tmm.passes.attention.multi_head import insert_parts
 from tmm.passes.findings import GraphFindings
-from tmm.passes.graph.provenance import add_site
-from tmm.passes.graph.sharding import Placements, is_distributed
+from tmm.passes.graph.sharding import Placements
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import call_of, site_of
-from tmm.passes.graph.values import set_value, value_of
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
-from tmm.passes.metrics.trace import insert_traced, trace
+from tmm.passes.graph.values import module_stack
 from tmm.passes.remove_evaluations import is_evaluation
 from tmm.passes.request import GraphRequest
 
-_MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
 _NO_CALL = "it follows a graph break, so that its number among the calls of the module is not known"
-_HEAD = re.compile(r"\.head_(\d+)")
 _LOOKED_AT = "tmm_attention"
 
 SHOWN = AttentionRequest(builtin_reductions(("entropy",), is_complex=False), ())
@@ -85,7 +65,7 @@ def _insert(
         if node in bodies:
             yield from _insert(bodies[node], request, placements, calls)
         elif node.target is tap_attention:
-            yield from _shown(module, node, attentions[node], request, placements)
+            yield from _shown(node, attentions[node], request, placements)
         elif (attention := attentions.get(node)) is not None and not is_evaluation(node):
             call = call_of(node)
             # Without a call, it is the module's whose frame was left and is gone on with.
@@ -101,19 +81,18 @@ def _insert(
                 yield Site(name, ATTENTION_MARK), attention.reason
                 continue
             # Of this call of the module: with those of the modules that called it.
-            stack = node.meta.get("nn_module_stack") or {}
-            place = tuple((key, path) for key, (path, _) in stack.items())
+            place = tuple((key, path) for key, (path, _) in module_stack(node).items())
             site = Site(name, f".call_{calls[place]}" if calls[place] else "")
             calls[place] += 1
             if isinstance(attention, Node):
                 attention = insert_parts(module.graph, attention, site)
-            if isinstance(attention, FoundAttention) and (reason := _why_unreadable(attention)):
+            if isinstance(attention, FoundAttention) and (reason := why_unreadable(attention)):
                 attention = Unmatched(node, reason)
             if isinstance(attention, Unmatched):
                 yield Site(name, f"{site.path}{ATTENTION_MARK}"), attention.reason
             else:
                 for asked in requests:
-                    _Heads(module, attention, site, asked, placements).insert()
+                    Heads(attention, site, asked, placements, attention.position).insert()
 
 
 def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator[tuple[Site, str]]:
@@ -128,7 +107,6 @@ def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator
 
 
 def _shown(
-    module: GraphModule,
     mark: Node,
     attention: FoundAttention | Unmatched | Node,
     request: GraphRequest,
@@ -140,233 +118,11 @@ def _shown(
         return
     mark.meta[_LOOKED_AT] = True
     assert isinstance(attention, FoundAttention)
-    if reason := _why_unreadable(attention):
+    if reason := why_unreadable(attention):
         yield site, reason
     else:
-        _Heads(module, attention, site, SHOWN, placements).insert()
+        Heads(attention, site, SHOWN, placements, attention.position).insert()
 
 
 def _caller(attention: FoundAttention | Unmatched | Node) -> Node:
     return attention if isinstance(attention, Node) else attention.caller
-
-
-class _Heads:
-    """Inserts the rows of one attention."""
-
-    def __init__(
-        self,
-        module: GraphModule,
-        found: FoundAttention,
-        site: Site,
-        request: AttentionRequest,
-        placements: Placements | None,
-    ) -> None:
-        self.graph = module.graph
-        self.found = found
-        self.site = site
-        self.request = request
-        self.placements = placements
-        self.last = found.position
-
-    def insert(self) -> None:
-        if self.request.statistics:
-            self._statistics()
-        found = self.found
-        parts = {"query": found.query, "key": found.key, "value": found.value}
-        if found.output is not None:
-            parts["activation"] = found.output
-        for name, tensor in parts.items():
-            if self.last < tensor:
-                self.last = tensor
-            for reduction in self.request.parts:
-                turned = name == "key" and found.key_is_turned
-                self._part(name, tensor, reduction, turned=turned)
-
-    def _statistics(self) -> None:
-        found, request = self.found, self.request
-        names = tuple(name for reduction in request.statistics for name in reduction.metrics)
-
-        def rows(query: torch.Tensor, key: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
-            return summarize_attention(
-                *(_split(query, found.heads), _split(_turn(key, found.key_is_turned), found.heads)),
-                *(_join(found, masks, query.dtype), found.is_causal, found.scale),
-                *(request.queries, request.pooled, COLUMN_SEPARATOR.join(names)),
-            )
-
-        def flexible_rows(
-            query: torch.Tensor, key: torch.Tensor, *tensors: torch.Tensor
-        ) -> torch.Tensor:
-            assert found.scores is not None
-            query, key = _split(query, found.heads), _turn(key, found.key_is_turned)
-            stride = stride_of(query, request.queries)
-            call = arrange(query, _split(key, found.heads), None, False, found.scale, stride)
-            scores = found.scores
-
-            def modify(logits: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
-                return scores.apply(logits, indices, tensors)
-
-            measured = summarize_attention_with_torch(call, modify, most_blocks=_MOST_BLOCKS)
-            return select_statistics(measured, COLUMN_SEPARATOR.join(names), pooled=request.pooled)
-
-        values = (found.query, found.key, *(mask.tensor for mask in found.masks), *found.tensors)
-        count = attention_heads(*(_split(_example(v), found.heads) for v in values[:2]))
-        measured = tuple(
-            Measurement(ATTENTION.of(reduction.metrics[0]), site, reduction)
-            for site in self._sites(count)
-            for reduction in request.statistics
-        )
-        function = rows if found.scores is None else flexible_rows
-        self._insert(function, values, request.statistics[0], measured)
-
-    def _part(self, name: str, tensor: Node, reduction: Reduction, *, turned: bool) -> None:
-        pooled = self.request.pooled
-
-        def rows(part: torch.Tensor) -> torch.Tensor:
-            part = _split(_turn(part, turned), self.found.heads)
-            part = part[None] if part.dim() == 2 else part
-            if reduction.function is not None:
-                part = _apply(reduction, part, pooled=pooled)
-            columns = COLUMN_SEPARATOR.join(reduction.columns)
-            return (summarize if pooled else summarize_heads)(part, columns)
-
-        example = _split(_turn(_example(tensor), turned), self.found.heads)
-        count = int(example.shape[-3]) if example.dim() > 2 else 1
-        measured = tuple(
-            Measurement("activation", replace(site, path=f"{site.path}.{name}"), reduction)
-            for site in self._sites(count)
-        )
-        self._insert(rows, (tensor,), reduction, measured)
-
-    def _sites(self, count: int) -> list[Site]:
-        if self.request.pooled:
-            return [self.site]
-        return [replace(self.site, path=f"{self.site.path}.head_{i}") for i in range(count)]
-
-    def _insert(
-        self,
-        function: Callable[..., torch.Tensor],
-        values: Sequence[Node],
-        reduction: Reduction,
-        measured: tuple[Measurement, ...],
-    ) -> None:
-        if self.placements is not None:
-            measured = tuple(_placed(self.placements, values, measured))
-        following = self.last.next
-        traced = trace(function, [_example(value).detach() for value in values], reduction)
-        detached = []
-        for value in values:
-            with self.graph.inserting_after(self.last):
-                self.last = self.graph.call_method("detach", (value,))
-            set_value(self.last, _example(value).detach())
-            detached.append(self.last)
-        first = detached[0]
-        row = insert_traced(self.graph, traced, detached, self.last)
-        row.meta[MEASUREMENTS] = measured
-        row.meta[CONSECUTIVE] = True
-        node = first
-        while node is not following:
-            for measurement in measured:
-                add_site(node, measurement.family, measurement.site)
-            self.last, node = node, node.next
-
-
-def _placed(
-    placements: Placements, values: Sequence[Node], measured: Iterable[Measurement]
-) -> Iterator[Measurement]:
-    """The measurements of heads, which this rank may be the only one to have, with their numbers.
-
-    Of several values the first two are query and key; masks are as every rank has them.
-    """
-    share = placements.share(*values)
-    first = placements.first_head(*values[:2])
-    if first is not None:
-        share = Share("part")
-    elif share.kind not in ("whole", "copy"):
-        own = "each rank numbers the heads that it has from 0"
-        share = Share("unknown", f"{own}; {share.reason}" if share.reason else own)
-    for measurement in measured:
-        head = _HEAD.search(measurement.site.path)
-        if first is None or head is None:
-            yield replace(measurement, share=share)
-            continue
-        path = f"{measurement.site.path[: head.start(1)]}{first + int(head[1])}"
-        site = replace(measurement.site, path=path + measurement.site.path[head.end(1) :])
-        yield replace(measurement, site=site, share=Share("whole"))
-
-
-def _why_unreadable(found: FoundAttention) -> str | None:
-    """Why the tensors of an attention cannot be measured; None if they can."""
-    for node in (found.query, found.key, found.value):
-        example = _example(node)
-        if is_distributed(example):
-            return "its tensors are DTensors; make them local ones (use_local_output=True)"
-        reason = "nested tensors" if example.is_nested else why_unmeasurable(example)
-        if reason:
-            return reason
-    query, key, *masks = (
-        _example(node).detach()
-        for node in (found.query, found.key, *(mask.tensor for mask in found.masks))
-    )
-    try:
-        with query.fake_mode:  # type: ignore[attr-defined]
-            key = _split(_turn(key, found.key_is_turned), found.heads)
-            mask = _join(found, masks, query.dtype)
-            arrange(_split(query, found.heads), key, mask, found.is_causal, found.scale, 1)
-    except (ValueError, TypeError, RuntimeError) as error:
-        return f"its tensors do not fit together: {error}"
-    return None
-
-
-def _example(node: Node) -> torch.Tensor:
-    example: torch.Tensor = value_of(node)
-    return example
-
-
-def _turn(key: torch.Tensor, turned: bool) -> torch.Tensor:
-    return key.transpose(-2, -1) if turned else key
-
-
-def _split(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
-    """Batch and heads apart, where they are one dimension."""
-    if heads is None or tensor.dim() != 3:
-        return tensor
-    apart: torch.Tensor = tensor.unflatten(0, (-1, heads))
-    return apart
-
-
-def _join(
-    found: FoundAttention, masks: Sequence[torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor | None:
-    """One mask that does what all of them do."""
-    joined: torch.Tensor | None = None
-    heads = found.heads
-    tensors = [
-        _split(tensor, heads) if mask.has_joined_heads else tensor
-        for mask, tensor in zip(found.masks, masks, strict=True)
-    ]
-    for mask, tensor in zip(found.masks, tensors, strict=True):
-        if mask.kind == "added":
-            added = tensor if tensor.dtype.is_floating_point else tensor.to(dtype)
-            joined = added if joined is None else joined + added
-    for mask, tensor in zip(found.masks, tensors, strict=True):
-        if mask.kind == "added":
-            continue
-        allowed = tensor if mask.kind == "allowed" else ~tensor
-        if joined is None:
-            joined = allowed
-        elif joined.dtype == torch.bool:
-            joined = joined & allowed
-        else:
-            joined = torch.where(allowed, joined, float("-inf"))
-    return joined
-
-
-def _apply(reduction: Reduction, part: torch.Tensor, *, pooled: bool) -> torch.Tensor:
-    """The values of a user's function, of each head where they are not pooled."""
-    function: Any = reduction.function
-    if pooled:
-        whole: torch.Tensor = torch.as_tensor(function(part))
-        return whole
-    values = torch.func.vmap(lambda head: torch.as_tensor(function(head)))(part.movedim(-3, 0))
-    heads: torch.Tensor = values.reshape(values.shape[0], 1, -1)
-    return heads

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import Argument
 
 from tmm.core.families import ACTIVATION_GRADIENT
 from tmm.core.metrics import Reduction
@@ -18,11 +17,12 @@ from tmm.kernels.dense import packed_dtype
 from tmm.kernels.ops import tap, why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput
 from tmm.passes.graph.edits import add_placeholder, storages
-from tmm.passes.graph.provenance import add_site, sites_of
+from tmm.passes.graph.provenance import sites_of
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import FunctionProbe, columns_of, probe
 from tmm.passes.metrics.trace import trace_function
 from tmm.passes.request import GraphRequest
@@ -198,7 +198,7 @@ def _is_expanded(example: torch.Tensor) -> bool:
 
 def _computes(node: Node) -> bool:
     """Whether something of the traced program happens here: not a mark, not a measurement."""
-    return node.op not in ("placeholder", "get_attr") and "tmm_sites" not in node.meta
+    return node.op not in ("placeholder", "get_attr") and not sites_of(node)
 
 
 def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
@@ -228,15 +228,9 @@ def _row_nodes(
         )
     rows = add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
     widths = [place.width for place in places]
-    with module.graph.inserting_before(_first_operation(module)):
-        split = module.graph.call_function(torch.split, (rows, widths))
-        set_value(split, torch.split(value, widths))
-        nodes = [
-            module.graph.call_function(operator.getitem, (split, i)) for i in range(len(places))
-        ]
-    for node, part in zip(nodes, value_of(split), strict=True):
-        set_value(node, part)
-    return nodes
+    at, parts = Rewriter(module.graph, rows), torch.split(value, widths)
+    split = at.add("call_function", torch.split, (rows, widths), {}, parts)
+    return [at.call(operator.getitem, split, index) for index in range(len(parts))]
 
 
 def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
@@ -246,11 +240,6 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
         call.args = (*call.args, row)
         row = add_placeholder(body, row.name, value_of(row))
     return row
-
-
-def _first_operation(module: GraphModule) -> Node:
-    first: Node = next(node for node in module.graph.nodes if node.op != "placeholder")
-    return first
 
 
 def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
@@ -264,16 +253,14 @@ def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
     columns = [columns_of(reduction) for reduction in place.reductions]
     flags = {"copies": place.copies, "scaled": scaled}
     later = {user for user in tensor.users if mark < user}
-    with module.graph.inserting_after(mark):
-        if any(functions):
-            name = f"probe_{row.name}"
-            module.add_submodule(name, FunctionProbe(columns, functions, **flags))
-            node = module.graph.call_module(name, (tensor, row))
-        else:
-            chosen: dict[str, Argument] = {flag: True for flag, on in flags.items() if on}
-            node = module.graph.call_function(probe, (tensor, row, columns), chosen)
-    set_value(node, example)
-    node.meta["nn_module_stack"] = mark.meta.get("nn_module_stack")
+    at = Rewriter(module.graph, mark)
+    if any(functions):
+        name = f"probe_{row.name}"
+        module.add_submodule(name, FunctionProbe(columns, functions, **flags))
+        node = at.add("call_module", name, (tensor, row), {}, example, stands_for=mark)
+    else:
+        given, chosen = (tensor, row, columns), {flag: True for flag, on in flags.items() if on}
+        node = at.add("call_function", probe, given, chosen, example, stands_for=mark)
     for site in place.sites:
-        add_site(node, FAMILY, site)
+        at.credit(FAMILY, site)
     tensor.replace_all_uses_with(node, delete_user_cb=later.__contains__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd import grad_mode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from tmm.core.families import VALUE_FAMILY
 from tmm.core.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
@@ -24,6 +24,7 @@ from tmm.kernels.ops import (
 )
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import add_site
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import Placements, is_distributed, why_unsummed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
@@ -32,7 +33,6 @@ from tmm.passes.metrics.recognize import recognize
 from tmm.passes.metrics.trace import (
     MetricFunctionError,
     TracedFunction,
-    insert_call,
     insert_traced,
     trace_function,
 )
@@ -144,18 +144,15 @@ def _measure(
     if is_distributed(example) and _is_empty(example.to_local()):
         # An empty shard adds nothing, and functions need not know what to do with it.
         reductions = tuple(reduction for reduction in reductions if reduction.function is None)
-    following = node.next
+    at = Rewriter(module.graph, node)
     fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]
     if fresh:
-        with torch.no_grad(), module.graph.inserting_after(node):
-            value = insert_call(module.graph, reads, tensor)
+        value = at.call(reads, tensor)
         if is_distributed(example):
-            with module.graph.inserting_after(value):
-                value = insert_call(module.graph, "to_local", value)
+            value = at.call("to_local", value)
         if example.is_nested:
-            with module.graph.inserting_after(value):
-                value = insert_call(module.graph, "values", value)
-        for reduction, row in _reduce(module.graph, value, fresh):
+            value = at.call("values", value)
+        for reduction, row in _reduce(value, fresh):
             computed[tensor, reduction] = row, reduction
             row.meta.setdefault(MEASUREMENTS, ())
     for wanted in reductions:
@@ -163,15 +160,10 @@ def _measure(
         if wanted not in fresh:
             add_site(row, family, site)
         row.meta[MEASUREMENTS] += (Measurement(family, site, reduction, share),)
-    inserted = node.next
-    while inserted is not following:
-        add_site(inserted, family, site)
-        inserted = inserted.next
+    at.credit(family, site)
 
 
-def _reduce(
-    graph: Graph, value: Node, reductions: Sequence[Reduction]
-) -> Iterator[tuple[Reduction, Node]]:
+def _reduce(value: Node, reductions: Sequence[Reduction]) -> Iterator[tuple[Reduction, Node]]:
     """Insert the nodes of the reductions after ``value``; gives the last one of each.
 
     Functions that compute what tmm knows share one row with the built-in metrics. Those that are
@@ -187,29 +179,23 @@ def _reduce(
     if known:
         builtin = [r for r in reductions if r.function is None and not r.is_histogram]
         shared = SharedRow.of(builtin, known)
-        row = _summarize(graph, value, shared.columns)
+        row = _summarize(value, shared.columns)
         row.meta[SHARED] = shared
         yield from ((reduction, row) for reduction in (*builtin, *known))
         reductions = [r for r in reductions if r not in known and r not in builtin]
     for reduction in reductions:
         function = functions.get(reduction)
         if reduction.function is None:
-            columns = reduction.columns
-            yield (
-                reduction,
-                _histogram(graph, value) if not columns else _summarize(graph, value, columns),
-            )
+            yield reduction, _summarize(value, reduction.columns)
         elif function is None:
-            with graph.inserting_after(value):
-                yield replace(reduction, trace=False), insert_call(graph, copy, value)
+            yield replace(reduction, trace=False), _behind(value, copy)
         else:
-            result = insert_traced(graph, function, (value,), value)
+            result = insert_traced(Rewriter(value.graph, value), function, (value,))
             if not reduction.collects_values:
-                yield reduction, _summarize(graph, result, reduction.columns)
+                yield reduction, _summarize(result, reduction.columns)
                 continue
             # A copy, not a view of what a later operation may overwrite.
-            with graph.inserting_after(result):
-                yield reduction, insert_call(graph, copy, result)
+            yield reduction, _behind(result, copy)
 
 
 def _is_empty(example: torch.Tensor) -> bool:
@@ -226,14 +212,15 @@ def _traced(example: torch.Tensor, reduction: Reduction) -> TracedFunction | Non
         return None
 
 
-def _summarize(graph: Graph, value: Node, columns: Sequence[str]) -> Node:
-    with graph.inserting_after(value):
-        return insert_call(graph, summarize, value, COLUMN_SEPARATOR.join(columns))
+def _summarize(value: Node, columns: Sequence[str]) -> Node:
+    """Insert the row of these columns, or of a histogram, which has none."""
+    if not columns:
+        return _behind(value, histogram)
+    return _behind(value, summarize, COLUMN_SEPARATOR.join(columns))
 
 
-def _histogram(graph: Graph, value: Node) -> Node:
-    with graph.inserting_after(value):
-        return insert_call(graph, histogram, value)
+def _behind(value: Node, function: Callable[..., torch.Tensor], *arguments: str) -> Node:
+    return Rewriter(value.graph, value).call(function, value, *arguments)
 
 
 def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator[tuple[Site, str]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import copy_sites
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
@@ -31,15 +32,12 @@ def lift_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
         assert isinstance(returned, (tuple, list))
         output.args = ((*returned, *rows),)
         body.recompile()
-        examples = tuple(value_of(row) for row in rows)
-        set_value(call, (*value_of(call), *examples))
-        position: Node = call
+        set_value(call, (*value_of(call), *map(value_of, rows)))
+        at = Rewriter(module.graph, call)
         for index, row in enumerate(rows, start=len(returned)):
-            with module.graph.inserting_after(position):
-                position = module.graph.call_function(operator.getitem, (call, index))
+            position = at.call(operator.getitem, call, index)
             position.meta[MEASUREMENTS] = row.meta.pop(MEASUREMENTS)
             for key in (CONSECUTIVE, SHARED):
                 if key in row.meta:
                     position.meta[key] = row.meta.pop(key)
-            set_value(position, value_of(row))
             copy_sites(row, position)

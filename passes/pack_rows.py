@@ -11,7 +11,8 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Row, Site
 from tmm.kernels.ops import pack
 from tmm.passes.findings import GraphFindings
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.values import value_of
 from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
 from tmm.passes.request import GraphRequest
 
@@ -41,6 +42,7 @@ def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> Pa
     output = module.graph.output_node()
     (returned,) = output.args
     assert isinstance(returned, (tuple, list))
+    at = Rewriter(module.graph, output.prev)
     rows: list[tuple[Node, Row]] = []
     extra: list[Node] = []
     for nodes in packed.values():
@@ -49,9 +51,7 @@ def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> Pa
         for node in nodes:
             rows += [(node, row) for row in _rows(node, len(extra), start)]
             start += int(value_of(node).numel())
-        with module.graph.inserting_before(output):
-            extra.append(module.graph.call_function(pack, (nodes,)))
-        set_value(extra[-1], pack([value_of(node) for node in nodes]))
+        extra.append(at.call(pack, nodes))
     for node in whole:
         rows += [(node, Row(m, len(extra))) for m in _measurements(node)]
         extra.append(node)

@@ -13,6 +13,7 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import is_mark
+from tmm.passes.graph.values import module_stack
 from tmm.passes.request import GraphRequest
 
 _EVALUATION = "tmm_evaluation"
@@ -69,7 +70,7 @@ def is_evaluation(node: Node) -> bool:
 def _calls(module: GraphModule) -> list[_Call]:
     calls: dict[str, _Call] = {}
     for node, has_gradients in _with_modes(module):
-        stack = list(node.meta.get("nn_module_stack") or ())
+        stack = list(module_stack(node))
         if stack and node.op not in _PLACES:
             call = calls.setdefault(stack[0], _Call())
             call.nodes.append(node)

@@ -54,6 +54,10 @@ class ComparisonRequest:
     samples: Samples | None = None
     refusal: str = ""
 
+    def checked(self, site: Site) -> CheckedModule | None:
+        """What the refined coordinate check asks of the module that a site is of."""
+        return None if site.is_shown else self.check(site.module)
+
 
 @dataclass(frozen=True)
 class PlacementRequest:

@@ -54,8 +54,6 @@ LONG = {
     "tmm.nonfinite.watcher",
     "tmm.passes.attention.softmax_pattern",
     "tmm.passes.find_placements",
-    "tmm.passes.insert_attention",
-    "tmm.passes.insert_reference",
     "tmm.passes.reference.clone_nodes",
     "tmm.runs.instrument",
     "tmm.runs.live",

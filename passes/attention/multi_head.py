@@ -16,8 +16,8 @@ from tmm.core.families import ATTENTION
 from tmm.core.records import Site
 from tmm.passes.attention.found import FoundAttention, Mask
 from tmm.passes.graph.dropout_functions import Arguments, bind, multi_head
-from tmm.passes.graph.provenance import add_site
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.values import value_of
 
 VERSION = "2"
 """To be changed with what ``parts_of_multi_head`` computes: compiled graphs with it are cached."""
@@ -51,22 +51,14 @@ def insert_parts(graph: Graph, node: Node, site: Site) -> FoundAttention:
     fake_mode = next(v.fake_mode for v in examples.values() if isinstance(v, FakeTensor))
     with fake_mode, torch.no_grad():
         given = _arguments_of_attention(examples)
-    parts = _tensors(given)
-    with graph.inserting_after(node):
-        call = position = graph.call_function(parts_of_multi_head, (), arguments)
-    set_value(call, parts)
-    add_site(call, ATTENTION.name, site)
-    found = []
-    for index, part in enumerate(parts):
-        with graph.inserting_after(position):
-            position = graph.call_function(operator.getitem, (call, index))
-        set_value(position, part)
-        add_site(position, ATTENTION.name, site)
-        found.append(position)
+    at, parts = Rewriter(graph, node), _tensors(given)
+    call = at.add("call_function", parts_of_multi_head, (), arguments, parts)
+    found = [at.call(operator.getitem, call, index) for index in range(len(parts))]
+    at.credit(ATTENTION.name, site)
     query, key, value, *masks = found
     causal = bool(given.get("is_causal", False))
     return FoundAttention(
-        *(node, position, query, key, value, None),
+        *(node, at.last, query, key, value, None),
         masks=tuple(map(Mask.of, masks)),
         is_causal=causal,
     )

@@ -15,7 +15,7 @@ from tmm.core.keys import key_of
 from tmm.core.records import Site
 from tmm.passes.graph.provenance import pass_of, sites_of
 from tmm.passes.graph.subgraphs import nested_calls
-from tmm.passes.graph.taps import is_mark
+from tmm.passes.graph.taps import call_of, is_mark
 from tmm.passes.graph.values import value_of
 
 _CONSTANT_LIMIT = 4096  # elements of a constant that are written out
@@ -138,10 +138,10 @@ def _type(example: object) -> str:
 
 
 def _module(node: Node, names: Mapping[int, str]) -> str:
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
+    call = call_of(node)
+    if call is None:
         return ""
-    name = names.get(int(next(reversed(stack)).partition("@")[0]), "")
+    name = names.get(int(call.partition("@")[0]), "")
     return name.removeprefix("//") or "[this module]"
 
 

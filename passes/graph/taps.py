@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from tmm.core.records import OUTSIDE, Site
 from tmm.kernels.ops import MARKS, tap_attention, tap_shown
+from tmm.passes.graph.values import module_stack
 
 
 def is_mark(node: Node) -> bool:
@@ -36,10 +37,9 @@ def site_of(node: Node, modules: Mapping[int, str]) -> Site | None:
 
 def call_of(node: Node) -> str | None:
     """The module call that ``node`` was traced in: the module's ``id``, of a repeated call "@n"."""
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack)) if stack else None
+    return next(reversed(module_stack(node)), None)
 
 
 def is_within(node: Node, call: str) -> bool:
     """Whether ``node`` was traced in that call of a module, or in a call that it made."""
-    return call in node.meta.get("nn_module_stack", ())
+    return call in module_stack(node)

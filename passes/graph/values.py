@@ -9,7 +9,8 @@ from torch.fx import Node
 if TYPE_CHECKING:
     from torch._dynamo.variables.builder import GraphArg
 
-_VALUE, _ARGUMENT = "example_value", "grapharg"
+_VALUE, _ARGUMENT, _CALLS = "example_value", "grapharg", "nn_module_stack"
+_ORIGIN = (_CALLS, "stack_trace", "source_fn_stack")
 
 
 def value_of(node: Node) -> Any:
@@ -36,3 +37,22 @@ def argument_of(node: Node) -> GraphArg | None:
     """What the program gives for an input of the graph; None for other nodes."""
     argument: GraphArg | None = node.meta.get(_ARGUMENT)
     return argument
+
+
+def module_stack(node: Node) -> dict[str, tuple[str, type]]:
+    """The calls of modules that a node was traced in, the outermost first.
+
+    Path and type of the module by its ``id``, of a repeated call with "@n".
+    """
+    return node.meta.get(_CALLS) or {}
+
+
+def copy_module_stack(source: Node, target: Node) -> None:
+    """Let ``target`` lie in the calls of modules that ``source`` was traced in."""
+    if _CALLS in source.meta:
+        target.meta[_CALLS] = source.meta[_CALLS]
+
+
+def origin_of(node: Node) -> dict[str, Any]:
+    """What the tracer tells of the lines and modules that a node comes from, as metadata."""
+    return {key: node.meta[key] for key in _ORIGIN if key in node.meta}

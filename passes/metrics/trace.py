@@ -7,30 +7,17 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.core.metrics import Reduction
+from tmm.passes.graph.rewriter import Rewriter, computed
 from tmm.passes.graph.values import set_value, value_of
 
 
 class MetricFunctionError(ValueError):
     """A user's metric function cannot be part of a compiled graph."""
-
-
-def insert_call(
-    graph: Graph, target: Callable[..., torch.Tensor] | str, value: Node, *arguments: str | bool
-) -> Node:
-    """Insert a call of a function, or of a method by name, with the example of its result."""
-    example = value_of(value)
-    if isinstance(target, str):
-        node = graph.call_method(target, (value, *arguments))
-        set_value(node, getattr(example, target)(*arguments))
-    else:
-        node = graph.call_function(target, (value, *arguments))
-        set_value(node, target(example, *arguments))
-    return node
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,44 +118,22 @@ def _kind(example: torch.Tensor) -> Hashable | None:
 
 
 def insert_traced(
-    graph: Graph,
-    function: TracedFunction,
-    values: Sequence[Node],
-    position: Node,
-    *,
-    was_known: bool = False,
+    at: Rewriter, function: TracedFunction, values: Sequence[Node], *, was_known: bool = False
 ) -> Node:
-    """Insert traced operations on ``values`` after ``position``; gives the node of their result.
+    """Insert traced operations on ``values``; gives the node of their result.
 
     What the function does to its arguments in place, it does to copies. A function that
     ``was_known`` was traced with other examples: the nodes get ones of their own.
     """
-    mode = value_of(values[0]).fake_mode
-    copies: dict[Node, Node] = {}
-    for placeholder, value in zip(
-        function.graph.graph.find_nodes(op="placeholder"), values, strict=True
-    ):
-        copies[placeholder] = value
-        if function.mutates:
-            with graph.inserting_after(position):
-                position = copies[placeholder] = insert_call(graph, "clone", value)
-    for node in function.graph.graph.nodes:
+    mode, graph = value_of(values[0]).fake_mode, function.graph.graph
+    given = [at.call("clone", value) if function.mutates else value for value in values]
+    copies: dict[Node, Node] = dict(zip(graph.find_nodes(op="placeholder"), given, strict=True))
+    for node in graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        with graph.inserting_after(position):
-            position = copies[node] = graph.node_copy(node, copies.__getitem__)
-        example = _example(position, mode) if was_known else node.meta.get("val")
-        position.meta = {}
-        set_value(position, example)
-    (result,) = function.graph.graph.output_node().all_input_nodes
+        copied = copies[node] = at.copy(node, copies.__getitem__, node.meta.get("val"))
+        if was_known:
+            with mode:
+                set_value(copied, computed(copied))
+    (result,) = graph.output_node().all_input_nodes
     return copies[result]
-
-
-def _example(node: Node, mode: FakeTensorMode) -> object:
-    """What the operation of ``node`` gives for the examples of its arguments."""
-    assert callable(node.target)
-    arguments, options = torch.fx.map_arg(
-        (node.args, node.kwargs), lambda argument: value_of(argument)
-    )
-    with torch.no_grad(), mode:
-        return node.target(*arguments, **options)

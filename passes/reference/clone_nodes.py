@@ -19,12 +19,16 @@ from tmm.passes.graph.dropout_functions import FUNCTIONS, SharedMask, draws_by_i
 from tmm.passes.graph.edits import add_body_input, add_body_output, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.values import module_stack, origin_of, set_value, value_of
 from tmm.passes.reference.dropout_masks import Masks
 from tmm.passes.reference.normalization import mixes_items, without_statistics
 from tmm.passes.reference.prefix_branch import Samples, SamplesError
+
+BRANCH = "reference"
+"""The family of what copies are made for."""
 
 ORIGIN = "tmm_copied"
 """Node metadata: the node that this one computes again. A copy is never copied itself."""
@@ -46,18 +50,16 @@ class Copier:
     not copied but shared, without its gradient. ``marks`` are the marks, here and in nested
     graphs, whose tensors are wanted; after ``copy``, ``found`` maps each to the counterpart of its
     tensor and ``refused`` those that have none to the reason; ``dependent`` is all that depends on
-    what is substituted. ``family`` and ``site`` name what
-    the copies are made for. ``parameters`` are the substitutes that are parameters, by graph, and
-    ``outer`` maps placeholders of nested graphs to those of the outermost one. With ``samples``
-    the copy is of those items alone, and what it shares is narrowed to them, which is not possible
-    for ``scrambled`` nodes.
+    what is substituted. ``site`` names what the copies are made for. ``parameters`` are the
+    substitutes that are parameters, by graph, and ``outer`` maps placeholders of nested graphs to
+    those of the outermost one. With ``samples`` the copy is of those items alone, and what it
+    shares is narrowed to them, which is not possible for ``scrambled`` nodes.
     """
 
     module: GraphModule
     substitutes: Mapping[Node, Node]
     marks: Container[Node]
     masks: Masks
-    family: str
     site: Site
     parameters: dict[GraphModule, dict[Node, Node]] = field(default_factory=dict)
     outer: dict[Node, Node] = field(default_factory=dict)
@@ -267,7 +269,7 @@ class Copier:
         arguments = map_arg(both.kwargs, self._counterpart)
         if self.samples is not None:
             mask = self.masks.narrowed(self.module, mask, self.samples)
-            add_site(mask, self.family, self.site)
+            add_site(mask, BRANCH, self.site)
         with self.module.graph.inserting_after(node):
             copied = self.module.graph.call_function(shared.by_mask, (mask,), arguments)
         self._describe(copied, node)
@@ -311,7 +313,7 @@ class Copier:
                 assert isinstance(output, Node)
                 wanted[index] = output
         inner = Copier(
-            *(body, substitutes, self.marks, self.masks, self.family, self.site),
+            *(body, substitutes, self.marks, self.masks, self.site),
             parameters=self.parameters,
             outer=self.outer,
             samples=self.samples,
@@ -340,17 +342,13 @@ class Copier:
         self.copies[node] = copied
 
     def _describe(self, copied: Node, original: Node) -> None:
-        copied.meta = {
-            key: value
-            for key, value in original.meta.items()
-            if key in ("nn_module_stack", "stack_trace", "source_fn_stack")
-        }
+        copied.meta = origin_of(original)
         example = value_of(original)
         if self.samples is not None:
             example = self.samples.example(example)
         set_value(copied, tree_map(example_like, example))
         copied.meta[ORIGIN] = original
-        add_site(copied, self.family, self.site)
+        add_site(copied, BRANCH, self.site)
 
     def _counterpart(self, node: Node) -> Argument:
         counterpart = self.copies.get(node, node)
@@ -366,10 +364,10 @@ class Copier:
         if self.samples is not None and self.samples.has_items(example):
             if not isinstance(example, torch.Tensor):
                 return cast("Argument", self.samples.example(example))
-            with self.module.graph.inserting_after(_last_input(self.module, node)):
-                narrowed = self.samples.insert_narrow(self.module.graph, node)
+            at = Rewriter(self.module.graph, _last_input(self.module, node))
+            narrowed = self.samples.insert_narrow(at, node)
             narrowed.meta[ORIGIN] = node
-            add_site(narrowed, self.family, self.site)
+            add_site(narrowed, BRANCH, self.site)
             node, example = narrowed, value_of(narrowed)
         if not isinstance(example, torch.Tensor) or not example.requires_grad:
             return node
@@ -386,8 +384,7 @@ def of_the_shape_only(target: object) -> bool:
 
 
 def _module_type(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {"": ("", type(None))}
-    path, kind = next(reversed(stack.values()))
+    path, kind = next(reversed(module_stack(node).values()), ("", type(None)))
     return f"{path} ({getattr(kind, '__name__', kind)})"
 
 

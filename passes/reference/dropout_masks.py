@@ -16,6 +16,7 @@ from tmm.passes.graph.dropout_functions import (
     multi_head_attention_with_mask,
     shared_mask,
 )
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.values import forget_value, has_value, set_value, value_of
 from tmm.passes.reference.prefix_branch import Samples
 
@@ -50,8 +51,7 @@ class Masks:
             _describe(mask)
         if not samples.has_items(value_of(mask)):
             return mask
-        with module.graph.inserting_after(mask):
-            return samples.insert_narrow(module.graph, mask)
+        return samples.insert_narrow(Rewriter(module.graph, mask), mask)
 
 
 def _describe(mask: Node) -> None:

@@ -9,9 +9,10 @@ from typing import Any, cast
 import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.values import set_value, value_of
 
 
@@ -45,17 +46,14 @@ class Samples:
         """Whether the items are the outermost part of no more than one dimension."""
         return not self.has_items(example) or self.dimension(example) is not None
 
-    def insert_narrow(self, graph: Graph, tensor: Node) -> Node:
+    def insert_narrow(self, at: Rewriter, tensor: Node) -> Node:
         """Insert a view of these items of ``tensor``, in which they can be told apart."""
         example = value_of(tensor)
         dimension = self.dimension(example)
         assert dimension is not None
         length: Any = self._size(example.shape[dimension])
-        node = graph.call_method("narrow", (tensor, dimension, 0))
-        with graph.inserting_before(node):
-            node.args = (*node.args, self._insert_size(graph, length))
-        set_value(node, example.narrow(dimension, 0, length))
-        return node
+        arguments = (tensor, dimension, 0, self._insert_size(at, length))
+        return at.add("call_method", "narrow", arguments, {}, example.narrow(dimension, 0, length))
 
     def dimension(self, example: torch.Tensor) -> int | None:
         """The one dimension that items lie in, outermost as far as sizes tell; None for several."""
@@ -65,17 +63,17 @@ class Samples:
         others = sympy.simplify(expression(example.shape[found[0]]) / self.batch)
         return None if self.batch in others.free_symbols else found[0]
 
-    def _insert_size(self, graph: Graph, size: int | torch.SymInt) -> Node | int:
+    def _insert_size(self, at: Rewriter, size: int | torch.SymInt) -> Node | int:
         """Insert the computation of a size: a product of the sizes that a graph is given."""
         if isinstance(size, int):
             return size
-        placeholders = graph.find_nodes(op="placeholder")
+        placeholders = at.graph.find_nodes(op="placeholder")
         examples = {node: value_of(node) for node in placeholders}
         given = {e.node.expr: node for node, e in examples.items() if isinstance(e, torch.SymInt)}
         result: Any = 1
         for factor in sympy.Mul.make_args(expression(size)):
             value = int(factor) if factor.is_Integer else given[factor]
-            result = graph.call_function(operator.mul, (result, value))
+            result = at.call(operator.mul, result, value)
         set_value(result, size)
         return cast("Node", result)
 

@@ -36,7 +36,7 @@ from tmm.kernels.ops import why_unmeasurable
 from tmm.kernels.pairs import Normalization
 from tmm.passes.graph.sharding import Placed, why_unsummed
 from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
-from tmm.passes.insert_reference import BRANCH
+from tmm.passes.reference.clone_nodes import BRANCH
 from tmm.passes.request import CheckedModule, PlacementRequest
 from tmm.runtime.key_binding import Binding, KeyRegistry, single_row
 from tmm.spec.ranks import Ranks, is_distributed

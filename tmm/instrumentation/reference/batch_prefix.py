@@ -20,8 +20,8 @@ from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import all_nodes, sites_of
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.values import argument_of, value_of
-from tmm.passes.insert_reference import PAIR
 from tmm.passes.pipeline import Rewritten
+from tmm.passes.reference.insert_comparisons import PAIR
 from tmm.passes.reference.prefix_branch import Samples, SamplesError
 from tmm.spec.reference import Reference
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +11,15 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from tmm.core.families import ACTIVATION_DIFFERENCE
-from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, Site
 from tmm.core.rng import RandomState
 from tmm.instrumentation.attribution import Attribution, checked_module
 from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.reference.follower import Follower
 from tmm.kernels.ops import why_unmeasurable
-from tmm.kernels.pairs import ROW_NORM, normalized_norms, norms_without, reduce_pair, row_norms
-from tmm.passes.insert_reference import (
-    INPUT,
-    INPUT_DIFFERENCE,
-    INPUT_TERM,
-    UPDATE_TERM,
-    W_0_X_0,
-    W_T_X_T,
-    X_CHANGE,
-    X_T,
-)
+from tmm.passes.reference.comparison_rows import Operand, Term, comparison_rows, input_rows
 from tmm.passes.request import CheckedModule
-from tmm.runtime.eager_functions import reduce_pair_eagerly
+from tmm.runtime.eager_functions import apply_function
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
@@ -71,8 +60,9 @@ class EagerComparison:
         if checked is None:
             return
         given = next(iter((*arguments, *keywords.values())), None)
-        if isinstance(given, torch.Tensor) and not why_unmeasurable(given):
-            self._compare_input(name, given, checked)
+        terms = input_rows(name, checked)
+        if terms and isinstance(given, torch.Tensor) and not why_unmeasurable(given):
+            self._compare(terms, given)
         if self._follower.lost:
             return
         if not _is_plain((arguments, keywords)):
@@ -103,102 +93,60 @@ class EagerComparison:
             checked = None if entered is None else entered.checked
             if why_unmeasurable(tensor) or not (reductions or checked):
                 continue
-            site = Site(name, path)
-            reference = self._differences(site, tensor, reductions)
-            if checked is None:
-                continue
+            site, reference = Site(name, path), self._counterpart(tensor)
             if reference is None:
-                for family, of_weight in _terms(checked, site):
-                    self._lose(_measurement(family, of_weight), self._why_not(tensor))
-            elif entered is not None and entered.mixed is not None:
-                own = tensor.detach()
-                with torch.no_grad(), self._follower.paused():
-                    self._check(site, module, checked, own, entered.mixed[path], reference)
+                self._lose_all(comparison_rows(site, reductions, checked), tensor)
+                continue
+            operands: dict[Operand, torch.Tensor] = {"live": tensor, "reference": reference}
+            if entered is None or entered.mixed is None:
+                checked = None
+            else:
+                operands |= {"mixed": entered.mixed[path], **self._biases(module)}
+            terms = comparison_rows(site, reductions, checked)
+            # Keys have this order outside of graphs: the rows of the weight come last.
+            weight = f"{path}.weight"
+            self._measure(sorted(terms, key=lambda term: term.site.path == weight), operands)
 
     def show(self, site: Site, tensor: torch.Tensor) -> None:
         """Measure a tensor that the program shows under a name."""
         name = site.module + site.path
         reductions = self._attribution.plan.select(name, tensor.dtype, ACTIVATION_DIFFERENCE.name)
         if reductions and not why_unmeasurable(tensor):
-            self._differences(site, tensor, reductions)
+            self._compare(comparison_rows(site, reductions), tensor)
 
-    def _differences(
-        self, site: Site, tensor: torch.Tensor, reductions: tuple[Reduction, ...]
-    ) -> torch.Tensor | None:
-        """Measure a tensor against its counterpart, which is given back; None if it is lost."""
-        with self._follower.paused():
-            reference = self._follower.counterpart(tensor)
+    def _compare(self, terms: Iterable[Term], tensor: torch.Tensor) -> None:
+        """Measure a tensor against its counterpart."""
+        reference = self._counterpart(tensor)
         if reference is None:
-            for reduction in reductions:
-                self._lose(
-                    Measurement(ACTIVATION_DIFFERENCE.name, site, reduction), self._why_not(tensor)
-                )
-            return None
-        with torch.no_grad(), self._follower.paused():
-            for reduction in reductions:
-                row = reduce_pair_eagerly(tensor.detach(), reference, reduction)
-                self._add(Measurement(ACTIVATION_DIFFERENCE.name, site, reduction), row)
-        return reference
+            self._lose_all(terms, tensor)
+        else:
+            self._measure(terms, {"live": tensor, "reference": reference})
 
-    def _why_not(self, tensor: torch.Tensor) -> str:
+    def _counterpart(self, tensor: torch.Tensor) -> torch.Tensor | None:
         with self._follower.paused():
-            return self._follower.why_unknown(tensor)
+            return self._follower.counterpart(tensor)
 
-    def _compare_input(self, name: str, given: torch.Tensor, checked: CheckedModule) -> None:
-        if checked.only_update:
-            return
-        with self._follower.paused():
-            counterpart = self._follower.counterpart(given)
-        if counterpart is None:
-            for family, site in _input_rows(checked, name):
-                self._lose(_measurement(family, site), self._why_not(given))
-            return
-        site, own = Site(name), given.detach()
-        with torch.no_grad(), self._follower.paused():
-            self._add(Measurement(INPUT, site, ROW_NORM), row_norms(own, ROW_NORM))
-            row = reduce_pair(own, counterpart, ROW_NORM)
-            self._add(Measurement(INPUT_DIFFERENCE, site, ROW_NORM), row)
-            if (way := checked.normalization) is not None:
-                row = normalized_norms(way, own)
-                self._add(Measurement(UPDATE_TERM, Site(name, X_T), ROW_NORM), row)
-                row = normalized_norms(way, own, counterpart)
-                self._add(Measurement(INPUT_TERM, Site(name, X_CHANGE), ROW_NORM), row)
-
-    def _check(
-        self,
-        site: Site,
-        module: torch.nn.Module,
-        checked: CheckedModule,
-        own: torch.Tensor,
-        mixed: torch.Tensor,
-        reference: torch.Tensor,
-    ) -> None:
-        weight = Site(site.module, f"{site.path}.weight")
-
-        def add(family: str, site: Site, a: torch.Tensor, b: torch.Tensor) -> None:
-            self._add(Measurement(family, site, ROW_NORM), reduce_pair(a, b, ROW_NORM))
-
-        add(UPDATE_TERM, site, own, mixed)
-        if not checked.only_update:
-            add(INPUT_TERM, site, mixed, reference)
-        if not checked.has_weight_rows:
-            return
+    def _biases(self, module: torch.nn.Module) -> dict[Operand, torch.Tensor]:
         bias = getattr(module, "bias", None)
         initial = self._follower.reference.of(bias)
-        if checked.has_operand_rows:
-            for term, path, tensor, offset in (
-                (UPDATE_TERM, W_T_X_T, own, bias),
-                (INPUT_TERM, W_0_X_0, reference, initial),
-            ):
-                operand = Site(site.module, site.path + path)
-                offsets = () if offset is None else (offset,)
-                self._add(Measurement(term, operand, ROW_NORM), norms_without(tensor, *offsets))
-        if bias is not None and initial is not None:
-            own, without = own - bias.detach(), mixed - initial
-            add(UPDATE_TERM, weight, own, without)
-        else:
-            add(UPDATE_TERM, weight, own, mixed)
-        add(INPUT_TERM, weight, mixed, reference)
+        biases: dict[Operand, torch.Tensor | None] = {"bias": bias, "reference bias": initial}
+        return {name: bias for name, bias in biases.items() if isinstance(bias, torch.Tensor)}
+
+    def _measure(self, terms: Iterable[Term], operands: Mapping[Operand, torch.Tensor]) -> None:
+        with torch.no_grad(), self._follower.paused():
+            for term in terms:
+                values = [operands[o].detach() for o in term.given(operands.keys()).operands]
+                if term.reduction.function is None:
+                    row = term.computation(*values)
+                else:  # it may change its arguments in place
+                    row = apply_function(term.reduction, *(value.clone() for value in values))
+                self._add(term.measurement, row)
+
+    def _lose_all(self, terms: Iterable[Term], tensor: torch.Tensor) -> None:
+        with self._follower.paused():
+            reason = self._follower.why_unknown(tensor)
+        for term in terms:
+            self._lose(term.measurement, reason)
 
     def _repeat(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> Any:
         """What the module gives with the reference's parameters, changing nothing."""
@@ -221,32 +169,6 @@ class EagerComparison:
         finally:
             self.is_repeating = repeating
             state.restore()
-
-
-def _measurement(family: str, site: Site) -> Measurement:
-    return Measurement(family, site, ROW_NORM)
-
-
-def _input_rows(checked: CheckedModule, name: str) -> Iterator[tuple[str, Site]]:
-    """The rows of the input of a module that is checked."""
-    yield INPUT, Site(name)
-    yield INPUT_DIFFERENCE, Site(name)
-    if checked.normalization is not None:
-        yield UPDATE_TERM, Site(name, X_T)
-        yield INPUT_TERM, Site(name, X_CHANGE)
-
-
-def _terms(checked: CheckedModule, site: Site) -> Iterator[tuple[str, Site]]:
-    """The rows of an output of a module that is checked."""
-    paths = [""]
-    paths += [".weight"] if checked.has_weight_rows else []
-    for path in paths:
-        yield UPDATE_TERM, Site(site.module, site.path + path)
-        if not checked.only_update:
-            yield INPUT_TERM, Site(site.module, site.path + path)
-    if checked.has_operand_rows:
-        yield UPDATE_TERM, Site(site.module, site.path + W_T_X_T)
-        yield INPUT_TERM, Site(site.module, site.path + W_0_X_0)
 
 
 def _copy(value: object) -> object:

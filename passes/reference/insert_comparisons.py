@@ -1,0 +1,160 @@
+"""Compute the rows of comparisons in a graph, after the marks of the tensors that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.core.families import ACTIVATION_DIFFERENCE
+from tmm.core.records import Site
+from tmm.passes.graph.provenance import add_site, sites_of
+from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
+from tmm.passes.graph.taps import call_of, is_mark, is_within, site_of
+from tmm.passes.graph.values import value_of
+from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.metrics.trace import MetricFunctionError, Traces, insert_traced
+from tmm.passes.reference.clone_nodes import ORIGIN, Copier
+from tmm.passes.reference.comparison_rows import Operand, Term
+from tmm.passes.request import ComparisonRequest
+
+PAIR = "tmm_pair"
+"""Metadata of a row: the two tensors that it compares, equal where the reference is the model."""
+
+
+@dataclass
+class Comparisons:
+    """Inserts the rows that are ``wanted`` at marks of a graph and the graphs nested in it.
+
+    ``parameters`` are those of the reference, by graph; ``branch`` has copied what they need.
+    """
+
+    module: GraphModule
+    modules: Mapping[int, str]
+    asked: ComparisonRequest
+    branch: Copier
+    parameters: Mapping[GraphModule, Mapping[Node, Node]]
+    wanted: Mapping[Node, tuple[Term, ...]]
+    rows: dict[object, Node] = field(default_factory=dict)
+    traces: Traces = field(default_factory=Traces)
+
+    def insert(self) -> Iterator[tuple[Site, str]]:
+        """Insert them; gives the sites that have none, with the reason."""
+        yield from self._insert(self.module)
+
+    def _insert(self, module: GraphModule) -> Iterator[tuple[Site, str]]:
+        for mark in list(module.graph.nodes):
+            if not is_mark(mark) and ORIGIN not in mark.meta and not sites_of(mark):
+                self.rows.clear()  # what comes may overwrite the tensor
+            if mark not in self.wanted:
+                continue
+            site = site_of(mark, self.modules)
+            assert site is not None
+            if mark in self.branch.refused:
+                yield site, f"reference: {self.branch.refused[mark]}"
+            elif reason := self._insert_behind(module, mark, site):
+                yield site, f"reference: {reason}"
+        for call, body in nested_calls(module):
+            if returns_body_outputs(call):
+                yield from self._insert(body)
+
+    def _insert_behind(self, module: GraphModule, mark: Node, site: Site) -> str:
+        """Insert the rows of a mark; gives the reason where some of them cannot be computed."""
+        place = _Place(module, mark, self.asked, self.branch)
+        for term in self.wanted[mark]:
+            if "mixed" in term.operands and "mixed" not in place.operands:
+                mixed = self._with_live_input(module, mark, site)
+                if mark in mixed.refused:
+                    return mixed.refused[mark]
+                place.operands |= {"mixed": place.of(mixed), **self._biases(module, site)}
+            self._execute(place, term.given(place.operands))
+        return ""
+
+    def _execute(self, place: _Place, term: Term) -> None:
+        """Insert the row of a term; one row serves all that compute the same."""
+        # A difference serves all marks of a tensor; the others are of one module's parameters.
+        is_difference = term.family == ACTIVATION_DIFFERENCE.name
+        key = (place.tensor if is_difference else place.mark, term.computation, term.operands)
+        if (row := self.rows.get(key)) is None:
+            self.rows[key] = place.row(term, self.traces)
+        else:
+            reduction = row.meta[MEASUREMENTS][0].reduction
+            row.meta[MEASUREMENTS] += (replace(term.measurement, reduction=reduction),)
+            add_site(row, term.family, term.site)
+
+    def _with_live_input(self, module: GraphModule, mark: Node, site: Site) -> Copier:
+        """W_0 x_t: the module's own nodes with the reference's parameters."""
+        call = call_of(mark)
+        assert call is not None
+        parameters = self.parameters.get(module, {})
+        mixed = Copier(
+            *(module, parameters, frozenset([mark]), self.branch.masks, site),
+            parameters={module: dict(parameters)},
+            samples=self.asked.samples,
+            scrambled=self.branch.scrambled,
+        )
+        mixed.copy(among=[node for node in module.graph.nodes if is_within(node, call)])
+        return mixed
+
+    def _biases(self, module: GraphModule, site: Site) -> dict[Operand, Node]:
+        checked = self.asked.checked(site)
+        for node, substitute in self.parameters.get(module, {}).items():
+            parameter = self.asked.parameter(self.branch.outer.get(node, node))
+            if checked is not None and checked.bias is not None and parameter == checked.bias:
+                return {"bias": node, "reference bias": substitute}
+        return {}
+
+
+class _Place:
+    """Where rows go: directly after a mark, and after what was inserted there before.
+
+    ``operands`` are the nodes that terms can be computed from here.
+    """
+
+    def __init__(
+        self, module: GraphModule, mark: Node, asked: ComparisonRequest, branch: Copier
+    ) -> None:
+        self.mark = mark
+        (self.tensor,) = mark.all_input_nodes
+        at, samples = Rewriter(module.graph, mark), asked.samples
+        live = at.call("detach", self.tensor)
+        if samples is not None and samples.has_items(value_of(self.tensor)):
+            live = samples.insert_narrow(at, live)
+        self.operands: dict[Operand, Node] = {"live": live}
+        if mark in branch.found:
+            self.operands["reference"] = self.of(branch)
+        self._last, self._shared = at.last, list(at.inserted())
+
+    def of(self, copier: Copier) -> Node:
+        """The counterpart that ``copier`` found of the marked tensor."""
+        found = copier.found[self.mark]
+        return self.operands["live"] if found is self.tensor else found
+
+    def row(self, term: Term, traces: Traces) -> Node:
+        """Insert the row of a term."""
+        at = Rewriter(self.mark.graph, self._last)
+        values = [self.operands[operand] for operand in term.operands]
+        examples, reduction = [value_of(value).detach() for value in values], term.reduction
+        try:
+            traced, was_known = traces.trace(term.computation, examples, reduction)
+        except MetricFunctionError:
+            if not reduction.falls_back:
+                raise
+            reduction = replace(reduction, trace=False)
+            traced, was_known = traces.trace(_one_after_the_other, examples, reduction)
+        row = insert_traced(at, traced, values, was_known=was_known)
+        row.meta[MEASUREMENTS] = (replace(term.measurement, reduction=reduction),)
+        if term.right is not None and not term.offsets:
+            row.meta[PAIR] = tuple(values)
+        at.credit(term.family, term.site)
+        for node in self._shared:
+            add_site(node, term.family, term.site)
+        self._last = at.last
+        return row
+
+
+def _one_after_the_other(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    return torch.stack([own.detach(), reference.to(own.dtype)])
