@@ -38,14 +38,14 @@ from benchmarks.timing import environment, interleave
 from benchmarks.workloads import FIVE_METRICS, GPT_SMALL, monitored_step, training_step
 from tmm.core.metrics import builtin_reductions
 from tmm.runtime.ranks.gloo import ProcessGroup
-from tmm.runtime.ranks.joined_rows import RowKind
-from tmm.runtime.ranks.protocol import Contribution, CrossRank
+from tmm.runtime.ranks.joined_rows import on_the_wire
+from tmm.runtime.ranks.protocol import CrossRank, Exchange
 
 ROWS = (100, 1000, 4000)
 WORLDS = (1, 2, 4)
 MANY = (8, 64, 512, 4096)
 (REDUCTION,) = builtin_reductions(FIVE_METRICS, is_complex=False)
-KIND = RowKind.of(REDUCTION)
+KIND = on_the_wire(REDUCTION)
 EXTREMES, MOMENTS = 1, 1  # of the columns of KIND: absmax, moment2
 
 
@@ -117,9 +117,9 @@ class Step:
     step: int
     sites: tuple[str, ...]
 
-    def contribution(self) -> Contribution:
+    def contribution(self) -> Exchange:
         """The rows."""
-        return Contribution({KIND: (self.sites, np.ones((len(self.sites), KIND.width)))})
+        return Exchange({KIND: (self.sites, np.ones((len(self.sites), KIND.width)))})
 
 
 def joining(ranks: int, rounds: int) -> list[Joining]:

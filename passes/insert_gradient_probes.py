@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.core.families import ACTIVATION_GRADIENT
 from tmm.core.metrics import Reduction
-from tmm.core.records import Measurement, PackedLayout, Row, Share, Site
+from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.ops import tap, why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput
@@ -202,16 +202,15 @@ def _computes(node: Node) -> bool:
 
 
 def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
-    rows, start = [], 0
+    slots, start = [], 0
     for place in places:
         for reduction in place.reductions:
-            stop = start + reduction.width
-            rows += [
-                Row(Measurement(FAMILY, s, reduction, place.share), 0, range(start, stop))
-                for s in place.sites
+            slots += [
+                Slot.of(Measurement(FAMILY, site, reduction, place.share), start)
+                for site in place.sites
             ]
-            start = stop
-    return RowInput(device, start, PackedLayout(tuple(rows), 1))
+            start += reduction.width
+    return RowInput(device, start, PackedLayout(tuple(slots), 1))
 
 
 def _row_nodes(

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from tmm.core.families import VALUE_FAMILY
 from tmm.core.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
-from tmm.core.records import Measurement, Site
+from tmm.core.records import Measurement, Site, Slot
 from tmm.kernels.ops import (
     copy,
     histogram,
@@ -26,6 +26,7 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import add_site
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import Placements, is_distributed, why_unsummed
+from tmm.passes.graph.slots import add_slots
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
 from tmm.passes.graph.values import value_of
@@ -38,41 +39,28 @@ from tmm.passes.metrics.trace import (
 )
 from tmm.passes.request import GraphRequest
 
-MEASUREMENTS = "tmm_measurements"
-"""Node metadata: the measurements whose row (or whole values) the node computes."""
-
-CONSECUTIVE = "tmm_consecutive"
-"""Node metadata: the rows of the measurements lie one after the other; else they are the same."""
-
-SHARED = "tmm_shared"
-"""Node metadata: the ``SharedRow`` that the node computes, if it is one."""
-
 _MEASURED = "tmm_measured"
 
 
 @dataclass(frozen=True)
-class SharedRow:
-    """A row that serves several reductions of a tensor, each by some of its ``columns``.
+class _Row:
+    """A row of a reduction, as a ``node`` computes it: some of its numbers, or all of them.
 
-    ``known`` says what the functions among them compute.
+    ``known`` says what the function of the reduction computes. Of one that is to run eagerly the
+    reduction has lost its ``trace``.
     """
 
-    columns: tuple[str, ...]
-    known: Mapping[Reduction, KnownMetric]
+    node: Node
+    reduction: Reduction
+    indices: Sequence[int] | None = None
+    known: KnownMetric | None = None
 
-    @staticmethod
-    def of(builtin: Sequence[Reduction], known: Mapping[Reduction, KnownMetric]) -> SharedRow:
-        """The row of these built-in reductions and functions."""
-        needed = {column for reduction in builtin for column in reduction.columns}
-        needed |= {column for metric in known.values() for column in metric.columns}
-        return SharedRow(tuple(column for column in COLUMN_ORDER if column in needed), known)
-
-    def offsets(self, reduction: Reduction) -> list[int]:
-        """Where in the row the columns of a reduction, or of what it is known to be, are."""
-        columns = reduction.columns
-        if reduction in self.known:
-            columns = self.known[reduction].columns
-        return [self.columns.index(column) for column in columns]
+    def slot(self, measurement: Measurement) -> Slot:
+        """The slot of a measurement of this row."""
+        measurement = replace(measurement, reduction=self.reduction)
+        if self.indices is None:
+            return Slot.of(measurement)
+        return Slot(measurement, self.indices, self.known)
 
 
 def insert_reductions(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
@@ -96,7 +84,7 @@ def _insert(
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
-    computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]] = {}
+    computed: dict[tuple[Node, Reduction], _Row] = {}
     for node in list(module.graph.nodes):
         if node.target in (tap_input, tap_attention):
             continue
@@ -124,7 +112,7 @@ def _measure(
     node: Node,
     request: GraphRequest,
     placements: Placements | None,
-    computed: dict[tuple[Node, Reduction], tuple[Node, Reduction]],
+    computed: dict[tuple[Node, Reduction], _Row],
     reads: Callable[..., torch.Tensor] | str,
 ) -> Iterator[tuple[Site, str]]:
     tensor = node.args[0]
@@ -152,19 +140,18 @@ def _measure(
             value = at.call("to_local", value)
         if example.is_nested:
             value = at.call("values", value)
-        for reduction, row in _reduce(value, fresh):
-            computed[tensor, reduction] = row, reduction
-            row.meta.setdefault(MEASUREMENTS, ())
+        for row in _reduce(value, fresh):
+            computed[tensor, row.reduction] = row
     for wanted in reductions:
-        row, reduction = computed[tensor, wanted]
+        row = computed[tensor, wanted]
         if wanted not in fresh:
-            add_site(row, family, site)
-        row.meta[MEASUREMENTS] += (Measurement(family, site, reduction, share),)
+            add_site(row.node, family, site)
+        add_slots(row.node, row.slot(Measurement(family, site, wanted, share)))
     at.credit(family, site)
 
 
-def _reduce(value: Node, reductions: Sequence[Reduction]) -> Iterator[tuple[Reduction, Node]]:
-    """Insert the nodes of the reductions after ``value``; gives the last one of each.
+def _reduce(value: Node, reductions: Sequence[Reduction]) -> Iterator[_Row]:
+    """Insert the nodes of the reductions after ``value``; gives the row of each.
 
     Functions that compute what tmm knows share one row with the built-in metrics. Those that are
     to run eagerly get a copy of the tensor, and lose their ``trace``.
@@ -178,24 +165,33 @@ def _reduce(value: Node, reductions: Sequence[Reduction]) -> Iterator[tuple[Redu
             known[reduction] = metric
     if known:
         builtin = [r for r in reductions if r.function is None and not r.is_histogram]
-        shared = SharedRow.of(builtin, known)
-        row = _summarize(value, shared.columns)
-        row.meta[SHARED] = shared
-        yield from ((reduction, row) for reduction in (*builtin, *known))
+        yield from _share(value, builtin, known)
         reductions = [r for r in reductions if r not in known and r not in builtin]
     for reduction in reductions:
         function = functions.get(reduction)
         if reduction.function is None:
-            yield reduction, _summarize(value, reduction.columns)
+            yield _Row(_summarize(value, reduction.columns), reduction)
         elif function is None:
-            yield replace(reduction, trace=False), _behind(value, copy)
+            yield _Row(_behind(value, copy), replace(reduction, trace=False))
         else:
             result = insert_traced(Rewriter(value.graph, value), function, (value,))
             if not reduction.collects_values:
-                yield reduction, _summarize(result, reduction.columns)
+                yield _Row(_summarize(result, reduction.columns), reduction)
                 continue
             # A copy, not a view of what a later operation may overwrite.
-            yield reduction, _behind(result, copy)
+            yield _Row(_behind(result, copy), reduction)
+
+
+def _share(
+    value: Node, builtin: Sequence[Reduction], known: Mapping[Reduction, KnownMetric]
+) -> Iterator[_Row]:
+    """One row for built-in reductions and functions that compute what tmm knows."""
+    asked = {r: r.columns for r in builtin} | {r: known[r].columns for r in known}
+    needed = {column for columns in asked.values() for column in columns}
+    shared = tuple(column for column in COLUMN_ORDER if column in needed)
+    row = _summarize(value, shared)
+    for reduction, columns in asked.items():
+        yield _Row(row, reduction, [shared.index(name) for name in columns], known.get(reduction))
 
 
 def _is_empty(example: torch.Tensor) -> bool:

@@ -9,9 +9,9 @@ from torch.fx import GraphModule
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import copy_sites
 from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.slots import add_slots, slots_of, take_slots
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.values import set_value, value_of
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED
 from tmm.passes.request import GraphRequest
 
 
@@ -26,7 +26,7 @@ def lift_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
         if not returns_body_outputs(call):
             continue
         lift_rows(body, request, found)
-        rows = [node for node in body.graph.nodes if MEASUREMENTS in node.meta]
+        rows = [node for node in body.graph.nodes if slots_of(node)]
         output = body.graph.output_node()
         (returned,) = output.args
         assert isinstance(returned, (tuple, list))
@@ -36,8 +36,5 @@ def lift_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
         at = Rewriter(module.graph, call)
         for index, row in enumerate(rows, start=len(returned)):
             position = at.call(operator.getitem, call, index)
-            position.meta[MEASUREMENTS] = row.meta.pop(MEASUREMENTS)
-            for key in (CONSECUTIVE, SHARED):
-                if key in row.meta:
-                    position.meta[key] = row.meta.pop(key)
+            add_slots(position, *take_slots(row))
             copy_sites(row, position)

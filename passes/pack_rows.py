@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import Reduction
-from tmm.core.records import Measurement, PackedLayout, Row, Site
+from tmm.core.records import PackedLayout, Site, Slot
 from tmm.kernels.ops import pack
 from tmm.passes.findings import GraphFindings
-from tmm.passes.graph.rewriter import Rewriter
-from tmm.passes.graph.values import value_of
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS, SHARED, SharedRow
+from tmm.passes.graph.slots import slots_of, take_slots
+from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.request import GraphRequest
 
 
@@ -31,8 +28,8 @@ def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> Pa
     packed: dict[torch.device, list[Node]] = {}
     whole: list[Node] = []
     for node in module.graph.nodes:
-        if MEASUREMENTS in node.meta:
-            if _measurements(node)[0].reduction.leaves_whole:
+        if slots_of(node):
+            if _reduction(node).leaves_whole:
                 whole.append(node)
             else:
                 packed.setdefault(value_of(node).device, []).append(node)
@@ -42,51 +39,37 @@ def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> Pa
     output = module.graph.output_node()
     (returned,) = output.args
     assert isinstance(returned, (tuple, list))
-    at = Rewriter(module.graph, output.prev)
-    rows: list[tuple[Node, Row]] = []
+    slots: list[tuple[Node, Slot]] = []
     extra: list[Node] = []
     for nodes in packed.values():
         _group_by_reduction(nodes)
         start = 0
         for node in nodes:
-            rows += [(node, row) for row in _rows(node, len(extra), start)]
+            slots += [(node, slot.at(len(extra), start)) for slot in slots_of(node)]
             start += int(value_of(node).numel())
-        extra.append(at.call(pack, nodes))
+        with module.graph.inserting_before(output):
+            extra.append(module.graph.call_function(pack, (nodes,)))
+        set_value(extra[-1], pack([value_of(node) for node in nodes]))
     for node in whole:
-        rows += [(node, Row(m, len(extra))) for m in _measurements(node)]
+        slots += [(node, slot.at(len(extra))) for slot in slots_of(node)]
         extra.append(node)
     output.args = ((*returned, *extra),)
 
-    for node, _ in rows:
-        node.meta.pop(MEASUREMENTS, None)
-        node.meta.pop(SHARED, None)
-    order = {node: index for index, node in enumerate(module.graph.nodes)}
-    rows.sort(key=lambda item: order[item[0]])
-    return PackedLayout(tuple(row for _, row in rows), len(extra), unmeasured)
+    order = {}
+    for index, node in enumerate(module.graph.nodes):
+        order[node] = index
+        take_slots(node)
+    slots.sort(key=lambda item: order[item[0]])
+    return PackedLayout(tuple(slot for _, slot in slots), len(extra), unmeasured)
 
 
 def _group_by_reduction(nodes: list[Node]) -> None:
     """Order nodes so that rows of one reduction lie one after the other: nobody gathers them."""
     places: dict[Reduction, int] = {}
     for node in nodes:
-        places.setdefault(_measurements(node)[0].reduction, len(places))
-    nodes.sort(key=lambda node: places[_measurements(node)[0].reduction])
+        places.setdefault(_reduction(node), len(places))
+    nodes.sort(key=lambda node: places[_reduction(node)])
 
 
-def _rows(node: Node, output: int, start: int) -> Iterator[Row]:
-    """The rows that a node holds, whose first number is at ``start`` of an output."""
-    shared: SharedRow | None = node.meta.get(SHARED)
-    for measurement in _measurements(node):
-        width = measurement.reduction.width
-        if shared is None:
-            yield Row(measurement, output, range(start, start + width))
-        else:
-            indices = tuple(start + offset for offset in shared.offsets(measurement.reduction))
-            yield Row(measurement, output, indices, shared.known.get(measurement.reduction))
-        if node.meta.get(CONSECUTIVE):
-            start += width
-
-
-def _measurements(node: Node) -> tuple[Measurement, ...]:
-    measurements: tuple[Measurement, ...] = node.meta[MEASUREMENTS]
-    return measurements
+def _reduction(node: Node) -> Reduction:
+    return slots_of(node)[0].measurement.reduction

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tmm.core.metrics import KnownMetric, Reduction
-from tmm.core.records import Measurement, PackedLayout, Row, Site
+from tmm.core.records import Measurement, PackedLayout, Site, Slot
 from tmm.kernels.pairs import reduce_pair
 from tmm.kernels.summarize.group import summarize_group
 from tmm.runtime.eager_functions import reduce_eagerly, reduce_pair_eagerly
@@ -141,15 +141,11 @@ class NamedStatistics:
         key = (family, reduction, known, names)
         if key not in self._bindings:
             width = reduction.width if known is None else len(known.columns)
-            width = 0 if reduction.collects_values else width
-            rows = tuple(
-                Row(
-                    Measurement(family, Site(name), reduction),
-                    *(0, range(i * width, (i + 1) * width), known),
-                )
-                for i, name in enumerate(names)
+            slots = (
+                Slot.of(Measurement(family, Site(name), reduction), place * width, known)
+                for place, name in enumerate(names)
             )
-            layout = PackedLayout(rows, 1)
+            layout = PackedLayout(tuple(slots), 1)
             self._bindings[key] = self._registry.bind(layout, lambda m: m.site)
         return self._bindings[key]
 

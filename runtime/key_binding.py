@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tmm.core.families import ACTIVATION_DIFFERENCE, VALUE_FAMILY
 from tmm.core.keys import key_of, parts_of
 from tmm.core.metrics import FloatArray, KnownMetric, Reduction
-from tmm.core.records import LOGGED, KeyInfo, Measurement, PackedLayout, Row, Site
+from tmm.core.records import LOGGED, KeyInfo, Measurement, PackedLayout, Site, Slot
 from tmm.runtime.key_owners import KeyOwners, owner_of
 
 Resolve = Callable[[Measurement], Site | None]
@@ -139,22 +139,22 @@ class KeyRegistry:
         ] = {}
         turns: Counter[tuple[Reduction, str]] = Counter()
         whole: list[WholeOutput] = []
-        for row in layout.rows:
-            family, reduction = row.measurement.family, row.measurement.reduction
-            found = resolve(row.measurement)
+        for slot in layout.slots:
+            family, reduction = slot.measurement.family, slot.measurement.reduction
+            found = resolve(slot.measurement)
             site = None if found is None else self.claim(family, found, reduction)
             if site is None:
                 continue
             self._positions.setdefault(site, len(self._positions))
-            if not row.indices:
+            if not slot.indices:
                 is_pair = family == ACTIVATION_DIFFERENCE.name
-                whole.append(WholeOutput(reduction, site, row.output, is_pair))
+                whole.append(WholeOutput(reduction, site, slot.output, is_pair))
                 continue
             # A module that is called several times in a graph has several rows: one per round.
             turn = turns[reduction, site]
             turns[reduction, site] += 1
-            entry = (site, row.indices)
-            rounds.setdefault((row.output, reduction, row.known, turn), []).append(entry)
+            entry = (site, slot.indices)
+            rounds.setdefault((slot.output, reduction, slot.known, turn), []).append(entry)
         groups = tuple(
             RowGroup(
                 reduction,
@@ -235,6 +235,4 @@ def _key(site: str, metric: str, reduction: Reduction) -> str:
 
 def single_row(measurement: Measurement) -> PackedLayout:
     """The layout of one measurement made outside of any graph."""
-    reduction = measurement.reduction
-    width = 0 if reduction.leaves_whole else reduction.width
-    return PackedLayout((Row(measurement, 0, range(width)),), 1)
+    return PackedLayout((Slot.of(measurement),), 1)

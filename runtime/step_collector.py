@@ -11,33 +11,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tmm.core.metrics import Aggregate, FloatArray, Reduction, finalize, merge
+from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.records import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.runtime.aggregate import join
 from tmm.runtime.eager_functions import apply_function
 from tmm.runtime.key_binding import Binding, KeyRegistry
 from tmm.runtime.key_owners import LOGGED_BY_HAND, LOGGED_FOR_RUN, MEASURED
-from tmm.runtime.ranks.joined_step import (
-    Gathered,
-    Logged,
-    Rows,
-    contribution_of,
-    of_all_ranks,
-    together,
-)
+from tmm.runtime.partials import Logged, Partials, Rows
 from tmm.runtime.ranks.protocol import (
-    Contribution,
     CrossRank,
+    Exchange,
     NotJoinedError,
     RanksDisagreeError,
     Turn,
 )
 from tmm.runtime.ranks.replica_rows import REPLICAS
+from tmm.runtime.ranks.wire import exchange_of, of_all_ranks
 
 Copies = tuple[Aggregate, list["HostCopy"]]
 """How the values of a key are joined, and the values on their way."""
 
-_FEW = 4  # parts that are evaluated one by one
 _LATE_SECONDS = 60.0  # that other ranks may be behind before a step is recorded without them
 
 
@@ -78,6 +71,23 @@ class _Arrival(NamedTuple):
     unless: Callable[[], bool] | None
     source: object
 
+    def partials(self) -> Partials:
+        """What the call has measured; waits for copies that are under way."""
+        tensors = [copy.read() for copy in self.copies]
+        rows: dict[Reduction, list[Rows]] = {}
+        values: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
+        for group in self.binding.groups:
+            packed = tensors[group.output].numpy().astype(np.float64, copy=False)
+            rows.setdefault(group.reduction, []).append((group.sites, group.rows(packed)))
+        for whole in self.binding.whole:
+            output = tensors[whole.output]
+            if whole.reduction.collects_values:
+                values.setdefault((whole.reduction, whole.site), []).append(output)
+            else:
+                row = (whole.site,), output.numpy().astype(np.float64)[None]
+                rows.setdefault(whole.reduction, []).append(row)
+        return Partials(rows, values)
+
 
 class StepCollector:
     """Gathers what arrives during one step and turns it into a ``StepRecord``, once.
@@ -109,7 +119,7 @@ class StepCollector:
         self._clashes: list[str] = []
         self._left_out: set[str] = set()
         self._turn: Turn[StepCollector] | None = None
-        self._sent: Gathered | None = None
+        self._sent: Partials | None = None
         self._record: StepRecord | None = None
         self._lock = threading.Lock()
 
@@ -217,12 +227,12 @@ class StepCollector:
         """Join the step, which has ended, with those of other ranks; waits for nothing."""
         self._turn = ranks.submit(self)
 
-    def contribution(self) -> Contribution | None:
+    def contribution(self) -> Exchange | None:
         """What other ranks are to know of the step; None for one that failed."""
         if self.failed:
             return None
         self._sent = self._gathered()
-        return contribution_of(self._sent)
+        return exchange_of(self._sent)
 
     def record(self) -> StepRecord:
         """Evaluate the step; waits for copies that are still under way.
@@ -238,34 +248,15 @@ class StepCollector:
                 self._own.clear()
             return self._record
 
-    def _gathered(self) -> Gathered:
-        accumulators: dict[Reduction, Accumulator] = {}
-        collected: dict[tuple[Reduction, str], list[torch.Tensor]] = {}
-        for arrival in self._arrivals:
-            if arrival.unless is not None and arrival.unless():
-                continue
-            binding, tensors = arrival.binding, [copy.read() for copy in arrival.copies]
-            for group in binding.groups:
-                packed = tensors[group.output].numpy().astype(np.float64, copy=False)
-                accumulator = accumulators.setdefault(group.reduction, Accumulator(group.reduction))
-                accumulator.add(group.sites, group.rows(packed))
-            for whole in binding.whole:
-                reduction, values = whole.reduction, tensors[whole.output]
-                if reduction.collects_values:
-                    collected.setdefault((reduction, whole.site), []).append(values)
-                else:
-                    row = values.numpy().astype(np.float64)[None]
-                    accumulators.setdefault(reduction, Accumulator(reduction)).add(
-                        (whole.site,), row
-                    )
-
-        rows = {reduction: some.few_parts() for reduction, some in accumulators.items()}
+    def _gathered(self) -> Partials:
+        counted = (some for some in self._arrivals if some.unless is None or not some.unless())
+        partials = Partials.merged(arrival.partials() for arrival in counted)
         logged = self._claimed(self._measured, MEASURED)
         # That of the run counts, should a key be in both.
         for key in self._own:
             self.registry.owners.claim((key,), LOGGED_FOR_RUN, key)
         logged |= self._claimed(self._logged, LOGGED_BY_HAND)
-        return Gathered(rows, collected, logged, left_out=frozenset(self._left_out))
+        return replace(partials, logged=logged, left_out=frozenset(self._left_out))
 
     def _numbers(
         self, info: KeyInfo, aggregate: Aggregate, values: list[torch.Tensor]
@@ -289,14 +280,14 @@ class StepCollector:
                 self._clashes.append(key)
         return taken
 
-    def _alone(self, reason: NotJoinedError) -> Gathered:
+    def _alone(self, reason: NotJoinedError) -> Partials:
         """What is left of a step that is not joined, with an event that says so."""
         assert self._turn is not None
         is_whole = isinstance(reason, RanksDisagreeError) or self._turn.contribution() is None
         kind, text = ("gap", "") if is_whole else ("partial", "the rows of this rank alone: ")
         self.events = (*self.events, Event(self.step, kind, f"{text}{reason}"))
         if is_whole or self._sent is None:
-            return Gathered({}, {}, {})
+            return Partials()
         own = {kind: parts for kind, parts in self._sent.rows.items() if kind != REPLICAS}
         return replace(self._sent, rows=own)
 
@@ -313,13 +304,9 @@ class StepCollector:
                 gathered = of_all_ranks(joined, self._sent)
                 self.registry.note(gathered.alone, ALONE)
         gathered = gathered.complete()
-        scalars: list[Table] = []
-        histograms: list[Table] = []
-        for reduction, parts in gathered.rows.items():
-            tables = histograms if reduction.is_histogram else scalars
-            tables += [_table_of(reduction, *part, self.registry) for part in parts]
+        scalars, histograms = gathered.tables(self.registry)
         extra: dict[str, tuple[KeyInfo, float]] = {}
-        for (reduction, site), tensors in gathered.collected.items():
+        for (reduction, site), tensors in gathered.values.items():
             info = self.registry.infos(reduction, (site,))[0]
             extra.update(self._numbers(info, reduction.aggregate, tensors))
         logged: dict[str, tuple[KeyInfo, float]] = {}
@@ -340,63 +327,6 @@ class StepCollector:
             tuple(table for table in histograms if table.infos),
             self.events,
         )
-
-
-class Accumulator:
-    """Rows of one reduction, merged by site."""
-
-    def __init__(self, reduction: Reduction) -> None:
-        self.reduction = reduction
-        self.parts: list[Rows] = []  # no two have a site in common
-        self._known: set[str] = set()
-
-    def add(self, sites: tuple[str, ...], rows: FloatArray) -> None:
-        """Merge ``rows``, shape ``(sites, width)``, into those of the same sites."""
-        if not self.parts:  # as most reductions have one part, whose sites nobody looks for
-            self.parts.append((sites, rows))
-            return
-        if not self._known:
-            self._known.update(self.parts[0][0])
-        if self._known.isdisjoint(sites):
-            self.parts.append((sites, rows))
-        elif any(known == sites for known, _ in self.parts):
-            self.parts = [
-                (known, merge(self.reduction, own, rows) if known == sites else own)
-                for known, own in self.parts
-            ]
-        else:
-            self.parts = [self._joined(*together(self.parts), sites, rows)]
-        self._known.update(sites)
-
-    def few_parts(self) -> Sequence[Rows]:
-        """The parts; of very many, as of a model that is compiled block by block, one."""
-        return self.parts if len(self.parts) <= _FEW else (together(self.parts),)
-
-    def _joined(
-        self, sites: tuple[str, ...], rows: FloatArray, others: tuple[str, ...], more: FloatArray
-    ) -> Rows:
-        index = {site: i for i, site in enumerate(sites)}
-        known = [i for i, site in enumerate(others) if site in index]
-        targets = [index[others[i]] for i in known]
-        new = [i for i, site in enumerate(others) if site not in index]
-        rows = rows.copy()
-        rows[targets] = merge(self.reduction, rows[targets], more[known])
-        return sites + tuple(others[i] for i in new), np.concatenate([rows, more[new]])
-
-
-def _table_of(
-    reduction: Reduction, sites: tuple[str, ...], rows: FloatArray, registry: KeyRegistry
-) -> Table:
-    """Values of the metrics of each site that had any elements."""
-    if np.count_nonzero(rows[:, 0]) < len(rows):
-        measured = rows[:, 0] > 0
-        sites = tuple(site for site, there in zip(sites, measured, strict=True) if there)
-        rows = rows[measured]
-    values = finalize(reduction, rows)
-    if not reduction.is_histogram:
-        values = values.reshape(-1)
-    infos = registry.infos(reduction, sites)
-    return Table(infos, values, registry.keys(infos))
 
 
 def _is_nonzero(copy: HostCopy) -> bool:

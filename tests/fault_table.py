@@ -58,14 +58,14 @@ FAULTS = (
     ),
     Fault(
         "micro_batches_averaged",
-        "runtime/step_collector.py",
-        "merge(self.reduction, own, rows) if known == sites",
-        "merge(self.reduction, own, rows * (own[:, :1] / rows[:, :1])) if known == sites",
+        "runtime/partials.py",
+        "same.setdefault(sites, []).append(rows)",
+        "same.setdefault(sites, []).append(rows * (same[sites][0][:, :1] / rows[:, :1]))",
         ("tests/test_truth.py::test_micro_batches_of_different_sizes_are_joined",),
     ),
     Fault(
         "nan_of_a_rank_forgotten",
-        "runtime/ranks/joined_rows.py",
+        "tmm/core/merging.py",
         "columns[name] = np.where(columns[name] > 0, np.nan, values)",
         "columns[name] = values",
         ("tests/test_joined_rows.py",),

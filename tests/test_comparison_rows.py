@@ -22,6 +22,7 @@ from tmm.passes.pack_rows import pack_rows
 from tmm.passes.reference.comparison_rows import Operand, Term, comparison_rows, input_rows
 from tmm.passes.remove_taps import remove_taps
 from tmm.passes.request import CheckedModule, ComparisonRequest
+from tmm.runs.instrument import steps_of
 
 DIFFERENCES = builtin_reductions(("norm", "cosine"), is_complex=False)
 WAY = Normalization((4,), 1e-5)
@@ -118,7 +119,7 @@ def test_a_graph_computes_the_terms(has_bias: bool) -> None:
         further = [own[id(inputs[position])] for position in ends.parameters]
         counterparts = [reference.get_parameter(name).detach() for name in further]
         _, packed = rewritten(*inputs, *counterparts)
-        found = {row.measurement: packed[list(row.indices)] for row in layout.rows}
+        found = {row.measurement: packed[list(row.indices)] for row in layout.slots}
         expected = {
             term.measurement: term.given(tensors.keys()).computation(
                 *(tensors[operand] for operand in term.given(tensors.keys()).operands)
@@ -175,7 +176,7 @@ def test_graphs_and_what_lies_between_them_execute_the_same_terms(
         monitor = tmm.monitor(model)
         with monitor.step(0):
             model(x)
-        plan = monitor.twin.attribution.plan
+        plan = steps_of(model).twin.attribution.plan
         want = []
         for name, child in module.named_modules():
             name = name or "[root module]"

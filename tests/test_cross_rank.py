@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from tmm.core.metrics import FloatArray, builtin_reductions, finalize
-from tmm.runtime.ranks.joined_rows import RowKind
+from tmm.runtime.ranks.joined_rows import on_the_wire
 from tmm.runtime.ranks.protocol import (
-    Contribution,
     CrossRank,
+    Exchange,
     NotJoinedError,
     RanksDisagreeError,
     RanksLostError,
@@ -88,14 +88,14 @@ class Step:
     fails: bool = False
     reduction: Any = RMS
 
-    def contribution(self) -> Contribution | None:
+    def contribution(self) -> Exchange | None:
         if self.fails:
             return None
         rows = [_row(values, self.reduction) for values in self.values.values()]
         kinds = {}
         if rows:
-            kinds = {RowKind.of(self.reduction): (tuple(self.values), np.stack(rows))}
-        return Contribution(kinds, self.payload)
+            kinds = {on_the_wire(self.reduction): (tuple(self.values), np.stack(rows))}
+        return Exchange(kinds, (self.payload,))
 
 
 def _row(values: FloatArray, reduction: Any) -> FloatArray:
@@ -135,7 +135,7 @@ def run(ranks: list[list[Step]]) -> tuple[World, list[list[Any]]]:
 
 
 def value(result: Any, site: str, reduction: Any = RMS) -> list[float]:
-    sites, rows = result.rows[RowKind.of(reduction)]
+    sites, rows = result.rows[on_the_wire(reduction)]
     return finalize(reduction, rows[[sites.index(site)]])[0].tolist()
 
 
@@ -197,7 +197,7 @@ def test_rows_that_come_later_or_on_one_rank_only() -> None:
     _, results = run([first, second])
     last = results[1][2]
     assert value(last, "b") == value(last, "a") == value(results[0][0], "a")
-    sites, rows = last.rows[RowKind.of(RMS)]
+    sites, rows = last.rows[on_the_wire(RMS)]
     assert rows[sites.index("c"), 0] == 0  # nothing of it in this step
 
 
@@ -254,7 +254,7 @@ def test_ranks_that_are_behind_cost_steps_their_rows_and_nobody_time() -> None:
     assert [value(turn.wait(), "a")[1] for turn in turns[5:]] == [5.0, 5.0, 5.0]
     # The first of them was under way; of the others that were given up, nothing is joined.
     assert [value(turn.wait(), "a")[1] for turn in others] == [5.0] * 8
-    assert [turn.wait().rows[RowKind.of(RMS)][1][0, 0] for turn in others] == [
+    assert [turn.wait().rows[on_the_wire(RMS)][1][0, 0] for turn in others] == [
         *(3, 1, 1, 1, 1),
         *(3, 3, 3),
     ]
@@ -281,7 +281,7 @@ def test_a_contribution_is_asked_for_once() -> None:
     asked = []
 
     class Counted(Step):
-        def contribution(self) -> Contribution | None:
+        def contribution(self) -> Exchange | None:
             asked.append(self.step)
             return super().contribution()
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from benchmarks.parameters import peak_memory
-from tmm.core.metrics import METRIC_NAMES, builtin_reductions, merge
+from tmm.core.merging import merge
+from tmm.core.metrics import METRIC_NAMES, builtin_reductions
 from tmm.kernels.dense import real
 from tmm.kernels.summarize.group import merge_rows, summarize_group
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
@@ -156,7 +157,7 @@ def test_many_parts_are_joined_as_pairs_are() -> None:
     owner = torch.tensor([1, 0, 1, 3, 1])
     joined = merge_rows(rows, owner, 5, ALL.columns)
     pairs = rows.numpy()[:, None]
-    want = merge(ALL, merge(ALL, pairs[0], pairs[2]), pairs[4])
+    want = merge(ALL, [pairs[0], pairs[2], pairs[4]])
     torch.testing.assert_close(joined[1], torch.from_numpy(want[0]))
     torch.testing.assert_close(joined[0], rows[1])
     empty = summarize_with_torch(torch.empty(0), ALL.columns)

@@ -82,9 +82,9 @@ def test_rows_lie_one_after_the_other_and_the_program_is_as_before(pooled: bool)
     applied(remove_taps, graph)
     layout = applied(pack_rows, graph).layout
     graph.recompile()
-    assert len(layout.rows) == (2 + 4) * (1 if pooled else 2)
-    ends = [0, *(row.indices[-1] + 1 for row in layout.rows)]
-    assert [row.indices[0] for row in layout.rows] == ends[:-1]
+    assert len(layout.slots) == (2 + 4) * (1 if pooled else 2)
+    ends = [0, *(row.indices[-1] + 1 for row in layout.slots)]
+    assert [row.indices[0] for row in layout.slots] == ends[:-1]
     inputs = [node.meta["real"] for node in graph.graph.find_nodes(op="placeholder")]
     output, packed = graph(*inputs)
     assert torch.equal(output, module(X))

@@ -15,7 +15,7 @@ from tmm.core.metrics import Reduction, builtin_reductions
 from tmm.passes.findings import GraphFindings, ReferenceEnds
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.edits import storages
-from tmm.passes.insert_reductions import MEASUREMENTS
+from tmm.passes.graph.slots import slots_of
 from tmm.passes.insert_reference import insert_reference
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.metrics import trace as trace_function
@@ -139,10 +139,10 @@ def test_the_branch_runs_on_the_reference_and_the_program_as_before(module: nn.M
     torch.manual_seed(0)
     output, packed = graph(*own, *same)
     assert torch.equal(output, want)
-    assert all(packed[row.indices[1]] == 0 for row in layout.rows)
+    assert all(packed[row.indices[1]] == 0 for row in layout.slots)
     torch.manual_seed(0)
     _, packed = graph(*own, *[tensor + 1 for tensor in same])
-    assert all(packed[row.indices[1]] > 0 for row in layout.rows)
+    assert all(packed[row.indices[1]] > 0 for row in layout.slots)
 
 
 def test_a_part_takes_and_gives_counterparts() -> None:
@@ -154,7 +154,7 @@ def test_a_part_takes_and_gives_counterparts() -> None:
     assert placeholders[data].meta["real"] is X
     assert ends.parameters == (1, 2)
     assert ends.outputs == (0,)
-    assert not [node for node in graph.graph.nodes if MEASUREMENTS in node.meta]
+    assert not [node for node in graph.graph.nodes if slots_of(node)]
 
 
 class InPlace(nn.Module):

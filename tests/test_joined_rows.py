@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tmm.core.merging import merge
 from tmm.core.metrics import (
     METRIC_NAMES,
     FloatArray,
@@ -17,13 +18,20 @@ from tmm.core.metrics import (
     builtin_reductions,
     finalize,
     function_reduction,
-    merge,
 )
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import SiteNames
-from tmm.runtime.ranks.joined_rows import JoinedLayout, RowKind, joined, maxima, moments, sums
-from tmm.runtime.ranks.joined_step import Gathered, contribution_of, of_all_ranks
-from tmm.runtime.ranks.protocol import JoinedStep
+from tmm.runtime.partials import Partials
+from tmm.runtime.ranks.joined_rows import (
+    JoinedLayout,
+    joined,
+    maxima,
+    moments,
+    on_the_wire,
+    sums,
+)
+from tmm.runtime.ranks.protocol import Exchange
+from tmm.runtime.ranks.wire import exchange_of, of_all_ranks
 
 REDUCTIONS = (
     *builtin_reductions(METRIC_NAMES, is_complex=False),
@@ -42,7 +50,7 @@ def row(values: list[float], reduction: Reduction) -> FloatArray:
 
 
 def over_ranks(ranks: list[dict[str, list[float]]], reduction: Reduction) -> dict[str, FloatArray]:
-    kind = RowKind.of(reduction)
+    kind = on_the_wire(reduction)
     rows = [
         {kind: (tuple(own), np.concatenate([row(v, reduction) for v in own.values()]))}
         if own
@@ -54,9 +62,9 @@ def over_ranks(ranks: list[dict[str, list[float]]], reduction: Reduction) -> dic
     owned = [layout.own(own) for own in rows]
     largest = np.max([maxima(own) for own in owned], axis=0)
     with np.errstate(invalid="ignore", over="ignore"):
-        total = np.sum([sums(own) for own in owned], axis=0)
-        central = np.sum([moments(own, total) for own in owned], axis=0)
-    sites, joint = joined(layout, largest, total, central)[kind]
+        total = np.sum([sums(own, largest) for own in owned], axis=0)
+        central = np.sum([moments(own, largest, total) for own in owned], axis=0)
+    sites, joint = joined(layout, owned[0], largest, total, central)[kind]
     return {site: finalize(reduction, joint[[place]])[0] for place, site in enumerate(sites)}
 
 
@@ -71,12 +79,10 @@ NUMBERS = st.one_of(
 def test_as_one_row_of_everything(reduction: Reduction, data: st.DataObject) -> None:
     parts = data.draw(st.lists(st.lists(NUMBERS, min_size=1, max_size=6), min_size=1, max_size=4))
     found = over_ranks([{"a": part} for part in parts], reduction)["a"]
-    rows = [row(part, reduction) for part in parts]
-    merged = rows[0]
-    for other in rows[1:]:
-        merged = merge(reduction, merged, other)
-    expected = finalize(reduction, merged)[0]
+    expected = finalize(reduction, row([x for part in parts for x in part], reduction))[0]
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    merged = merge(reduction, [row(part, reduction) for part in parts])
+    np.testing.assert_array_equal(finalize(reduction, merged)[0], found)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS[:3], ids=lambda r: "-".join(r.metrics)[:40])
@@ -101,8 +107,8 @@ def test_ranks_that_measure_something_else_are_named() -> None:
     rms, mean = (builtin_reductions((name,), is_complex=False)[0] for name in ("rms", "mean"))
     layout = JoinedLayout()
     asked = [
-        [(RowKind.of(rms), "activation/a"), (RowKind.of(rms), "activation/b")],
-        [(RowKind.of(rms), "activation/a"), (RowKind.of(mean), "activation/b")],
+        [(on_the_wire(rms), "activation/a"), (on_the_wire(rms), "activation/b")],
+        [(on_the_wire(rms), "activation/a"), (on_the_wire(mean), "activation/b")],
     ]
     difference = layout.extend(asked)
     assert difference is not None
@@ -122,16 +128,29 @@ def test_what_one_rank_leaves_out_all_leave_out() -> None:
     reduction = Reduction(("norm",), ("count", "sum_squares"))
     rows = {reduction: [(("kept", "lost"), np.ones((2, 2)))]}
     collected = {(reduction, "lost"): []}
-    own = Gathered(rows, collected, {}, left_out=frozenset({"lost"}))
-    theirs = Gathered(rows, {}, {})
-    contributions = [contribution_of(gathered).rows for gathered in (own, theirs)]
+    own = Partials(rows, collected, left_out=frozenset({"lost"}))
+    theirs = Partials(rows)
+    contributions = [exchange_of(gathered).rows for gathered in (own, theirs)]
     kinds = dict.fromkeys(kind for some in contributions for kind in some)
     together = {kind: next(some[kind] for some in contributions if kind in some) for kind in kinds}
     for gathered in (own, theirs):
-        joined = of_all_ranks(JoinedStep(together), gathered)
+        joined = of_all_ranks(Exchange(together), gathered)
         assert joined.left_out == {"lost"}
         ((sites, values),) = joined.complete().rows[reduction]
         assert sites == ("kept",)
         assert values.shape == (1, 2)
-    assert own.complete().collected == {}
+    assert own.complete().values == {}
     assert theirs.complete() is theirs
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_parts_of_one_constant_have_no_deviation(count: int) -> None:
+    """Rounding must not turn a dead activation into one that varies a little."""
+    (reduction,) = builtin_reductions(("std", "kurtosis"), is_complex=False)
+    parts = [[0.1] * size for size in (3, 10, 7, 1, 6, 9, 5)[:count]]
+    for found in (
+        over_ranks([{"a": part} for part in parts], reduction)["a"],
+        finalize(reduction, merge(reduction, [row(part, reduction) for part in parts]))[0],
+    ):
+        assert found[0] == 0.0
+        assert np.isnan(found[1])

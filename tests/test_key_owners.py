@@ -13,14 +13,14 @@ from torch.nn import functional
 
 import tmm
 from tmm.core.metrics import builtin_reductions
-from tmm.core.records import Measurement, PackedLayout, Row, Site
+from tmm.core.records import Measurement, PackedLayout, Site, Slot
 from tmm.runtime.key_binding import KeyRegistry, single_row
 
 (MEAN,) = builtin_reductions(("mean",), is_complex=False)
 
 
 def sites_of(registry: KeyRegistry, *sites: Site, family: str = "activation") -> list[str]:
-    rows = tuple(Row(Measurement(family, site, MEAN), 0, range(2)) for site in sites)
+    rows = tuple(Slot.of(Measurement(family, site, MEAN)) for site in sites)
     binding = registry.bind(PackedLayout(rows, 1), lambda measurement: measurement.site)
     return [site for group in binding.groups for site in group.sites]
 

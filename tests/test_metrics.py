@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tmm.core.merging import merge
 from tmm.core.metrics import (
     COLUMN_SEPARATOR,
     HISTOGRAM_EDGES,
@@ -20,7 +21,6 @@ from tmm.core.metrics import (
     builtin_reductions,
     finalize,
     function_reduction,
-    merge,
 )
 from tmm.kernels.ops import histogram, summarize
 
@@ -51,7 +51,7 @@ def test_merged_rows_are_those_of_the_joined_data(parts: list[np.ndarray]) -> No
     joined = np.concatenate(parts)
     merged = row(parts[0])
     for part in parts[1:]:
-        merged = merge(EVERYTHING, merged, row(part))
+        merged = merge(EVERYTHING, [merged, row(part)])
     expected = row(joined)
     for index, name in enumerate(EVERYTHING.columns):
         scale = {"moment2": 2, "moment3": 3, "moment4": 4}.get(name, 1)
@@ -63,7 +63,7 @@ def test_merged_rows_are_those_of_the_joined_data(parts: list[np.ndarray]) -> No
 @given(numbers, numbers)
 @settings(max_examples=50, deadline=None)
 def test_merged_histograms_are_those_of_the_joined_data(a: np.ndarray, b: np.ndarray) -> None:
-    merged = merge(BINS, row(a, BINS), row(b, BINS))
+    merged = merge(BINS, [row(a, BINS), row(b, BINS)])
     assert np.array_equal(merged, row(np.concatenate([a, b]), BINS))
 
 
@@ -107,7 +107,7 @@ def test_a_nan_makes_all_but_the_counts_nan(position: int) -> None:
 @pytest.mark.parametrize("name", [n for n in METRICS if n not in ("nan_count", "inf_count")])
 def test_a_nan_makes_each_metric_nan_by_itself(name: str) -> None:
     (alone,) = builtin_reductions((name,), is_complex=False)
-    merged = merge(alone, row(np.array([1.0, np.nan]), alone), row(np.array([3.0, 4.0]), alone))
+    merged = merge(alone, [row(np.array([1.0, np.nan]), alone), row(np.array([3.0, 4.0]), alone)])
     assert np.isnan(finalize(alone, merged)).all()
 
 
@@ -160,5 +160,5 @@ def test_aggregates_of_user_functions(aggregate: str, expected: float) -> None:
     rows = [row(part, reduction) for part in parts]
     merged = rows[0]
     for other in rows[1:]:
-        merged = merge(reduction, merged, other)
+        merged = merge(reduction, [merged, other])
     assert finalize(reduction, merged)[0, 0] == expected

@@ -21,8 +21,9 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.printer import node_lines
 from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
+from tmm.passes.graph.slots import slots_of
 from tmm.passes.insert_gradient_probes import insert_probes
-from tmm.passes.insert_reductions import MEASUREMENTS, insert_reductions
+from tmm.passes.insert_reductions import insert_reductions
 from tmm.passes.lift_rows import lift_rows
 from tmm.passes.metrics.gradient_probe import probe
 from tmm.passes.metrics.trace import MetricFunctionError
@@ -87,7 +88,7 @@ def test_insert_reductions_measures_before_an_in_place_operation() -> None:
     applied(insert_reductions, graph, measure(module, "min"))
     nodes = list(graph.graph.nodes)
     (relu,) = (n for n in nodes if n.target is torch.nn.functional.relu)
-    rows = [n for n in nodes if MEASUREMENTS in n.meta]
+    rows = [n for n in nodes if slots_of(n)]
     assert [nodes.index(row) < nodes.index(relu) for row in rows] == [True, False]
 
 
@@ -95,8 +96,8 @@ def test_insert_reductions_shares_rows_of_one_tensor() -> None:
     module = in_place()
     graph = trace(module, X)
     applied(insert_reductions, graph, measure(module, "rms"))
-    rows = [n for n in graph.graph.nodes if MEASUREMENTS in n.meta]
-    sites = [[m.site.module for m in row.meta[MEASUREMENTS]] for row in rows]
+    rows = [n for n in graph.graph.nodes if slots_of(n)]
+    sites = [[slot.measurement.site.module for slot in slots_of(row)] for row in rows]
     assert sites == [["0"], ["1", ""]]
 
 
@@ -117,7 +118,7 @@ def test_insert_reductions_does_not_share_rows_across_a_change() -> None:
     module = PassThroughThenChanged()
     graph = trace(module, X)
     applied(insert_reductions, graph, measure(module, "rms"))
-    assert len([n for n in graph.graph.nodes if MEASUREMENTS in n.meta]) == 2
+    assert len([n for n in graph.graph.nodes if slots_of(n)]) == 2
 
 
 def test_insert_reductions_is_idempotent_and_leaves_unselected_graphs_alone() -> None:
@@ -165,7 +166,7 @@ def test_lift_rows_golden() -> None:
     applied(lift_rows, graph)
     after = text(graph)
     check_golden("lift_rows", before + "\n# becomes\n\n" + after)
-    sites = [m.site.module for n in graph.graph.nodes for m in n.meta.get(MEASUREMENTS, ())]
+    sites = [s.measurement.site.module for n in graph.graph.nodes for s in slots_of(n)]
     assert sites == ["fc", ""]
     applied(lift_rows, graph)
     assert text(graph) == after
@@ -181,10 +182,10 @@ def test_pack_rows_golden() -> None:
     after = text(graph)
     check_golden("pack_rows", before + "\n# becomes\n\n" + after)
     assert layout.outputs == 1
-    assert [(r.measurement.site.module, r.indices) for r in layout.rows] == [
-        ("0", range(2)),
-        ("1", range(2, 4)),
-        ("", range(2, 4)),
+    assert [(r.measurement.site.module, r.indices) for r in layout.slots] == [
+        ("0", (0, 1)),
+        ("1", (2, 3)),
+        ("", (2, 3)),
     ]
     assert applied(pack_rows, graph).layout.outputs == 0
     assert text(graph) == after
@@ -194,7 +195,7 @@ def test_pack_rows_leaves_a_graph_without_measurements_alone() -> None:
     graph = trace(in_place(), X)
     before = text(graph)
     layout = applied(pack_rows, graph).layout
-    assert (layout.rows, layout.outputs) == ((), 0)
+    assert (layout.slots, layout.outputs) == ((), 0)
     assert text(graph) == before
 
 
@@ -272,7 +273,7 @@ def test_passes_can_be_left_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     assert without.layout == whole.layout
     assert not without.row_inputs
     monkeypatch.setenv("TMM_PASSES", "-insert_probes, -insert_reductions")
-    assert not rewrite(trace(module, X.requires_grad_()), request).layout.rows
+    assert not rewrite(trace(module, X.requires_grad_()), request).layout.slots
 
 
 @pytest.mark.parametrize("name", ["insert_everything", "pack_rows"])
@@ -297,7 +298,7 @@ def test_values_recorded_by_name_are_measured_where_they_are_recorded() -> None:
     }
     graph = trace(Recorded(), X.clone())
     rewritten = rewrite(graph, GraphRequest({}, nothing, values))
-    assert [row.measurement.site.module for row in rewritten.layout.rows] == ["input", "all"]
+    assert [row.measurement.site.module for row in rewritten.layout.slots] == ["input", "all"]
     _, packed, whole = rewritten.module(X.clone())
     assert packed.tolist() == [X.numel(), X.max()]
     assert torch.equal(whole, X.reshape(-1))
@@ -316,10 +317,10 @@ def test_each_device_has_a_packed_output_of_its_own() -> None:
         module = GraphModule(nn.Module(), graph)
         layout = rewrite(module, GraphRequest({7: "fc"}, lambda *_: rms)).layout
     assert layout.outputs == 2
-    assert [(row.output, row.indices) for row in layout.rows] == [
-        (0, range(2)),
-        (1, range(2)),
-        (0, range(2, 4)),
+    assert [(row.output, row.indices) for row in layout.slots] == [
+        (0, (0, 1)),
+        (1, (0, 1)),
+        (0, (2, 3)),
     ]
 
 
@@ -366,7 +367,14 @@ def test_insert_probes_golden() -> None:
     before = text(graph)
     (rows,) = applied(insert_probes, graph, probes(module, "rms", "histogram")).row_inputs
     assert rows.length == 2 * (2 + len(HISTOGRAM_EDGES))
-    assert [row.measurement.site.module for row in rows.layout.rows] == ["0", "0", "1", "", "1", ""]
+    assert [row.measurement.site.module for row in rows.layout.slots] == [
+        "0",
+        "0",
+        "1",
+        "",
+        "1",
+        "",
+    ]
     check_golden("insert_probes", before + "\n# becomes\n\n" + text(graph))
 
 
@@ -396,7 +404,7 @@ def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
     module = Checkpointed()
     graph = copy_graph(trace(module, X.detach().requires_grad_()))
     (rows,) = applied(insert_probes, graph, probes(module, "norm")).row_inputs
-    assert [row.measurement.site.module for row in rows.layout.rows] == ["fc", ""]
+    assert [row.measurement.site.module for row in rows.layout.slots] == ["fc", ""]
     after = text(graph)
     assert applied(insert_probes, graph, probes(module, "norm")) == GraphFindings()
     assert text(graph) == after
@@ -426,7 +434,7 @@ def test_the_gradient_of_the_extra_input_holds_the_rows() -> None:
     output, *_ = rewritten.module(*arguments, rows)
     output.square().sum().backward()
     want = 2 * output.detach()
-    by_site = {row.measurement.site.module: row for row in wanted.layout.rows}
+    by_site = {row.measurement.site.module: row for row in wanted.layout.slots}
     for name, gradient in (("", want), ("fc", 2 * want)):
         row = by_site[name]
         part = rows.grad[list(row.indices)]
@@ -450,8 +458,8 @@ def distill(parts: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
 def measured(graph: GraphModule, module: nn.Module) -> list[str]:
     applied(insert_reductions, graph, measure(module, "rms"))
-    rows = [node for node in all_nodes(graph) if MEASUREMENTS in node.meta]
-    return [m.site.module for row in rows for m in row.meta[MEASUREMENTS]]
+    rows = [node for node in all_nodes(graph) if slots_of(node)]
+    return [slot.measurement.site.module for row in rows for slot in slots_of(row)]
 
 
 STEP = replace(NOTHING, is_step_function=True)

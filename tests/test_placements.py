@@ -26,8 +26,8 @@ from tmm.passes.find_gradient_placements import gradient_shares
 from tmm.passes.find_placements import placements_of
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.sharding import Placements
+from tmm.passes.graph.slots import slots_of
 from tmm.passes.graph.taps import is_mark, site_of
-from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.pipeline import rewrite
 from tmm.passes.request import PlacementRequest
 
@@ -227,9 +227,9 @@ def test_local_parts_of_distributed_tensors_are_measured(mesh: DeviceMesh) -> No
         n for n in rewritten.module.graph.nodes if n.target == "to_local" and "tmm_sites" in n.meta
     )
     assert row.meta["example_value"].shape == (2, 3)
-    kinds = {r.measurement.site.module: r.measurement.share for r in rewritten.layout.rows}
+    kinds = {r.measurement.site.module: r.measurement.share for r in rewritten.layout.slots}
     assert kinds == shares
-    assert not [n for n in rewritten.module.graph.nodes if MEASUREMENTS in n.meta]
+    assert not [n for n in rewritten.module.graph.nodes if slots_of(n)]
 
 
 def test_checkpointed_parts_are_followed(mesh: DeviceMesh) -> None:
@@ -344,7 +344,7 @@ def test_heads_have_the_numbers_of_all_ranks(
             placements=options(model, mesh),
         ),
     )
-    found = [(row.measurement.site.path, row.measurement.share) for row in rewritten.layout.rows]
+    found = [(row.measurement.site.path, row.measurement.share) for row in rewritten.layout.slots]
     assert [path for path, _ in found] == [f".head_{head}" for head in heads]
     assert {share and share.kind for _, share in found} == {kind}
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tmm
 from tests.ways import Counting
-from tmm.core.metrics import COLUMN_SEPARATOR, KnownMetric, finalize, function_reduction, merge
+from tmm.core.merging import merge
+from tmm.core.metrics import COLUMN_SEPARATOR, KnownMetric, finalize, function_reduction
 from tmm.kernels.ops import summarize
 from tmm.passes.metrics.recognize import recognize
 from tmm.passes.metrics.recognize_eager import KnownFunctions, is_stateless
@@ -137,7 +138,7 @@ def test_rows_are_those_of_the_function(
     expected = getattr(joined, aggregate)().item()
     merged = rows[0]
     for row in rows[1:]:
-        merged = merge(reduction, merged, row)
+        merged = merge(reduction, [merged, row])
     (value,) = finalize(reduction, merged)[0]
     assert value == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
 

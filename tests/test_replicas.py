@@ -35,8 +35,8 @@ def compared(*of_ranks: Tensors, expected: int = 2, known: Tensors | None = None
     layout.extend([layout.missing(rows) for rows in sent_rows])
     own = [layout.own(rows) for rows in sent_rows[1:]]
     largest = np.max([maxima(rows) for rows in own], axis=0)
-    total = np.sum([sums(rows) for rows in own], axis=0)
-    return set(differing(*joined(layout, largest, total, np.empty(0))[JOINED_REPLICAS]))
+    total = np.sum([sums(rows, largest) for rows in own], axis=0)
+    return set(differing(*joined(layout, own[0], largest, total, np.empty(0))[JOINED_REPLICAS]))
 
 
 def test_what_is_equal_and_what_is_not() -> None:

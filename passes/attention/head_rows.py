@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from tmm.core.families import ATTENTION
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
-from tmm.core.records import AttentionRequest, Measurement, Share, Site
+from tmm.core.records import AttentionRequest, Measurement, Share, Site, Slot
 from tmm.kernels.attention.attention_call import arrange
 from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
 from tmm.kernels.ops import (
@@ -27,8 +27,8 @@ from tmm.kernels.ops import (
 from tmm.passes.attention.found import FoundAttention
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import Placements, is_distributed
+from tmm.passes.graph.slots import add_slots
 from tmm.passes.graph.values import value_of
-from tmm.passes.insert_reductions import CONSECUTIVE, MEASUREMENTS
 from tmm.passes.metrics.trace import insert_traced, trace
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
@@ -132,9 +132,8 @@ class Heads:
         at = Rewriter(self.last.graph, self.last)
         traced = trace(function, [_example(value).detach() for value in values], reduction)
         row = insert_traced(at, traced, [at.call("detach", value) for value in values])
-        row.meta[MEASUREMENTS] = measured
-        row.meta[CONSECUTIVE] = True
-        for measurement in measured:
+        for head, measurement in enumerate(measured):
+            add_slots(row, Slot.of(measurement, head * measurement.reduction.width))
             at.credit(measurement.family, measurement.site)
         self.last = at.last
 

@@ -9,13 +9,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.families import ACTIVATION_DIFFERENCE
-from tmm.core.records import Site
+from tmm.core.records import Site, Slot
 from tmm.passes.graph.provenance import add_site, sites_of
 from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.slots import add_slots, slots_of
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import call_of, is_mark, is_within, site_of
 from tmm.passes.graph.values import value_of
-from tmm.passes.insert_reductions import MEASUREMENTS
 from tmm.passes.metrics.trace import MetricFunctionError, Traces, insert_traced
 from tmm.passes.reference.clone_nodes import ORIGIN, Copier
 from tmm.passes.reference.comparison_rows import Operand, Term
@@ -81,8 +81,8 @@ class Comparisons:
         if (row := self.rows.get(key)) is None:
             self.rows[key] = place.row(term, self.traces)
         else:
-            reduction = row.meta[MEASUREMENTS][0].reduction
-            row.meta[MEASUREMENTS] += (replace(term.measurement, reduction=reduction),)
+            reduction = slots_of(row)[0].measurement.reduction
+            add_slots(row, Slot.of(replace(term.measurement, reduction=reduction)))
             add_site(row, term.family, term.site)
 
     def _with_live_input(self, module: GraphModule, mark: Node, site: Site) -> Copier:
@@ -146,7 +146,7 @@ class _Place:
             reduction = replace(reduction, trace=False)
             traced, was_known = traces.trace(_one_after_the_other, examples, reduction)
         row = insert_traced(at, traced, values, was_known=was_known)
-        row.meta[MEASUREMENTS] = (replace(term.measurement, reduction=reduction),)
+        add_slots(row, Slot.of(replace(term.measurement, reduction=reduction)))
         if term.right is not None and not term.offsets:
             row.meta[PAIR] = tuple(values)
         at.credit(term.family, term.site)

@@ -6,15 +6,16 @@ import atexit
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from tmm.core.failures import UserLine
-from tmm.core.metrics import FloatArray
-from tmm.runtime.ranks.joined_rows import JoinedLayout, RowKind, Rows, joined, maxima, moments, sums
+from tmm.core.metrics import FloatArray, Reduction
+from tmm.runtime.partials import Rows
+from tmm.runtime.ranks.joined_rows import JoinedLayout, joined, maxima, moments, sums
 
 _NO_STEP = -np.inf
 
@@ -41,18 +42,13 @@ class Collectives(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Contribution:
-    """What one rank has measured in a step; ``payload`` is what rank 0 gets as it is."""
+class Exchange:
+    """What one rank has measured in a step, or all ranks together.
 
-    rows: Rows
-    payload: bytes = b""
+    ``payloads`` are what rank 0 gets as it is: of one rank one at most, of all one of each.
+    """
 
-
-@dataclass(frozen=True, eq=False)
-class JoinedStep:
-    """A step of all ranks: its rows, and on rank 0 what each rank had for it."""
-
-    rows: Rows
+    rows: Mapping[Reduction, Rows] = field(default_factory=dict)
     payloads: tuple[bytes, ...] = ()
 
 
@@ -61,7 +57,7 @@ class Measured(Protocol):
 
     step: int
 
-    def contribution(self) -> Contribution | None:
+    def contribution(self) -> Exchange | None:
         """What the rank has; None if its measurement failed. Called in another thread, once."""
 
 
@@ -88,25 +84,25 @@ class Turn(Generic[Step]):
         self._on_late = on_late
         self._began = time.monotonic()
         self._changed = threading.Condition()
-        self._outcome: JoinedStep | NotJoinedError | None = None
+        self._outcome: Exchange | NotJoinedError | None = None
         self._contributing = threading.Lock()
-        self._contribution: tuple[Contribution | None] | None = None
+        self._contribution: tuple[Exchange | None] | None = None
 
-    def contribution(self) -> Contribution | None:
+    def contribution(self) -> Exchange | None:
         """What this rank has; kept, for the ranks may have an earlier step to join first."""
         with self._contributing:
             if self._contribution is None:
                 self._contribution = (self.measured.contribution(),)
             return self._contribution[0]
 
-    def end(self, outcome: JoinedStep | NotJoinedError) -> None:
+    def end(self, outcome: Exchange | NotJoinedError) -> None:
         """It is joined, or will never be; what it was told first counts."""
         with self._changed:
             if self._outcome is None:
                 self._outcome = outcome
             self._changed.notify_all()
 
-    def wait(self, seconds: float | None = None) -> JoinedStep:
+    def wait(self, seconds: float | None = None) -> Exchange:
         """The joined step, at the latest ``seconds`` after this rank was done, if given.
 
         Raises:
@@ -235,34 +231,36 @@ class CrossRank:
         turn = self._next()
         contribution = None if turn is None else turn.contribution()
         failed = turn is not None and contribution is None
-        mine = contribution or Contribution({})
+        mine = contribution or Exchange()
         step = _NO_STEP if turn is None else float(turn.measured.step)
         while True:
+            payload = b"".join(mine.payloads)
             missing = self._layout.missing(mine.rows)
             header = [-step if step != _NO_STEP else _NO_STEP, step, bool(missing), failed]
             own = self._layout.own({} if missing else mine.rows)
-            sent = np.concatenate([[*header, len(mine.payload)], maxima(own)]).astype(np.float64)
+            sent = np.concatenate([[*header, len(payload)], maxima(own)]).astype(np.float64)
             found = self._collectives.maximum(sent)
             first, last, lacking, any_failed, size = found[:5]
             if last == _NO_STEP:
                 return False
             if -first != last:  # a rank is further on, and has nothing of the earliest step
                 if step != -first:
-                    mine, step, failed, turn = Contribution({}), _NO_STEP, False, None
+                    mine, step, failed, turn = Exchange(), _NO_STEP, False, None
                 continue
             if lacking:
                 self._agree(missing)
                 continue
             break
-        outcome: JoinedStep | NotJoinedError = RanksDisagreeError("a rank failed to measure it")
+        outcome: Exchange | NotJoinedError = RanksDisagreeError("a rank failed to measure it")
         if not any_failed:
-            total = self._collectives.total(sums(own))
-            central = np.empty(0)
-            if any("mean" in kind.columns for kind in own):
-                central = self._collectives.total(moments(own, total))
-            payloads = self._collectives.payloads(mine.payload, int(size)) if size else []
-            rows = joined(self._layout, found[5:], total, central)
-            outcome = JoinedStep(rows, tuple(payloads))
+            largest = found[5:]
+            total = self._collectives.total(sums(own, largest))
+            central = moments(own, largest, total)
+            if central.size:
+                central = self._collectives.total(central)
+            payloads = self._collectives.payloads(payload, int(size)) if size else []
+            rows = joined(self._layout, own, largest, total, central)
+            outcome = Exchange(rows, tuple(payloads))
         if turn is not None:
             with self._changed:
                 turn.end(outcome)
@@ -271,7 +269,7 @@ class CrossRank:
                 self._changed.notify_all()
         return True
 
-    def _agree(self, missing: Sequence[tuple[RowKind, str]]) -> None:
+    def _agree(self, missing: Sequence[tuple[Reduction, str]]) -> None:
         difference = self._layout.extend(self._collectives.everything(missing))  # type: ignore[arg-type]
         if difference is not None:
             raise RanksDisagreeError(f"{difference}; give every rank the same spec and model")

@@ -15,14 +15,11 @@ from tmm.core.keys import key_of, parts_of
 from tmm.core.metrics import FloatArray, Reduction
 from tmm.kernels.summarize.group import summarize_group
 from tmm.runtime.key_binding import Binding, RowGroup, SiteNames
-from tmm.runtime.ranks.joined_rows import RowKind
 
 REPLICAS = Reduction(("replicas",), ("count", "sum", "absmax"))
 """Rows of the numbers of one rank. ``absmax`` is on how many ranks they are to be known."""
 
-JOINED_REPLICAS = RowKind(
-    ("replicas",), ("count", "absmax", "minimum", "maximum"), "joined", is_function=False
-)
+JOINED_REPLICAS = Reduction(("replicas",), ("count", "absmax", "minimum", "maximum"))
 """Rows of the least and the largest of all ranks, and of how many ranks have one."""
 
 FOLLOWING = tuple(

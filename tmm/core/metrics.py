@@ -330,59 +330,6 @@ class KnownMetric:
         return np.stack([np.ones_like(values), values], axis=1)
 
 
-def merge(reduction: Reduction, left: FloatArray, right: FloatArray) -> FloatArray:
-    """Rows of the joined data, from the rows ``left`` and ``right``, each ``(rows, width)``.
-
-    Moments follow Pébay 2008, "Formulas for robust, one-pass parallel computation of covariances
-    and arbitrary-order statistical moments", eq. 2.1.
-    """
-    if reduction.is_histogram:
-        return left + right
-    a, b = _split(reduction, left), _split(reduction, right)
-    joined: Columns = {}
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        for name in reduction.columns:
-            if name in ("absmax", "maximum"):
-                joined[name] = np.maximum(a[name], b[name])
-            elif name == "minimum":
-                joined[name] = np.minimum(a[name], b[name])
-            elif name not in _MOMENTS:
-                joined[name] = a[name] + b[name]
-        if "mean" in reduction.columns:
-            joined.update(_merge_moments(a, b))
-    return np.stack([joined[name] for name in reduction.columns], axis=1)
-
-
-_MOMENTS = ("mean", "moment2", "moment3", "moment4")
-
-
-def _merge_moments(a: Columns, b: Columns) -> Columns:
-    count = a["count"] + b["count"]
-    safe = np.where(count > 0, count, 1.0)
-    share_a, share_b = a["count"] / safe, b["count"] / safe
-    delta = b["mean"] - a["mean"]
-    cross = a["count"] * share_b  # n_a n_b / n
-    joined = {
-        "mean": a["mean"] * share_a + b["mean"] * share_b,
-        "moment2": a["moment2"] + b["moment2"] + delta**2 * cross,
-    }
-    if "moment4" in a:
-        joined["moment3"] = (
-            a["moment3"]
-            + b["moment3"]
-            + delta**3 * cross * (share_a - share_b)
-            + 3 * delta * (share_a * b["moment2"] - share_b * a["moment2"])
-        )
-        joined["moment4"] = (
-            a["moment4"]
-            + b["moment4"]
-            + delta**4 * cross * (share_a**2 - share_a * share_b + share_b**2)
-            + 6 * delta**2 * (share_a**2 * b["moment2"] + share_b**2 * a["moment2"])
-            + 4 * delta * (share_a * b["moment3"] - share_b * a["moment3"])
-        )
-    return joined
-
-
 def finalize(reduction: Reduction, rows: FloatArray) -> FloatArray:
     """Values of the metrics of rows with at least one element.
 

@@ -6,7 +6,7 @@ Plain frozen data, so that passes and runtime need not know each other.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -178,18 +178,30 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where a measurement lies: at ``indices`` of one of a rewritten graph's extra outputs.
+class Slot:
+    """Where a measurement lies: at ``indices`` of what a node, or an output, of a graph holds.
 
-    Measurements of one and the same tensor may share them. A reduction that collects values has an
-    output of its own, all of which it is, and no indices. With ``known`` the row is that of a
-    metric which the user's function of the measurement is.
+    Measurements of one and the same tensor may share them. A reduction that leaves whole has all
+    of an ``output`` of its own, and no indices. With ``known`` the numbers are the row of that
+    metric, which the user's function of the measurement is.
     """
 
     measurement: Measurement
-    output: int
     indices: Sequence[int] = ()
     known: KnownMetric | None = None
+    output: int = 0
+
+    @staticmethod
+    def of(measurement: Measurement, start: int = 0, known: KnownMetric | None = None) -> Slot:
+        """The slot of a row that begins at ``start``, or of a reduction that leaves whole."""
+        reduction = measurement.reduction
+        width = reduction.width if known is None else len(known.columns)
+        indices = () if reduction.leaves_whole else range(start, start + width)
+        return Slot(measurement, indices, known)
+
+    def at(self, output: int, start: int = 0) -> Slot:
+        """The same in an output, in which what holds it begins at ``start``."""
+        return replace(self, output=output, indices=tuple(start + index for index in self.indices))
 
 
 @dataclass(frozen=True)
@@ -200,6 +212,6 @@ class PackedLayout:
     ``unmeasured`` names sites that have no rows and says why.
     """
 
-    rows: tuple[Row, ...]
+    slots: tuple[Slot, ...]
     outputs: int
     unmeasured: tuple[tuple[Site, str], ...] = ()

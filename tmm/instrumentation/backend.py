@@ -365,8 +365,8 @@ class MeasuringBackend:
                 subject, lambda: tuple(node_lines(rewritten.module, scope.modules)), ()
             ),
             code=notes.attempt(subject, partial(runnable_code, rewritten.module), ""),
-            rows=len(rewritten.layout.rows)
-            + sum(len(row_input.layout.rows) for row_input in rewritten.row_inputs),
+            rows=len(rewritten.layout.slots)
+            + sum(len(row_input.layout.slots) for row_input in rewritten.row_inputs),
             outputs=rewritten.layout.outputs,
             bytes=notes.attempt(subject, partial(_extra_bytes, rewritten), 0),
             seconds=rewritten.seconds,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
-from tmm.core.records import Measurement, PackedLayout, Row
+from tmm.core.records import Measurement, PackedLayout, Slot
 from tmm.kernels.ops import pack, summarize
 from tmm.runtime.eager_functions import FunctionCalls, reduce_eagerly
 from tmm.runtime.key_binding import Binding
@@ -78,7 +78,7 @@ class RowPacker:
         for index, (one, device) in enumerate(zip(wanted, devices, strict=True)):
             place = whole if one.reduction.leaves_whole else packed.setdefault(device, [])
             place.append(index)
-        layout: dict[int, Row] = {}
+        layout: dict[int, Slot] = {}
         for output, indices in enumerate(packed.values()):
             # Rows of one reduction lie one after the other: nobody need gather them.
             order: dict[Reduction, int] = {}
@@ -87,11 +87,10 @@ class RowPacker:
             indices.sort(key=lambda index: order[wanted[index].reduction])
             start = 0
             for index in indices:
-                measurement, width = wanted[index].measurement, wanted[index].reduction.width
-                layout[index] = Row(measurement, output, range(start, start + width))
-                start += width
+                layout[index] = Slot.of(wanted[index].measurement, start).at(output)
+                start += wanted[index].reduction.width
         for output, index in enumerate(whole, len(packed)):
-            layout[index] = Row(wanted[index].measurement, output)
-        rows = tuple(layout[index] for index in range(len(wanted)))
-        binding = self._bind(PackedLayout(rows, len(packed) + len(whole)))
+            layout[index] = Slot.of(wanted[index].measurement).at(output)
+        slots = tuple(layout[index] for index in range(len(wanted)))
+        binding = self._bind(PackedLayout(slots, len(packed) + len(whole)))
         return _Packing(binding, tuple(map(tuple, packed.values())), tuple(whole))
