@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.variables import torch as answers
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from tmm.core.dynamo_private import answers
 from tmm.core.families import ATTENTION, BRANCH_FAMILIES
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.spec.ranks import Ranks

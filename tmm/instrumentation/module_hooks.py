@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._dynamo.types import GuardFilterEntry
 
+from tmm.core.dynamo_private import GuardFilterEntry
+from tmm.core.torch_private import has_any_global_hook
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.eager_backend import in_fused_layers
 from tmm.instrumentation.outputs import mark_inputs, mark_nothing, mark_outputs
@@ -104,7 +105,7 @@ def has_own_hooks(module: torch.nn.Module) -> bool:
     return (
         any(len(hooks) > (_KEY in hooks) for hooks in own)
         or bool(module._backward_hooks or module._backward_pre_hooks)
-        or torch.nn.modules.module._has_any_global_hook()
+        or has_any_global_hook()
     )
 
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 
+from tmm.core.dynamo_private import OptimizedModule
 from tmm.core.failures import warn
 from tmm.integrations.session import Session
 from tmm.runs.live import LiveRun

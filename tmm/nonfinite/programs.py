@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch.nn.parallel import DistributedDataParallel
 
+from tmm.core.dynamo_private import OptimizedModule, innermost_fn
 from tmm.core.module_names import unwrapped, wrapped_module
 from tmm.instrumentation.compile_settings import CompileSettings, settings_of
 from tmm.instrumentation.regions import (

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tmm.core.torch_private import get_current_dispatch_mode_stack
 from tmm.instrumentation.reference.follower import Follower
 
 _METHODS = ("tolist", "numpy")
@@ -34,9 +34,9 @@ def watched_reads() -> Iterator[None]:
 def _watched(name: str) -> Any:
     original = getattr(torch.Tensor, name)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        for mode in _get_current_dispatch_mode_stack():
+        for mode in get_current_dispatch_mode_stack():
             if isinstance(mode, Follower):
                 mode.read(tensor)
         return original(tensor, *args, **kwargs)
