@@ -29,6 +29,7 @@ from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.module_names import display_name, unwrapped
 from tmm.core.recorded_values import RecordedValues, RecordError
 from tmm.core.records import Measurement, Site
+from tmm.core.replacement import Replacement
 from tmm.core.torch_private import current_graph_task_id, is_batched
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.backend import MeasuredGraph, MeasuringBackend, Scope
@@ -311,8 +312,8 @@ class Twin:
             self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
             return program(module._call_impl, *args, **kwargs)
         self.breaks.add(module, "its forward alone is compiled")
-        forward = getattr(module.forward, "__func__", module.forward)
-        with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
+        forward = _bound(innermost_fn(getattr(module.forward, "__func__", module.forward)), module)
+        with Replacement(module, "forward", partial(program, forward)):
             return module._call_impl(*args, **kwargs)
 
     def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
@@ -771,20 +772,6 @@ def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
 
 def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
     return MethodType(function, module) if isinstance(function, FunctionType) else function
-
-
-@contextmanager
-def _shadowed(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module`` run ``forward`` in the place of its own, where that is compiled."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from tmm.core.replacement import Replacement
 from tmm.core.torch_private import get_current_dispatch_mode_stack
 from tmm.instrumentation.reference.follower import Follower
 
@@ -21,14 +22,11 @@ def watched_reads() -> Iterator[None]:
     The methods are replaced for all tensors, hence for all threads; elsewhere they do what they
     did. Within another such block, nothing is left to do.
     """
-    replaced = [name for name in _METHODS if name not in vars(torch.Tensor)]
-    for name in replaced:
-        setattr(torch.Tensor, name, _watched(name))
-    try:
+    with ExitStack() as replaced:
+        for name in _METHODS:
+            if name not in vars(torch.Tensor):
+                replaced.enter_context(Replacement(torch.Tensor, name, _watched(name)))
         yield
-    finally:
-        for name in replaced:
-            delattr(torch.Tensor, name)
 
 
 def _watched(name: str) -> Any:
