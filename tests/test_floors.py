@@ -70,6 +70,7 @@ LONG = {
 
 WITHOUT_TORCH = (
     *("tmm.core.keys", "tmm.core.families", "tmm.core.records", "tmm.core.metrics"),
+    *("tmm.core.replacement", "tmm.core.series_by_key"),
     *("tmm.analysis", "tmm.runtime.store.run_reader", "tmm.runtime.store.run_writer"),
     *("tmm.runs.catalog", "tmm.runs.recorded_run", "tmm.runs.export"),
 )
