@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from tmm.core.torch_private import nn_functions
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
@@ -42,7 +43,7 @@ _DETERMINISTIC = (
 
 _MOVES = ("view", "reshape", "unflatten", "flatten", "transpose")
 
-_NAMESPACES = (torch, functional, operator, torch._C._nn)
+_NAMESPACES = (torch, functional, operator, nn_functions)
 
 
 def _functions(names: Sequence[str]) -> frozenset[object]:

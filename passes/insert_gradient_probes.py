@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from tmm.core.families import ACTIVATION_GRADIENT
 from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
+from tmm.core.torch_private import FakeTensor
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.ops import tap, why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput

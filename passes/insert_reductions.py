@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.autograd import grad_mode
 from torch.fx import GraphModule, Node
 
 from tmm.core.families import VALUE_FAMILY
 from tmm.core.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
 from tmm.core.records import Measurement, Site, Slot
+from tmm.core.torch_private import enter_inference_mode, exit_inference_mode
 from tmm.kernels.ops import (
     copy,
     histogram,
@@ -88,9 +88,9 @@ def _insert(
     for node in list(module.graph.nodes):
         if node.target in (tap_input, tap_attention):
             continue
-        if node.target is grad_mode._enter_inference_mode:
+        if node.target is enter_inference_mode:
             modes.append(node.args[0] is True)
-        elif node.target is grad_mode._exit_inference_mode:
+        elif node.target is exit_inference_mode:
             modes.pop()
         if is_mark(node):
             if not node.meta.setdefault(_MEASURED, False):

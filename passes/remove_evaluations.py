@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch.autograd import grad_mode
 from torch.fx import GraphModule, Node
 
+from tmm.core.torch_private import enter_inference_mode, exit_inference_mode, set_grad_enabled
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.subgraphs import nested_calls
@@ -83,11 +82,11 @@ def _with_modes(module: GraphModule) -> Iterator[tuple[Node, bool]]:
     """Each node, and whether gradients are enabled where it runs; at first they are."""
     enabled, inferences = True, set[Node]()
     for node in module.graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             enabled = bool(node.args[0])
-        elif node.target is grad_mode._enter_inference_mode and node.args[0]:
+        elif node.target is enter_inference_mode and node.args[0]:
             inferences.add(node)
-        elif node.target is grad_mode._exit_inference_mode:
+        elif node.target is exit_inference_mode:
             inferences.discard(node.args[0])
         yield node, enabled and not inferences
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from tmm.core.torch_private import foreach_copy_
 from tmm.kernels.dense import is_dense
 
 _MOST = 1 << 24  # elements of a part: few enough parts, and 64 MiB in float32
@@ -34,7 +35,7 @@ class Copies:
             and all(_lies_alike(tensor, self._last[name]) for name, tensor in tensors.items())
         ):
             with torch.no_grad():
-                torch._foreach_copy_([self._last[name] for name in tensors], list(tensors.values()))
+                foreach_copy_([self._last[name] for name in tensors], list(tensors.values()))
             return dict(self._last)
         copies: dict[str, torch.Tensor] = {}
         own: dict[str, torch.Tensor] = {}  # in memory of their own
@@ -59,7 +60,7 @@ class Copies:
             piece.as_strided(tensor.shape, tensor.stride())
             for tensor, piece in zip(tensors.values(), memory.split(sizes), strict=True)
         ]
-        torch._foreach_copy_(views, list(tensors.values()))
+        foreach_copy_(views, list(tensors.values()))
         return dict(zip(tensors, views, strict=True))
 
     def _memory(self, like: torch.Tensor, index: int, size: int) -> torch.Tensor:

@@ -66,6 +66,14 @@ def test_series_in_memory_are_read_like_a_run() -> None:
         record.series("none")
 
 
+def test_series_in_memory_say_what_is_wrong_like_a_run() -> None:
+    for record in (recorded(loss=[1.0]), ReadOnce(recorded(loss=[1.0]))):
+        with pytest.raises(KeyError, match="no key 'los'; nearest: \\['loss'\\]"):
+            record.key_info("los")
+        with pytest.raises(ValueError, match="pattern '\\['"):
+            record.keys("[")
+
+
 @pytest.mark.parametrize(
     ("series", "words"),
     [(([0, 1], [1.0]), "shape"), (([1, 1], [0.0, 0.0]), "increase"), (([[1]], [[1.0]]), "shape")],

@@ -70,9 +70,24 @@ LONG = {
 
 WITHOUT_TORCH = (
     *("tmm.core.keys", "tmm.core.families", "tmm.core.records", "tmm.core.metrics"),
+    *("tmm.core.replacement", "tmm.core.series_by_key"),
     *("tmm.analysis", "tmm.runtime.store.run_reader", "tmm.runtime.store.run_writer"),
     *("tmm.runs.catalog", "tmm.runs.recorded_run", "tmm.runs.export"),
 )
+
+TORCH_IN_CORE = {
+    "tmm.core.autograd",
+    "tmm.core.dynamo_private",
+    "tmm.core.inductor_private",
+    "tmm.core.module_names",
+    "tmm.core.recorded_values",
+    "tmm.core.rng",
+    "tmm.core.torch_private",
+}
+"""The files of core that are about torch, and import it; no other one does."""
+
+PRIVATE = {"tmm.core.dynamo_private", "tmm.core.inductor_private", "tmm.core.torch_private"}
+"""The files that know private names of torch, so that a new version is looked at there."""
 
 
 def files() -> dict[str, Path]:
@@ -99,6 +114,38 @@ def imports(path: Path) -> Iterator[str]:
                 inner = f"{node.module}.{alias.name}"
                 is_public = node.module == "tmm" and alias.name in tmm.__all__
                 yield inner if inner in FILES and not is_public else node.module
+
+
+def imports_of_torch(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """What a file imports of torch, anywhere in it: its full name, and the name that it gets."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    yield alias.name, alias.asname or "torch"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", alias.asname or alias.name
+
+
+def private_names(source: str) -> list[str]:
+    """The private names of torch in a file: those imported, and chains of attributes."""
+    tree = ast.parse(source)
+    found = list(imports_of_torch(tree))
+    known = {bound: "torch" if bound == "torch" else name for name, bound in found}
+    names = [name for name, _ in found]
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        while isinstance(node, ast.Attribute):
+            parts.insert(0, node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in known:
+            names.append(".".join((known[node.id], *parts)))
+    return [name for name in names if any(map(is_private, name.split(".")))]
+
+
+def is_private(part: str) -> bool:
+    return part.startswith("_") and not part.endswith("__")
 
 
 def folder(module: str) -> str:
@@ -138,6 +185,49 @@ def test_files_are_short() -> None:
 def test_no_module_hides_behind_a_public_name() -> None:
     modules = {name for name in RANK if f"tmm.{name}" in FILES}
     assert modules & set(tmm.__all__) == {"analysis", "sinks"}
+
+
+def test_private_names_of_torch_have_one_home() -> None:
+    found = {module: private_names(path.read_text()) for module, path in FILES.items()}
+    assert {module for module, names in found.items() if names} == PRIVATE, found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "import torch._dynamo as dynamo",
+        "from torch._dynamo.exc import InvalidBackend",
+        "from torch.fx.graph import _custom_builtins",
+        "import torch\nx = torch._C._nn",
+        "import torch\nx = torch.nn.Module._call_impl.__code__",
+        "import torch.distributed as dist\ndist.distributed_c10d._get_default_group()",
+        "from torch import fx\nx = fx._symbolic_trace",
+        "def f():\n    from torch import _dynamo",
+    ],
+)
+def test_private_names_are_found(line: str) -> None:
+    assert private_names(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\nx = torch.nn.Module.__call__, torch.__version__",
+        "import torch\nx = [torch.add][0]._name",
+        "from torch.nn import Module as _Module",
+        "x = 'torch._dynamo'",
+        "import torchtnt._private",
+    ],
+)
+def test_what_is_no_private_name_of_torch_is_not_found(line: str) -> None:
+    assert not private_names(line)
+
+
+def test_few_files_of_core_import_torch() -> None:
+    core = {module: path for module, path in FILES.items() if folder(module) == "core"}
+    found = {m for m, path in core.items() if any(imports_of_torch(ast.parse(path.read_text())))}
+    assert found == TORCH_IN_CORE
 
 
 def test_runs_are_read_and_written_without_torch() -> None:

@@ -16,6 +16,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tmm.core.inductor_private import cache_folder
 from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.kernels import build, kept_library
 from tmm.kernels.build import _Started
@@ -306,7 +307,7 @@ def test_a_later_process_asks_no_compiler(tmp_path: Path) -> None:
     """It finds the kernel, unless that is damaged or somebody else could have written it."""
     assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
     text = build._text(host.SOURCES)
-    (known,) = kept_library._places(build._cache_folder(), text)
+    (known,) = kept_library._places(cache_folder(), text)
     kept = tmp_path / "cache" / "tmm" / known.name
     kept.parent.mkdir(parents=True)
     shutil.copy2(known, kept)
@@ -331,7 +332,7 @@ def test_a_later_process_asks_no_compiler(tmp_path: Path) -> None:
 
 def test_what_is_kept_is_found_by_its_sources(tmp_path: Path) -> None:
     assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
-    (known,) = kept_library._places(build._cache_folder(), build._text(host.SOURCES))
+    (known,) = kept_library._places(cache_folder(), build._text(host.SOURCES))
     assert not kept_library.is_kept(tmp_path, "a")
     kept_library.keep_library(tmp_path, "a", known)
     kept_library.keep_library(tmp_path, "a", known)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument, map_arg
 from torch.nn import functional
 
 from tmm.core.families import ATTENTION
 from tmm.core.records import Site
+from tmm.core.torch_private import FakeTensor
 from tmm.passes.attention.found import FoundAttention, Mask
 from tmm.passes.graph.dropout_functions import Arguments, bind, multi_head
 from tmm.passes.graph.rewriter import Rewriter

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
+from tmm.core.torch_private import OpOverload
 from tmm.passes.attention.found import Unmatched
 from tmm.passes.attention.softmax_pattern import is_softmax
 from tmm.passes.graph.provenance import sites_of
@@ -197,6 +198,6 @@ def _name(node: Node) -> str:
     target = node.target
     if target in (operator.matmul, operator.imatmul):
         return "matmul"
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", target))

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
 
+from tmm.core.torch_private import (
+    FakeTensor,
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    tree_leaves,
+    tree_map,
+)
 from tmm.passes.graph.dropout_functions import bind
 from tmm.passes.graph.edits import example_like
 from tmm.passes.graph.mutation import overwritten_by

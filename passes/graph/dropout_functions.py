@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from tmm.core.torch_private import attention_math
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.values import value_of
 
@@ -147,9 +148,7 @@ def _attention_weights(
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-    _, weights = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, 0.0, is_causal, None, scale=scale
-    )
+    _, weights = attention_math(query, key, value, attn_mask, 0.0, is_causal, None, scale=scale)
     return weights, value
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from tmm.core.torch_private import FakeTensor
 from tmm.passes.graph.values import set_value, value_of
 
 SHARED_MEMORY = "tmm_shared_memory"

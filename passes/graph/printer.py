@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import _custom_builtins
 
 from tmm.core.keys import key_of
 from tmm.core.records import Site
+from tmm.core.torch_private import CUSTOM_BUILTINS, OpOverload
 from tmm.passes.graph.provenance import pass_of, sites_of
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import call_of, is_mark
@@ -183,8 +183,8 @@ def _classes(module: GraphModule, name: str, needs: Needs) -> Iterator[str]:
 def _forward(graph: Graph, needs: Needs) -> list[str]:
     code = graph.python_code("self")
     for name, value in code.globals.items():
-        if name in _custom_builtins:
-            needs.imports.add(_custom_builtins[name].import_str)
+        if name in CUSTOM_BUILTINS:
+            needs.imports.add(CUSTOM_BUILTINS[name].import_str)
         elif name not in ("torch", "tmm"):
             _define(name, value, needs)
     return code.src.strip().splitlines()
@@ -206,7 +206,7 @@ def _expression(value: object, needs: Needs) -> str | None:
     if (place := _place(value)) is not None:
         needs.imports.add(f"import {place[0]}")
         return ".".join(place)
-    if isinstance(value, torch._ops.OpOverload):
+    if isinstance(value, OpOverload):
         return f"torch.ops.{value}"
     if isinstance(value, functools.partial):
         inner, bound = value.func, [*map(_argument, value.args)]

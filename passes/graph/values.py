@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from torch._dynamo.variables.builder import GraphArg
+    from tmm.core.dynamo_private import GraphArg
 
 _VALUE, _ARGUMENT, _CALLS = "example_value", "grapharg", "nn_module_stack"
 _ORIGIN = (_CALLS, "stack_trace", "source_fn_stack")

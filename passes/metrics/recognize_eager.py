@@ -6,9 +6,9 @@ import inspect
 import types
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tmm.core.metrics import KnownMetric, Reduction
+from tmm.core.torch_private import FakeTensorMode
 from tmm.passes.metrics.recognize import recognize
 from tmm.passes.metrics.trace import MetricFunctionError, trace_function
 

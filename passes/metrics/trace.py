@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.core.metrics import Reduction
+from tmm.core.torch_private import FakeTensor, OpOverload
 from tmm.passes.graph.rewriter import Rewriter, computed
 from tmm.passes.graph.values import set_value, value_of
 
@@ -62,7 +62,7 @@ def trace(
             "Write it with tensor operations only, without .item() or branches on values, or give"
             f" its rule trace=False to run {name!r} eagerly on the tensor."
         ) from error
-    operations = [n for n in traced.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    operations = [n for n in traced.graph.nodes if isinstance(n.target, OpOverload)]
     if any(torch.Tag.nondeterministic_seeded in n.target.tags for n in operations):
         raise MetricFunctionError(
             f"the metric {name!r} draws random numbers, which would change those of the training;"

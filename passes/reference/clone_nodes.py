@@ -12,9 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import Argument, map_arg
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tmm.core.records import Site
+from tmm.core.torch_private import tree_leaves, tree_map
 from tmm.passes.graph.dropout_functions import FUNCTIONS, SharedMask, draws_by_itself
 from tmm.passes.graph.edits import add_body_input, add_body_output, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by

@@ -6,10 +6,10 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
+from tmm.core.torch_private import FakeTensor
 from tmm.passes.graph.dropout_functions import (
     SharedMask,
     attention_with_mask,

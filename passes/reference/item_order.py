@@ -7,8 +7,8 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
+from tmm.core.torch_private import tree_leaves
 from tmm.passes.graph.provenance import sites_of
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.values import value_of

@@ -8,10 +8,9 @@ from typing import Any, cast
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_map
 
+from tmm.core.torch_private import FakeTensor, tree_leaves, tree_map
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.values import set_value, value_of
 

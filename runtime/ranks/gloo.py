@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tmm.core.metrics import FloatArray
+from tmm.core.torch_private import default_patience, set_patience
 
 
 class ProcessGroup:
@@ -25,7 +26,7 @@ class ProcessGroup:
 
     def __init__(self, *, start_seconds: float = 120.0, seconds: float = 1800.0) -> None:
         self.rank = dist.get_rank()
-        self.patience = _patience()
+        self.patience = default_patience()
         self._size = dist.get_world_size()
         try:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_seconds))
@@ -37,7 +38,7 @@ class ProcessGroup:
             ) from error
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        set_patience(group, seconds)
 
     def maximum(self, values: FloatArray) -> FloatArray:
         """The largest of each element over all ranks."""
@@ -99,9 +100,3 @@ class ProcessGroup:
         if self.rank < spare:
             dist.send(own, self.rank + doubled, group=self._group)
         return own.numpy()
-
-
-def _patience() -> float:
-    group = dist.distributed_c10d._get_default_group()
-    backends = [group._get_backend(device) for device in group._device_types]
-    return min(backend.options._timeout.total_seconds() for backend in backends)

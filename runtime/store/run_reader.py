@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -17,6 +15,7 @@ import numpy.typing as npt
 
 from tmm.core.metrics import FloatArray
 from tmm.core.records import Event, KeyInfo, StepArray
+from tmm.core.series_by_key import KnownKeys
 from tmm.runtime.store.run_file import INFO_NAME, read_info
 from tmm.runtime.store.segment_layout import is_measured, segment_paths
 from tmm.runtime.store.segment_reader import SegmentReader
@@ -26,7 +25,7 @@ _Rows: TypeAlias = npt.NDArray[np.intp]
 _NO_STEPS: StepArray = np.empty(0, dtype=np.int64)
 
 
-class RunReader:
+class RunReader(KnownKeys):
     """What a run has recorded, of all its segments together.
 
     Every access sees what was recorded until then. A step that was recorded again, in the same
@@ -84,15 +83,7 @@ class RunReader:
         They are in the order of execution, then of first appearance.
         """
         self.refresh()
-        if pattern is None:
-            return list(self._infos)
-        if not isinstance(pattern, str):
-            raise TypeError(f"pattern={pattern!r} is not text; give one regular expression")
-        try:
-            match = re.compile(pattern).match
-        except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is no regular expression: {error}") from error
-        return [key for key in self._infos if match(key)]
+        return super().keys(pattern)
 
     def key_info(self, key: str) -> KeyInfo:
         """Return what the newest segment says of ``key``; KeyError names the nearest keys."""
@@ -211,10 +202,7 @@ class RunReader:
     def _known(self, key: str) -> KeyInfo:
         if not isinstance(key, str):
             raise TypeError(f"key={key!r} is not text; table(keys) reads many series at once")
-        if key not in self._infos:
-            near = get_close_matches(key, self._infos)
-            raise KeyError(f"no key {key!r}" + (f"; nearest: {near}" if near else ""))
-        return self._infos[key]
+        return super()._known(key)
 
     def _is_histogram(self, key: str) -> bool:
         return any(key in segment.histogram_infos for segment in self._segments)

@@ -4,9 +4,10 @@ from tmm.analysis.anomaly import Anomaly
 from tmm.analysis.compare import Comparison, compare
 from tmm.analysis.detectors.nonfinite_values import first_nonfinite
 from tmm.analysis.divergence import Divergence, first_divergence
-from tmm.analysis.recorded import Recorded, RecordedSeries
+from tmm.analysis.recorded import RecordedSeries
 from tmm.analysis.registry import find_anomalies
 from tmm.analysis.summary import KeySummary, summarize
+from tmm.core.series_by_key import Recorded
 
 __all__ = [
     "Anomaly",

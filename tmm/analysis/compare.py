@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tmm.analysis.recorded import Recorded
 from tmm.core.keys import is_family, is_loss, words_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
+from tmm.core.series_by_key import Recorded
 
 Direction: TypeAlias = Literal["min", "max"]
 """Which end of a metric is the better one."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from tmm.analysis.equality import EqualWithNaN
 from tmm.analysis.order import execution_ranks
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray
 from tmm.core.metrics import FloatArray
+from tmm.core.series_by_key import Recorded
 
 
 @dataclass(frozen=True, eq=False)

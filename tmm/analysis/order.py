@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeAlias
 
-from tmm.analysis.recorded import Recorded
 from tmm.core.families import ACTIVATION, ACTIVATION_GRADIENT, STEP, Phase, family_of
 from tmm.core.keys import is_loss, is_total_norm
 from tmm.core.records import LOGGED, KeyInfo
+from tmm.core.series_by_key import Recorded
 
 Rank: TypeAlias = tuple[Phase, int]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from tmm.analysis.series import Series
 from tmm.core.keys import GRAD_SCALE, SKIPPED
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray, StepRecord
+from tmm.core.series_by_key import KnownKeys, joined_steps
 
 _FIRST = 16  # what detectors call the beginning of a training, and a little more
 _RECENT = 200  # the longest window of a detector
@@ -20,7 +20,7 @@ _OF_SCALER = (SKIPPED, GRAD_SCALE)
 _CAPACITY = _FIRST + _RECENT + _SPARE
 
 
-class RecentSeries:
+class RecentSeries(KnownKeys):
     """Of each key the first 16 values and at least the newest 200: 4.5 KB a key at most.
 
     It is a `Recorded` of the keys that the last step measured, so that what detectors find is of
@@ -30,6 +30,7 @@ class RecentSeries:
     def __init__(self) -> None:
         self._tracks: dict[str, _Track] = {}
         self._current: dict[str, _Track] = {}
+        self._infos: dict[str, KeyInfo] = {}  # of the current ones
         self._chosen: dict[Callable[[KeyInfo], bool], tuple[_Track, ...]] = {}
         self._ranks: dict[str, Rank] | None = None
         self._around: RecentSeries | None = None
@@ -50,7 +51,7 @@ class RecentSeries:
             current.append(track)
         current.sort(key=lambda track: track.info.position)
         if current != list(self._current.values()):
-            self._current = {track.info.key: track for track in current}
+            self._know({track.info.key: track for track in current})
             self._chosen.clear()
             self._ranks = None
 
@@ -65,9 +66,13 @@ class RecentSeries:
     def part(self, keys: frozenset[str]) -> RecentSeries:
         """A view of ``keys`` alone, as of now, and of what is known of a ``GradScaler``."""
         view, kept = RecentSeries(), keys.union(_OF_SCALER)
-        view._current = {key: track for key, track in self._current.items() if key in kept}
+        view._know({key: track for key, track in self._current.items() if key in kept})
         view._around = self
         return view
+
+    def _know(self, current: dict[str, _Track]) -> None:
+        self._current = current
+        self._infos = {key: track.info for key, track in current.items()}
 
     @property
     def ranks(self) -> dict[str, Rank]:
@@ -81,21 +86,12 @@ class RecentSeries:
         """The steps of these keys that are still known: sorted, each once."""
         if self._around is not None:
             return self._around.steps
-        kept = [track.steps for track in self._current.values()]
-        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *kept]))
-
-    def keys(self, pattern: str | None = None) -> list[str]:
-        """The keys that ``pattern`` matches (`re.match`), in the order of execution."""
-        return [key for key in self._current if pattern is None or re.match(pattern, key)]
+        return joined_steps(track.steps for track in self._current.values())
 
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
         """The steps and the values of ``key``; KeyError for an unknown one."""
         track = self._current[key]
         return track.steps.copy(), track.values.copy()
-
-    def key_info(self, key: str) -> KeyInfo:
-        """What is known of ``key``; KeyError for an unknown one."""
-        return self._current[key].info
 
 
 class Newest:

@@ -1,10 +1,8 @@
-"""What the analysis reads: a run on disk, or series in memory."""
+"""What the analysis reads beside a run on disk: series in memory."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,29 +10,10 @@ import numpy.typing as npt
 from tmm.core.keys import info_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
+from tmm.core.series_by_key import KnownKeys, Recorded, joined_steps
 
 
-class Recorded(Protocol):
-    """Series of numbers by key; ``tmm.open_run(...)`` gives one."""
-
-    @property
-    def steps(self) -> StepArray:
-        """The recorded steps: sorted, each once."""
-
-    def keys(self, pattern: str | None = None) -> list[str]:
-        """The keys that ``pattern`` matches (`re.match`), in the order of execution."""
-
-    def series(self, key: str) -> tuple[StepArray, FloatArray]:
-        """The steps at which ``key`` was measured, shape (n,), and its values.
-
-        Raises KeyError for an unknown key.
-        """
-
-    def key_info(self, key: str) -> KeyInfo:
-        """What is known of ``key``; KeyError for an unknown one."""
-
-
-class RecordedSeries:
+class RecordedSeries(KnownKeys):
     """Series in memory: key to steps and values, both of shape (n,).
 
     The order of the mapping is that of execution. Families, sites and metrics are read off the
@@ -43,36 +22,27 @@ class RecordedSeries:
 
     def __init__(self, series: Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]) -> None:
         self._series: dict[str, tuple[StepArray, FloatArray]] = {}
-        self._infos: dict[str, KeyInfo] = {}
+        infos: dict[str, KeyInfo] = {}
         positions: dict[tuple[str, str], int] = {}
         for key, (steps, values) in series.items():
             self._series[key] = _checked(key, steps, values)
             info = info_of(key)
             position = positions.setdefault((info.kind, info.site), len(positions))
-            self._infos[key] = info_of(key, position)
+            infos[key] = info_of(key, position)
+        self._infos = dict(sorted(infos.items(), key=lambda item: item[1].position))
 
     @property
     def steps(self) -> StepArray:
         """The steps of all series: sorted, each once."""
-        all_steps = [steps for steps, _ in self._series.values()]
-        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *all_steps]))
-
-    def keys(self, pattern: str | None = None) -> list[str]:
-        """The keys that ``pattern`` matches (`re.match`), in the order of execution."""
-        ordered = sorted(self._infos, key=lambda key: self._infos[key].position)
-        return [key for key in ordered if pattern is None or re.match(pattern, key)]
+        return joined_steps(steps for steps, _ in self._series.values())
 
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
         """The steps and the values of ``key``; KeyError for an unknown one."""
         steps, values = self._series[key]
         return steps.copy(), values.copy()
 
-    def key_info(self, key: str) -> KeyInfo:
-        """What the key says of itself; KeyError for an unknown one."""
-        return self._infos[key]
 
-
-class ReadOnce:
+class ReadOnce(KnownKeys):
     """A view of a record in which every series is read at the first access, and stays as it is.
 
     Many detectors read the same series, from a file that may grow meanwhile.
@@ -90,10 +60,6 @@ class ReadOnce:
         """The steps, as of the beginning."""
         return self._steps
 
-    def keys(self, pattern: str | None = None) -> list[str]:
-        """The keys that ``pattern`` matches (`re.match`), as of the beginning."""
-        return [key for key in self._infos if pattern is None or re.match(pattern, key)]
-
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
         """The steps and the values of ``key``, not to be changed."""
         if key not in self._series:
@@ -101,10 +67,6 @@ class ReadOnce:
             for array in self._series[key]:
                 array.setflags(write=False)
         return self._series[key]
-
-    def key_info(self, key: str) -> KeyInfo:
-        """What is known of ``key``; KeyError for an unknown one."""
-        return self._infos[key]
 
 
 def _checked(key: str, steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[StepArray, FloatArray]:

@@ -23,8 +23,9 @@ from tmm.analysis.detectors.memory import GROWTH_ENDS, growing_memory
 from tmm.analysis.detectors.nonfinite_values import nonfinite
 from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.ending import EndsWith
-from tmm.analysis.recorded import ReadOnce, Recorded
+from tmm.analysis.recorded import ReadOnce
 from tmm.core.failures import levels_to_user
+from tmm.core.series_by_key import Recorded
 
 Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
 

@@ -9,10 +9,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tmm.analysis.recorded import Recorded
 from tmm.core.keys import SKIPPED, metric_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
+from tmm.core.series_by_key import Recorded
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import Series, series_of
 from tmm.core.metrics import FloatArray
+from tmm.core.series_by_key import Recorded
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def demo(
 
     from tmm.cli.demo_training import TrainingSettings, train
     from tmm.cli.training_progress import TrainingProgress
+    from tmm.core.dynamo_private import BackendCompilerFailed
 
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise typer.BadParameter(
@@ -64,7 +65,7 @@ def demo(
     try:
         with TrainingProgress(console, settings) as progress:
             validation_loss = train(settings, progress.report)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except BackendCompilerFailed as error:
         problem = _compiler_problem(error)
         if problem is None:
             raise
@@ -126,12 +127,12 @@ def _unused(path: Path) -> Path:
 
 
 def _compiler_problem(error: Exception) -> str | None:
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from tmm.core.inductor_private import is_failed_compiler, is_missing_compiler
 
     cause = getattr(error, "inner_exception", None)
-    if isinstance(cause, InvalidCxxCompiler):
+    if is_missing_compiler(cause):
         found = "found none"
-    elif isinstance(cause, CppCompileError):
+    elif is_failed_compiler(cause):
         found = f"could not use this one:\n\n{cause}\n"
     else:
         return None

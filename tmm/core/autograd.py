@@ -11,6 +11,8 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 
+from tmm.core.torch_private import peek_interpreter_stack, will_engine_execute_node
+
 _DEPTH = 4  # of containers and objects that are looked into
 _ITEMS = 1000  # of each: lists of numbers may be long
 
@@ -37,7 +39,7 @@ def reaches_parameters(module: torch.nn.Module) -> bool:
     True where nobody can tell, and for a module that has none to train.
     """
     # Neither compiled autograd nor a transform of torch.func knows.
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+    if torch.compiler.is_compiling() or peek_interpreter_stack():
         return True
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return not trained or any(map(_is_reached, trained))
@@ -45,7 +47,7 @@ def reaches_parameters(module: torch.nn.Module) -> bool:
 
 def _is_reached(parameter: torch.Tensor) -> bool:
     try:
-        reached: bool = torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        reached: bool = will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:
         return True  # torch's way to say that torch.autograd.grad was asked for this one
     return reached
@@ -66,8 +68,3 @@ def tensors_within(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
         items = getattr(value, "__dict__", {}).values()
     for item in islice(items, _ITEMS):
         yield from tensors_within(item, depth - 1)
-
-
-def has_storage(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has memory of its own to tell it by."""
-    return torch._C._has_storage(tensor)

@@ -6,21 +6,29 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes
 
+from tmm.core.torch_private import (
+    DeviceContext,
+    DisableTorchFunction,
+    FakeTensor,
+    disable_current_modes,
+    get_function_stack_at,
+    is_batched,
+    len_torch_dispatch_stack,
+    len_torch_function_stack,
+    peek_interpreter_stack,
+    temporarily_clear_interpreter_stack,
+    without_transforms,
+)
 from tmm.kernels.ops import why_unmeasurable
 
 
 def runs_under_modes() -> bool:
     """Whether the program runs under modes or transforms, which see each operation."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or _functorch.peek_interpreter_stack() is not None
+        len_torch_dispatch_stack()
+        or len_torch_function_stack()
+        or peek_interpreter_stack() is not None
     )
 
 
@@ -34,13 +42,13 @@ def apart_from_the_program() -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        if _functorch.peek_interpreter_stack() is not None:
+        if peek_interpreter_stack() is not None:
             stack.enter_context(temporarily_clear_interpreter_stack())
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+        if len_torch_dispatch_stack():
+            stack.enter_context(disable_current_modes())
+        modes = map(get_function_stack_at, range(len_torch_function_stack()))
         if not all(isinstance(mode, DeviceContext) for mode in modes):
-            stack.enter_context(torch._C.DisableTorchFunction())
+            stack.enter_context(DisableTorchFunction())
         yield
 
 
@@ -50,17 +58,12 @@ def why_no_values(tensor: torch.Tensor) -> str | None:
         return "a fake tensor, which has no values"
     if tensor.is_meta:
         return "a meta tensor, which has no values"
-    inner = tensor
-    while _functorch.is_functorch_wrapped_tensor(inner):
-        if _functorch.is_batchedtensor(inner):
-            return "inside torch.func.vmap"
-        inner = _functorch.get_unwrapped(inner)
-    return why_unmeasurable(inner)
+    if is_batched(tensor):
+        return "inside torch.func.vmap"
+    return why_unmeasurable(without_transforms(tensor))
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a tensor, without gradients, transforms and nesting."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
-    tensor = tensor.detach()
+    tensor = without_transforms(tensor).detach()
     return tensor.values() if tensor.is_nested else tensor

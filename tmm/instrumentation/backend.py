@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
+from tmm.core.inductor_private import inductor_config
 from tmm.core.metrics import Reduction
 from tmm.core.records import OUTSIDE, AttentionRequest, Measurement, Site
+from tmm.core.torch_private import FakeTensor
 from tmm.instrumentation.compile_settings import CompileSettings
 from tmm.instrumentation.graph_breaks import begins_forward, end_of_graph, is_whole
 from tmm.instrumentation.notes import Notes
@@ -377,11 +378,11 @@ class MeasuringBackend:
         added = list(rewritten.module.graph.find_nodes(op="placeholder"))[len(inputs) :]
         examples = [value_of(node) for node in added]
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
-        known = torch._inductor.config.unsafe_marked_cacheable_functions
+        known = inductor_config().unsafe_marked_cacheable_functions
         ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
         ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
-        with torch._inductor.config.patch(unsafe_marked_cacheable_functions=cacheable):
+        with inductor_config().patch(unsafe_marked_cacheable_functions=cacheable):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
         own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)
         graph = MeasuredGraph(

@@ -11,20 +11,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._dynamo import trace_rules
-from torch._dynamo.backends.debugging import eager, eager_noexcept
-from torch._dynamo.eval_frame import (
+
+from tmm.core.dynamo_private import (
+    ConvertFrameReturn,
     DisableContext,
+    GuardFilterEntry,
+    InvalidBackend,
     OptimizedModule,
-    _TorchDynamoContext,
+    TorchDynamoContext,
     cached_backends,
+    dynamo_config,
+    eager_backend,
+    eager_noexcept_backend,
     innermost_backend,
+    is_skipped,
+    optimize,
     remove_from_cache,
     skip_code,
 )
-from torch._dynamo.exc import InvalidBackend
-from torch._dynamo.types import ConvertFrameReturn, GuardFilterEntry
-
+from tmm.core.inductor_private import inductor_config
+from tmm.core.torch_private import InductorWrapper
 from tmm.instrumentation.eager_backend import eager as uncompiled
 
 HAS_ISOLATION = "isolate_recompiles" in inspect.signature(torch.compile).parameters
@@ -52,16 +58,16 @@ class CompileSettings:
     @property
     def draws_its_own_random_numbers(self) -> bool:
         """Whether compiled programs draw other random numbers than eager ones, as Inductor's do."""
-        uses_inductor = isinstance(self.backend, torch._TorchCompileInductorWrapper) or getattr(
+        uses_inductor = isinstance(self.backend, InductorWrapper) or getattr(
             self.backend, "__module__", ""
         ).startswith("torch._inductor")
-        return uses_inductor and not torch._inductor.config.fallback_random
+        return uses_inductor and not inductor_config().fallback_random
 
     @property
     def keeps_unused_operations(self) -> bool:
         """Whether a graph surely runs as it was traced, with what nobody uses."""
         compiler = getattr(self.backend, "compiler_fn", self.backend)
-        return compiler in (uncompiled, eager, eager_noexcept)
+        return compiler in (uncompiled, eager_backend, eager_noexcept_backend)
 
     def __str__(self) -> str:
         if self.traced_for:
@@ -103,7 +109,7 @@ def settings_for(backend: str | CompilerFunction) -> CompileSettings:
     try:
         settings = settings_of(torch.compile(lambda: None, backend=backend))
     except InvalidBackend as error:
-        known = ", ".join(["inductor", *torch._dynamo.list_backends(exclude_tags=())])
+        known = ", ".join(["inductor", *torch.compiler.list_backends(exclude_tags=())])
         raise ValueError(f"backend={backend!r} is not known; there are {known}") from error
     finally:
         for added in cached_backends.keys() - before:
@@ -155,7 +161,7 @@ def compile_separately(
     own = types.FunctionType(code, function.__globals__, function.__name__)
     if not is_traced:
         skip_code(code)
-    context = torch._dynamo.optimize(
+    context = optimize(
         backend=backend,
         nopython=settings.fullgraph,
         dynamic=settings.dynamic,
@@ -192,7 +198,7 @@ class UsersFrames:
         code = frame.f_code
         module = frame.f_locals.get("self") if code.co_name == "forward" else None
         is_unhooked = isinstance(module, torch.nn.Module) and not self._has_hooks(module)
-        if is_unhooked and trace_rules.check(code):
+        if is_unhooked and is_skipped(code):
             return ConvertFrameReturn()
         return self._torchdynamo_orig_backend(frame, *state)
 
@@ -217,12 +223,12 @@ def room_for_two(program: Callable[..., Any]) -> Callable[..., Any]:
     if HAS_ISOLATION:
         return program
     room = {
-        name: 2 * getattr(torch._dynamo.config, name)
+        name: 2 * getattr(dynamo_config, name)
         for name in ("recompile_limit", "accumulated_recompile_limit")
     }
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with torch._dynamo.config.patch(**room):
+        with dynamo_config.patch(**room):
             return program(*args, **kwargs)
 
     return run
@@ -237,7 +243,7 @@ def _recompile_limit(callback: object) -> int | None:
     return None
 
 
-def _context(compiled: object) -> _TorchDynamoContext | None:
+def _context(compiled: object) -> TorchDynamoContext | None:
     if isinstance(compiled, OptimizedModule):
         context: object = compiled.dynamo_ctx
     elif isinstance(compiled, types.FunctionType) and hasattr(
@@ -248,4 +254,4 @@ def _context(compiled: object) -> _TorchDynamoContext | None:
         context = {name: cell.cell_contents for name, cell in cells}.get("self")
     else:
         return None
-    return context if isinstance(context, _TorchDynamoContext) else None
+    return context if isinstance(context, TorchDynamoContext) else None

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch._dynamo.variables import torch as answers
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from tmm.core.dynamo_private import answers
 from tmm.core.families import ATTENTION, BRANCH_FAMILIES
+from tmm.core.replacement import Replacement
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.spec.ranks import Ranks
 from tmm.spec.spec import Spec
@@ -44,19 +45,19 @@ class EagerAnswers:
     """
 
     def __init__(self) -> None:
-        self._own: Callable[[], dict[Any, Any]] | None = None
+        self._given: Replacement | None = None
 
     def give(self) -> None:
         """From now on, until ``stop``; Dynamo traces one program at a time."""
-        if self._own is None:
-            own = self._own = getattr(answers, _ANSWER)
-            setattr(answers, _ANSWER, lambda: _as_when_run(own()))
+        if self._given is None:
+            own = getattr(answers, _ANSWER)
+            self._given = Replacement(answers, _ANSWER, lambda: _as_when_run(own()))
 
     def stop(self) -> None:
         """Let Dynamo answer again."""
-        if self._own is not None:
-            setattr(answers, _ANSWER, self._own)
-            self._own = None
+        if self._given is not None:
+            self._given.restore()
+            self._given = None
 
 
 def _as_when_run(known: dict[Any, Any]) -> dict[Any, Any]:

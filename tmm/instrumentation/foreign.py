@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch._C import _TorchDispatchModeKey as ModeKey
-from torch._C._functorch import TransformType
-from torch._subclasses import FakeTensor
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+from tmm.core.torch_private import (
+    DispatchModeKey,
+    FakeTensor,
+    TransformType,
+    get_dispatch_mode,
+    get_interpreter_stack,
+    get_tracing_state,
+    is_functorch_wrapped_tensor,
+    is_fx_symbolic_tracing,
+    len_torch_dispatch_stack,
+)
 
 PASSED_BY = "what traces or transforms the model runs the user's own program, unmeasured"
 
 _MODES = {
-    ModeKey.PROXY: "make_fx",
-    ModeKey.FAKE: "fake tensors",
-    ModeKey.FUNCTIONAL: "functionalization",
+    DispatchModeKey.PROXY: "make_fx",
+    DispatchModeKey.FAKE: "fake tensors",
+    DispatchModeKey.FUNCTIONAL: "functionalization",
 }
 
 
@@ -34,7 +42,7 @@ def transform() -> str | None:
 
     Derivatives do: their forward passes compute what those of a training compute.
     """
-    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+    for interpreter in get_interpreter_stack() or ():
         if interpreter.key() in _TRANSFORMS:
             return f"torch.func.{_TRANSFORMS[interpreter.key()]}"
     return None
@@ -44,13 +52,13 @@ def foreign_pass() -> str | None:
     """What traces or transforms a forward pass that begins now; None for one that just runs."""
     if torch.compiler.is_exporting():
         return "torch.export"
-    if torch._C._get_tracing_state() is not None:
+    if get_tracing_state() is not None:
         return "torch.jit.trace"
     if (found := transform()) is not None:
         return found
-    if torch._C._len_torch_dispatch_stack():
+    if len_torch_dispatch_stack():
         for key, name in _MODES.items():
-            if torch._C._get_dispatch_mode(key) is not None:
+            if get_dispatch_mode(key) is not None:
                 return name
     return "torch.fx.symbolic_trace" if is_fx_symbolic_tracing() else None
 
@@ -65,7 +73,7 @@ def foreign_inputs(args: Iterable[object], kwargs: Mapping[str, object]) -> str 
             return "fake tensors"
         if value.is_meta:
             return "tensors on the meta device"
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if is_functorch_wrapped_tensor(value):
             return "a derivative by its inputs (torch.func)"
     return None
 

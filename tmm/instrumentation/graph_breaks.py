@@ -6,8 +6,8 @@ import re
 from collections import Counter
 
 import torch
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._dynamo.utils import counters
+
+from tmm.core.dynamo_private import InstructionTranslator, counters
 
 PROGRAM = "_traced"
 """What the names of functions that programs are compiled from begin with."""

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch._dynamo.guards import CheckFunctionManager
-from torch.fx import graph_module
+from tmm.core.dynamo_private import CheckFunctionManager
+from tmm.core.torch_private import graph_sources
 
 
 class KeptByDynamo:
@@ -35,11 +35,11 @@ class KeptByDynamo:
     def begin(self) -> None:
         """Dynamo begins to compile one of the programs, or a frame that it calls."""
         self._marker = weakref.finalize(self, _nothing)
-        self._known_sources = len(_sources())
+        self._known_sources = len(graph_sources())
 
     def end(self) -> None:
         """Dynamo has compiled it."""
-        self._sources += list(_sources())[self._known_sources :]
+        self._sources += list(graph_sources())[self._known_sources :]
         marker, self._marker = self._marker, None
         # In the order in which they came.
         everything: dict[weakref.finalize[[], Any], object]
@@ -63,19 +63,13 @@ class KeptByDynamo:
             forget()
         sources, self._sources = self._sources, []
         for name in sources:
-            _sources().pop(name, None)
+            graph_sources().pop(name, None)
             linecache.cache.pop(name, None)
 
 
 def _is_of_guards(function: object) -> bool:
     method = function.func if isinstance(function, partial) else function
     return isinstance(getattr(method, "__self__", None), CheckFunctionManager)
-
-
-def _sources() -> dict[str, str]:
-    """The source of each graph, by the name of the file that it pretends to be in."""
-    kept: dict[str, str] = getattr(getattr(graph_module, "_loader", None), "eval_cache", {})
-    return kept
 
 
 def _nothing() -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import skip_code
 
+from tmm.core.dynamo_private import skip_code
 from tmm.instrumentation.regions import COMPILED_CALL
 
 Left = Callable[[torch.nn.Module, object], None]

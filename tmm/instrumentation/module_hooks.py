@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._dynamo.types import GuardFilterEntry
 
+from tmm.core.dynamo_private import GuardFilterEntry
+from tmm.core.replacement import Replacement
+from tmm.core.torch_private import has_any_global_hook
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.eager_backend import in_fused_layers
 from tmm.instrumentation.outputs import mark_inputs, mark_nothing, mark_outputs
@@ -44,7 +46,7 @@ class ModuleHooks:
         self._leave = leave
         self._marks_inputs = marks_inputs
         self._spares_fused_layers = spares_fused_layers
-        self._hidden_calls: list[tuple[torch.nn.Module, object]] = []
+        self._hidden_calls: list[Replacement] = []
 
     def mark(self) -> None:
         """Mark what Dynamo traces from now on."""
@@ -58,10 +60,9 @@ class ModuleHooks:
             elif module._forward_pre_hooks:
                 # The user's hooks are guarded on, with the length of the dict that holds them.
                 module._forward_pre_hooks[_KEY] = mark_nothing
-            if (call := module.__dict__.get(COMPILED_CALL)) is not None:
+            if module.__dict__.get(COMPILED_CALL) is not None:
                 # A part that is compiled on its own is traced like any other.
-                self._hidden_calls.append((module, call))
-                module.__dict__[COMPILED_CALL] = None
+                self._hidden_calls.append(Replacement(module, COMPILED_CALL, None))
 
     def watch(self) -> None:
         """Show the calls that run from now on."""
@@ -94,8 +95,7 @@ class ModuleHooks:
 
     def _show_calls(self) -> None:
         while self._hidden_calls:
-            module, call = self._hidden_calls.pop()
-            module.__dict__[COMPILED_CALL] = call
+            self._hidden_calls.pop().restore()
 
 
 def has_own_hooks(module: torch.nn.Module) -> bool:
@@ -104,7 +104,7 @@ def has_own_hooks(module: torch.nn.Module) -> bool:
     return (
         any(len(hooks) > (_KEY in hooks) for hooks in own)
         or bool(module._backward_hooks or module._backward_pre_hooks)
-        or torch.nn.modules.module._has_any_global_hook()
+        or has_any_global_hook()
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import skip_code
 
+from tmm.core.dynamo_private import skip_code
 from tmm.instrumentation.regions import COMPILED_CALL
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch._dynamo import trace_rules
-from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
+from tmm.core.dynamo_private import OptimizedModule, is_skipped, skip_code
+from tmm.core.torch_private import module_call, module_wrapped_call
 from tmm.instrumentation.compile_settings import CompileSettings, settings_of
 
 COMPILED_CALL = "_compiled_call_impl"
@@ -22,8 +22,8 @@ Entry = Literal["callee", "call", "forward"]
 """What of a region the user compiled: all of it, a call that torch begins, or a forward."""
 
 _BEGUN_BY_TORCH = (
-    torch.nn.Module._call_impl.__code__,
-    torch.nn.Module._wrapped_call_impl.__code__,
+    module_call.__code__,
+    module_wrapped_call.__code__,
 )
 
 
@@ -80,7 +80,7 @@ def is_left_uncompiled(model: object) -> bool:
         return False
     parts = list(model.modules())
     own = any("forward" in vars(part) for part in parts)
-    return not own and all(trace_rules.check(type(part).forward) for part in parts)
+    return not own and all(is_skipped(type(part).forward) for part in parts)
 
 
 def regions_in(module: torch.nn.Module) -> list[Region]:

@@ -74,18 +74,18 @@ def is_traced() -> bool:
     return traced
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_traced_by_twin() -> bool:
     twin = running_twin()
     return twin is not None and twin.is_tracing
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_shown() -> bool:
     return running_twin() is not None
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _identity(owner: Owner) -> int:
     # A graph that serves several modules would be traced anew for each if this were guarded on;
     # its sites are relative to the module that runs it.
@@ -96,7 +96,7 @@ def _path(owner: Owner, path: str) -> str:
     return owner + path if isinstance(owner, str) else path
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _declare(name: str, tensor_type: type, aggregate: Aggregate | None, any_family: bool) -> bool:
     twin = running_twin()
     if twin is None:

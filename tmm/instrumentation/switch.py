@@ -10,9 +10,10 @@ from types import FunctionType
 from typing import Any, Protocol
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 
 from tmm.core.autograd import is_in_autograd_function
+from tmm.core.dynamo_private import OptimizedModule
+from tmm.core.torch_private import current_graph_task_id
 from tmm.instrumentation.compile_settings import room_for_two
 from tmm.instrumentation.foreign import foreign_pass, transform
 from tmm.instrumentation.regions import COMPILED_CALL, Region, install
@@ -96,13 +97,13 @@ class Switch:
     # Called from frames that Dynamo runs: neither the choice nor tmm itself is to be compiled,
     # but what the user's program goes on to call is.
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def choose(self) -> Any:
         """The callable that one call is to run, unless no step is monitored nor was just before.
 
         Before the first step it is asked, too, to notice that nobody opens one.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass inside of the backward pass. It must
             # save what the first one saved, and must not be counted again.
             repeats = self.ran_twin and self.twin.untraced is None and transform() is None
@@ -131,20 +132,20 @@ class Switch:
             return partial(self._run_unmeasured, foreign)
         return self._run
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self.twin.run(self.region, *args, **kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_unmeasured(self, foreign: str, *args: Any, **kwargs: Any) -> Any:
         with self.twin.set_aside(self.region, foreign):
             return self.plain(*args, **kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_on_its_own(self, *args: Any, **kwargs: Any) -> Any:
         return self.steps.run_forward(self.twin, self.region, self.plain, *args, **kwargs)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _repeat(self, *args: Any, **kwargs: Any) -> Any:
         return self.twin.repeat(self.region, *args, **kwargs)
 

@@ -12,18 +12,25 @@ from types import FunctionType, MethodType
 from typing import Any, Protocol
 
 import torch
-from torch._C._dynamo import eval_frame
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.eval_frame import innermost_fn
-from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
-from torch._dynamo.types import GuardFilterEntry
 
+from tmm.core.dynamo_private import (
+    BackendCompilerFailed,
+    CallbackArgs,
+    CallbackTrigger,
+    GuardFilterEntry,
+    InternalTorchDynamoError,
+    callback_handler,
+    innermost_fn,
+    isolation_id,
+)
 from tmm.core.families import ACTIVATION_DIFFERENCE, ATTENTION, BRANCH_FAMILIES, VALUE_FAMILY
 from tmm.core.keys import parts_of
 from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.module_names import display_name, unwrapped
 from tmm.core.recorded_values import RecordedValues, RecordError
 from tmm.core.records import Measurement, Site
+from tmm.core.replacement import Replacement
+from tmm.core.torch_private import current_graph_task_id, is_batched
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.backend import MeasuredGraph, MeasuringBackend, Scope
 from tmm.instrumentation.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
@@ -305,8 +312,8 @@ class Twin:
             self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
             return program(module._call_impl, *args, **kwargs)
         self.breaks.add(module, "its forward alone is compiled")
-        forward = getattr(module.forward, "__func__", module.forward)
-        with _shadowed(module, partial(program, _bound(innermost_fn(forward), module))):
+        forward = _bound(innermost_fn(getattr(module.forward, "__func__", module.forward)), module)
+        with Replacement(module, "forward", partial(program, forward)):
             return module._call_impl(*args, **kwargs)
 
     def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
@@ -400,7 +407,7 @@ class Twin:
     def _compiles_program(self) -> bool:
         """Whether what Dynamo compiles now is one of our programs, not a function of the user."""
         if HAS_ISOLATION:
-            return eval_frame.get_eval_frame_isolate_recompiles_id() in self._isolation_ids
+            return isolation_id() in self._isolation_ids
         return self._in_program
 
     def scope(self) -> Scope:
@@ -436,7 +443,7 @@ class Twin:
 
     # Calls between graphs
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter_module(
         self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None = None
     ) -> None:
@@ -448,7 +455,7 @@ class Twin:
         if self.comparing is not None:
             self.comparing.enter(module, arguments, keywords)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
@@ -498,11 +505,11 @@ class Twin:
         return (
             _running.get() is None
             and self.recorder.is_monitoring()
-            and torch._C._current_graph_task_id() == -1  # no repetition for a backward pass
+            and current_graph_task_id() == -1  # no repetition for a backward pass
             and foreign_pass() is None
         )
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _show_call(self, module: torch.nn.Module, output: object) -> None:
         if self.untraced is not None:
             self.untraced.note_call(module)
@@ -574,7 +581,7 @@ class Twin:
     def _hand_over(
         self, sink: GradientSink, binding: Binding, outputs: Sequence[torch.Tensor]
     ) -> None:
-        if any(map(_is_batched, outputs)):
+        if any(map(is_batched, outputs)):
             self._refuse_batched(binding)
         else:
             sink(binding, outputs)
@@ -594,7 +601,7 @@ class Twin:
     ) -> None:
         if gradient is None:
             return  # nothing that the loss depends on used the tensor
-        if _is_batched(gradient):
+        if is_batched(gradient):
             self._refuse_batched(binding)
             return
         if factor is not None:
@@ -651,7 +658,7 @@ class Twin:
         else:
             declare()
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
         """Take a declared value outside of graphs."""
         reduction = self.values.reductions.get(name)
@@ -665,7 +672,7 @@ class Twin:
         binding = self.attribution.bind_eagerly(measurement)
         self._add_eagerly(binding, tensor.detach(), reduction)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def show_eagerly(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
         """Measure a tensor that the program shows outside of graphs; see ``show``."""
         site = self.attribution.shown_site(owner, path)
@@ -676,7 +683,7 @@ class Twin:
         if self.comparing is not None and self.is_running():
             self.comparing.show(site, tensor)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def show_attention_eagerly(
         self,
         owner: torch.nn.Module | str,
@@ -753,16 +760,6 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
     return None
 
 
-def _is_batched(tensor: torch.Tensor) -> bool:
-    """Whether torch.func.vmap runs over a tensor, which other transforms may have wrapped."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
-
-
 def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
     """Whether Dynamo, given ``module`` as a whole, would trace more than the user's program does.
 
@@ -775,20 +772,6 @@ def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
 
 def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
     return MethodType(function, module) if isinstance(function, FunctionType) else function
-
-
-@contextmanager
-def _shadowed(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module`` run ``forward`` in the place of its own, where that is compiled."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
 
 
 def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 
 from tmm.core.module_names import ModuleTree, display_name
 from tmm.core.records import Measurement, Site
+from tmm.core.torch_private import current_graph_task_id, queue_callback
 from tmm.instrumentation.apart import (
     apart_from_the_program,
     runs_under_modes,
@@ -334,11 +335,11 @@ class Untraced:
                 rows = _rows_of_gradient(gradient, wanted, factor)
         else:
             rows = _rows_of_gradient(gradient, wanted, factor)
-        task = torch._C._current_graph_task_id()
+        task = current_graph_task_id()
         if task not in current.backward_rows:
             current.backward_rows[task] = []
             done = partial(self._hand_over_gradients, current, task)
-            torch.autograd.Variable._execution_engine.queue_callback(done)
+            queue_callback(done)
         current.backward_rows[task] += rows
 
     # Handing over
@@ -367,7 +368,7 @@ def _rows_of_gradient(
 
 def is_in_backward() -> bool:
     """Whether a backward pass is running."""
-    return torch._C._current_graph_task_id() != -1
+    return current_graph_task_id() != -1
 
 
 def is_repeating() -> bool:

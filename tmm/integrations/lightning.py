@@ -19,7 +19,7 @@ except ImportError:
         ) from error
 
 from tmm.core.failures import warn
-from tmm.core.patch import Substitutes
+from tmm.core.replacement import Replacement, Substitutes
 from tmm.instrumentation.regions import COMPILED_CALL, region_of
 from tmm.integrations.lightning_trainer import (
     begins_window,
@@ -266,15 +266,13 @@ class TMMCallback(pl.Callback):
 
         A copy of a ``LightningModule`` would carry it, and run the original's weights.
         """
-        own = [(part, vars(part).get(COMPILED_CALL)) for part in module.modules()]
+        calls = [(part, Replacement(part, COMPILED_CALL)) for part in module.modules()]
         yield
         self._switches = Substitutes()
-        for part, call in own:
-            attributes = vars(part)
-            if attributes.get(COMPILED_CALL) is not call:
-                self._switches.add(part, COMPILED_CALL, attributes.pop(COMPILED_CALL))
-                if call is not None:
-                    attributes[COMPILED_CALL] = call
+        for part, call in calls:
+            if not call.stands:
+                self._switches.add(part, COMPILED_CALL, call.current())
+                call.restore()
 
     @contextmanager
     def _window(self, trainer: pl.Trainer) -> Iterator[None]:

@@ -195,12 +195,12 @@ class Updates:
         if self._scaler is not None:
             stop_observing(self._scaler, self._after)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, optimizer: Optimizer, *rest: object) -> None:
         if optimizer not in self._known and self.trains(optimizer):
             self._found(optimizer)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, optimizer: Optimizer, *rest: object) -> None:
         if self.trains(optimizer):
             self._taken(optimizer)

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.optim import Optimizer
 
+from tmm.core.dynamo_private import OptimizedModule
 from tmm.core.failures import warn
+from tmm.core.replacement import Replacement
 from tmm.integrations.session import Session
 from tmm.runs.live import LiveRun
 from tmm.spec.spec import Spec
@@ -187,12 +188,8 @@ class TMMCallback(TrainerCallback):
 
     def _replace(self, owner: object, name: str, method: Callable[..., Any]) -> None:
         """Until the training ends, have ``method`` called, with what it replaces."""
-        held = vars(owner).get(name)
-        setattr(owner, name, partial(method, getattr(owner, name)))
-        if held is None:
-            self._changes.callback(delattr, owner, name)
-        else:
-            self._changes.callback(setattr, owner, name, held)
+        replacement = Replacement(owner, name, partial(method, getattr(owner, name)))
+        self._changes.enter_context(replacement)
 
     def _instrument(self, session: Session, optimizer: Optimizer) -> None:
         assert self._trainer is not None

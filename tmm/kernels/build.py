@@ -10,11 +10,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from tmm.core.failures import levels_to_user
+from tmm.core.inductor_private import (
+    cache_folder,
+    checked_library_cache,
+    is_failed_compiler,
+    is_missing_compiler,
+)
 from tmm.kernels.kept_library import find_library, is_kept, keep_library
 from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
 
@@ -46,7 +52,7 @@ def start_compiling(*sources: str) -> None:
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
         text = _text(sources)
-        if not is_kept(_cache_folder(), text):
+        if not is_kept(cache_folder(), text):
             _trusted_cache().load_async(
                 text, submit_fn=lambda work: _Started(compiler.submit(work))
             )
@@ -66,7 +72,7 @@ def load_kernels(
     """
     text = _text(sources)
     try:
-        library = find_library(_cache_folder(), text) or _compiled(text)
+        library = find_library(cache_folder(), text) or _compiled(text)
     except UntrustedFileError as error:
         _warn_of_others(str(error))
         return {}
@@ -92,21 +98,13 @@ def load_kernels(
 def _compiled(text: str) -> ctypes.CDLL:
     """The library of a text, from torch's cache or the compiler, kept for later processes."""
     library: ctypes.CDLL = _trusted_cache().load(text)
-    keep_library(_cache_folder(), text, Path(library._name))
+    keep_library(cache_folder(), text, Path(library._name))
     return library
 
 
 def _is_of_compiler(error: Exception) -> bool:
     """Whether a library could not be compiled, or not be loaded."""
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # slow to import
-
-    return isinstance(error, (CppCompileError, InvalidCxxCompiler, OSError))
-
-
-def _cache_folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir())
+    return is_missing_compiler(error) or is_failed_compiler(error) or isinstance(error, OSError)
 
 
 def _trusted_cache() -> Any:
@@ -114,25 +112,13 @@ def _trusted_cache() -> Any:
 
     Raises UntrustedFileError, now or when it loads.
     """
-    check_folder(_cache_folder())
+    check_folder(cache_folder())
     return _cache_class()
 
 
 @functools.cache
 def _cache_class() -> Any:
-    from torch._inductor.codecache import CppCodeCache  # slow to import
-    from torch._inductor.utils import clear_on_fresh_cache
-
-    class TrustedCache(CppCodeCache):
-        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-        cache_clear = staticmethod(cache.clear)
-
-        @staticmethod
-        def _load_library_inner(path: str, key: str) -> Any:
-            check_file(path)
-            return CppCodeCache._load_library_inner(path, key)
-
-    return clear_on_fresh_cache(TrustedCache)
+    return checked_library_cache(check_file)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
+from tmm.core.torch_private import is_batched
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, chosen_columns, chosen_elements
 from tmm.kernels.attention.choose import summarize_attention as summarize_attention_of
 from tmm.kernels.dense import flatten, packed_dtype, real
@@ -78,7 +79,7 @@ def tap_attention(
 MARKS = (tap, tap_value, tap_input, tap_shown, tap_attention)
 
 for _mark in MARKS:
-    torch._dynamo.allow_in_graph(_mark)
+    torch.compiler.allow_in_graph(_mark)
     torch.fx.node.has_side_effect(_mark)  # unused results: dead-code elimination must keep them
 
 _library = torch.library.Library("tmm", "DEF")
@@ -110,11 +111,8 @@ def why_unmeasurable(tensor: torch.Tensor) -> str | None:
 
 def why_unreadable(tensor: torch.Tensor) -> str | None:
     """Why the elements of a tensor of any dtype cannot be reduced; None if they can."""
-    inner = tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-        if torch._C._functorch.is_batchedtensor(inner):
-            return "inside torch.func.vmap"
-        inner = torch._C._functorch.get_unwrapped(inner)
+    if is_batched(tensor):
+        return "inside torch.func.vmap"
     if tensor.layout not in (torch.strided, torch.jagged) or (
         tensor.is_nested and tensor.layout is torch.strided
     ):

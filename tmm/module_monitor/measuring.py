@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 
+from tmm.core.dynamo_private import OptimizedModule
 from tmm.core.metrics import Aggregate
 from tmm.core.module_names import parameter_names
 from tmm.instrumentation.regions import COMPILED_CALL, Region, compiled_wrappers, region_of

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from tmm.core.replacement import Replacement
 from tmm.instrumentation.regions import Region, compiled_wrappers, install, region_of
 from tmm.module_monitor.mixin import MonitorMixin
 
@@ -23,7 +25,7 @@ class ReferenceCalls:
     def __init__(self, module: torch.nn.Module, note: Note) -> None:
         self.are_running = False
         self._note = note
-        self._installed: list[tuple[Region, object]] = []
+        self._calls = ExitStack()
         for callee in (module, *compiled_wrappers(module)):
             self._watch(callee)
 
@@ -31,7 +33,8 @@ class ReferenceCalls:
         region = region_of(module) or Region(module, None, module)
         holder, note = region.holder, self._note
         assert holder is not None
-        original = holder.__dict__.get(region.attribute)
+        call = Replacement(holder, region.attribute)
+        original = call.current(None)
         plain = holder._call_impl if original is None else original
 
         logs = any(isinstance(part, MonitorMixin) for part in module.modules())
@@ -49,14 +52,8 @@ class ReferenceCalls:
                 self.are_running = False
 
         install(region, forward)
-        self._installed.append((region, original))
+        self._calls.enter_context(call)
 
     def stop(self) -> None:
         """Leave the module as it was."""
-        for region, original in self._installed:
-            assert region.holder is not None
-            if original is None:
-                region.holder.__dict__.pop(region.attribute, None)
-            else:
-                region.holder.__dict__[region.attribute] = original
-        self._installed.clear()
+        self._calls.close()

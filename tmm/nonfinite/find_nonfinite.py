@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
+from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import warn
 from tmm.core.module_names import buffer_names, parameter_names
 from tmm.instrumentation.outputs import tensors_in

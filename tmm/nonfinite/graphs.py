@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.types import GuardFilterEntry
-from torch._functorch.partitioners import default_partition
 from torch.fx import GraphModule, Interpreter, Node
 
+from tmm.core.dynamo_private import GuardFilterEntry, aot_autograd, default_partition
 from tmm.instrumentation.backend import Handle
 from tmm.instrumentation.compile_settings import CompileSettings, compile_separately
 from tmm.instrumentation.kept_by_dynamo import KeptByDynamo

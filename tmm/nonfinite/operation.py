@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
+from tmm.core.torch_private import OpOverload, tree_flatten, tree_map
 from tmm.nonfinite.places import Place
 from tmm.nonfinite.statistics import is_checked
 
@@ -72,17 +72,17 @@ class Operation:
 
     def __str__(self) -> str:
         """The name that a reader knows, such as ``"aten.log"``."""
-        if isinstance(self.function, torch._ops.OpOverload):
+        if isinstance(self.function, OpOverload):
             return f"{self.function.namespace}.{self.name}"
         # Some only wrap another one, to keep its random numbers.
-        inner = (value for value in self.args if isinstance(value, torch._ops.OpOverload))
+        inner = (value for value in self.args if isinstance(value, OpOverload))
         return next((f"{f.namespace}.{packet_name(f)}" for f in inner), self.name)
 
     def inputs(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that it read, with the names of the arguments."""
         labels = [str(position) for position in range(len(self.args))]
         unread: tuple[str, ...] = ()
-        if isinstance(self.function, torch._ops.OpOverload):
+        if isinstance(self.function, OpOverload):
             arguments = self.function._schema.arguments
             labels = [argument.name for argument in arguments]
             unread = tuple(argument.name for argument in arguments if argument.is_out)
@@ -112,7 +112,7 @@ class Operation:
     def is_pointwise(self, output: torch.Tensor) -> bool:
         """Whether each element of ``output`` depends on the elements at its place only."""
         function = self.function
-        if not isinstance(function, torch._ops.OpOverload):
+        if not isinstance(function, OpOverload):
             return False
         tags = set(function.tags)
         packet = getattr(torch.ops.aten, self.base_name, None)
@@ -138,7 +138,7 @@ def written_arguments(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[torch.Tensor]:
     """The tensors that an operation writes to."""
-    if not isinstance(function, torch._ops.OpOverload):
+    if not isinstance(function, OpOverload):
         return []
     arguments = function._schema.arguments
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | dict(kwargs)

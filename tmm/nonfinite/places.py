@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.module_names import display_name, relative_names
+from tmm.core.torch_private import current_autograd_node, current_graph_task_id, get_sequence_nr
 from tmm.nonfinite.origin import SourceLine
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -94,14 +95,14 @@ class RunningPlaces:
     def meet(self, name: str | None) -> Place:
         """The place of an operation that is about to run; without a name, of a traced graph."""
         place = self.running()
-        if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
-            number = torch._C._autograd._get_sequence_nr() - 1
+        if torch.is_grad_enabled() or current_graph_task_id() == -1:
+            number = get_sequence_nr() - 1
             self._forward.setdefault(number, (place, set()))[1].add(name)
         return place
 
     def of_forward(self) -> Place:
         """The place of the forward operation whose backward is running."""
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         if node is None:
             return Place()
         number, kind = node._sequence_nr(), node.name()

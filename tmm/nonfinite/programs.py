@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch.nn.parallel import DistributedDataParallel
 
+from tmm.core.dynamo_private import OptimizedModule, innermost_fn
 from tmm.core.module_names import unwrapped, wrapped_module
+from tmm.core.replacement import Replacement
 from tmm.instrumentation.compile_settings import CompileSettings, settings_of
 from tmm.instrumentation.regions import (
     COMPILED_CALL,
@@ -167,9 +168,7 @@ class _Swaps:
             self._inside[key] = None if region.attribute == COMPILED_CALL else region.callee
             if tracer is not None and region.settings is not None:
                 self._outside[key] = self.runner(region.callee, region.settings)
-        self._own = {
-            key: key[0].__dict__.get(key[1], _ABSENT) for key in (*self._inside, *self._outside)
-        }
+        self._calls = {key: Replacement(*key) for key in (*self._inside, *self._outside)}
 
     def runner(self, callee: Callable[..., Any], settings: CompileSettings) -> Callable[..., Any]:
         """Runs ``callee`` as our program."""
@@ -188,20 +187,13 @@ class _Swaps:
 
     def show(self, *, inside: bool) -> None:
         """Put in place what is called inside of our programs, or outside of them."""
-        for (holder, attribute), value in self._inside.items():
-            shown = value if inside else self._outside.get((holder, attribute), value)
-            holder.__dict__[attribute] = shown
+        for key, value in self._inside.items():
+            self._calls[key].put(value if inside else self._outside.get(key, value))
 
     def restore(self) -> None:
         """Put everything back."""
-        for (holder, attribute), value in self._own.items():
-            if value is _ABSENT:
-                holder.__dict__.pop(attribute, None)
-            else:
-                holder.__dict__[attribute] = value
-
-
-_ABSENT = object()
+        for call in self._calls.values():
+            call.restore()
 
 
 def _without_wrappers(

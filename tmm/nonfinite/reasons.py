@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
+from tmm.core.torch_private import OpOverload, tree_flatten, tree_map
 from tmm.nonfinite.operation import Operation
 from tmm.nonfinite.statistics import is_checked
 
@@ -47,7 +47,7 @@ class Call:
 
 def reason_of(call: Call) -> str:
     """A sentence that says what made it; empty where the inputs do not tell."""
-    if not isinstance(call.operation.function, torch._ops.OpOverload):
+    if not isinstance(call.operation.function, OpOverload):
         return ""
     with torch.no_grad():
         rule = _RULES.get(call.name)

@@ -10,9 +10,8 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
+from tmm.core.torch_private import TorchDispatchMode, current_graph_task_id, tree_flatten
 from tmm.nonfinite.known_memory import Memory
 from tmm.nonfinite.operation import Operation, packet_name, written_arguments
 from tmm.nonfinite.origin import Kind, Origin, Phase
@@ -292,7 +291,7 @@ class Watcher(TorchDispatchMode):
 
     def frame_of_graph(self) -> torch.nn.Module | None:
         """The module whose frame calls the graph that is about to run, or its forward one."""
-        in_forward = torch._C._current_graph_task_id() == -1
+        in_forward = current_graph_task_id() == -1
         place = self._places.meet(None) if in_forward else self._places.of_forward()
         return place.module if isinstance(place.module, torch.nn.Module) else None
 
@@ -307,7 +306,7 @@ class Watcher(TorchDispatchMode):
         assert operation.place is not None
         running = operation.place
         is_repeated = running.is_repeated and running.lines
-        if torch._C._current_graph_task_id() == -1 or is_repeated:
+        if current_graph_task_id() == -1 or is_repeated:
             return running, "forward"
         forward = self._places.of_forward()
         module = forward.module if running.module is None else running.module

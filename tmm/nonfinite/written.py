@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tmm.core.rng import RandomState
+from tmm.core.torch_private import unsafe_set_version_counter
 from tmm.nonfinite.statistics import has_memory
 
 
@@ -50,7 +51,7 @@ class Written:
             tensor.untyped_storage().copy_(copy)
         for tensor, version in self._versions.values():
             # The elements are the same, so what autograd saved of them is still right.
-            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+            unsafe_set_version_counter((tensor,), (version,))
         self._copies.clear()
         self._versions.clear()
 

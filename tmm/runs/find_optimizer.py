@@ -28,7 +28,7 @@ class OptimizerFinder:
         """Look no longer."""
         self._handle.remove()
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _look(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         if optimizer not in self._looked_at:
             self._looked_at.add(optimizer)

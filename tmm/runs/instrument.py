@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 
+from tmm.core.dynamo_private import OptimizedModule, innermost_fn
 from tmm.core.failures import OnError
 from tmm.core.module_names import display_name, parameter_names, relative_names
 from tmm.instrumentation.compile_settings import CompilerFunction, settings_for, settings_of

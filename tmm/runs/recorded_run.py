@@ -18,7 +18,7 @@ from tmm.runtime.store.untrusted import read_file
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from tmm.analysis.recorded import Recorded
+    from tmm.core.series_by_key import Recorded
 
     def _is_recorded(run: Run) -> Recorded:
         return run

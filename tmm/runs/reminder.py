@@ -60,7 +60,7 @@ class StepReminder:
             return
         known: WeakSet[Optimizer] = WeakSet()
 
-        @torch._dynamo.disable  # type: ignore[untyped-decorator]
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def note(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
             if optimizer not in known and not holds(optimizer):
                 return

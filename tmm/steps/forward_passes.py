@@ -11,11 +11,11 @@ from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tmm.core.autograd import (
-    has_storage,
     is_in_autograd_function,
     reaches_parameters,
     tensors_within,
 )
+from tmm.core.torch_private import has_storage
 from tmm.instrumentation.apart import apart_from_the_program
 
 EVALUATIONS = "forward passes of evaluations"

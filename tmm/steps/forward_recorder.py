@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
+from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import FAULT_OF_COMPILING, Gaps
 from tmm.core.rng import BufferVersions, RandomState
 from tmm.instrumentation.apart import apart_from_the_program

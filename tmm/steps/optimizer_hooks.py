@@ -272,7 +272,7 @@ class Watch:
 def _looking(look: weakref.WeakMethod[Callable[[Optimizer], None]]) -> Callable[..., None]:
     """A hook of all optimizers that calls a method as long as its object lives."""
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hook(optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         method = look()
         if method is not None:

@@ -44,7 +44,7 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     """``method``, without keeping its object alive: an optimizer may live longer than a model."""
     reference = weakref.WeakMethod(method)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(*arguments: Any) -> None:
         if (found := reference()) is not None:
             found(*arguments)
@@ -113,7 +113,7 @@ class WatchedOptimizer:
             if parameter.grad is not None
         }
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         if collector is None:
@@ -125,7 +125,7 @@ class WatchedOptimizer:
             except Exception as error:
                 self._note_failure(error)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         step = None if collector is None else self._steps.end(self)

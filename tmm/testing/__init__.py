@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._dynamo.eval_frame import OptimizedModule
 
+from tmm.core.dynamo_private import OptimizedModule
+from tmm.core.inductor_private import inductor_config
 from tmm.core.rng import RandomState, unchanged
 from tmm.runs.instrument import explain, instrument, monitor, remove
 from tmm.spec.rules import Rule
@@ -86,7 +87,7 @@ def assert_matches_hooks(
         instrument(model, spec)
         try:
             # Inductor's own random numbers would be others than those of eager code.
-            with torch._inductor.config.patch(fallback_random=True):
+            with inductor_config().patch(fallback_random=True):
                 got = _monitored_step(model, batch, spec, loss)
                 explanation = explain(model)
         finally:

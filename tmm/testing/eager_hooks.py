@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from tmm.core.module_names import WRAPPERS
+from tmm.core.torch_private import tree_map
 from tmm.testing.defined_values import (
     BUILTIN,
     ORDERED,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, jumping
 from tmm.analysis.recent import Newest
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median, jumps
 from tmm.analysis.series import metrics_of
 from tmm.core.keys import metric_of
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 _LARGE = 100.0
 _TAILS = 1000.0

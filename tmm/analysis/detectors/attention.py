@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.recent import Newest
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, early_median
 from tmm.analysis.series import Series, series_of
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 _ENTROPY, _PART = 0.1, 0.2
 _NORMALIZED = 0.02

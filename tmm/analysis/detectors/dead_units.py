@@ -8,11 +8,11 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, runs
 from tmm.analysis.series import BoolArray, Series, metrics_of
 from tmm.core.keys import metric_of
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 _DEAD = 0.9
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from tmm.analysis.order import Rank
 from tmm.analysis.recent import RecentSeries
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import BoolArray, Series, series_of, skipped_steps
 from tmm.core.families import ATTENTION, Phase
 from tmm.core.keys import metric_of
 from tmm.core.metrics import METRIC_NAMES, FloatArray
 from tmm.core.records import KeyInfo, StepArray
+from tmm.core.series_by_key import Recorded
 
 COUNTS = ("nan_count", "inf_count")
 EXTREMES = ("absmax", "max", "min")

@@ -9,13 +9,13 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, any_finite, jumping
 from tmm.analysis.recent import Newest
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import BoolArray, Series, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
 from tmm.core.keys import GRAD_SCALE, block_of_norm, metric_of, parts_of, total_norm
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
+from tmm.core.series_by_key import Recorded
 
 _FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
 _TOTALS = tuple(parts_of(total_norm(family))[1] for family in _FAMILIES)

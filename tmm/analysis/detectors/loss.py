@@ -9,11 +9,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import EndsWith, any_finite
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import NORMAL, before, bridged, median
 from tmm.analysis.series import Series, series_of
 from tmm.core.keys import is_loss, is_total_loss
 from tmm.core.metrics import FloatArray
+from tmm.core.series_by_key import Recorded
 
 _NEAR = 10  # values before that say where the loss is now
 _LEAST_NEAR = 3

@@ -9,10 +9,10 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes
 from tmm.analysis.ending import EndsWith, any_finite
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.series import series_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 _MEMORY = re.compile(r"system/(process_memory|gpu_\d+/(torch_)?memory)")
 _PARTS = 5

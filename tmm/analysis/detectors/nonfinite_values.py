@@ -12,9 +12,9 @@ from tmm.analysis.anomaly import Anomaly, Episode, Severity, episodes, number
 from tmm.analysis.detectors.evidence import Evidence, evidence, newest_evidence, tensor_of
 from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.recent import RecentSeries
-from tmm.analysis.recorded import Recorded
 from tmm.core.families import ACTIVATION, ATTENTION, STEP, Phase
 from tmm.core.keys import block_of_norm, is_inside
+from tmm.core.series_by_key import Recorded
 
 _PLACES = {
     Phase.FORWARD: "the output of",

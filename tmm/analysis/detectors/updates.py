@@ -8,11 +8,11 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.recorded import Recorded
 from tmm.analysis.robust import bridged
 from tmm.analysis.series import Series, metrics_of
 from tmm.core.keys import metric_of
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 _LARGE = 0.1
 _SMALL = 1e-8

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn.functional import batch_norm, instance_norm
-from torch.utils._pytree import tree_leaves
 
+from tmm.core.dynamo_private import maybe_mark_dynamic
 from tmm.core.records import ROOT_NAME, Site
+from tmm.core.replacement import Replacement
 from tmm.core.rng import RandomState
+from tmm.core.torch_private import tree_leaves
 from tmm.kernels.dense import packed_dtype
 from tmm.passes.graph.edits import storages
 from tmm.passes.graph.mutation import overwritten_by
@@ -53,16 +55,12 @@ class Batch:
     @contextmanager
     def left_open(self) -> Iterator[None]:
         """In the block, Dynamo leaves the size of the batch open in what it traces."""
-        before = [{name: vars(t)[name] for name in _MARKS if name in vars(t)} for t in self.tensors]
-        for tensor in self.tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        try:
-            yield
-        finally:
-            for tensor, marks in zip(self.tensors, before, strict=True):
+        with ExitStack() as marks:
+            for tensor in self.tensors:
                 for name in _MARKS:
-                    vars(tensor).pop(name, None)
-                vars(tensor).update(marks)
+                    marks.enter_context(Replacement(tensor, name))
+                maybe_mark_dynamic(tensor, 0)
+            yield
 
 
 class Sampling:

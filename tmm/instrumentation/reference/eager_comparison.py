@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
 from tmm.core.families import ACTIVATION_DIFFERENCE
 from tmm.core.records import Measurement, Site
 from tmm.core.rng import RandomState
+from tmm.core.torch_private import tree_map
 from tmm.instrumentation.attribution import Attribution, checked_module
 from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.reference.follower import Follower

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _pop_mode_temporarily,
-)
-from torch.utils._pytree import tree_flatten, tree_map
 
 from tmm.core.rng import RandomState
+from tmm.core.torch_private import (
+    OpOverload,
+    TorchDispatchMode,
+    current_graph_task_id,
+    get_current_dispatch_mode,
+    pop_mode_temporarily,
+    tree_flatten,
+    tree_map,
+)
 from tmm.instrumentation.reference.operations import (
     Place,
     difference,
@@ -87,8 +90,8 @@ class Follower(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Follow nothing in the block."""
-        if _get_current_dispatch_mode() is self:  # costs nothing inside, then
-            with _pop_mode_temporarily():
+        if get_current_dispatch_mode() is self:  # costs nothing inside, then
+            with pop_mode_temporarily():
                 yield
             return
         paused, self._paused = self._paused, True
@@ -221,11 +224,11 @@ class Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func``, and once more on the counterparts if it has any."""
         kwargs = kwargs or {}
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = current_graph_task_id() != -1
         if self._paused or self.lost or in_backward or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         given = [value for value in tree_flatten((args, kwargs))[0] if is_followed(value)]
-        is_operator = isinstance(func, torch._ops.OpOverload)
+        is_operator = isinstance(func, OpOverload)
         if reason := self._why_not(func, given):
             result = func(*args, **kwargs)
             self._give_up(func, args, kwargs, result, reason)
@@ -275,7 +278,7 @@ class Follower(TorchDispatchMode):
         for tensor in given:
             if reason := self._why_unknown(tensor):
                 return reason
-        if not isinstance(func, torch._ops.OpOverload) and any(map(self.depends, given)):
+        if not isinstance(func, OpOverload) and any(map(self.depends, given)):
             return f"it was computed inside of {func}, which is not followed"
         return ""
 

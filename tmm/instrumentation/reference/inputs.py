@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from tmm.core.torch_private import tree_leaves
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 

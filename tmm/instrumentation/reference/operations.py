@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch.utils._pytree import tree_flatten
 
+from tmm.core.torch_private import OpOverload, tree_flatten
 from tmm.spec.module_state import is_plain
 
 Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -48,7 +48,7 @@ def place_of(tensor: torch.Tensor) -> Place:
 
 def written_by(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that an operation writes to, with the names of the arguments."""
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, OpOverload):
         return
     arguments = func._schema.arguments
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tmm.core.replacement import Replacement
+from tmm.core.torch_private import get_current_dispatch_mode_stack
 from tmm.instrumentation.reference.follower import Follower
 
 _METHODS = ("tolist", "numpy")
@@ -21,22 +22,19 @@ def watched_reads() -> Iterator[None]:
     The methods are replaced for all tensors, hence for all threads; elsewhere they do what they
     did. Within another such block, nothing is left to do.
     """
-    replaced = [name for name in _METHODS if name not in vars(torch.Tensor)]
-    for name in replaced:
-        setattr(torch.Tensor, name, _watched(name))
-    try:
+    with ExitStack() as replaced:
+        for name in _METHODS:
+            if name not in vars(torch.Tensor):
+                replaced.enter_context(Replacement(torch.Tensor, name, _watched(name)))
         yield
-    finally:
-        for name in replaced:
-            delattr(torch.Tensor, name)
 
 
 def _watched(name: str) -> Any:
     original = getattr(torch.Tensor, name)
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        for mode in _get_current_dispatch_mode_stack():
+        for mode in get_current_dispatch_mode_stack():
             if isinstance(mode, Follower):
                 mode.read(tensor)
         return original(tensor, *args, **kwargs)

@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tmm.core.inductor_private import compile_fx
 from tmm.kernels.dense import accumulation_dtype, packed_dtype
 
 Kernel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -48,15 +49,13 @@ def _compile(
     columns: tuple[str, ...], dtype: torch.dtype, device_type: str, several_rows: bool
 ) -> Kernel:
     """The kernel for tensors of shape (rows, length) of one dtype; both are dynamic, 1 is not."""
-    from torch._inductor.compile_fx import compile_fx  # slow to import, and not always needed
-
     body = functools.partial(_summarize_rows, columns)
     with torch.no_grad():
         rows = 128 if several_rows else 1
         example = torch.empty(rows, _ROW_LIMIT, dtype=dtype, device=device_type)
         graph = make_fx(body, tracing_mode="symbolic")(example)
         (placeholder,) = graph.graph.find_nodes(op="placeholder")
-        return cast("Kernel", compile_fx(graph, [placeholder.meta["val"]]))
+        return cast("Kernel", compile_fx()(graph, [placeholder.meta["val"]]))
 
 
 def _summarize_rows(columns: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tmm.analysis.recorded import Recorded
 from tmm.core.families import (
     ACTIVATION,
     ACTIVATION_DIFFERENCE,
@@ -17,6 +16,7 @@ from tmm.core.families import (
 )
 from tmm.core.keys import TOTAL_NORM, is_without_bias, key_of, layer_of, metric_of, part_of_head
 from tmm.core.records import KeyInfo
+from tmm.core.series_by_key import Recorded
 
 
 @dataclass(frozen=True)

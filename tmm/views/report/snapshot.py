@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from tmm.analysis.series import BoolArray
 from tmm.core.metrics import FloatArray
-from tmm.core.records import Event, KeyInfo, StepArray
+from tmm.core.records import Event, StepArray
+from tmm.core.series_by_key import KnownKeys
 from tmm.runs.recorded_run import Run
 
 
-class Snapshot:
+class Snapshot(KnownKeys):
     """The numbers of a run in memory; what analysis reads (`tmm.analysis.Recorded`).
 
     Histograms are left out, and counted in ``histograms``. Raises ValueError for damaged files.
@@ -27,14 +26,6 @@ class Snapshot:
         self.steps, self._values, self._measured = run.table(list(self._infos))
         for array in (self.steps, self._values, self._measured):
             array.setflags(write=False)
-
-    def keys(self, pattern: str | None = None) -> list[str]:
-        """The keys that ``pattern`` matches (`re.match`), in the order of execution."""
-        return [key for key in self._infos if pattern is None or re.match(pattern, key)]
-
-    def key_info(self, key: str) -> KeyInfo:
-        """What is known of ``key``; KeyError for an unknown one."""
-        return self._infos[key]
 
     def series(self, key: str) -> tuple[StepArray, FloatArray]:
         """The steps and the values of ``key``, not to be changed."""

@@ -1,0 +1,62 @@
+"""The private names of Inductor that are used: functions, as it takes seconds to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+def inductor_config() -> Any:
+    """The settings of Inductor, a module."""
+    import torch._inductor.config
+
+    return torch._inductor.config
+
+
+def compile_fx() -> Callable[..., Any]:
+    """What compiles a graph for example inputs."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
+
+
+def is_missing_compiler(error: object) -> bool:
+    """Whether an error says that there is no C++ compiler."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    return isinstance(error, InvalidCxxCompiler)
+
+
+def is_failed_compiler(error: object) -> bool:
+    """Whether an error says that the C++ compiler refused a text."""
+    from torch._inductor.exc import CppCompileError
+
+    return isinstance(error, CppCompileError)
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it compiled."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def checked_library_cache(check: Callable[[str], None]) -> Any:
+    """Inductor's cache of libraries from C++, which ``check``s the path of each that it loads.
+
+    It has ``load(text)``, which gives a ``ctypes.CDLL``, and ``load_async(text, submit_fn)``.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.utils import clear_on_fresh_cache
+
+    class CheckedCache(CppCodeCache):
+        cache: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+        cache_clear = staticmethod(cache.clear)
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> Any:
+            check(path)
+            return CppCodeCache._load_library_inner(path, key)
+
+    return clear_on_fresh_cache(CheckedCache)
