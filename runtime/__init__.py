@@ -1,1 +1,1 @@
-"""What runs on every monitored step: names, collection, eager reductions and the store."""
+"""Private: what runs on every monitored step: names, collection, eager reductions and the store."""

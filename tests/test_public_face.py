@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ from torch import nn
 
 import tmm
 from tests.graphs import check_golden
+
+PUBLIC = {
+    *("tmm", "tmm.analysis", "tmm.examples", "tmm.integrations", "tmm.module_monitor"),
+    *("tmm.sinks", "tmm.testing"),
+}
+"""Packages that users may import; what others hold may change with each version."""
 
 FACES = ("LiveRun", "ModuleMonitor", "Monitor", "Run", "Spec")
 """Classes whose methods users call."""
@@ -39,6 +46,15 @@ def face() -> Iterator[str]:
             if not attribute.startswith("_") and (is_method or isinstance(member, property)):
                 text = signature(attribute, member) if is_method else attribute
                 yield f"    {name}.{text}"
+
+
+def test_private_packages_say_so() -> None:
+    root = Path(__file__).parent.parent
+    for folder in ("tmm", "passes", "runtime"):
+        for path in (root / folder).rglob("__init__.py"):
+            name = ".".join(path.parent.relative_to(root).parts)
+            says_so = (ast.get_docstring(ast.parse(path.read_text())) or "").startswith("Private: ")
+            assert says_so == (name not in PUBLIC), name
 
 
 def test_public_names_and_signatures() -> None:

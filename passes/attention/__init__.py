@@ -1,1 +1,1 @@
-"""How attention is found in a graph."""
+"""Private: how attention is found in a graph."""

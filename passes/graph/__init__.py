@@ -1,1 +1,1 @@
-"""What passes know of graphs, and how they edit them."""
+"""Private: what passes know of graphs, and how they edit them."""

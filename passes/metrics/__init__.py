@@ -1,1 +1,1 @@
-"""How a user's own functions become part of a graph."""
+"""Private: how a user's own functions become part of a graph."""

@@ -1,1 +1,1 @@
-"""How a graph's reference branch is copied."""
+"""Private: how a graph's reference branch is copied."""

@@ -1,1 +1,1 @@
-"""What several processes tell each other about a step."""
+"""Private: what several processes tell each other about a step."""

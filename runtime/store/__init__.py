@@ -1,1 +1,1 @@
-"""The files of a run: written, and read."""
+"""Private: the files of a run: written, and read."""

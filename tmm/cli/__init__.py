@@ -1,4 +1,4 @@
-"""The command ``tmm``: one module per command."""
+"""Private: the command ``tmm``: one module per command."""
 
 from __future__ import annotations
 

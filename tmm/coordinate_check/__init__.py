@@ -1,4 +1,4 @@
-"""How the sizes of updates and activations grow with the width of a model."""
+"""Private: how the sizes of updates and activations grow with the width of a model."""
 
 from tmm.coordinate_check.coordinate_check import coord_check
 from tmm.coordinate_check.result import TERMS, CoordinateCheck, Growth, Term

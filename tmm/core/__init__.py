@@ -1,1 +1,1 @@
-"""What everything else speaks in: names, keys, metrics, records. And what all need of torch."""
+"""Private: names, keys, metrics and records that everything speaks in, and private torch names."""

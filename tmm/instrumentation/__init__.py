@@ -1,1 +1,1 @@
-"""The monitored program of a model beside the user's own: how it is made, chosen and credited."""
+"""Private: the monitored program beside the user's own: how it is made, chosen and credited."""

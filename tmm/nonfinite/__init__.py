@@ -1,4 +1,4 @@
-"""Where the first NaN or infinity of a step comes from."""
+"""Private: where the first NaN or infinity of a step comes from."""
 
 from tmm.nonfinite.find_nonfinite import find_nonfinite
 from tmm.nonfinite.origin import Nonfinite, Origin, SourceLine

@@ -1,1 +1,1 @@
-"""Runs: started, kept, listed and exported."""
+"""Private: runs: started, kept, listed and exported."""

@@ -1,1 +1,1 @@
-"""What a user asks for, and what it means for a model."""
+"""Private: what a user asks for, and what it means for a model."""

@@ -1,1 +1,1 @@
-"""The built-in detectors: one theme per file, plain functions of a record."""
+"""Private: the built-in detectors: one theme per file, plain functions of a record."""

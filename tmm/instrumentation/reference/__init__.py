@@ -1,1 +1,1 @@
-"""The reference beside a model, where it is compared outside of graphs."""
+"""Private: the reference beside a model, where it is compared outside of graphs."""

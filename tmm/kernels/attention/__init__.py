@@ -1,1 +1,1 @@
-"""Statistics of attention, one implementation per kind of machine."""
+"""Private: statistics of attention, one implementation per kind of machine."""

@@ -1,1 +1,1 @@
-"""Statistics of tensors, one implementation per kind of machine."""
+"""Private: statistics of tensors, one implementation per kind of machine."""

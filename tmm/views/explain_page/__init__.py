@@ -1,4 +1,4 @@
-"""An explanation as one HTML page that needs nothing else."""
+"""Private: an explanation as one HTML page that needs nothing else."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A run as it goes: what is shown of it while another process records it, and afterwards."""
+"""Private: a run as it goes, while another process records it, and afterwards."""

@@ -1,4 +1,4 @@
-"""Pictures of runs: series over steps, heat maps of layers over steps, values over depth."""
+"""Private: pictures of runs: series, heat maps of layers over steps, values over depth."""
 
 from tmm.views.plots.figures import FIGURE_KINDS, FigureKind, figure
 from tmm.views.plots.picture_files import write_figure

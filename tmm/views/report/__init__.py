@@ -1,4 +1,4 @@
-"""What runs recorded as one HTML page that needs nothing else."""
+"""Private: what runs recorded as one HTML page that needs nothing else."""
 
 from tmm.views.report.page import report_page, write_report
 
