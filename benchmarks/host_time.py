@@ -25,7 +25,7 @@ from benchmarks.report import Line, finish, timed, with_goal
 from benchmarks.timing import Timing, keep_freed_memory
 from benchmarks.workloads import FIVE_METRICS
 from tmm.core.metrics import builtin_reductions
-from tmm.core.records import Measurement, PackedLayout, Row, Site, StepRecord
+from tmm.core.records import Measurement, PackedLayout, Site, Slot, StepRecord
 from tmm.kernels.ops import pack
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.step_collector import StepCollector
@@ -43,12 +43,11 @@ class Step:
         (reduction,) = builtin_reductions(FIVE_METRICS, is_complex=False)
         self._rows = [torch.rand(reduction.width, dtype=torch.float64) for _ in range(rows)]
         layout = tuple(
-            Row(
+            Slot.of(
                 Measurement(
                     "activation", Site(f"transformer.h.{i // 10}.part_{i % 10}"), reduction
                 ),
-                output=0,
-                indices=range(i * reduction.width, (i + 1) * reduction.width),
+                i * reduction.width,
             )
             for i in range(rows)
         )
