@@ -51,7 +51,11 @@ class Partials:
                 rows.setdefault(reduction, []).extend(some)
             for key, tensors in part.values.items():
                 values.setdefault(key, []).extend(tensors)
-        return Partials({r: merge_parts(r, some) for r, some in rows.items()}, values)
+        merged: dict[Reduction, Sequence[Rows]] = {}
+        for reduction, some in rows.items():
+            # As most reductions have one part, whose sites nobody looks at.
+            merged[reduction] = some if len(some) == 1 else merge_parts(reduction, some)
+        return Partials(merged, values)
 
     def complete(self) -> Partials:
         """The same without what is left out."""
@@ -76,8 +80,6 @@ class Partials:
 
 def merge_parts(reduction: Reduction, parts: Sequence[Rows]) -> Sequence[Rows]:
     """Few parts of which no two have a site in common."""
-    if len(parts) == 1:  # as most reductions have, whose sites nobody looks at
-        return parts
     same: dict[tuple[str, ...], list[FloatArray]] = {}
     for sites, rows in parts:
         same.setdefault(sites, []).append(rows)

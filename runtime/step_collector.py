@@ -249,8 +249,9 @@ class StepCollector:
             return self._record
 
     def _gathered(self) -> Partials:
-        counted = (some for some in self._arrivals if some.unless is None or not some.unless())
-        partials = Partials.merged(arrival.partials() for arrival in counted)
+        partials = Partials.merged(
+            [some.partials() for some in self._arrivals if some.unless is None or not some.unless()]
+        )
         logged = self._claimed(self._measured, MEASURED)
         # That of the run counts, should a key be in both.
         for key in self._own:

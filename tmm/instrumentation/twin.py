@@ -70,9 +70,7 @@ GradientSink = Callable[[Binding, Sequence[torch.Tensor]], None]
 class Recorder(Protocol):
     """Takes what a twin measures."""
 
-    @property
-    def registry(self) -> KeyRegistry:
-        """The keys of what is measured."""
+    registry: KeyRegistry
 
     @property
     def scales_gradients(self) -> bool:

@@ -16,7 +16,7 @@ from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
 from tmm.instrumentation.regions import Region
 from tmm.instrumentation.twin import GradientSink, Twin
 from tmm.passes.pipeline import PassError
-from tmm.runtime.key_binding import Binding, KeyRegistry
+from tmm.runtime.key_binding import Binding
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.forgotten import Forgotten
 from tmm.steps.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
@@ -30,6 +30,7 @@ class ForwardRecorder:
     """Runs forward passes of monitored steps, and takes what graphs and eager calls measure.
 
     Attributes:
+        timeline: whose open step it is, and ``registry`` the keys of its steps.
         recording: a monitored step is open, and nobody has said that what runs now is none of it.
         is_unused: no step was opened so far, and nobody was told so.
         keeps_evaluations_apart: forward passes of evaluations are left out of a step.
@@ -48,17 +49,13 @@ class ForwardRecorder:
         self.is_unused = True
         self.keeps_evaluations_apart = True
         self.timeline = timeline
+        self.registry = timeline.registry
         self._module = module
         self._gaps = gaps
         self._forgotten = forgotten
         self._scale = scale
         self._unmeasured = unmeasured
         self._passes = ForwardPasses(module)
-
-    @property
-    def registry(self) -> KeyRegistry:
-        """The keys of the steps."""
-        return self.timeline.registry
 
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""

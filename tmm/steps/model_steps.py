@@ -89,7 +89,8 @@ class ModelSteps:
         if self.is_closed:
             return self._begin_in_vain(step)
         self.gaps.tell_late_failures()
-        self._leave_open_step(step)
+        if self.timeline.open is not None:
+            self._leave_open_step(step)
         self.archive.prepare(step, is_first=self.forgotten.is_unused)
         self.recorder.is_unused = False
         monitored = self.twin.plan.spec.is_step_monitored(step)
@@ -110,14 +111,16 @@ class ModelSteps:
                 self._forget_step()  # what was logged in it is taken over
             else:
                 self.end_step()
-        elif self.timeline.open is not None:
-            if self.timeline.open.monitored:
-                self.forgotten.note_not_ended(self.timeline.open.step, step)
-            self.drop_step("was not ended")
+            return
+        assert self.timeline.open is not None
+        if self.timeline.open.monitored:
+            self.forgotten.note_not_ended(self.timeline.open.step, step)
+        self.drop_step("was not ended")
 
     def end_step(self) -> None:
         """Close the open step and hand it over, as ``Monitor.end_step`` says."""
-        if self._open_block.end_nested():
+        if self._open_block.nested:
+            self._open_block.end_nested()
             return
         finished = self.timeline.require("end_step")
         if self.is_closed:
@@ -288,5 +291,5 @@ class ModelSteps:
 
     def _close_step(self) -> None:
         self.recorder.recording = False
-        self._open_block.forget_nested()
+        self._open_block.nested.clear()
         self.twin.end_step()

@@ -9,13 +9,16 @@ from tmm.steps.step_block import StepBlock
 
 
 class OpenBlock:
-    """The block whose step is open, and the steps that begin inside of it, which are none."""
+    """The block whose step is open, and the steps that begin inside of it, which are none.
+
+    ``nested`` has of each step inside whether what came before it was recorded.
+    """
 
     def __init__(self, recorder: ForwardRecorder, forgotten: Forgotten) -> None:
         self._recorder = recorder
         self._forgotten = forgotten
         self._outer: StepBlock | None = None
-        self._nested: list[bool] = []  # of each step inside, whether what came before was recorded
+        self.nested: list[bool] = []
 
     def holds(self, collector: StepCollector | None) -> bool:
         """Whether the step that ``collector`` gathers is that of a block."""
@@ -29,25 +32,18 @@ class OpenBlock:
         """A step begins inside; tells whether what runs in it belongs to the open one."""
         assert self._outer is not None
         self._forgotten.note_nested(step, self._outer.step)
-        self._nested.append(self._recorder.recording)
+        self.nested.append(self._recorder.recording)
         self._recorder.recording = self._recorder.recording and step == self._outer.step
         return self._recorder.recording
 
-    def end_nested(self) -> bool:
-        """End the innermost step inside; tells whether there was one."""
-        if not self._nested:
-            return False
-        self._recorder.recording = self._nested.pop()
-        return True
+    def end_nested(self) -> None:
+        """End the innermost step inside."""
+        self._recorder.recording = self.nested.pop()
 
     def leave(self, block: StepBlock) -> None:
         """A block is left."""
-        if self._nested:
-            self._recorder.recording = self._nested.pop() if block.is_nested else self._nested[0]
+        if self.nested:
+            self._recorder.recording = self.nested.pop() if block.is_nested else self.nested[0]
         if not block.is_nested:
             self._outer = None
-            self._nested.clear()
-
-    def forget_nested(self) -> None:
-        """The open step is over, and those inside of it."""
-        self._nested.clear()
+            self.nested.clear()

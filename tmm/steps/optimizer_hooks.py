@@ -59,6 +59,7 @@ class Watch:
         self._note_failure = note_failure
         self._gaps = gaps
         self._has_probes = has_probes
+        self._asks = any(rule.subject == "parameters" for rule in parameters.plan.spec.rules)
         self._unwatched = Unwatched(parameters, gaps)
         self._optimizers: list[WatchedOptimizer] = []
         self._steps: Steps = OpenSteps()
@@ -244,8 +245,8 @@ class Watch:
         if collector.monitored:
             self._has_measured = self._has_measured or collector.ran_forward
             self._has_stepped = self._has_stepped or collector.has_stepped
-            watched = [watched.optimizer for watched in self._optimizers]
-            self._unwatched.look(collector, watched, self._held)
+            if self._asks:
+                self._unwatched.look(collector, self._optimizers, self._held)
         self._steps.forget()
         try:
             self.parameters.end_step(collector)

@@ -106,7 +106,8 @@ class StepTimeline:
         if self._between is not None and self._between.step == step and self._ended is None:
             collector.take_logged(self._between)
             self._early, self._between = self._between, None
-        self.flush()
+        if self._between is not None:
+            self.flush()
         if self.open is not None:
             collector.take_logged(self.open)
         else:
@@ -120,12 +121,13 @@ class StepTimeline:
         """Close the open step, which is to be recorded unless it has failed."""
         collector = self.open
         assert collector is not None
-        self._ended = self._known_of(collector.step)
         if not collector.failed and (collector.monitored or collector.holds_values):
             self._complete(collector)
             self._ended = EndedStep(collector.step, (collector,))
-        elif self._listener is not None:
-            self._listener.passes()
+        else:
+            if self._listener is not None:
+                self._listener.passes()
+            self._ended = self._known_of(collector.step)
         if collector.failed:
             self.drop(collector)
         self.open = None

@@ -13,6 +13,7 @@ from tmm.core.families import PARAMETER_DIFFERENCE
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.nested_optimizers import parameters_of
 from tmm.steps.parameters import ParameterMonitor
+from tmm.steps.watched_optimizer import WatchedOptimizer
 from tmm.steps.without_rows import AROUND_STEPS
 
 
@@ -40,7 +41,7 @@ class Unwatched:
     def look(
         self,
         collector: StepCollector,
-        watched: Collection[Optimizer],
+        watched: Collection[WatchedOptimizer],
         held: Callable[[], Collection[torch.nn.Parameter]],
     ) -> None:
         """Warn of what has no rows in a monitored step that ends.
@@ -97,9 +98,14 @@ class Unwatched:
                 f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}",
             )
 
-    def _look_at_others(self, collector: StepCollector, watched: Collection[Optimizer]) -> None:
+    def _look_at_others(
+        self, collector: StepCollector, watched: Collection[WatchedOptimizer]
+    ) -> None:
         """Name the parameters of optimizers that stepped, and that nobody watches."""
-        others = [optimizer for optimizer in self._others if optimizer not in watched]
+        if not self._others:
+            return
+        known = {held.optimizer for held in watched}
+        others = [optimizer for optimizer in self._others if optimizer not in known]
         self._others.clear()
         for optimizer in others:
             names = self._parameters.names()
