@@ -21,6 +21,7 @@ import tmm
 from tests.lazily import Lazily
 from tests.model_zoo import noise
 from tmm.runs.find_optimizer import OptimizerFinder
+from tmm.runs.instrument import steps_of
 
 accelerate = Lazily("accelerate.optimizer")
 VECTORS = noise(6, 4)
@@ -184,7 +185,7 @@ def test_a_step_inside_a_step_is_one_step(way: str, watched: str) -> None:
     monitor = tmm.monitor(model)
     finder = None
     if watched == "found":
-        finder = OptimizerFinder(monitor, None)
+        finder = OptimizerFinder(steps_of(model), None)
     for optimizer in {"outer": [outer], "inner": inner, "both": optimizers}.get(watched, []):
         monitor.watch(optimizer)
     for optimizer in inner:
@@ -409,7 +410,7 @@ def test_optimizers_that_step_in_the_backward_pass() -> None:
     _apply_optimizer_in_backward(SGD, module.parameters(), {"lr": 0.1})
     model = tmm.instrument(module, tmm.Spec(*RULES))
     monitor = tmm.monitor(model)
-    finder = OptimizerFinder(monitor, None)
+    finder = OptimizerFinder(steps_of(model), None)
     before = values(module)
     with monitor.step(0):
         backward(model)
