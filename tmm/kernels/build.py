@@ -18,6 +18,7 @@ from tmm.core.failures import levels_to_user
 from tmm.core.inductor_private import (
     cache_folder,
     checked_library_cache,
+    find_compiler,
     is_failed_compiler,
     is_missing_compiler,
 )
@@ -93,6 +94,22 @@ def load_kernels(
         kernel.restype = None
         kernels[dtype] = kernel
     return kernels
+
+
+def why_not_compiled(sources: Sequence[str]) -> str | None:
+    """Why there can be no kernel of these files, in a few words; None if there is or may be one.
+
+    Nothing is compiled: a compiler that is there may still fail.
+    """
+    try:
+        check_folder(cache_folder())
+        if not is_kept(cache_folder(), _text(sources)):
+            find_compiler()
+    except Exception as error:
+        if not _is_of_compiler(error):
+            raise
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _compiled(text: str) -> ctypes.CDLL:

@@ -13,6 +13,7 @@ import torch
 
 from tmm.core.metrics import COLUMN_ORDER
 from tmm.kernels.build import load_kernels
+from tmm.kernels.dense import flatten
 
 SOURCES = ("summarize/host.cpp", "summarize/host_operator.cpp")
 
@@ -50,6 +51,12 @@ def summarize_on_host(
         rows.data_ptr(),
     )
     return rows
+
+
+def summarize_one_on_host(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor | None:
+    """The row of a real tensor of the CPU, of any strides; None as in ``summarize_on_host``."""
+    rows = summarize_on_host([flatten(x)], columns)
+    return None if rows is None else rows[0]
 
 
 @functools.cache
