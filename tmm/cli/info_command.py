@@ -66,24 +66,24 @@ def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) ->
 
 
 def _kernels() -> dict[str, dict[str, str]]:
-    """What each operation is written in that runs on each type of device of this machine."""
+    """What each operation is made of that runs on each type of device of this machine."""
     import torch
 
-    from tmm.kernels.kernel_registry import OPERATIONS, chosen
+    from tmm.kernels.kernel_registry import OPERATIONS, describe
 
     accelerator = torch.accelerator.current_accelerator()
     devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
     return {
-        device: {operation: chosen(operation, device).language for operation in OPERATIONS}
+        device: {operation: describe(operation, device) for operation in OPERATIONS}
         for device in devices
     }
 
 
 def _in_words(used: Mapping[str, str]) -> str:
-    """One name if all operations are alike."""
+    """One text if all operations are alike."""
     if len(set(used.values())) == 1:
         return next(iter(used.values()))
-    return ", ".join(f"{operation}: {language}" for operation, language in used.items())
+    return "; ".join(f"{operation}: {text}" for operation, text in used.items())
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
-from tmm.kernels.build import why_not_compiled
+from tmm.kernels.build import instruction_set, why_not_compiled
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 
 Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention"]
@@ -124,6 +124,14 @@ def chosen(operation: Operation, device_type: str) -> Kernel:
         for kernel in candidates(operation, device_type)
         if not kernel.sources or why_not_compiled(kernel.sources) is None
     )
+
+
+def describe(operation: Operation, device_type: str) -> str:
+    """What is chosen, in words: its language, and the vectors that it was compiled for."""
+    kernel = chosen(operation, device_type)
+    if not kernel.sources:
+        return kernel.language
+    return f"{kernel.language}, {instruction_set(kernel.sources) or 'compiled when first used'}"
 
 
 def function_of(kernel: Kernel) -> Callable[..., torch.Tensor | None]:
