@@ -1,7 +1,8 @@
 """The kernels of a CPU with vectors of every width that can be built here, against float64.
 
-Their own tests run once more for each width. Vectors of 16 bytes are those of other processors,
-such as NEON's; those of 8 bytes stand for processors that have none.
+Their own tests run once more for each width, and in an emulator of a 64-bit ARM, which has NEON,
+where a compiler for that and the emulator are installed. Vectors of 8 bytes stand for processors
+that have none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ctypes
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import test_attention_kernels, test_group, test_host
+from tests import emulated_kernels, test_attention_kernels, test_group, test_host
+from tests.emulated_kernels import Kernels
 from tmm.kernels.attention import attention_host
 from tmm.kernels.build import VECTORS, compile_variant, instruction_set_of, kernels_of
 from tmm.kernels.summarize import host
 from tmm.kernels.summarize.group import summarize_group
-
-Kernels: TypeAlias = dict[torch.dtype, Callable[..., None]]
 
 WIDTHS = {8: "no vectors", 16: "vectors of 16 bytes", 32: "AVX2"}
 """What kernels say of the vectors that they use, where that is not the processor's own."""
@@ -42,16 +42,23 @@ def libraries() -> dict[int, list[ctypes.CDLL]]:
         return {width: [one.result() for one in both] for width, both in started.items()}
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
+@pytest.fixture(scope="module", params=[*WIDTHS, "aarch64"])
 def variant(
-    request: pytest.FixtureRequest, libraries: dict[int, list[ctypes.CDLL]]
-) -> tuple[Kernels, Kernels]:
-    """The kernels with vectors of one width."""
-    tensors, attentions = libraries[request.param]
-    if platform.machine() == "x86_64":
-        assert instruction_set_of(tensors) == WIDTHS[request.param]
-        assert instruction_set_of(attentions) == WIDTHS[request.param]
-    return kernels_of(tensors, host.ARGUMENTS), kernels_of(attentions, attention_host.ARGUMENTS)
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Kernels, Kernels]]:
+    """The kernels with vectors of one width, or those of another processor."""
+    if request.param in WIDTHS:
+        tensors, attentions = request.getfixturevalue("libraries")[request.param]
+        if platform.machine() == "x86_64":
+            assert instruction_set_of(tensors) == WIDTHS[request.param]
+            assert instruction_set_of(attentions) == WIDTHS[request.param]
+        kernels = kernels_of(tensors, host.ARGUMENTS)
+        yield kernels, kernels_of(attentions, attention_host.ARGUMENTS)
+    elif not emulated_kernels.IS_THERE:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user-static")
+    else:
+        with emulated_kernels.emulated(tmp_path_factory.mktemp("emulated")) as kernels_of_arm:
+            yield kernels_of_arm
 
 
 @pytest.fixture(autouse=True)
