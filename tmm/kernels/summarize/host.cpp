@@ -18,6 +18,8 @@ constexpr int64_t SAMPLE = 256;  // elements whose mean is the centre of a row's
 constexpr int UNROLL = 4;        // vectors at a time: one chain of additions has a long latency
 constexpr int FEW = 2;           // chains where there are many sums, as registers are few
 constexpr int64_t CHAIN = 32;    // additions one after the other: each one rounds
+constexpr int64_t LINE = 64;     // bytes that memory hands over at a time
+constexpr int64_t AHEAD = 4096;  // bytes: processors themselves look ahead within a page
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 constexpr double UNDEFINED = std::numeric_limits<double>::quiet_NaN();
 
@@ -43,6 +45,10 @@ struct Values {
 
   Values after(int64_t elements) const { return {from + elements}; }
   Vector<Scalar> at(int64_t start) const { return load(from + start); }
+  // Ask the memory for what comes later.
+  void prefetch(int64_t start) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + start) + AHEAD);
+  }
   // The first of them; the rest are zeros.
   Vector<Scalar> some(int64_t start, int64_t count) const {
     Element piece[WIDTH<Scalar>] = {};
@@ -59,6 +65,10 @@ struct Differences {
 
   Differences after(int64_t elements) const { return {own.after(elements), other.after(elements)}; }
   Vector<Scalar> at(int64_t start) const { return own.at(start) - other.at(start); }
+  void prefetch(int64_t start) const {
+    own.prefetch(start);
+    other.prefetch(start);
+  }
   Vector<Scalar> some(int64_t start, int64_t count) const {
     return own.some(start, count) - other.some(start, count);
   }
@@ -302,6 +312,7 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
     Values shifts[CHAINS] = {}, squares[CHAINS] = {}, absolutes[CHAINS] = {};
     for (int64_t start = block; start < end; start += CHAINS * WIDTH<Scalar>)
       for (int part = 0; part < CHAINS; part++) {
+        if (part * BYTES % LINE == 0) source.prefetch(start + part * WIDTH<Scalar>);
         const Values values = source.at(start + part * WIDTH<Scalar>);
         const Values deviations = values - centre;
         shifts[part] += deviations;
