@@ -35,7 +35,15 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "parameters": (),
 }
 """What the suite asks, and in which of its short forms."""
-FURTHER = ("attention", "distributed", "module_monitor", "overhead", "reference", "store")
+FURTHER = (
+    "attention",
+    "distributed",
+    "kernels",
+    "module_monitor",
+    "overhead",
+    "reference",
+    "store",
+)
 """What it asks with ``--only``."""
 ROOT = Path(__file__).parent.parent
 

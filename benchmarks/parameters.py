@@ -173,7 +173,7 @@ def measure(model: nn.Module, rounds: int, slow_rounds: int) -> list[Line]:
     in_slow = interleave(slow, slow_rounds, warm_up=1)
     lines = [
         line(READ, in_quick[READ]),
-        line(GROUPED, in_quick[GROUPED], "goal: ratio <= 2"),
+        line(GROUPED, in_quick[GROUPED], "goal: ratio <= 1.3"),
         line(LOOP, in_slow[LOOP], "goal: >= 10 x summarize_group"),
     ]
     if PEER in in_slow:

@@ -189,6 +189,10 @@ def test_explain_and_info(tmm_command: Command, root: Path) -> None:
     assert json.loads(tmm_command("explain", "watched", "--json").stdout)["id"] == run.id
     assert json.loads(tmm_command("info", "--json").stdout)["runs"] == 2
     assert "torch" in tmm_command("info").stdout
+    of_cpu = json.loads(tmm_command("info", "--json").stdout)["kernels"]["cpu"]
+    assert of_cpu.keys() == {"summarize", "summarize_group", "summarize_attention"}
+    assert "compiled when first used" not in of_cpu["summarize"]  # as a model was watched above
+    assert "kernels, cpu" in tmm_command("info").stdout
 
 
 def test_odd_texts_are_shown_as_they_are(tmm_command: Command, root: Path) -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -339,6 +341,46 @@ def test_what_is_kept_is_found_by_its_sources(tmp_path: Path) -> None:
     assert kept_library.is_kept(tmp_path, "a")
     assert not kept_library.is_kept(tmp_path, "b")
     kept_library.keep_library(tmp_path / "nowhere", "a", known)  # which costs nobody anything
+
+
+def test_machines_that_share_a_folder_find_each_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which instructions there are is in the name, and in the text that torch's cache knows."""
+    assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
+    (known,) = kept_library._places(cache_folder(), build._text(host.SOURCES))
+    texts = set()
+
+    def is_another_machine() -> bool:
+        kept_library._processor.cache_clear()
+        text = build._of_this_machine("a")
+        is_new = text not in texts and not kept_library.is_kept(tmp_path, "a")
+        texts.add(text)
+        kept_library.keep_library(tmp_path, "a", known)
+        assert kept_library.is_kept(tmp_path, "a")
+        return is_new
+
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(kept_library, "_CPUINFO", cpuinfo)
+    try:
+        for flags in ("sse2 avx2", "sse2 avx2 avx512f", "sse2 avx2 avx_vnni"):
+            cpuinfo.write_text(f"model name: of a cloud\nflags: {flags}\ncpu MHz: 1")
+            assert is_another_machine()
+            cpuinfo.write_text(f"model name: of a cloud\nflags: {flags}\ncpu MHz: 2")
+            assert not is_another_machine()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+        assert is_another_machine()
+        with torch._inductor.config.patch("cpp.simdlen", 1):
+            assert is_another_machine()
+    finally:
+        kept_library._processor.cache_clear()
+
+
+def test_the_library_says_which_vectors_it_uses() -> None:
+    assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
+    capability = torch.backends.cpu.get_cpu_capability()
+    known = {"AVX2": "AVX2", "AVX512": "AVX-512", "NEON": "NEON", "SVE256": "NEON"}
+    assert build.instruction_set(host.SOURCES) == known.get(capability, mock.ANY)
 
 
 def test_without_a_compiler_plain_operations_serve(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def installed(wheel: Path) -> Path:
 
 def test_the_wheel_holds_every_module_and_its_types(wheel: Path) -> None:
     page = ("page.html", "page.css", "page.js", "graphs.js")
-    kernels = ("summarize/host", "summarize/host_operator", "attention/attention_host")
+    kernels = ("vectors", "summarize/host", "summarize/host_operator", "attention/attention_host")
     expected = {"tmm/py.typed", *(f"tmm/kernels/{name}.cpp" for name in kernels)}
     expected |= {f"tmm/views/explain_page/{name}" for name in page}
     expected |= {f"tmm/views/report/{name}" for name in ("page.html", "page.css", *SCRIPTS)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
+        "kernels": _kernels(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "optional": {name: _version(name) for name in _OPTIONAL},
         "root": str(root),
@@ -34,9 +36,14 @@ def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
         return
-    optional = found.pop("optional")
+    optional, kernels = found.pop("optional"), found.pop("kernels")
     assert isinstance(optional, dict)
-    rows = [*found.items(), *((name, value or "not installed") for name, value in optional.items())]
+    assert isinstance(kernels, dict)
+    rows = [
+        *found.items(),
+        *((f"kernels, {device}", _in_words(used)) for device, used in kernels.items()),
+        *((name, value or "not installed") for name, value in optional.items()),
+    ]
     print_table("tmm", ("", ""), rows)
 
 
@@ -56,6 +63,27 @@ def explain(query: Query, root: Root = Path("runs"), as_json: AsJson = False) ->
         print_json({"id": record.id, "text": text})
     else:
         typer.echo(clean_lines(text))
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """What each operation is made of that runs on each type of device of this machine."""
+    import torch
+
+    from tmm.kernels.kernel_registry import OPERATIONS, describe
+
+    accelerator = torch.accelerator.current_accelerator()
+    devices = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+    return {
+        device: {operation: describe(operation, device) for operation in OPERATIONS}
+        for device in devices
+    }
+
+
+def _in_words(used: Mapping[str, str]) -> str:
+    """One text if all operations are alike."""
+    if len(set(used.values())) == 1:
+        return next(iter(used.values()))
+    return "; ".join(f"{operation}: {text}" for operation, text in used.items())
 
 
 def _version(package: str) -> str | None:

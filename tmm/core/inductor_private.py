@@ -21,6 +21,13 @@ def compile_fx() -> Callable[..., Any]:
     return compile_fx
 
 
+def find_compiler() -> None:
+    """Raise an error that ``is_missing_compiler`` where there is no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
+
+
 def is_missing_compiler(error: object) -> bool:
     """Whether an error says that there is no C++ compiler."""
     from torch._inductor.exc import InvalidCxxCompiler

@@ -18,14 +18,18 @@ from tmm.core.failures import levels_to_user
 from tmm.core.inductor_private import (
     cache_folder,
     checked_library_cache,
+    find_compiler,
     is_failed_compiler,
     is_missing_compiler,
 )
-from tmm.kernels.kept_library import find_library, is_kept, keep_library
+from tmm.kernels.kept_library import find_library, is_kept, keep_library, machine
 from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that there are kernels for."""
+
+VECTORS = "vectors.cpp"
+"""What all kernels are compiled together with; it comes first."""
 
 
 class _Started:
@@ -54,7 +58,7 @@ def start_compiling(*sources: str) -> None:
         text = _text(sources)
         if not is_kept(cache_folder(), text):
             _trusted_cache().load_async(
-                text, submit_fn=lambda work: _Started(compiler.submit(work))
+                _of_this_machine(text), submit_fn=lambda work: _Started(compiler.submit(work))
             )
     compiler.shutdown(wait=False)
 
@@ -85,6 +89,13 @@ def load_kernels(
             stacklevel=levels_to_user(),
         )
         return {}
+    return kernels_of(library, argument_types)
+
+
+def kernels_of(
+    library: ctypes.CDLL, argument_types: Sequence[Any]
+) -> dict[torch.dtype, Callable[..., None]]:
+    """The functions of a library, by dtype."""
     kernels = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
@@ -95,9 +106,51 @@ def load_kernels(
     return kernels
 
 
+def instruction_set(sources: Sequence[str]) -> str | None:
+    """The vectors that the compiled kernel of these files uses; None before it is compiled."""
+    try:
+        library = find_library(cache_folder(), _text(sources))
+    except UntrustedFileError:
+        return None
+    return None if library is None else instruction_set_of(library)
+
+
+def instruction_set_of(library: ctypes.CDLL) -> str:
+    """The vectors that the kernels of a library use, such as ``AVX2``."""
+    library.instruction_set.restype = ctypes.c_char_p
+    name: bytes = library.instruction_set()
+    return name.decode()
+
+
+def compile_variant(sources: Sequence[str], vector_bytes: int) -> ctypes.CDLL:
+    """The library of files with vectors of 8, 16, 32 or 64 bytes, whatever the processor has.
+
+    For tests and benchmarks; it is in torch's cache afterwards. The files must register nothing.
+    """
+    definition = f"#define TMM_VECTOR_BYTES {vector_bytes}\n"
+    library: ctypes.CDLL = _trusted_cache().load(_of_this_machine(definition + _text(sources)))
+    return library
+
+
+def why_not_compiled(sources: Sequence[str]) -> str | None:
+    """Why there can be no kernel of these files, in a few words; None if there is or may be one.
+
+    Nothing is compiled: a compiler that is there may still fail.
+    """
+    try:
+        check_folder(cache_folder())
+        if not is_kept(cache_folder(), _text(sources)):
+            find_compiler()
+    except Exception as error:
+        if not _is_of_compiler(error):
+            raise
+        return str(error).strip().splitlines()[0]
+    return None
+
+
 def _compiled(text: str) -> ctypes.CDLL:
     """The library of a text, from torch's cache or the compiler, kept for later processes."""
-    library: ctypes.CDLL = _trusted_cache().load(text)
+    library: ctypes.CDLL = _trusted_cache().load(_of_this_machine(text))
     keep_library(cache_folder(), text, Path(library._name))
     return library
 
@@ -133,3 +186,11 @@ def _warn_of_others(reason: str) -> None:
 
 def _text(sources: Sequence[str]) -> str:
     return "".join((Path(__file__).parent / source).read_text() for source in sources)
+
+
+def _of_this_machine(text: str) -> str:
+    """The text with the name of the machine, which torch's own key has not.
+
+    The compiler is told to use all instructions of the processor, and not which these are.
+    """
+    return f"// {machine()}\n{text}"

@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 from tmm.core.atomic_file import replacing
+from tmm.core.inductor_private import inductor_config
 from tmm.kernels.trusted_files import check_file
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def find_library(folder: Path, text: str) -> ctypes.CDLL | None:
@@ -57,16 +60,29 @@ def _sum(library: Path) -> str:
 
 
 def _key(text: str) -> str:
-    whole = "\n".join((text, torch.__version__, str(torch.version.git_version), _processor()))
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return _digest("\n".join((text, torch.__version__, str(torch.version.git_version), machine())))
+
+
+def machine() -> str:
+    """A name of all that the same sources give other machine code for.
+
+    The processor with all its instructions, since the compiler may use any of them, and what was
+    set of Inductor's flags. A folder may be shared by machines that differ.
+    """
+    config = inductor_config()
+    flags = (config.cpp.simdlen, config.aot_inductor.debug_compile)
+    return _digest("\n".join((_processor(), *map(str, flags))))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @functools.cache
 def _processor() -> str:
-    """What machine code depends on that is compiled for the processor at hand."""
     described = (platform.system(), platform.machine(), torch.backends.cpu.get_cpu_capability())
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = _CPUINFO.read_text().splitlines()
     except OSError:  # another system than Linux
         lines = [platform.processor()]
     wanted = ("model name", "flags", "Features", "CPU part")

@@ -18,19 +18,13 @@ import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
 from tmm.core.torch_private import is_batched
+from tmm.kernels import kernel_registry
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, chosen_columns, chosen_elements
 from tmm.kernels.attention.choose import summarize_attention as summarize_attention_of
-from tmm.kernels.dense import flatten, packed_dtype, real
-from tmm.kernels.summarize.differences import (
-    can_be_read_together,
-    columns_of_difference,
-    difference,
-    flatten_pair,
-    further_terms,
-)
+from tmm.kernels.dense import packed_dtype, real
+from tmm.kernels.summarize.differences import columns_of_difference, difference, further_terms
 from tmm.kernels.summarize.group import summarize_group
-from tmm.kernels.summarize.host import summarize_on_host
-from tmm.kernels.summarize.torch_rows import compiled_kernel, summarize_with_torch
+from tmm.kernels.summarize.group_host import summarize_pairs_on_host
 
 
 def tap(
@@ -124,14 +118,7 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
 def _summarize(x: torch.Tensor, columns: str) -> torch.Tensor:
     x = real(x)
     names = tuple(columns.split(COLUMN_SEPARATOR))
-    if x.device.type == "cpu":
-        rows = summarize_on_host([flatten(x)], names)
-        if rows is not None:
-            return rows[0]
-    if x.device.type == "cuda" and x.numel():
-        kernel, shape = compiled_kernel(x, names)
-        return kernel(flatten(x).view(shape))
-    return summarize_with_torch(x, names)
+    return kernel_registry.run("summarize", x.device, x, names)
 
 
 def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
@@ -140,11 +127,9 @@ def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
 
 def _summarize_difference(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
     names = tuple(columns.split(COLUMN_SEPARATOR))
-    if can_be_read_together(own, other):
-        flat, subtracted = flatten_pair(own, other)
-        rows = summarize_on_host([flat], names, [subtracted])
-        if rows is not None:
-            return rows[0]
+    rows = summarize_pairs_on_host([(own, other)], names)
+    if rows is not None:
+        return rows[0]
     terms = [(difference(own, other), columns_of_difference(names))]
     terms += further_terms(own, other, names)
     return torch.cat([summarize(term, COLUMN_SEPARATOR.join(needed)) for term, needed in terms])

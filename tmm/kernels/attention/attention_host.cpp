@@ -4,44 +4,20 @@
 // softmax runs down the lanes and nothing is reduced across a vector. A thread takes a few strips
 // that read the same keys and meets the keys block by block: each block is converted once,
 // multiplied with every strip, and joined into the running maximum, sum of exponentials and sum of
-// exponential times logit. A causal vector meets no key behind its last query.
+// exponential times logit. A causal vector meets no key behind its last query. Compiled together
+// with vectors.cpp.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-// Inductor compiles without fused multiply-add, which is half the speed and less accurate.
-#ifdef __clang__
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, WIDE = 4;  // of a vector; vectors in a strip
-#elif defined(__AVX__)
-constexpr int BYTES = 32, WIDE = 2;
-#else
-constexpr int BYTES = 16, WIDE = 4;
-#endif
+constexpr int WIDE = BYTES == 32 ? 2 : 4;  // vectors in a strip; AVX2 has few registers
 constexpr int BLOCK = 96;       // keys: their logits with a strip stay in the first-level cache
 constexpr int MOST_KEYS = 12;   // that are multiplied at a time, beginning anywhere in a block
 constexpr int ROOM = BLOCK + MOST_KEYS;
 constexpr int MOST_STRIPS = 8;  // that a thread takes at a time, fewer where threads are many
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 float as_float(uint32_t bits) {
   float value;
@@ -72,27 +48,12 @@ float convert(Float16 value) {
 }
 
 template <class Scalar>
-struct Lanes {
-  typedef Scalar type __attribute__((vector_size(BYTES)));
-};
-template <class Scalar>
-using Vector = typename Lanes<Scalar>::type;
-template <class Scalar>
 using Mask = decltype(Vector<Scalar>{} == Vector<Scalar>{});  // -1 where it holds
 template <class Scalar>
 using Index = std::conditional_t<sizeof(Scalar) == 8, int64_t, int32_t>;  // of which that consists
 
 template <class Scalar>
-constexpr int WIDTH = BYTES / sizeof(Scalar);
-template <class Scalar>
 constexpr Scalar INFINITE = std::numeric_limits<Scalar>::infinity();
-
-template <class Scalar>
-Vector<Scalar> load(const Scalar* from) {
-  Vector<Scalar> values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
 
 template <class Scalar>
 void store(Scalar* to, Vector<Scalar> values) {
@@ -202,29 +163,19 @@ struct Strip {
   Mask<Scalar> positions[WIDE], allowed[WIDE];  // `allowed` counts keys, only where a mask says it
 };
 
-// A vector of converted elements; Inductor's flags keep the compiler from making one of a loop.
-Vector<double> load_converted(const double* from) { return load(from); }
-Vector<float> load_converted(const float* from) { return load(from); }
-Vector<float> load_converted(const BFloat16* from) {
-  uint16_t elements __attribute__((vector_size(BYTES / 2)));
-  std::memcpy(&elements, from, sizeof(elements));
-  const auto bits = __builtin_convertvector(elements, Vector<uint32_t>) << 16;
-  Vector<float> values;
-  std::memcpy(&values, &bits, sizeof(values));
-  return values;
-}
-
-// Rows of elements side by side, converted.
+// Rows of elements side by side, converted; Inductor's flags keep the compiler from making vectors
+// of a loop.
 template <class Element, class Scalar>
 void pack(const Element* from, int64_t row_step, int64_t step, int64_t rows, int64_t size,
           Scalar* to) {
-  constexpr bool IS_WIDE = std::is_same_v<Element, Scalar> ||
-                           (std::is_same_v<Element, BFloat16> && std::is_same_v<Scalar, float>);
+  constexpr bool IS_SHORT = std::is_same_v<Element, BFloat16> || std::is_same_v<Element, Float16>;
+  constexpr bool IS_WIDE =
+      std::is_same_v<Element, Scalar> || (IS_SHORT && std::is_same_v<Scalar, float>);
   for (int64_t row = 0; row < rows; row++, from += row_step, to += size) {
     int64_t index = 0;
     if constexpr (IS_WIDE)
       for (; step == 1 && index + WIDTH<Scalar> <= size; index += WIDTH<Scalar>)
-        store(to + index, load_converted(from + index));
+        store(to + index, load(from + index));
     for (; index < size; index++) to[index] = convert(from[index * step]);
   }
 }

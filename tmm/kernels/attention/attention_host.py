@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall
-from tmm.kernels.build import DTYPES, load_kernels
+from tmm.kernels.build import DTYPES, VECTORS, load_kernels
 
-SOURCES = ("attention/attention_host.cpp",)
+SOURCES = (VECTORS, "attention/attention_host.cpp")
 _MASK_TYPES = (None, torch.bool, *DTYPES)  # in the order of `mask_reader` in the source
 
 _Integer, _Pointer = ctypes.c_int64, ctypes.c_void_p
@@ -29,6 +29,10 @@ class _Geometry(ctypes.Structure):
         ("threads", _Integer),
         ("scale", ctypes.c_double),
     )
+
+
+ARGUMENTS = (ctypes.POINTER(_Geometry), *[_Pointer] * 4)
+"""The types of what a kernel is called with."""
 
 
 def summarize_attention_on_host(call: AttentionCall) -> torch.Tensor | None:
@@ -93,5 +97,4 @@ def _geometry(
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    arguments = (ctypes.POINTER(_Geometry), *[_Pointer] * 4)
-    return load_kernels(SOURCES, arguments, "measures attention")
+    return load_kernels(SOURCES, ARGUMENTS, "measures attention")

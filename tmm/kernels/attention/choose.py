@@ -1,19 +1,16 @@
 """Statistics of scaled-dot-product attention per head, in memory linear in the sequence length.
 
-Nothing here forms the matrix of logits. A CPU has a kernel of its own
-(``attention_host``), and so has a GPU with Triton (``attention_triton``); elsewhere torch
-operations on blocks serve (``attention_torch``).
+No kernel forms the matrix of logits: neither that of a CPU (``attention_host``), nor that of a GPU
+with Triton (``attention_triton``), nor torch operations on blocks (``attention_torch``). Which one
+runs is decided in ``tmm.kernels.kernel_registry``.
 """
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
+from tmm.kernels import kernel_registry
 from tmm.kernels.attention.attention_call import arrange, arrange_nothing
-from tmm.kernels.attention.attention_host import summarize_attention_on_host
-from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
 
 
 def summarize_attention(
@@ -54,9 +51,4 @@ def summarize_attention(
     if mask is None and query_stride == 1:
         call = arrange_nothing(query, key, is_causal, scale)
     call = call or arrange(query, key, mask, is_causal, scale, query_stride)
-    if query.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from tmm.kernels.attention.attention_triton import summarize_attention_with_triton
-
-        return summarize_attention_with_triton(call)
-    rows = summarize_attention_on_host(call) if query.device.type == "cpu" else None
-    return summarize_attention_with_torch(call) if rows is None else rows
+    return kernel_registry.run("summarize_attention", query.device, call)

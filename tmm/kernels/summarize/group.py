@@ -7,22 +7,14 @@ launch (``tmm.kernels.summarize.group_triton``).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 
-from tmm.kernels.build import DTYPES
-from tmm.kernels.dense import flatten, real
-from tmm.kernels.summarize.differences import (
-    can_be_read_together,
-    columns_of_difference,
-    difference,
-    flatten_pair,
-    further_terms,
-)
-from tmm.kernels.summarize.host import summarize_on_host
-from tmm.kernels.summarize.torch_rows import IDENTITIES, summarize_with_torch
+from tmm.kernels import kernel_registry
+from tmm.kernels.summarize.differences import columns_of_difference, difference, further_terms
+from tmm.kernels.summarize.group_host import summarize_pairs_on_host
+from tmm.kernels.summarize.torch_rows import IDENTITIES
 
 
 def summarize_group(
@@ -58,62 +50,22 @@ def summarize_group(
     with torch.no_grad():
         if subtracted is not None:
             return _summarize_pairs(tensors, subtracted, columns)
-        if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-            from tmm.kernels.summarize.group_triton import summarize_chunks
-
-            needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
-            return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
-        flat = [_readable(tensor) for tensor in tensors]
-        rows = _summarize_on_host(flat, columns) if device.type == "cpu" else None
-        if rows is not None:
-            return rows
-        return torch.stack([summarize_with_torch(tensor, columns) for tensor in flat])
+        return kernel_registry.run("summarize_group", device, tensors, columns)
 
 
 def _summarize_pairs(
     own: Sequence[torch.Tensor], others: Sequence[torch.Tensor], columns: tuple[str, ...]
 ) -> torch.Tensor:
     pairs = list(zip(own, others, strict=True))
-    if all(can_be_read_together(a, b) for a, b in pairs):
-        flat = [flatten_pair(a, b) for a, b in pairs]
-        rows = _summarize_on_host([a for a, _ in flat], columns, [b for _, b in flat])
-        if rows is not None:
-            return rows
+    rows = summarize_pairs_on_host(pairs, columns)
+    if rows is not None:
+        return rows
     differences = [difference(a, b) for a, b in pairs]
     parts = [summarize_group(differences, columns_of_difference(columns))]
     for term in zip(*(further_terms(a, b, columns) for a, b in pairs), strict=True):
         tensors, needed = zip(*term, strict=True)
         parts.append(summarize_group(tensors, needed[0]))
     return torch.cat(parts, 1)
-
-
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """One that lies densely, is real and of a dtype that kernels know, in any shape."""
-    if tensor.is_contiguous() and tensor.dtype in DTYPES:
-        return tensor  # as most are
-    tensor = real(tensor.detach())
-    return flatten(tensor if tensor.dtype in DTYPES else tensor.float())
-
-
-def _summarize_on_host(
-    tensors: list[torch.Tensor],
-    columns: tuple[str, ...],
-    subtracted: list[torch.Tensor] | None = None,
-) -> torch.Tensor | None:
-    """The rows of tensors of any of the kernels' dtypes; None where there is no kernel."""
-    members: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        members.setdefault(tensor.dtype, []).append(index)
-    if len(members) == 1:
-        return summarize_on_host(tensors, columns, subtracted)
-    rows = torch.empty(len(tensors), len(columns), dtype=torch.float64, device="cpu")
-    for indices in members.values():
-        others = None if subtracted is None else [subtracted[index] for index in indices]
-        of_dtype = summarize_on_host([tensors[index] for index in indices], columns, others)
-        if of_dtype is None:
-            return None
-        rows[indices] = of_dtype
-    return rows
 
 
 def merge_rows(

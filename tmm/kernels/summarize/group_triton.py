@@ -31,6 +31,14 @@ _WRITTEN = TENSOR_COLUMNS
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def summarize_group_with_triton(
+    tensors: Sequence[torch.Tensor], columns: tuple[str, ...]
+) -> torch.Tensor:
+    """The rows of ``summarize_group``, of tensors on one GPU."""
+    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
+    return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
+
+
 def summarize_chunks(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
     """The rows of ``summarize_group``, of tensors on one GPU; ``columns`` holds ``count``.
 

@@ -5,46 +5,27 @@
 // cache. Most rows are reduced in the accumulation type, by deviations from the mean of a sample of
 // theirs; sums about another centre follow without cancellation. What few columns need takes a
 // second pass over the row. Where that would overflow or underflow, and where a value is not
-// finite, a row is reduced in double.
+// finite, a row is reduced in double. Compiled together with vectors.cpp.
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <type_traits>
+#include <algorithm>
 #include <vector>
-
-// Inductor compiles without fused multiply-add, which is slower and less accurate.
-#ifdef __clang__
-#pragma clang fp contract(fast)
-#else
-#pragma GCC optimize("fp-contract=fast")
-#endif
 
 namespace {
 
-constexpr int64_t ROW = 4096;       // elements: keeps rounding small
-constexpr int64_t CHUNK = 8 * ROW;  // elements that one thread takes at a time
-constexpr int64_t SAMPLE = 256;     // elements whose mean is the centre of a row's deviations
-constexpr int UNROLL = 2;           // independent sums: one chain of additions has a long latency
+constexpr int64_t ROW = BYTES < 32 ? 4096 : 8192;  // elements: keeps rounding small
+constexpr int64_t CHUNK = 32768;                  // elements that one thread takes at a time
+constexpr int64_t SAMPLE = 256;  // elements whose mean is the centre of a row's deviations
+constexpr int UNROLL = 4;        // vectors at a time: one chain of additions has a long latency
+constexpr int FEW = 2;           // chains where there are many sums, as registers are few
+constexpr int64_t CHAIN = 32;    // additions one after the other: each one rounds
+constexpr int64_t LINE = 64;     // bytes that memory hands over at a time
+constexpr int64_t AHEAD = 4096;  // bytes: processors themselves look ahead within a page
 constexpr double INFINITE = std::numeric_limits<double>::infinity();
 constexpr double UNDEFINED = std::numeric_limits<double>::quiet_NaN();
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
+// Elements that are read at a time.
 template <class Scalar>
-struct Lanes {
-  typedef Scalar type __attribute__((vector_size(64)));
-};
-template <class Scalar>
-using Vector = typename Lanes<Scalar>::type;
-typedef uint16_t Half __attribute__((vector_size(32)));
+constexpr int64_t STEP = UNROLL * WIDTH<Scalar>;
 
 // The arithmetic that elements of a type are reduced in.
 template <class Element>
@@ -56,59 +37,21 @@ struct Accumulation<double> {
   typedef double type;
 };
 
-Vector<double> load(const double* from) {
-  Vector<double> values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
-
-Vector<float> load(const float* from) {
-  Vector<float> values;
-  std::memcpy(&values, from, sizeof(values));
-  return values;
-}
-
-Vector<uint32_t> load_bits(const void* from) {
-  Half half;
-  std::memcpy(&half, from, sizeof(half));
-  return __builtin_convertvector(half, Vector<uint32_t>);
-}
-
-Vector<float> as_float(Vector<uint32_t> bits) {
-  Vector<float> values;
-  std::memcpy(&values, &bits, sizeof(values));
-  return values;
-}
-
-Vector<float> load(const BFloat16* from) { return as_float(load_bits(from) << 16); }
-
-Vector<float> load(const Float16* from) {
-  const Vector<uint32_t> half = load_bits(from);
-  const Vector<uint32_t> magnitude = half & 0x7fff;
-  // The exponent's bias grows by 112; that of infinity and NaN is all ones in both.
-  Vector<uint32_t> bits = (magnitude << 13) + (112u << 23);
-  bits += (Vector<uint32_t>)(magnitude >= 0x7c00) & (112u << 23);
-  const Vector<float> subnormal =
-      __builtin_convertvector(magnitude, Vector<float>) * (1.0f / (1 << 24));
-  Vector<uint32_t> small;
-  std::memcpy(&small, &subnormal, sizeof(small));
-  const Vector<uint32_t> is_small = (Vector<uint32_t>)(magnitude < 0x400);
-  bits = (small & is_small) | (bits & ~is_small);
-  return as_float(bits | ((half & 0x8000) << 16));
-}
-
 // Elements of a tensor in the arithmetic that they are reduced in.
 template <class Element>
 struct Values {
   typedef typename Accumulation<Element>::type Scalar;
-  static constexpr int64_t WIDTH = 64 / sizeof(Scalar);
   const Element* from;
 
   Values after(int64_t elements) const { return {from + elements}; }
   Vector<Scalar> at(int64_t start) const { return load(from + start); }
+  // Ask the memory for what comes later.
+  void prefetch(int64_t start) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + start) + AHEAD);
+  }
   // The first of them; the rest are zeros.
   Vector<Scalar> some(int64_t start, int64_t count) const {
-    Element piece[WIDTH] = {};
+    Element piece[WIDTH<Scalar>] = {};
     std::memcpy(piece, from + start, count * sizeof(Element));
     return load(piece);
   }
@@ -122,6 +65,10 @@ struct Differences {
 
   Differences after(int64_t elements) const { return {own.after(elements), other.after(elements)}; }
   Vector<Scalar> at(int64_t start) const { return own.at(start) - other.at(start); }
+  void prefetch(int64_t start) const {
+    own.prefetch(start);
+    other.prefetch(start);
+  }
   Vector<Scalar> some(int64_t start, int64_t count) const {
     return own.some(start, count) - other.some(start, count);
   }
@@ -139,8 +86,9 @@ struct Row {
 
 // What the asked columns need besides the sum and the moments up to the second.
 struct Needs {
-  bool sizes = false;     // absmax and zeros
-  bool extremes = false;  // and minimum, maximum and sum_absolute
+  bool zeros = false;
+  bool absmax = false;
+  bool extremes = false;  // minimum, maximum and sum_absolute, which absmax follows from
   bool higher_moments = false;
   bool pair = false;  // what is of the two tensors of a difference, and not of the difference
 };
@@ -155,8 +103,8 @@ Needs needs_of(int64_t columns, const int64_t* order) {
     needs.higher_moments |= is(offsetof(Row, moment3), offsetof(Row, moment4));
     needs.extremes |= is(offsetof(Row, sum_absolute), offsetof(Row, sum_absolute)) ||
                       is(offsetof(Row, minimum), offsetof(Row, maximum));
-    needs.sizes |= is(offsetof(Row, absmax), offsetof(Row, absmax)) ||
-                   is(offsetof(Row, zeros), offsetof(Row, zeros));
+    needs.absmax |= is(offsetof(Row, absmax), offsetof(Row, absmax));
+    needs.zeros |= is(offsetof(Row, zeros), offsetof(Row, zeros));
     needs.pair |= is(offsetof(Row, reference_sum_squares), offsetof(Row, dot));
   }
   needs.extremes |= needs.higher_moments;  // which are scaled by them
@@ -196,10 +144,10 @@ void merge(Row& left, const Row& right) {
 template <class Source>
 Row reduce_exactly(Source source, int64_t length) {
   typedef typename Source::Scalar Scalar;
-  constexpr int64_t WIDTH = 64 / sizeof(Scalar);
+  constexpr int64_t SIZE = WIDTH<Scalar>;
   double values[ROW];
-  for (int64_t start = 0; start < length; start += WIDTH) {
-    const int64_t some = length - start < WIDTH ? length - start : WIDTH;
+  for (int64_t start = 0; start < length; start += SIZE) {
+    const int64_t some = length - start < SIZE ? length - start : SIZE;
     const Vector<Scalar> loaded = source.some(start, some);
     for (int64_t i = 0; i < some; i++) values[start + i] = loaded[i];
   }
@@ -247,34 +195,55 @@ Row reduce_exactly(Source source, int64_t length) {
   return row;
 }
 
+// The sum of a few vectors, pair by pair.
+template <class Scalar, int NUMBER>
+Vector<Scalar> joined(const Vector<Scalar> (&parts)[NUMBER]) {
+  static_assert(NUMBER == 2 || NUMBER == 4);
+  if constexpr (NUMBER == 2) return parts[0] + parts[1];
+  else return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+
+// The sum of a vector's values, in double, by several chains of additions.
+template <class Scalar>
+double sum_of(Vector<Scalar> values) {
+  constexpr int CHAINS = WIDTH<Scalar> < 4 ? WIDTH<Scalar> : 4;
+  double sums[CHAINS] = {};
+  for (int lane = 0; lane < WIDTH<Scalar>; lane += CHAINS)
+    for (int chain = 0; chain < CHAINS; chain++) sums[chain] += values[lane + chain];
+  double total = 0;
+  for (int chain = 0; chain < CHAINS; chain++) total += sums[chain];
+  return total;
+}
+
 // Add the third and fourth moments to a row that has the others, in a second pass. Deviations are
 // divided by a power of two above the largest: their powers neither overflow nor vanish.
 template <class Source>
 void add_higher_moments(Source source, int64_t length, Row& row) {
   typedef typename Source::Scalar Scalar;
-  typedef Vector<Scalar> Values;
-  constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
   const double above = row.maximum - row.mean, below = row.mean - row.minimum;
   const int exponent = std::ilogb(above > below ? above : below) + 1;
   const Scalar centre = row.mean, scale = std::ldexp(1.0, -exponent);
-  Values ones[UNROLL] = {}, twos[UNROLL] = {}, threes[UNROLL] = {}, fours[UNROLL] = {};
-  for (int64_t start = 0; start < length; start += STEP)
-    for (int part = 0; part < UNROLL; part++) {
-      const Values deviations = (source.at(start + part * WIDTH) - centre) * scale;
-      const Values squares = deviations * deviations;
-      ones[part] += deviations;
-      twos[part] += squares;
-      threes[part] += squares * deviations;
-      fours[part] += squares * squares;
-    }
-  double one = 0, two = 0, three = 0, four = 0;
-  for (int part = 0; part < UNROLL; part++)
-    for (int64_t lane = 0; lane < WIDTH; lane++) {
-      one += ones[part][lane];
-      two += twos[part][lane];
-      three += threes[part][lane];
-      four += fours[part][lane];
-    }
+  Vector<Scalar> sums[4] = {};
+  for (int64_t block = 0; block < length; block += CHAIN * STEP<Scalar>) {
+    const int64_t end = std::min(length, block + CHAIN * STEP<Scalar>);
+    Vector<Scalar> ones[FEW] = {}, twos[FEW] = {}, threes[FEW] = {}, fours[FEW] = {};
+    for (int64_t start = block; start < end; start += FEW * WIDTH<Scalar>)
+      for (int part = 0; part < FEW; part++) {
+        const Vector<Scalar> deviations =
+            (source.at(start + part * WIDTH<Scalar>) - centre) * scale;
+        const Vector<Scalar> squares = deviations * deviations;
+        ones[part] += deviations;
+        twos[part] += squares;
+        threes[part] += squares * deviations;
+        fours[part] += squares * squares;
+      }
+    sums[0] += joined<Scalar>(ones);
+    sums[1] += joined<Scalar>(twos);
+    sums[2] += joined<Scalar>(threes);
+    sums[3] += joined<Scalar>(fours);
+  }
+  const double one = sum_of<Scalar>(sums[0]), two = sum_of<Scalar>(sums[1]);
+  const double three = sum_of<Scalar>(sums[2]), four = sum_of<Scalar>(sums[3]);
   // The centre is the mean, rounded; these are the moments about the mean of the deviations.
   const double shift = one / length, square = shift * shift;
   row.moment3 = std::ldexp(three - 3 * shift * two + 2 * length * square * shift, 3 * exponent);
@@ -285,12 +254,12 @@ void add_higher_moments(Source source, int64_t length, Row& row) {
 // Whether all elements are equal; `length` is a multiple of the width of a vector.
 template <class Source>
 bool is_constant(Source source, int64_t length) {
-  typedef Vector<typename Source::Scalar> Values;
-  constexpr int64_t WIDTH = sizeof(Values) / sizeof(typename Source::Scalar);
-  const Values first = Values{} + source.at(0)[0];
+  typedef typename Source::Scalar Scalar;
+  const Vector<Scalar> first = Vector<Scalar>{} + source.at(0)[0];
   decltype(first == first) others = {};
-  for (int64_t start = 0; start < length; start += WIDTH) others |= source.at(start) != first;
-  for (int64_t lane = 0; lane < WIDTH; lane++)
+  for (int64_t start = 0; start < length; start += WIDTH<Scalar>)
+    others |= source.at(start) != first;
+  for (int lane = 0; lane < WIDTH<Scalar>; lane++)
     if (others[lane]) return false;
   return true;
 }
@@ -313,91 +282,77 @@ template <class Scalar>
 constexpr double PRECISE = double(std::numeric_limits<Scalar>::min()) * ROW /
                            double(std::numeric_limits<Scalar>::epsilon());
 
-// The sum of a vector's values, in double, by several chains of additions.
-template <class Scalar>
-double sum_of(Vector<Scalar> values) {
-  constexpr int64_t CHAINS = 4;
-  double sums[CHAINS] = {};
-  for (size_t lane = 0; lane < sizeof(values) / sizeof(Scalar); lane += CHAINS)
-    for (int64_t chain = 0; chain < CHAINS; chain++) sums[chain] += values[lane + chain];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
 // The needed columns but those of pairs, from one pass, and one more for higher moments; `length`
 // is a multiple of STEP.
-template <class Source, bool SIZES, bool EXTREMES>
+template <class Source, bool ZEROS, bool ABSMAX, bool EXTREMES>
 Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
   typedef typename Source::Scalar Scalar;
   typedef Vector<Scalar> Values;
-  constexpr int64_t WIDTH = sizeof(Values) / sizeof(Scalar), STEP = UNROLL * WIDTH;
+  typedef decltype(Values{} == Values{}) Integers;
   constexpr Scalar HUGE_SCALAR = std::numeric_limits<Scalar>::infinity();
+  constexpr auto SIGN = std::numeric_limits<std::decay_t<decltype(Integers{}[0])>>::min();
 
   const int64_t sample = length < SAMPLE ? length : SAMPLE;
   Values sums[UNROLL] = {};
-  for (int64_t start = 0; start < sample; start += STEP)
-    for (int part = 0; part < UNROLL; part++) sums[part] += source.at(start + part * WIDTH);
-  for (int part = 1; part < UNROLL; part++) sums[0] += sums[part];
-  Scalar centre = sum_of<Scalar>(sums[0]) / sample;
+  for (int64_t start = 0; start < sample; start += STEP<Scalar>)
+    for (int part = 0; part < UNROLL; part++) sums[part] += source.at(start + part * WIDTH<Scalar>);
+  Scalar centre = sum_of<Scalar>(joined<Scalar>(sums)) / sample;
   if (!std::isfinite(centre)) centre = 0;
 
-  typedef decltype(Values{} == Values{}) Integers;
-  constexpr auto SIGN = std::numeric_limits<std::decay_t<decltype(Integers{}[0])>>::min();
-  Values shifts[UNROLL] = {}, squares[UNROLL] = {}, absolutes[UNROLL] = {};
-  Values lowest[UNROLL], highest[UNROLL];
-  Integers largest[UNROLL] = {}, zeros[UNROLL] = {};
-  for (int part = 0; part < UNROLL; part++) {
+  constexpr int CHAINS = EXTREMES ? FEW : UNROLL;
+  Values all_shifts = {}, all_squares = {}, all_absolutes = {};
+  Values lowest[FEW], highest[FEW];
+  Integers largest[FEW] = {}, zeros = {};
+  for (int part = 0; part < FEW; part++) {
     lowest[part] = Values{} + HUGE_SCALAR;
     highest[part] = Values{} - HUGE_SCALAR;
   }
-  for (int64_t start = 0; start < length; start += STEP) {
-    for (int part = 0; part < UNROLL; part++) {
-      const Values values = source.at(start + part * WIDTH);
-      const Values deviations = values - centre;
-      shifts[part] += deviations;
-      squares[part] += deviations * deviations;
-      if (SIZES) {  // magnitudes have the order of their bits, which take fewer instructions
-        Integers bits;
-        std::memcpy(&bits, &values, sizeof(bits));
-        bits &= ~SIGN;
-        largest[part] = bits > largest[part] ? bits : largest[part];
-        zeros[part] = bits == 0 ? zeros[part] + 1 : zeros[part];
+  for (int64_t block = 0; block < length; block += CHAIN * CHAINS * WIDTH<Scalar>) {
+    const int64_t end = std::min(length, block + CHAIN * CHAINS * WIDTH<Scalar>);
+    Values shifts[CHAINS] = {}, squares[CHAINS] = {}, absolutes[CHAINS] = {};
+    for (int64_t start = block; start < end; start += CHAINS * WIDTH<Scalar>)
+      for (int part = 0; part < CHAINS; part++) {
+        if (part * BYTES % LINE == 0) source.prefetch(start + part * WIDTH<Scalar>);
+        const Values values = source.at(start + part * WIDTH<Scalar>);
+        const Values deviations = values - centre;
+        shifts[part] += deviations;
+        squares[part] += deviations * deviations;
+        if (ZEROS) zeros -= values == 0;
+        if (ABSMAX) {  // magnitudes have the order of their bits, which take fewer instructions
+          Integers bits;
+          std::memcpy(&bits, &values, sizeof(bits));
+          bits &= ~SIGN;
+          largest[part % FEW] = bits > largest[part % FEW] ? bits : largest[part % FEW];
+        }
+        if (EXTREMES) {
+          absolutes[part] += values < 0 ? -values : values;
+          lowest[part] = values < lowest[part] ? values : lowest[part];
+          highest[part] = values > highest[part] ? values : highest[part];
+        }
       }
-      if (EXTREMES) {
-        absolutes[part] += values < 0 ? -values : values;
-        lowest[part] = values < lowest[part] ? values : lowest[part];
-        highest[part] = values > highest[part] ? values : highest[part];
-      }
-    }
+    all_shifts += joined<Scalar>(shifts);
+    all_squares += joined<Scalar>(squares);
+    all_absolutes += joined<Scalar>(absolutes);
   }
-  for (int part = 1; part < UNROLL; part++) {
-    shifts[0] += shifts[part];
-    squares[0] += squares[part];
-    absolutes[0] += absolutes[part];
-    lowest[0] = lowest[part] < lowest[0] ? lowest[part] : lowest[0];
-    highest[0] = highest[part] > highest[0] ? highest[part] : highest[0];
-    largest[0] = largest[part] > largest[0] ? largest[part] : largest[0];
-    zeros[0] += zeros[part];
-  }
-  const double shift = sum_of<Scalar>(shifts[0]), square = sum_of<Scalar>(squares[0]);
+  const double shift = sum_of<Scalar>(all_shifts), square = sum_of<Scalar>(all_squares);
   Row row;
-  if (SIZES) {
-    Values sizes;
-    std::memcpy(&sizes, &largest[0], sizeof(sizes));
-    Scalar absmax = 0;
-    int64_t equal = 0;
-    for (int64_t lane = 0; lane < WIDTH; lane++) {
-      if (sizes[lane] > absmax) absmax = sizes[lane];
-      equal += zeros[0][lane];
+  if (ZEROS)
+    for (int lane = 0; lane < WIDTH<Scalar>; lane++) row.zeros += zeros[lane];
+  if (ABSMAX)
+    for (int part = 0; part < FEW; part++) {
+      Values sizes;
+      std::memcpy(&sizes, &largest[part], sizeof(sizes));
+      for (int lane = 0; lane < WIDTH<Scalar>; lane++)
+        if (sizes[lane] > row.absmax) row.absmax = sizes[lane];
     }
-    row.absmax = absmax;
-    row.zeros = equal;
-  }
   if (EXTREMES) {
-    row.sum_absolute = sum_of<Scalar>(absolutes[0]);
-    for (int64_t lane = 0; lane < WIDTH; lane++) {
-      if (lowest[0][lane] < row.minimum) row.minimum = lowest[0][lane];
-      if (highest[0][lane] > row.maximum) row.maximum = highest[0][lane];
-    }
+    row.sum_absolute = sum_of<Scalar>(all_absolutes);
+    for (int part = 0; part < FEW; part++)
+      for (int lane = 0; lane < WIDTH<Scalar>; lane++) {
+        if (lowest[part][lane] < row.minimum) row.minimum = lowest[part][lane];
+        if (highest[part][lane] > row.maximum) row.maximum = highest[part][lane];
+      }
+    row.absmax = -row.minimum > row.maximum ? -row.minimum : row.maximum;
   }
   row.count = length;
   if (!std::isfinite(square) || (EXTREMES && !std::isfinite(row.sum_absolute)))
@@ -421,9 +376,9 @@ Row reduce_quickly(Source source, int64_t length, bool higher_moments) {
 // Add the columns of pairs, in double.
 template <class Element>
 void add_pair_exactly(Differences<Element> source, int64_t length, Row& row) {
-  constexpr int64_t WIDTH = Values<Element>::WIDTH;
-  for (int64_t start = 0; start < length; start += WIDTH) {
-    const int64_t some = length - start < WIDTH ? length - start : WIDTH;
+  constexpr int64_t SIZE = WIDTH<typename Values<Element>::Scalar>;
+  for (int64_t start = 0; start < length; start += SIZE) {
+    const int64_t some = length - start < SIZE ? length - start : SIZE;
     const auto own = source.own.some(start, some), other = source.other.some(start, some);
     for (int64_t i = 0; i < some; i++) {
       const double a = own[i], b = other[i];
@@ -438,24 +393,25 @@ void add_pair_exactly(Differences<Element> source, int64_t length, Row& row) {
 template <class Element>
 void add_pair(Differences<Element> source, int64_t length, Row& row) {
   typedef typename Values<Element>::Scalar Scalar;
-  constexpr int64_t WIDTH = Values<Element>::WIDTH;
-  const int64_t quick = length - length % (UNROLL * WIDTH);
-  Vector<Scalar> owns[UNROLL] = {}, others[UNROLL] = {}, products[UNROLL] = {};
-  for (int64_t start = 0; start < quick; start += UNROLL * WIDTH)
-    for (int part = 0; part < UNROLL; part++) {
-      const Vector<Scalar> own = source.own.at(start + part * WIDTH);
-      const Vector<Scalar> other = source.other.at(start + part * WIDTH);
-      owns[part] += own * own;
-      others[part] += other * other;
-      products[part] += own * other;
-    }
-  double own = 0, other = 0, product = 0;
-  for (int part = 0; part < UNROLL; part++)
-    for (int64_t lane = 0; lane < WIDTH; lane++) {
-      own += owns[part][lane];
-      other += others[part][lane];
-      product += products[part][lane];
-    }
+  const int64_t quick = length - length % STEP<Scalar>;
+  Vector<Scalar> sums[3] = {};
+  for (int64_t block = 0; block < quick; block += CHAIN * STEP<Scalar>) {
+    const int64_t end = std::min(quick, block + CHAIN * STEP<Scalar>);
+    Vector<Scalar> owns[FEW] = {}, others[FEW] = {}, products[FEW] = {};
+    for (int64_t start = block; start < end; start += FEW * WIDTH<Scalar>)
+      for (int part = 0; part < FEW; part++) {
+        const Vector<Scalar> own = source.own.at(start + part * WIDTH<Scalar>);
+        const Vector<Scalar> other = source.other.at(start + part * WIDTH<Scalar>);
+        owns[part] += own * own;
+        others[part] += other * other;
+        products[part] += own * other;
+      }
+    sums[0] += joined<Scalar>(owns);
+    sums[1] += joined<Scalar>(others);
+    sums[2] += joined<Scalar>(products);
+  }
+  const double own = sum_of<Scalar>(sums[0]), other = sum_of<Scalar>(sums[1]);
+  const double product = sum_of<Scalar>(sums[2]);
   const bool is_precise = std::isfinite(own) && std::isfinite(other) && own >= PRECISE<Scalar> &&
                           other >= PRECISE<Scalar>;
   if (!is_precise) return add_pair_exactly(source, length, row);
@@ -468,26 +424,37 @@ void add_pair(Differences<Element> source, int64_t length, Row& row) {
 template <class Element>
 void add_pair(Values<Element>, int64_t, Row&) {}  // it is of no pair
 
-template <class Source, bool SIZES, bool EXTREMES>
+template <class Source, bool ZEROS, bool ABSMAX, bool EXTREMES>
 Row reduce_chunk(Source source, int64_t length, Needs needs) {
-  constexpr int64_t STEP = UNROLL * 64 / sizeof(typename Source::Scalar);
   Row total;
   for (int64_t start = 0; start < length; start += ROW) {
-    const int64_t size = length - start < ROW ? length - start : ROW, quick = size - size % STEP;
+    const int64_t size = length - start < ROW ? length - start : ROW;
+    const int64_t quick = size - size % STEP<typename Source::Scalar>;
     const Source row = source.after(start);
     if (quick)
-      merge(total, reduce_quickly<Source, SIZES, EXTREMES>(row, quick, needs.higher_moments));
+      merge(total, reduce_quickly<Source, ZEROS, ABSMAX, EXTREMES>(row, quick,
+                                                                   needs.higher_moments));
     if (quick < size) merge(total, reduce_exactly(row.after(quick), size - quick));
     if (needs.pair) add_pair(row, size, total);
   }
   return total;
 }
 
-template <class Source>
-Row reduce_chunk(Source source, int64_t length, Needs needs) {
-  if (needs.extremes) return reduce_chunk<Source, true, true>(source, length, needs);
-  if (needs.sizes) return reduce_chunk<Source, true, false>(source, length, needs);
-  return reduce_chunk<Source, false, false>(source, length, needs);
+template <class Element>
+Row reduce_chunk(Values<Element> source, int64_t length, Needs needs) {
+  typedef Values<Element> Source;
+  if (needs.extremes && needs.zeros)
+    return reduce_chunk<Source, true, false, true>(source, length, needs);
+  if (needs.extremes) return reduce_chunk<Source, false, false, true>(source, length, needs);
+  if (needs.absmax || needs.zeros)
+    return reduce_chunk<Source, true, true, false>(source, length, needs);
+  return reduce_chunk<Source, false, false, false>(source, length, needs);
+}
+
+// Always all columns: reading two tensors takes longer, and compiling less.
+template <class Element>
+Row reduce_chunk(Differences<Element> source, int64_t length, Needs needs) {
+  return reduce_chunk<Differences<Element>, true, false, true>(source, length, needs);
 }
 
 // Write the asked columns of a row per tensor; `others` is null, or what is subtracted of each.

@@ -12,9 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tmm.core.metrics import COLUMN_ORDER
-from tmm.kernels.build import load_kernels
+from tmm.kernels.build import VECTORS, load_kernels
+from tmm.kernels.dense import flatten
 
-SOURCES = ("summarize/host.cpp", "summarize/host_operator.cpp")
+SOURCES = (VECTORS, "summarize/host.cpp", "summarize/host_operator.cpp")
+
+_Pointer, _Integer = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = (_Integer, *[_Pointer] * 3, _Integer, _Pointer, _Integer, _Pointer)
+"""The types of what a kernel is called with, as in ``rows_by``."""
 
 
 def summarize_on_host(
@@ -35,8 +40,16 @@ def summarize_on_host(
         the dtype, or because no C++ compiler works, which is warned of once.
     """
     kernel = _kernels().get(tensors[0].dtype)
-    if kernel is None:
-        return None
+    return None if kernel is None else rows_by(kernel, tensors, columns, subtracted)
+
+
+def rows_by(
+    kernel: Callable[..., None],
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The rows of ``summarize_on_host``, by the kernel of the dtype of the tensors."""
     rows = torch.empty(len(tensors), len(columns), dtype=torch.float64, device="cpu")
     integers = ctypes.c_int64 * len(tensors)
     kernel(
@@ -52,6 +65,12 @@ def summarize_on_host(
     return rows
 
 
+def summarize_one_on_host(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor | None:
+    """The row of a real tensor of the CPU, of any strides; None as in ``summarize_on_host``."""
+    rows = summarize_on_host([flatten(x)], columns)
+    return None if rows is None else rows[0]
+
+
 @functools.cache
 def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(columns))(*[COLUMN_ORDER.index(name) for name in columns])
@@ -60,6 +79,4 @@ def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    types = (integer, pointer, pointer, pointer, integer, pointer, integer, pointer)
-    return load_kernels(SOURCES, types, "measures")
+    return load_kernels(SOURCES, ARGUMENTS, "measures")

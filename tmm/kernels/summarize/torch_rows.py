@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.core.inductor_private import compile_fx
-from tmm.kernels.dense import accumulation_dtype, packed_dtype
+from tmm.kernels.dense import accumulation_dtype, flatten, packed_dtype
 
 Kernel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,10 +28,13 @@ def summarize_with_torch(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Ten
     return _summarize_rows(columns, x.reshape(1, -1))
 
 
-def compiled_kernel(x: torch.Tensor, columns: tuple[str, ...]) -> tuple[Kernel, tuple[int, int]]:
-    """The kernel for a dense tensor on an accelerator, and the shape it takes it in."""
+def summarize_with_inductor(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor | None:
+    """The row of a real tensor on an accelerator, by a compiled kernel; None without elements."""
+    if not x.numel():
+        return None
     shape = _row_shape(x.numel())
-    return _compile(columns, x.dtype, x.device.type, shape[0] > 1), shape
+    kernel = _compile(columns, x.dtype, x.device.type, shape[0] > 1)
+    return kernel(flatten(x).view(shape))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,149 @@
+"""Which kernel serves an operation on a device: one table, for all operations.
+
+The first one of a device that is available wins; plain torch operations serve everywhere and come
+last. ``tmm info`` prints what this says.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
+from tmm.kernels.build import instruction_set, why_not_compiled
+from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
+
+Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+"""One tensor, many tensors at once, and the distributions of an attention."""
+
+ANY = "any"
+"""Stands for every type of device."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operation."""
+
+    operation: Operation
+    device: str
+    """The type of the devices that it serves, or ``ANY``."""
+    language: str
+    """What it is written in, for people."""
+    function: str
+    """``module:function`` below ``tmm.kernels``, imported when it is first needed.
+
+    It returns rows, or None for what it does not serve: a dtype, or anything at all where no
+    compiler works.
+    """
+    package: str | None = None
+    """What must be installed."""
+    sources: tuple[str, ...] = ()
+    """Files in C++ that are compiled for it, once per machine."""
+
+
+KERNELS = (
+    Kernel(
+        "summarize",
+        "cpu",
+        "C++",
+        "summarize.host:summarize_one_on_host",
+        sources=HOST_SOURCES,
+    ),
+    Kernel("summarize", "cuda", "Inductor", "summarize.torch_rows:summarize_with_inductor"),
+    Kernel("summarize", ANY, "torch", "summarize.torch_rows:summarize_with_torch"),
+    Kernel(
+        "summarize_group",
+        "cpu",
+        "C++",
+        "summarize.group_host:summarize_group_on_host",
+        sources=HOST_SOURCES,
+    ),
+    Kernel(
+        "summarize_group",
+        "cuda",
+        "Triton",
+        "summarize.group_triton:summarize_group_with_triton",
+        package="triton",
+    ),
+    Kernel("summarize_group", ANY, "torch", "summarize.group_host:summarize_group_with_torch"),
+    Kernel(
+        "summarize_attention",
+        "cpu",
+        "C++",
+        "attention.attention_host:summarize_attention_on_host",
+        sources=ATTENTION_SOURCES,
+    ),
+    Kernel(
+        "summarize_attention",
+        "cuda",
+        "Triton",
+        "attention.attention_triton:summarize_attention_with_triton",
+        package="triton",
+    ),
+    Kernel(
+        "summarize_attention",
+        ANY,
+        "torch",
+        "attention.attention_torch:summarize_attention_with_torch",
+    ),
+)
+"""In the order of preference, the plain torch operations of each operation last."""
+
+
+def run(operation: Operation, device: torch.device, *arguments: Any) -> torch.Tensor:
+    """What the first kernel that serves these arguments gives."""
+    for function in _functions(operation, device.type):
+        rows = function(*arguments)
+        if rows is not None:
+            return rows
+    raise AssertionError(f"plain torch operations serve {operation} everywhere")
+
+
+def candidates(operation: Operation, device_type: str) -> tuple[Kernel, ...]:
+    """The kernels whose packages are installed, the one that is tried first in front."""
+    return tuple(
+        kernel
+        for kernel in KERNELS
+        if kernel.operation == operation
+        and kernel.device in (device_type, ANY)
+        and (kernel.package is None or importlib.util.find_spec(kernel.package) is not None)
+    )
+
+
+def chosen(operation: Operation, device_type: str) -> Kernel:
+    """The kernel that serves tensors of the usual dtypes, told without compiling anything."""
+    return next(
+        kernel
+        for kernel in candidates(operation, device_type)
+        if not kernel.sources or why_not_compiled(kernel.sources) is None
+    )
+
+
+def describe(operation: Operation, device_type: str) -> str:
+    """What is chosen, in words: its language, and the vectors that it was compiled for."""
+    kernel = chosen(operation, device_type)
+    if not kernel.sources:
+        return kernel.language
+    return f"{kernel.language}, {instruction_set(kernel.sources) or 'compiled when first used'}"
+
+
+def function_of(kernel: Kernel) -> Callable[..., torch.Tensor | None]:
+    """The implementation, imported."""
+    module, name = kernel.function.split(":")
+    function: Callable[..., torch.Tensor | None]
+    function = getattr(importlib.import_module(f"tmm.kernels.{module}"), name)
+    return function
+
+
+@functools.cache
+def _functions(
+    operation: Operation, device_type: str
+) -> tuple[Callable[..., torch.Tensor | None], ...]:
+    return tuple(function_of(kernel) for kernel in candidates(operation, device_type))
