@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from tmm.analysis.equality import EqualWithNaN
 from tmm.analysis.robust import runs
 from tmm.analysis.series import BoolArray, Series
 from tmm.core.metrics import FloatArray
@@ -16,6 +16,21 @@ from tmm.core.metrics import FloatArray
 Severity: TypeAlias = Literal["low", "medium", "high", "critical"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 """From the mildest to the worst."""
+
+
+class EqualWithNaN:
+    """Base of frozen dataclasses (``eq=False``) in which NaN equals NaN."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and _values(self) == _values(other)
+
+    def __hash__(self) -> int:
+        return hash(_values(self))
+
+
+def _values(item: Any) -> tuple[object, ...]:
+    values = [getattr(item, field.name) for field in fields(item)]
+    return tuple("NaN" if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +90,6 @@ class Episode:
         if self.count == 1:
             return f"at step {self.first_step}"
         return f"from step {self.first_step} to {self.last_step}"
-
-    @property
-    def worst_step(self) -> int:
-        """The step of the worst value."""
-        return int(self.series.steps[self.worst])
 
     def anomaly(self, kind: str, severity: Severity, threshold: float, text: str) -> Anomaly:
         """What there is to say of it."""

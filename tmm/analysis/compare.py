@@ -37,11 +37,6 @@ class ComparedKey:
     final: Mapping[str, float]
     best: str | None
 
-    @property
-    def common_steps(self) -> int:
-        """The number of steps that all runs recorded."""
-        return len(self.steps)
-
 
 @dataclass(frozen=True, eq=False)
 class Comparison:

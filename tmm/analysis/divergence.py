@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tmm.analysis.equality import EqualWithNaN
+from tmm.analysis.anomaly import EqualWithNaN
 from tmm.analysis.order import execution_ranks
 from tmm.analysis.series import BoolArray
 from tmm.core.metrics import FloatArray

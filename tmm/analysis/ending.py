@@ -40,9 +40,14 @@ class Ending:
         return cls(possible, possible if sure is None else possible & sure)
 
     @classmethod
-    def above(cls, newest: Newest, limit: float) -> Ending:
-        """Values above a limit."""
-        return cls.of(newest, newest.values > limit)
+    def above(cls, limit: float) -> Callable[[Newest], Ending]:
+        """Judges by values above a limit."""
+        return lambda newest: cls.of(newest, newest.values > limit)
+
+    @classmethod
+    def below(cls, limit: float) -> Callable[[Newest], Ending]:
+        """Judges by values below a limit."""
+        return lambda newest: cls.of(newest, newest.values < limit)
 
     @classmethod
     def where(

@@ -9,19 +9,16 @@ from importlib.metadata import entry_points
 from typing import TypeAlias
 
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
-from tmm.analysis.detectors import activations, attention, gradients, loss, updates
-from tmm.analysis.detectors.activations import activation_outliers, exploding_activations
-from tmm.analysis.detectors.attention import collapsed_attention, growing_logits
-from tmm.analysis.detectors.dead_units import DEATHS_END, dead_units
-from tmm.analysis.detectors.gradients import (
-    exploding_gradients,
-    idle_parameters,
-    vanishing_gradients,
+from tmm.analysis.detectors import (
+    activations,
+    attention,
+    dead_units,
+    gradients,
+    loss,
+    memory,
+    nonfinite_values,
+    updates,
 )
-from tmm.analysis.detectors.loss import loss_divergence, loss_drops, loss_plateaus, loss_spikes
-from tmm.analysis.detectors.memory import GROWTH_ENDS, growing_memory
-from tmm.analysis.detectors.nonfinite_values import nonfinite
-from tmm.analysis.detectors.updates import large_updates, small_updates
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce
 from tmm.core.failures import levels_to_user
@@ -32,44 +29,32 @@ Detector: TypeAlias = Callable[[Recorded], Iterable[Anomaly]]
 GROUP = "tmm.detectors"
 """The group of entry points under which other packages offer detectors."""
 
-BUILT_IN: tuple[tuple[str, Detector], ...] = (
-    ("nonfinite", nonfinite),
-    ("exploding_gradients", exploding_gradients),
-    ("vanishing_gradients", vanishing_gradients),
-    ("idle_parameters", idle_parameters),
-    ("loss_spikes", loss_spikes),
-    ("loss_drops", loss_drops),
-    ("loss_divergence", loss_divergence),
-    ("loss_plateaus", loss_plateaus),
-    ("dead_units", dead_units),
-    ("collapsed_attention", collapsed_attention),
-    ("growing_logits", growing_logits),
-    ("activation_outliers", activation_outliers),
-    ("exploding_activations", exploding_activations),
-    ("large_updates", large_updates),
-    ("small_updates", small_updates),
-    ("growing_memory", growing_memory),
-)
-
-
 ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
-    exploding_gradients: gradients.EXPLOSIONS_END,
-    vanishing_gradients: gradients.VANISHING_ENDS,
-    idle_parameters: gradients.IDLE_ENDS,
-    loss_spikes: loss.SPIKES_END,
-    loss_drops: loss.DROPS_END,
-    loss_divergence: loss.DIVERGENCES_END,
-    loss_plateaus: loss.PLATEAUS_END,
-    dead_units: DEATHS_END,
-    collapsed_attention: attention.COLLAPSES_END,
-    growing_logits: attention.LOGITS_END,
-    activation_outliers: activations.OUTLIERS_END,
-    exploding_activations: activations.EXPLOSIONS_END,
-    large_updates: updates.LARGE_END,
-    small_updates: updates.SMALL_END,
-    growing_memory: GROWTH_ENDS,
+    nonfinite_values.nonfinite: (),
+    gradients.exploding_gradients: gradients.EXPLOSIONS_END,
+    gradients.vanishing_gradients: gradients.VANISHING_ENDS,
+    gradients.idle_parameters: gradients.IDLE_ENDS,
+    loss.loss_spikes: loss.SPIKES_END,
+    loss.loss_drops: loss.DROPS_END,
+    loss.loss_divergence: loss.DIVERGENCES_END,
+    loss.loss_plateaus: loss.PLATEAUS_END,
+    dead_units.dead_units: dead_units.DEATHS_END,
+    attention.collapsed_attention: attention.COLLAPSES_END,
+    attention.growing_logits: attention.LOGITS_END,
+    activations.activation_outliers: activations.OUTLIERS_END,
+    activations.exploding_activations: activations.EXPLOSIONS_END,
+    updates.large_updates: updates.LARGE_END,
+    updates.small_updates: updates.SMALL_END,
+    memory.growing_memory: memory.GROWTH_ENDS,
 }
-"""Of built-in detectors, with which newest values their episodes end."""
+"""The built-in detectors, and with which newest values their episodes end.
+
+That of NaN and infinity is asked otherwise: see `nonfinite_values.nonfinite_at`."""
+
+BUILT_IN: tuple[tuple[str, Detector], ...] = tuple(
+    (detector.__name__, detector) for detector in ENDINGS
+)
+"""The same with their names."""
 
 
 def all_detectors() -> tuple[tuple[str, Detector], ...]:

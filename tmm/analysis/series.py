@@ -75,9 +75,14 @@ def series_of(recorded: Recorded, choose: Callable[[KeyInfo], bool]) -> Iterator
                 yield Series(info, steps, values)
 
 
-def metrics_of(recorded: Recorded, kind: str, *metrics: str) -> Iterator[Series]:
-    """The series of these metrics of a family."""
-    return series_of(recorded, lambda info: info.kind == kind and metric_of(info) in metrics)
+def is_metric(kind: str, *metrics: str) -> Callable[[KeyInfo], bool]:
+    """Chooses the keys of these metrics of a family."""
+    return lambda info: info.kind == kind and metric_of(info) in metrics
+
+
+def is_of(*kinds: str) -> Callable[[KeyInfo], bool]:
+    """Chooses the keys of these families."""
+    return lambda info: info.kind in kinds
 
 
 def named(recorded: Recorded, key: str) -> Series | None:

@@ -8,14 +8,15 @@ from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, jumping
 from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, early_median, jumps
-from tmm.analysis.series import metrics_of
-from tmm.core.keys import metric_of
-from tmm.core.records import KeyInfo
+from tmm.analysis.series import is_metric, series_of
 from tmm.core.series_by_key import Recorded
 
 _LARGE = 100.0
 _TAILS = 1000.0
 _FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
+_has_size = is_metric("activation", "absmax", "rms")
+_has_tails = is_metric("activation", "kurtosis")
+_has_rms = is_metric("activation", "rms")
 _WORDS = {"absmax": "largest value", "rms": "root mean square"}
 
 
@@ -35,7 +36,7 @@ def activation_outliers(
     ``medium`` in between is one episode. A ``kurtosis`` above ``kurtosis`` is medium: few elements
     carry everything (a normal distribution has 3).
     """
-    for series in metrics_of(recorded, "activation", "absmax", "rms"):
+    for series in series_of(recorded, _has_size):
         sizes = series.finite()
         early = early_median(sizes.values)
         flagged = bridged(sizes.values > medium, sizes.values > medium / 2)
@@ -50,7 +51,7 @@ def activation_outliers(
                 severity = SEVERITIES[SEVERITIES.index(severity) - 1]
                 text += "; it has been so from the first recorded step and has not grown since"
             yield episode.anomaly("activation_outlier", severity, limit, text + ".")
-    for series in metrics_of(recorded, "activation", "kurtosis"):
+    for series in series_of(recorded, _has_tails):
         tails = series.finite()
         flagged = bridged(tails.values > kurtosis, tails.values > kurtosis / 2)
         for episode in episodes(tails, flagged):
@@ -74,7 +75,7 @@ def exploding_activations(
     At least ``factor`` times the median of the ``window`` recorded values before (of ``least`` at
     the least), more than ``score`` spreads above it in decades.
     """
-    for series in metrics_of(recorded, "activation", "rms"):
+    for series in series_of(recorded, _has_rms):
         sizes = series.finite()
         jumped, usual = jumps(sizes.values, factor=factor, score=score, window=window, least=least)
         for episode in episodes(sizes, jumped):
@@ -88,24 +89,12 @@ def exploding_activations(
             yield episode.anomaly("activation_explosion", "high", factor * level, text)
 
 
-def _has_size(info: KeyInfo) -> bool:
-    return info.kind == "activation" and metric_of(info) in ("absmax", "rms")
-
-
-def _has_tails(info: KeyInfo) -> bool:
-    return info.kind == "activation" and metric_of(info) == "kurtosis"
-
-
-def _has_rms(info: KeyInfo) -> bool:
-    return info.kind == "activation" and metric_of(info) == "rms"
-
-
 def _jumping(newest: Newest) -> Ending:
     return jumping(newest, factor=_FACTOR, score=_SCORE, window=_WINDOW, least=_LEAST)
 
 
 OUTLIERS_END = (
-    EndsWith("activation_outlier", "high", _has_size, lambda newest: Ending.above(newest, _LARGE)),
-    EndsWith("activation_outlier", "medium", _has_tails, lambda new: Ending.above(new, _TAILS)),
+    EndsWith("activation_outlier", "high", _has_size, Ending.above(_LARGE)),
+    EndsWith("activation_outlier", "medium", _has_tails, Ending.above(_TAILS)),
 )
 EXPLOSIONS_END = (EndsWith("activation_explosion", "high", _has_rms, _jumping),)

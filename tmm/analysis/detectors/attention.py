@@ -8,13 +8,15 @@ from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, early_median
-from tmm.analysis.series import Series, series_of
-from tmm.core.records import KeyInfo
+from tmm.analysis.series import Series, is_of, series_of
 from tmm.core.series_by_key import Recorded
 
 _ENTROPY, _PART = 0.1, 0.2
 _NORMALIZED = 0.02
 _LOGIT, _FACTOR = 50.0, 4.0
+_is_entropy = is_of("attention_entropy")
+_is_normalized_entropy = is_of("attention_normalized_entropy")
+_is_logit = is_of("attention_max_logit")
 
 
 def collapsed_attention(
@@ -35,7 +37,7 @@ def collapsed_attention(
     key. After Zhai et al. 2023, arXiv 2303.06296.
     """
     limits = {"attention_entropy": entropy, "attention_normalized_entropy": normalized}
-    for series in series_of(recorded, lambda info: info.kind in limits):
+    for series in series_of(recorded, is_of(*limits)):
         entropies = series.finite()
         limit = limits[series.info.kind]
         early = early_median(entropies.values)
@@ -66,7 +68,7 @@ def growing_logits(
     as 1 where that is less). Above half of ``medium`` it is still one episode. After Dehghani et
     al. 2023, arXiv 2302.05442.
     """
-    for series in series_of(recorded, lambda info: info.kind == "attention_max_logit"):
+    for series in series_of(recorded, _is_logit):
         logits = series.finite()
         early = early_median(logits.values)
         flagged = (logits.values > medium) & (logits.values >= factor * max(early, 1.0))
@@ -80,18 +82,6 @@ def growing_logits(
                 f" {number(early)}."
             )
             yield episode.anomaly("attention_logit_growth", severity, limit, text)
-
-
-def _is_entropy(info: KeyInfo) -> bool:
-    return info.kind == "attention_entropy"
-
-
-def _is_normalized_entropy(info: KeyInfo) -> bool:
-    return info.kind == "attention_normalized_entropy"
-
-
-def _is_logit(info: KeyInfo) -> bool:
-    return info.kind == "attention_max_logit"
 
 
 def _collapsed(newest: Newest) -> Ending:
@@ -112,9 +102,6 @@ def _grown(newest: Newest) -> Ending:
 
 COLLAPSES_END = (
     EndsWith("attention_collapse", "high", _is_entropy, _collapsed),
-    EndsWith(
-        *("attention_collapse", "high", _is_normalized_entropy),
-        lambda newest: Ending.of(newest, newest.values < _NORMALIZED),
-    ),
+    EndsWith("attention_collapse", "high", _is_normalized_entropy, Ending.below(_NORMALIZED)),
 )
 LOGITS_END = (EndsWith("attention_logit_growth", "high", _is_logit, _grown),)

@@ -8,13 +8,13 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, runs
-from tmm.analysis.series import BoolArray, Series, metrics_of
-from tmm.core.keys import metric_of
-from tmm.core.records import KeyInfo
+from tmm.analysis.series import BoolArray, Series, is_metric, series_of
 from tmm.core.series_by_key import Recorded
 
 _DEAD = 0.9
+_is_share = is_metric("activation", "zero_fraction")
 
 
 def dead_units(
@@ -33,7 +33,7 @@ def dead_units(
     recorded step, unless its share of zeros is always the same and not all of it, as that of
     one-hot vectors.
     """
-    for series in metrics_of(recorded, "activation", "zero_fraction"):
+    for series in series_of(recorded, _is_share):
         shares = series.finite()
         dead = shares.values >= high
         always = len(dead) >= least and bool(dead.all()) and not _is_constant(shares)
@@ -60,13 +60,8 @@ def _is_constant(shares: Series) -> bool:
     return bool(same.all()) and float(shares.values[0]) < 1.0
 
 
-def _is_share(info: KeyInfo) -> bool:
-    return info.kind == "activation" and metric_of(info) == "zero_fraction"
+def _dead(newest: Newest) -> Ending:
+    return Ending.of(newest, newest.values >= _DEAD)
 
 
-DEATHS_END = (
-    EndsWith(
-        *("dead_units", "high", _is_share),
-        lambda newest: Ending.of(newest, newest.values >= _DEAD),
-    ),
-)
+DEATHS_END = (EndsWith("dead_units", "high", _is_share, _dead),)

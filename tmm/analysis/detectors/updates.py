@@ -9,13 +9,12 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.robust import bridged
-from tmm.analysis.series import Series, metrics_of
-from tmm.core.keys import metric_of
-from tmm.core.records import KeyInfo
+from tmm.analysis.series import Series, is_metric, series_of
 from tmm.core.series_by_key import Recorded
 
 _LARGE = 0.1
 _SMALL = 1e-8
+_is_size = is_metric("update", "relative_norm")
 
 
 def large_updates(
@@ -34,7 +33,7 @@ def large_updates(
     ``critical`` is critical. Biases are left out, as they move about zero, and so are weights that
     begin at zero (their first relative norm is above 1) until it has fallen to ``medium``.
     """
-    for series in metrics_of(recorded, "update", "relative_norm"):
+    for series in series_of(recorded, _is_size):
         if "bias" in series.site.rpartition(".")[2]:
             continue
         sizes = series.where(np.arange(len(series.steps)) >= _settled(series, medium, warmup))
@@ -62,7 +61,7 @@ def small_updates(
     A ``relative_norm`` below ``limit`` in ``least`` recorded steps in a row (below ten times that
     in between); 1e-8 is less than float32 can hold of one element.
     """
-    for series in metrics_of(recorded, "update", "relative_norm"):
+    for series in series_of(recorded, _is_size):
         sizes = series.finite()
         flagged = bridged(sizes.values < limit, sizes.values < 10 * limit)
         for episode in episodes(sizes, flagged, badness=-sizes.values, least=least):
@@ -82,16 +81,5 @@ def _settled(series: Series, medium: float, warmup: int) -> int:
     return warmup
 
 
-def _is_size(info: KeyInfo) -> bool:
-    return info.kind == "update" and metric_of(info) == "relative_norm"
-
-
-LARGE_END = (
-    EndsWith("update_large", "critical", _is_size, lambda newest: Ending.above(newest, _LARGE)),
-)
-SMALL_END = (
-    EndsWith(
-        *("update_small", "low", _is_size),
-        lambda newest: Ending.of(newest, newest.values < _SMALL),
-    ),
-)
+LARGE_END = (EndsWith("update_large", "critical", _is_size, Ending.above(_LARGE)),)
+SMALL_END = (EndsWith("update_small", "low", _is_size, Ending.below(_SMALL)),)
