@@ -34,12 +34,10 @@ from tmm.core.records import Event, KeyInfo, StepRecord, Table
 from tmm.runs.state import State
 from tmm.runtime.store.segment_writer import SegmentWriter
 from tmm.views.live.choice import choose_keys
-from tmm.views.live.held_run import Extent, HeldRun
+from tmm.views.live.held_run import Extent, HeldRun, KnownSeries, SeriesCache
 from tmm.views.live.judge import Findings, Judge, judged
-from tmm.views.live.live_snapshot import Follower
+from tmm.views.live.live_snapshot import Follower, standing
 from tmm.views.live.rates import RATE_KEYS, recorded_rates
-from tmm.views.live.series_cache import KnownSeries, SeriesCache
-from tmm.views.live.standing import standing
 
 LONG = 60
 SIZES = ((24, 80), (15, 60))  # rows and columns of terminals
@@ -563,7 +561,6 @@ def test_the_judge_follows_a_run_and_stops_at_once(tmp_path: Path) -> None:
         assert time.monotonic() - began < LONG / 2
         free.set()
         wait_until(lambda: not judge.is_alive)
-    assert judge.findings.last_step == 0
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -68,10 +67,5 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -44,12 +43,7 @@ class HooksManager:
     def __enter__(self) -> HooksManager:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove_all_hooks()
 
     # Not weakref.finalize: it would hold the modules, their hooks, and so whatever holds this.

@@ -15,7 +15,7 @@ import time
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Self
 
 from tmm.core.failures import UserLine
@@ -86,12 +86,7 @@ class SystemSampler:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from tmm.analysis.anomaly import Anomaly
 from tmm.analysis.registry import Detector, find_anomalies
-from tmm.core.metrics import FloatArray
-from tmm.core.records import StepArray
 from tmm.views.live.held_run import Extent, HeldRun
 
 _SHARE = 0.1  # of the time, at most, goes into looking for anomalies
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +48,8 @@ class Judge:
     def __init__(self, path: Path, detectors: tuple[tuple[str, Detector], ...]) -> None:
         self.findings = Findings()
         self._path, self._detectors = path, detectors
-        self._gate = _Gate()
         self._awake = threading.Event()
-        self._hurry = False
+        self._is_left = self._hurry = False
         self._thread = threading.Thread(target=self._run, name="tmm watch", daemon=True)
 
     @property
@@ -73,28 +66,19 @@ class Judge:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # The thread may compute for seconds. It need not be waited for, if only it is not inside
-        # of HDF5, and has nothing of it to close: an ending interpreter takes HDF5's lock.
-        self._gate.close()
+    def __exit__(self, *error: object) -> None:
+        # The thread may compute for seconds more. Nobody waits for it: it only reads.
+        self._is_left = True
         self._awake.set()
 
     def _run(self) -> None:
-        while not self._gate.is_closed:
+        while not self._is_left:
             try:
-                run = _StoppableRun(self._path, self._gate)
-                with closing(run):
-                    while True:
+                with HeldRun(self._path) as run:
+                    while not self._is_left:
                         self._pause(self._look(run))
             except (OSError, ValueError):
                 self._pause(1.0)  # whoever shows the run meets the error, too, and says so
-            except _Stopped:
-                return
 
     def _pause(self, seconds: float) -> None:
         self._awake.wait(seconds)
@@ -107,57 +91,6 @@ class Judge:
             self.findings = judged(run, self._detectors)
         pause = (time.monotonic() - began) * (1 - _SHARE) / _SHARE
         return min(pause, 0.1) if self._hurry else max(pause, 0.5)
-
-
-class _Stopped(BaseException):
-    """Nobody wants to know any more; no error, and none that a detector may catch."""
-
-
-class _Gate:
-    """What a thread passes for each look at files, until it is closed by another thread."""
-
-    def __init__(self) -> None:
-        self.is_closed = False
-        self._turn = threading.Lock()  # held while files are read
-        self._run: _StoppableRun | None = None  # whose files may be open
-
-    def passed(self, run: _StoppableRun, read: Callable[[], _Result]) -> _Result:
-        """What ``read`` returns; raises `_Stopped` once the gate is closed."""
-        with self._turn:
-            if self.is_closed:
-                raise _Stopped
-            self._run = run
-            return read()
-
-    def close(self) -> None:
-        """Let nothing pass any more, and close the files here: the thread would do it anytime."""
-        with self._turn:
-            self.is_closed = True
-            if self._run is not None:
-                HeldRun.close(self._run)
-
-    def close_files(self) -> None:
-        """Close the files for the thread that reads them; it is too late if the gate is closed."""
-        with self._turn:
-            if self._run is not None and not self.is_closed:
-                HeldRun.close(self._run)
-
-
-class _StoppableRun(HeldRun):
-    """A run of which nothing is read any more once its gate is closed."""
-
-    def __init__(self, path: Path, gate: _Gate) -> None:
-        self._gate = gate
-        super().__init__(path)
-
-    def catch_up(self) -> Extent:
-        return self._gate.passed(self, super().catch_up)
-
-    def series(self, key: str) -> tuple[StepArray, FloatArray]:
-        return self._gate.passed(self, lambda: super(_StoppableRun, self).series(key))
-
-    def close(self) -> None:
-        self._gate.close_files()
 
 
 def _guarded(name: str, detector: Detector, failures: list[str]) -> Detector:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from tmm.views.live.series_cache import KnownSeries
+from tmm.views.live.held_run import KnownSeries
 
 STEP_SECONDS = "system/step_seconds"
 PER_SECOND = MappingProxyType(
