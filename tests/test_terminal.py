@@ -17,9 +17,9 @@ from tests.hostile_runs import read_all
 from tmm.cli import app
 from tmm.cli.terminal import clean, clean_lines
 from tmm.core.records import Event, KeyInfo, StepRecord, Table
-from tmm.runs.csv_text import spreadsheet_text
 from tmm.runs.export import export_run
 from tmm.runs.state import State
+from tmm.runs.text_values import spreadsheet_text
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.sinks import CSVSink
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from tmm.cli.terminal import clean, say
+from tmm.runs.text_values import plain
 
 Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -25,19 +25,6 @@ Query = Annotated[
 def print_json(value: object) -> None:
     """Print ``value`` as JSON; NaN and infinities, which JSON lacks, as texts."""
     typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """``value`` in the types of JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def print_table(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +18,13 @@ import numpy as np
 from tmm.core.atomic_file import replacing
 from tmm.core.metrics import FloatArray
 from tmm.core.records import StepArray
-from tmm.runs.csv_text import spreadsheet_text
 from tmm.runs.recorded_run import Run
+from tmm.runs.text_values import csv_cell, plain
 from tmm.runtime.store.run_file import INFO_NAME
 
 FileName: TypeAlias = str | os.PathLike[str]
 
 _GROUP_ROWS = 1 << 20  # of parquet: 20 MB in memory
-_QUOTED = re.compile(r'[,"\r\n]|^\s|\s$')
 _SEGMENT = re.compile(r"metrics-\d+\.h5")
 _OPERATORS = re.compile(r"[\\^$*+?()\[\]|]")  # of regular expressions
 
@@ -149,8 +147,7 @@ def _write_csv(numbers: _Numbers, path: Path) -> int:
     with path.open("x", encoding="utf-8", newline="") as file:
         file.write("step,key,value\n")
         for key, steps, values in numbers.series():
-            cell = spreadsheet_text(key)
-            text = '"' + cell.replace('"', '""') + '"' if _QUOTED.search(cell) else cell
+            text = csv_cell(key)
             pairs = zip(steps.tolist(), values.tolist(), strict=True)
             file.writelines(f"{step},{text},{value!r}\n" for step, value in pairs)
             rows += len(steps)
@@ -167,18 +164,10 @@ def _write_jsonl(numbers: _Numbers, path: Path) -> int:
     rows = 0
     with path.open("x", encoding="ascii", newline="") as file:
         for step, values in numbers.rows():
-            line = {"step": step} | {key: _json_value(value) for key, value in values.items()}
+            line = {"step": step} | plain(values)
             file.write(json.dumps(line, allow_nan=False) + "\n")
             rows += 1
     return rows
-
-
-def _json_value(value: float) -> float | str:
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 def _write_parquet(numbers: _Numbers, path: Path) -> int:

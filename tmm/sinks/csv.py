@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
-from tmm.runs.csv_text import spreadsheet_text
 from tmm.runs.delivery import RunInfo, Value
+from tmm.runs.text_values import csv_cell
 from tmm.sinks.common import check_keys, numbers
 from tmm.sinks.lines import StepFile
 
@@ -44,11 +42,6 @@ class CSVSink:
 
 
 def _rows(step: int, values: Mapping[str, Value]) -> bytes:
-    text = StringIO()
     rows = numbers(values, None).items()
-    plain = csv.writer(text, lineterminator="\n")
-    # It leaves a carriage return bare, where readers see the end of a row.
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    for key, value in rows:
-        (quoted if "\r" in key else plain).writerow((step, spreadsheet_text(key), value))
-    return text.getvalue().encode("utf-8", "surrogatepass")
+    text = "".join(f"{step},{csv_cell(key)},{float(value)!r}\n" for key, value in rows)
+    return text.encode("utf-8", "surrogatepass")

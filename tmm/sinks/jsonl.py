@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tmm.runs.delivery import RunInfo, Value
+from tmm.runs.text_values import plain
 from tmm.sinks.common import check_keys
 from tmm.sinks.lines import StepFile
 
@@ -41,13 +41,5 @@ class JSONLinesSink:
 
 
 def _line(step: int, values: Mapping[str, Value]) -> bytes:
-    plain = {key: _json_value(value) for key, value in values.items()}
-    return json.dumps({"step": step, "values": plain}, allow_nan=False).encode() + b"\n"
-
-
-def _json_value(value: Value) -> object:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    texts = {k: v.tolist() if isinstance(v, np.ndarray) else plain(v) for k, v in values.items()}
+    return json.dumps({"step": step, "values": texts}, allow_nan=False).encode() + b"\n"

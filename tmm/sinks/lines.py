@@ -13,18 +13,29 @@ from tmm.sinks.common import chosen
 _STEP = re.compile(rb'(?:\{"step": )?(-?\d+),')
 
 
-class StepLines:
-    """Appends lines to a file, in the order of steps, and flushes each step.
+class StepFile:
+    """The file of one run, of the lines that ``render`` makes of a step and its values.
 
-    A line begins with its step and a comma, after ``{"step": `` in JSON; one that does not goes on
-    with the line before. A file that exists is gone on with: ``first_step`` and later steps are cut
-    off, and so is a line that a killed process has not ended. A step that is written again takes
-    the place of what was written for it.
+    Steps are appended in their order, and each is flushed. A line begins with its step and a comma,
+    after ``{"step": `` in JSON; one that does not goes on with the line before. Of a run that was
+    resumed a file that exists is gone on with: its first step and later ones are cut off, and so is
+    a line that a killed process has not ended. A step that is written again takes the place of what
+    was written for it.
 
     Raises ``ValueError`` for a file that begins with something else than ``header``, and OSError.
     """
 
-    def __init__(self, path: Path, first_step: int, header: bytes = b"") -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: RunInfo,
+        keys: str | None,
+        render: Callable[[int, Mapping[str, Value]], bytes],
+        header: bytes = b"",
+    ) -> None:
+        self._keys, self._render = keys, render
+        if not run.resumed:
+            path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
@@ -35,7 +46,7 @@ class StepLines:
         end = len(header)
         for line in self._file:
             step = _STEP.match(line)
-            if not line.endswith(b"\n") or (step is not None and int(step[1]) >= first_step):
+            if not line.endswith(b"\n") or (step is not None and int(step[1]) >= run.first_step):
                 break
             end += len(line)
         if begin == header:
@@ -46,8 +57,9 @@ class StepLines:
         self._step: int | None = None
         self._start = 0
 
-    def write(self, step: int, lines: bytes) -> None:
-        """Write all lines of a step."""
+    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
+        """Write a step."""
+        lines = self._render(step, chosen(values, self._keys))
         if self._step is not None and step <= self._step:
             self._file.truncate(self._start)
         self._start = self._file.seek(0, 2)
@@ -55,31 +67,6 @@ class StepLines:
         self._file.flush()
         self._step = step
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class StepFile:
-    """The file of one run, of the lines that ``render`` makes of a step and its values."""
-
-    def __init__(
-        self,
-        path: Path,
-        run: RunInfo,
-        keys: str | None,
-        render: Callable[[int, Mapping[str, Value]], bytes],
-        header: bytes = b"",
-    ) -> None:
-        if not run.resumed:
-            path.unlink(missing_ok=True)
-        self._keys, self._render = keys, render
-        self._lines = StepLines(path, run.first_step, header)
-
-    def __call__(self, step: int, values: Mapping[str, Value]) -> None:
-        """Write a step."""
-        self._lines.write(step, self._render(step, chosen(values, self._keys)))
-
     def close(self, status: Status) -> None:
         """Close the file."""
-        self._lines.close()
+        self._file.close()

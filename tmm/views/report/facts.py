@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from tmm.core.families import SYSTEM
 from tmm.core.keys import is_family, is_loss, is_total_loss, key_of, layer_of
 from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import Run
+from tmm.runs.text_values import plain
 from tmm.views.plots.reduce import thin
 from tmm.views.report.snapshot import Snapshot
 
@@ -23,17 +23,6 @@ _MOST_EVENTS = 500
 _MOST_TEXT = 200_000  # characters
 _TOLD = frozenset(("id", "project", "name", "config", "tags", "notes"))
 _RATES = ("tokens_per_second", "samples_per_second", "step_seconds")
-
-
-def plain(value: Any) -> Any:
-    """``value`` in the types of JSON; NaN and infinities, which JSON lacks, as texts."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def run_facts(run: Run, record: RunRecord, name: str, snapshot: Snapshot) -> dict[str, Any]:
@@ -49,7 +38,7 @@ def run_facts(run: Run, record: RunRecord, name: str, snapshot: Snapshot) -> dic
         "project": record.project,
         "status": record.status,
         "reason": record.reason,
-        "started": record.started and record.started.isoformat(),
+        "started": record.started,
         "seconds": record.seconds,
         "tags": record.tags,
         "notes": record.notes,

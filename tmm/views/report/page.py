@@ -14,6 +14,7 @@ from typing import Any
 from tmm.analysis import compare, find_anomalies, first_divergence
 from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import open_run
+from tmm.runs.text_values import plain
 from tmm.views.plots.groups import group_keys
 from tmm.views.plots.style import (
     INFINITY_COLOUR,
@@ -25,7 +26,7 @@ from tmm.views.plots.style import (
     require_package,
 )
 from tmm.views.report.blocks import reduced_blocks, scales
-from tmm.views.report.facts import anomaly_rows, curves, plain, run_facts
+from tmm.views.report.facts import anomaly_rows, curves, run_facts
 from tmm.views.report.pack import packed, packed_json
 from tmm.views.report.snapshot import Snapshot
 
