@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,7 +16,6 @@ from tmm.testing.defined_values import (
     Expected,
     FloatArray,
     Tolerance,
-    assert_agrees,
     builtin_values,
     disagreements,
     histogram,
@@ -86,3 +85,16 @@ def backward(output: object) -> None:
     tensors = [tensor for _, tensor in walk(output) if tensor.requires_grad]
     if tensors:
         torch.stack([tensor.abs().double().sum() for tensor in tensors]).sum().backward()
+
+
+def assert_agrees(
+    got: Mapping[str, float | FloatArray],
+    want: Mapping[str, Expected],
+    allowed: Tolerance,
+    *,
+    shown: int = 12,
+) -> None:
+    """Fail with the keys at fault, unless each key is there and within its tolerance."""
+    assert want, "nothing to compare with"
+    lines = disagreements(got, want, allowed)
+    assert not lines, f"{len(lines)} of {len(want)} keys disagree:\n" + "\n".join(lines[:shown])

@@ -21,7 +21,7 @@ from tmm.cli import app
 from tmm.cli.coord_check_examples import BASE_WIDTH, GPT, MLP, Example, adam, gpt, mlp
 from tmm.coordinate_check import TERMS, Growth
 from tmm.coordinate_check import plot as plot_module
-from tmm.coordinate_check.fit import fit_power_law
+from tmm.coordinate_check.result import fit_power_law
 
 UPDATE, INPUT_CHANGE, ACTIVATION = TERMS
 BATCHES = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(2)]

@@ -79,7 +79,7 @@ def check_random_model(seed: int, how: str) -> None:
         assert (origin.operation, origin.phase) == FAULTS[kind]
     else:
         assert origin.phase == "backward"
-    assert origin.reaches_output
+    assert origin.reaches
     for layer in layers:
         if isinstance(layer, Fault):
             layer.kind = -1
@@ -160,7 +160,7 @@ def check_random_program(seed: int, folder: Path, backend: str | None) -> bool:
         assert first_bad is None
         assert is_finite
         return False
-    assert result.first.reaches_output is not is_finite, f"{lines}\n{result}"
+    assert bool(result.first.reaches) is not is_finite, f"{lines}\n{result}"
     forward = [o.source.line for o in result.origins if o.phase == "forward" and o.source]
     assert min(forward, default=None) == first_bad, f"{lines}\n{result}"
     return True

@@ -159,7 +159,7 @@ def test_no_reason_is_given_where_none_is_proven() -> None:
     )
     assert result is not None  # its own table holds logarithms of 0
     assert (result.first.operation, result.first.reason) == ("aten._ctc_loss", "")
-    assert not result.first.reaches_output
+    assert not result.first.reaches
 
     x = torch.zeros(3, 3)
     result = tmm.find_nonfinite(lambda x: torch.linalg.cond(x).sum(), x)

@@ -27,7 +27,7 @@ from tmm.examples.gpt import GPT, GPTConfig
 from tmm.runs.catalog import find_run
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.views.report import report_page, write_report
-from tmm.views.report.pack import four_digits
+from tmm.views.report.blocks import four_digits
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -18,8 +18,7 @@ from h5py import h5f
 
 from tmm.core.metrics import FloatArray
 from tmm.core.records import StepRecord, Table
-from tmm.runtime.store.append import GrowingDataset
-from tmm.runtime.store.columns import Matrices, Matrix, append_lines, stack
+from tmm.runtime.store.columns import GrowingDataset, Matrices, Matrix, append_lines, stack
 from tmm.runtime.store.segment_layout import ABSENT, COMMIT_FIELDS, FORMAT, MATRICES, segment_paths
 
 _CHUNK_ROWS = 32

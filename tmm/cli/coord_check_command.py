@@ -107,10 +107,12 @@ def _verdict(found: CoordinateCheck) -> str:
 
 def _prepare(output: Path) -> None:
     """Fail before minutes of training rather than after them."""
-    from tmm.coordinate_check.plot import require
+    from tmm.coordinate_check.plot import WHAT
+    from tmm.views.plots.style import require_package
 
     try:
-        require("plotly", "kaleido")
+        for package in ("plotly", "kaleido"):
+            require_package(package, WHAT)
         output.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--output") from error

@@ -95,7 +95,7 @@ def _show(
     progress: TrainingProgress,
     validation_loss: float,
 ) -> None:
-    from tmm.cli.layer_table import layer_table
+    from tmm.cli.training_progress import layer_table
     from tmm.runs.recorded_run import open_run
 
     with open_run(settings.run) as run:

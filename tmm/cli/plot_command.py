@@ -37,7 +37,7 @@ def plot(
     from tmm.cli.sparkline import sparkline
     from tmm.runs.catalog import find_run
     from tmm.runs.recorded_run import open_run
-    from tmm.views.plots.picture_files import ENDINGS
+    from tmm.views.plots.style import ENDINGS
 
     if output is not None and output.suffix not in ENDINGS:
         fail(f"--output {str(output)!r}: write a .html, .png, .svg or .pdf file")

@@ -1,4 +1,4 @@
-"""Shows a training while it runs: a bar on a terminal, a few lines elsewhere."""
+"""Shows a training while it runs, by a bar or a few lines, and what a step of it measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 from tmm.cli.demo_training import StepReport, TrainingSettings
+from tmm.cli.terminal import clean
+from tmm.runs.recorded_run import Run
 
 _LINES_WITHOUT_TERMINAL = 10
+_FAMILY = "activation"
 
 
 class TrainingProgress:
@@ -69,3 +74,27 @@ class TrainingProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+def layer_table(run: Run, step: int) -> Table:
+    """What was measured of the outputs of the modules at ``step``, in order of execution.
+
+    Raises:
+        KeyError: if ``step`` was not recorded.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    metrics: dict[str, None] = {}  # an ordered set
+    for key, value in run.at(step).items():
+        info = run.key_info(key)
+        if info.kind == _FAMILY and isinstance(value, float):  # a histogram is no cell
+            metric = key.removeprefix(f"{_FAMILY}/{info.site}/")
+            rows.setdefault(info.site, {})[metric] = value
+            metrics[metric] = None
+    table = Table(title=f"Outputs of the layers at step {step}", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for metric in metrics:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for site, values in rows.items():
+        cells = (f"{values[metric]:.4g}" if metric in values else "" for metric in metrics)
+        table.add_row(Text(clean(site)), *cells)
+    return table

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmm.coordinate_check.result import TERMS, CoordinateCheck
-from tmm.views.plots.picture_files import OFFLINE
+from tmm.views.plots.style import OFFLINE, require_package
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+WHAT = "the plot of a coordinate check"  # that needs packages
 _HEIGHT, _WIDTH = 560, 1240  # pixels
 _HEIGHT_PER_LAYER = 21  # of the legend
 _TITLES = {
@@ -21,21 +21,12 @@ _TITLES = {
 }
 
 
-def require(*packages: str) -> None:
-    """Raise ImportError, naming the remedy, unless all packages are there."""
-    for package in packages:
-        if find_spec(package) is None:
-            raise ImportError(
-                f"the plot of a coordinate check needs {package}: pip install 'tmm-compile[plot]'"
-            )
-
-
 def figure(check: CoordinateCheck, title: str | None) -> Figure:
     """A panel per term, a line per layer; sizes share one axis, so that panels compare.
 
     Sizes that are zero or not finite are left out.
     """
-    require("plotly")
+    require_package("plotly", WHAT)
     from plotly.colors import sample_colorscale
     from plotly.graph_objects import Scatter
     from plotly.subplots import make_subplots
@@ -100,5 +91,5 @@ def write(plot: Figure, path: Path) -> None:
     if path.suffix == ".html":
         plot.write_html(path, include_plotlyjs=True, config=OFFLINE)
     else:
-        require("kaleido")
+        require_package("kaleido", WHAT)
         plot.write_image(path, scale=2)

@@ -1,7 +1,10 @@
 """The classes of torch-module-monitor, over tmm: change one import, and compile the model."""
 
-from tmm.module_monitor.attention_calls import monitor_scaled_dot_product_attention
-from tmm.module_monitor.checked_widths import RefinedCoordinateCheck, l2_norm
+from tmm.module_monitor.further_measurements import (
+    RefinedCoordinateCheck,
+    l2_norm,
+    monitor_scaled_dot_product_attention,
+)
 from tmm.module_monitor.hooks import HooksManager
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.module_monitor import ModuleMonitor

@@ -15,7 +15,7 @@ from tmm.instrumentation.regions import COMPILED_CALL, Region, compiled_wrappers
 from tmm.instrumentation.switch import Switch, attach, detach, root_switch, stands
 from tmm.module_monitor.names import Names
 from tmm.module_monitor.reference_calls import ReferenceCalls
-from tmm.module_monitor.registered_rules import ModuleMonitorSpec
+from tmm.module_monitor.registered_metrics import ModuleMonitorSpec
 from tmm.runs.instrument import instrument, steps_of
 from tmm.spec.rules import Rule
 

@@ -22,8 +22,12 @@ from tmm.instrumentation.twin import running_twin
 from tmm.module_monitor.measuring import Measuring
 from tmm.module_monitor.mixin import MonitorMixin
 from tmm.module_monitor.names import FormatName, Names, default_format_module_name_fn
-from tmm.module_monitor.registered_metrics import RegisteredMetrics, compiled
-from tmm.module_monitor.registered_rules import Aggregation, rule_of_coordinate_check
+from tmm.module_monitor.registered_metrics import (
+    Aggregation,
+    RegisteredMetrics,
+    compiled,
+    rule_of_coordinate_check,
+)
 from tmm.module_monitor.storage import StorageManager
 from tmm.spec.likeness import differences, modes
 from tmm.spec.rules import Rule

@@ -13,13 +13,13 @@ from tmm.core.failures import warn
 from tmm.core.module_names import buffer_names, parameter_names
 from tmm.instrumentation.outputs import tensors_in
 from tmm.nonfinite.graphs import Tracer
+from tmm.nonfinite.memory_of_step import Written, undisturbed
 from tmm.nonfinite.origin import Kind, Nonfinite, Origin
 from tmm.nonfinite.places import ModuleNames
 from tmm.nonfinite.programs import Program, program_of, replaced
 from tmm.nonfinite.repeated_step import Batch, Ran, StepError, autocast_without_cache, run_step
 from tmm.nonfinite.statistics import is_checked, nonfinite_elements
 from tmm.nonfinite.watcher import Found, Watcher
-from tmm.nonfinite.written import Written, undisturbed
 
 Loss = Callable[[Any], torch.Tensor]
 

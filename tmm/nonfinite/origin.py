@@ -74,11 +74,6 @@ class Origin:
     becomes_nan: str = ""
 
     @property
-    def reaches_output(self) -> bool:
-        """Whether it makes anything non-finite in the end; see ``reaches``."""
-        return bool(self.reaches)
-
-    @property
     def what(self) -> str:
         """What came up: ``"NaN"``, ``"infinity"`` or both."""
         nan = any(found.nans for found in self.outputs)

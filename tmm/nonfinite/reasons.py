@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,6 +16,8 @@ from tmm.nonfinite.statistics import is_checked
 _GROWING = ("exp", "exp2", "expm1", "sinh", "cosh", "pow", "prod", "cumprod")
 _ADDING = ("add", "sub", "mul", "sum", "cumsum", "mm", "bmm", "addmm", "baddbmm")
 _ATTENTION_MASKS = ("attn_mask", "attn_bias")
+
+_Case: TypeAlias = tuple[str, Callable[[torch.Tensor], torch.Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,52 +70,17 @@ def _count(found: torch.Tensor, total: torch.Tensor, what: str) -> str:
     return f"{int(found.sum())} of {total.numel()} elements are {what}"
 
 
-def _outside(
-    call: Call, title: str, *cases: tuple[str, Callable[[torch.Tensor], torch.Tensor]]
-) -> str:
-    """Which elements of the first argument lie where the function has no finite value."""
-    (x, *_) = call.args
-    fresh = _at_fresh(call, x)
-    found = [_count(test(x.detach()), x, what) for what, test in cases if bool(test(fresh).any())]
-    return f"{title}: {', '.join(found)}" if found else ""
+def _outside(title: str, *cases: _Case) -> Callable[[Call], str]:
+    """Tells which elements of the first argument lie where the function has no finite value."""
 
+    def reason(call: Call) -> str:
+        x = call.args[0]
+        fresh = _at_fresh(call, x)
+        there = [(what, test) for what, test in cases if bool(test(fresh).any())]
+        counts = [_count(test(x.detach()), x, what) for what, test in there]
+        return f"{title}: {', '.join(counts)}" if counts else ""
 
-def _logarithm(call: Call) -> str:
-    return _outside(
-        call, "logarithm of 0 or less", ("0", lambda x: x == 0), ("negative", lambda x: x < 0)
-    )
-
-
-def _log1p(call: Call) -> str:
-    return _outside(
-        call,
-        "logarithm of 1 + x, which is 0 or less",
-        ("-1", lambda x: x == -1),
-        ("below -1", lambda x: x < -1),
-    )
-
-
-def _root(call: Call) -> str:
-    return _outside(call, "root of a negative number", ("negative", lambda x: x < 0))
-
-
-def _inverse_root(call: Call) -> str:
-    zero = _outside(call, "division by zero: 1 / root of 0", ("0", lambda x: x == 0))
-    return zero or _root(call)
-
-
-def _reciprocal(call: Call) -> str:
-    return _outside(call, "division by zero", ("0", lambda x: x == 0))
-
-
-def _inverse_sine(call: Call) -> str:
-    return _outside(call, f"{call.name} outside of -1 to 1", ("beyond", lambda x: x.abs() > 1))
-
-
-def _inverse_tangent(call: Call) -> str:
-    return _outside(
-        call, "atanh is finite between -1 and 1 only", ("there or beyond", lambda x: x.abs() >= 1)
-    )
+    return reason
 
 
 def _division(call: Call) -> str:
@@ -179,14 +146,27 @@ def _no_targets(call: Call) -> str:
     return ""
 
 
+_ZERO: _Case = "0", lambda x: x == 0
+_NEGATIVE: _Case = "negative", lambda x: x < 0
+_BEYOND: _Case = "beyond", lambda x: x.abs() > 1
+_root = _outside("root of a negative number", _NEGATIVE)
+_inverse_of_zero = _outside("division by zero: 1 / root of 0", _ZERO)
+
 _RULES: Mapping[str, Callable[[Call], str]] = {
-    **dict.fromkeys(("log", "log2", "log10"), _logarithm),
-    "log1p": _log1p,
+    **dict.fromkeys(("log", "log2", "log10"), _outside("logarithm of 0 or less", _ZERO, _NEGATIVE)),
+    "log1p": _outside(
+        "logarithm of 1 + x, which is 0 or less",
+        ("-1", lambda x: x == -1),
+        ("below -1", lambda x: x < -1),
+    ),
     "sqrt": _root,
-    "rsqrt": _inverse_root,
-    "reciprocal": _reciprocal,
-    **dict.fromkeys(("acos", "asin"), _inverse_sine),
-    "atanh": _inverse_tangent,
+    "rsqrt": lambda call: _inverse_of_zero(call) or _root(call),
+    "reciprocal": _outside("division by zero", _ZERO),
+    "acos": _outside("acos outside of -1 to 1", _BEYOND),
+    "asin": _outside("asin outside of -1 to 1", _BEYOND),
+    "atanh": _outside(
+        "atanh is finite between -1 and 1 only", ("there or beyond", lambda x: x.abs() >= 1)
+    ),
     **dict.fromkeys(("div", "true_divide"), _division),
     "pow": _power,
     **dict.fromkeys(("_softmax", "_log_softmax"), _softmax),

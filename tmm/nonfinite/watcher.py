@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tmm.core.torch_private import TorchDispatchMode, current_graph_task_id, tree_flatten
-from tmm.nonfinite.known_memory import Memory
+from tmm.nonfinite.memory_of_step import Memory, Written
 from tmm.nonfinite.operation import Operation, packet_name, written_arguments
 from tmm.nonfinite.origin import Kind, Origin, Phase
 from tmm.nonfinite.places import ModuleNames, Place, RunningPlaces
@@ -26,7 +26,6 @@ from tmm.nonfinite.statistics import (
     real_values,
     statistics_of,
 )
-from tmm.nonfinite.written import Written
 
 _UNINITIALIZED = (
     *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),

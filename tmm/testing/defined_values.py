@@ -121,19 +121,6 @@ def disagreements(
     return missing + extra + [line for _, line in sorted(wrong, reverse=True)]
 
 
-def assert_agrees(
-    got: Mapping[str, float | FloatArray],
-    want: Mapping[str, Expected],
-    allowed: Tolerance,
-    *,
-    shown: int = 12,
-) -> None:
-    """Fail with the keys at fault, unless each key is there and within its tolerance."""
-    assert want, "nothing to compare with"
-    lines = disagreements(got, want, allowed)
-    assert not lines, f"{len(lines)} of {len(want)} keys disagree:\n" + "\n".join(lines[:shown])
-
-
 def _relative_error(got: float, want: float, scale: float) -> float:
     if got == want or (math.isnan(got) and math.isnan(want)):
         return 0.0

@@ -16,13 +16,15 @@ from tmm.runs.recorded_run import Run
 from tmm.views.plots.groups import group_keys
 from tmm.views.plots.layer_figures import depths, heatmaps
 from tmm.views.plots.reduce import thin
-from tmm.views.plots.shared import is_logarithmic, marks_axis, tell
 from tmm.views.plots.style import (
     INFINITY_COLOUR,
     NAN_COLOUR,
     RUN_COLOURS,
     depth_colours,
+    is_logarithmic,
+    marks_axis,
     require_package,
+    tell,
 )
 
 if TYPE_CHECKING:

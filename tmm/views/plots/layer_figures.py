@@ -12,8 +12,16 @@ from tmm.runs.recorded_run import Run
 from tmm.views.plots.groups import Group
 from tmm.views.plots.reduce import FINITE, NAN, Reduced, reduce_table, worst_of
 from tmm.views.plots.scale import SHARES, Scale, scale_for
-from tmm.views.plots.shared import is_logarithmic, marks_axis, tell
-from tmm.views.plots.style import INFINITY_COLOUR, MAGNITUDES, NAN_COLOUR, SIGNED, depth_colours
+from tmm.views.plots.style import (
+    INFINITY_COLOUR,
+    MAGNITUDES,
+    NAN_COLOUR,
+    SIGNED,
+    depth_colours,
+    is_logarithmic,
+    marks_axis,
+    tell,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -25,9 +25,8 @@ from tmm.views.plots.style import (
     magnitude_colours,
     require_package,
 )
-from tmm.views.report.blocks import reduced_blocks, scales
+from tmm.views.report.blocks import packed, packed_json, reduced_blocks, scales
 from tmm.views.report.facts import anomaly_rows, curves, run_facts
-from tmm.views.report.pack import packed, packed_json
 from tmm.views.report.snapshot import Snapshot
 
 SCRIPTS = tuple(
