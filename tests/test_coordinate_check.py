@@ -315,7 +315,7 @@ def test_without_an_ending_both_are_written(tmp_path: Path) -> None:
 def test_without_plotly_the_message_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(plot_module, "find_spec", lambda name: None)
+    monkeypatch.setattr("tmm.views.plots.style.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs plotly: pip install 'tmm-compile\[plot\]'"):
         FOUND.plot()
     result = CliRunner().invoke(app, ["coord-check", "-o", str(tmp_path)])

@@ -43,7 +43,7 @@ def test_a_training_is_recorded(tmp_path: Path) -> None:
     driven = session(tmp_path)
     driven.open(config={"lr": 0.1})
     train(driven, range(3), nn.Linear(2, 2), micro_batches=2)
-    driven.finish()
+    driven.close()
     (record,) = tmm.list_runs(tmp_path)
     assert record.status == "finished"
     with tmm.open_run(record.path) as run:
@@ -65,7 +65,7 @@ def test_gradients_are_those_before_the_first_of_several_clips(tmp_path: Path) -
         driven.measure_before_clip()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     driven.end_step()
-    driven.finish()
+    driven.close()
     with tmm.open_run(tmm.list_runs(tmp_path)[0].path) as run:
         assert run.at(0)["gradient_before_clip/weight/norm"] == pytest.approx(expected)
 
@@ -75,11 +75,11 @@ def test_a_training_goes_on_with_its_run(tmp_path: Path) -> None:
     first.open()
     train(first, range(4), nn.Linear(2, 2))
     state = first.state
-    first.fail(RuntimeError("killed"))
+    first.close(lambda run: run.fail(RuntimeError("killed")))
     second = session(tmp_path)
     second.open(step=2, resume=state["run"])
     train(second, range(2, 6), nn.Linear(2, 2))
-    second.finish()
+    second.close()
     (record,) = tmm.list_runs(tmp_path)
     assert record.status == "finished"
     with tmm.open_run(record.path) as run:
@@ -102,7 +102,7 @@ def test_a_step_that_is_discarded_has_not_begun(tmp_path: Path) -> None:
     driven.begin_step(1)
     driven.log({"loss": 1.0})
     driven.end_step()
-    driven.finish()
+    driven.close()
     with tmm.open_run(tmm.list_runs(tmp_path)[0].path) as run:
         assert run.steps.tolist() == [0, 1]
         assert run.series("late")[0].tolist() == [0]
@@ -114,7 +114,7 @@ def test_a_run_that_is_gone_is_started_anew(tmp_path: Path) -> None:
     with pytest.warns(tmm.MonitoringWarning, match="is gone; a new one"):
         driven.open(step=5, resume=str(tmp_path / "nowhere"))
     train(driven, range(5, 7), nn.Linear(2, 2))
-    driven.finish()
+    driven.close()
     with tmm.open_run(tmm.list_runs(tmp_path)[0].path) as run:
         assert run.steps.tolist() == [5, 6]
 
@@ -124,7 +124,7 @@ def test_a_given_run_is_left_to_its_owner(tmp_path: Path) -> None:
         driven = Session(SPEC, run)
         driven.open()
         train(driven, range(2), nn.Linear(2, 2))
-        driven.fail(RuntimeError("its owner decides"))
+        driven.close(lambda run: run.fail(RuntimeError("its owner decides")))
         run.log({"after": 1.0})
         assert not run.is_finished
     (record,) = tmm.list_runs(tmp_path)
@@ -137,7 +137,7 @@ def test_keys_of_tmm_are_warned_of_once(tmp_path: Path) -> None:
     with pytest.warns(tmm.MonitoringWarning, match="tmm's own"):
         driven.log({"activation/x": 1.0, "loss": 1.0})
     driven.log({"activation/x": 1.0})
-    driven.finish()
+    driven.close()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_it_is_said_where_compiling_in_place_captures_no_graph(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         driven.instrument(model)
-    driven.finish()
+    driven.close()
     expected = [] if captures else ["no graph was captured"]
     assert [str(warning.message)[:21] for warning in caught] == expected
 
@@ -206,7 +206,7 @@ def test_nothing_is_said_of_other_ways_to_compile(tmp_path: Path, compiled: Any)
     with warnings.catch_warnings():
         warnings.simplefilter("error", tmm.MonitoringWarning)
         driven.instrument(compiled(nn.Linear(2, 2)))
-    driven.finish()
+    driven.close()
 
 
 def test_an_option_that_nothing_takes_is_named() -> None:

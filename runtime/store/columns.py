@@ -90,7 +90,6 @@ class _Share:
         return self.matrix.whole_chunks(self.columns)
 
     def append(self, values: FloatArray) -> None:
-        """Add a row with them."""
         written = self._written
         row = np.full((1, written.stop - written.start, *values.shape[1:]), ABSENT)
         row[0, self.columns - written.start] = values[self.places]

@@ -1,9 +1,8 @@
 """What a recorded run says: what went wrong, in numbers, and beside other runs."""
 
 from tmm.analysis.anomaly import Anomaly
-from tmm.analysis.compare import Comparison, compare
+from tmm.analysis.compare import Comparison, Divergence, compare, first_divergence
 from tmm.analysis.detectors.nonfinite_values import first_nonfinite
-from tmm.analysis.divergence import Divergence, first_divergence
 from tmm.analysis.recorded import RecordedSeries
 from tmm.analysis.registry import find_anomalies
 from tmm.analysis.summary import KeySummary, summarize

@@ -154,9 +154,10 @@ class TMMCallback(pl.Callback):
             return
         self._methods.remove()
         if trainer.should_stop and not has_reached_its_end(trainer):
-            self._session.stop_early(why_stopped(trainer))
+            reason = why_stopped(trainer)
+            self._session.close(lambda run: run.stop_early(reason))
         else:
-            self._session.finish()
+            self._session.close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -164,7 +165,7 @@ class TMMCallback(pl.Callback):
         """End the run as failed."""
         self._methods.remove()
         if self._session is not None:
-            self._session.fail(exception)
+            self._session.close(lambda run: run.fail(exception))
 
     # Its steps
 

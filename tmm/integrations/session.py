@@ -218,26 +218,11 @@ class Session:
             return {}
         return {"run": str(self.run.path.absolute())}
 
-    def finish(self) -> None:
-        """Take the monitoring off the model, and finish a run that was not given."""
-        self._release()
-        if self._owns_run and self.run is not None:
-            self.run.finish()
-
-    def stop_early(self, reason: str) -> None:
-        """As ``finish``, for a training that was stopped early."""
-        self._release()
-        if self._owns_run and self.run is not None:
-            self.run.stop_early(reason)
-
-    def fail(self, error: BaseException) -> None:
-        """As ``finish``, for a training that an exception ends; its step is dropped."""
-        self._release()
-        if self._owns_run and self.run is not None:
-            self.run.fail(error)
-
-    def _release(self) -> None:
+    def close(self, end: Callable[[LiveRun], None] = LiveRun.finish) -> None:
+        """Take the monitoring off the model, and ``end`` a run that was not given."""
         self.go_on()
         model, self._model, self._steps = self._model, None, None
         if model is not None:
             remove(model)
+        if self._owns_run and self.run is not None:
+            end(self.run)

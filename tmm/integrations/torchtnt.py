@@ -122,7 +122,7 @@ class TMMCallback(Callback):
 
         TorchTNT tells callbacks of exceptions, but not of that one. The next training does it, too.
         """
-        self._close(lambda session: session.stop_early(reason))
+        self._close(lambda run: run.stop_early(reason))
 
     # Training
 
@@ -174,12 +174,12 @@ class TMMCallback(Callback):
         if state.should_stop:
             self.stop("state.stop() was called, as by EarlyStopping")
         else:
-            self._close(Session.finish)
+            self._close()
 
     def on_exception(self, state: State, unit: Any, exc: BaseException) -> None:
         """Close the run as failed, if it is the training that fails."""
         if state.entry_point in (EntryPoint.TRAIN, EntryPoint.FIT):
-            self._close(lambda session: session.fail(exc))
+            self._close(lambda run: run.fail(exc))
         else:
             self._resume_phase()
 
@@ -254,7 +254,7 @@ class TMMCallback(Callback):
         tracked = training.tracked
         if tracked.was_loaded:  # a checkpoint was restored in the middle of the training
             if self._given_run is None:
-                self._close(Session.finish)
+                self._close()
                 self._start(state, unit, tracked)
             else:  # it does not go back
                 tracked.step = max(tracked.step or 0, self._given_run.current_step + 1)
@@ -262,7 +262,7 @@ class TMMCallback(Callback):
         assert self._training is not None
         self._training.begin_batch()
 
-    def _close(self, end: Callable[[Session], None]) -> None:
+    def _close(self, end: Callable[[LiveRun], None] = LiveRun.finish) -> None:
         training, self._training = self._training, None
         self._paused_phases = 0
         try:
@@ -270,7 +270,7 @@ class TMMCallback(Callback):
                 training.tracked.training = None
                 training.close()
         finally:
-            end(self._session)
+            self._session.close(end)
 
     def _pause_phase(self) -> None:
         self._paused_phases += 1

@@ -125,9 +125,9 @@ class TMMCallback(TrainerCallback):
         self._has_trained = True
         if control.should_training_stop and state.global_step < state.max_steps:
             reason = _why_stopped(self._trainer)
-            self._end(lambda session: session.stop_early(reason))
+            self._end(lambda run: run.stop_early(reason))
         else:
-            self._end(Session.finish)
+            self._end()
 
     # Its steps
 
@@ -217,12 +217,12 @@ class TMMCallback(TrainerCallback):
         return self._session
 
     def _fail(self, error: BaseException) -> None:
-        self._end(lambda session: session.fail(error))
+        self._end(lambda run: run.fail(error))
 
-    def _end(self, close: Callable[[Session], None]) -> None:
+    def _end(self, end: Callable[[LiveRun], None] = LiveRun.finish) -> None:
         session, self._session, self._trainer = self._open_session(), None, None
         self._changes.close()
-        close(session)
+        session.close(end)
 
 
 class TMMRun(TrainerCallback, ExportableState):
@@ -284,7 +284,6 @@ def _calling_trainer() -> Trainer:
 
 
 def _configuration(trainer: Trainer) -> dict[str, object]:
-    """What a run keeps as its configuration."""
     configuration: dict[str, object] = trainer.args.to_dict()  # type: ignore[no-untyped-call]
     if isinstance(described := getattr(trainer.model, "config", None), PreTrainedConfig):
         configuration["model"] = described.to_dict()
@@ -292,7 +291,6 @@ def _configuration(trainer: Trainer) -> dict[str, object]:
 
 
 def _why_stopped(trainer: Trainer) -> str:
-    """Why a training ended before its last step."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, EarlyStoppingCallback):
             patience = callback.early_stopping_patience

@@ -191,7 +191,6 @@ class _Swaps:
             self._calls[key].put(value if inside else self._outside.get(key, value))
 
     def restore(self) -> None:
-        """Put everything back."""
         for call in self._calls.values():
             call.restore()
 

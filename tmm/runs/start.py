@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tmm.runs.catalog import find_run
 from tmm.runs.claim import lock_to_resume, make_folder
 from tmm.runs.delivery import NamedSink, RunInfo, RunSink, Sink, find_sinks
@@ -19,6 +17,7 @@ from tmm.runs.live import LiveRun
 from tmm.runs.state import Lock
 from tmm.spec.ranks import other_rank
 from tmm.steps.earlier import Earlier
+from tmm.steps.timeline import checked_step
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
@@ -75,7 +74,9 @@ def start_run(
             raise TypeError(f"{argument}={text!r} is not text")
     if resume is not None and not isinstance(resume, (str, os.PathLike)):
         raise TypeError(f"resume={resume!r} is not the id, name or path of a run")
-    step = _checked_step(step)
+    step = None if step is None else checked_step(step)
+    if step is not None and step < 0:
+        raise ValueError(f"step={step} is negative")
     if (rank := other_rank()) is not None:
         return _silent(Path(root) / project / f"rank-{rank}", project, step or 0)
     found = find_sinks(sinks)
@@ -159,19 +160,6 @@ def _checked_project(project: str) -> str:
             f"project={project!r} cannot name a folder; use letters, digits, '-', '_' and '.'"
         )
     return project
-
-
-def _checked_step(step: object) -> int | None:
-    """The step; raises ``TypeError`` and ``ValueError``."""
-    if step is None:
-        return None
-    if isinstance(step, bool) or not isinstance(step, (int, np.integer)):
-        raise TypeError(f"step={step!r} is not an integer")
-    if step < 0:
-        raise ValueError(f"step={step} is negative")
-    if step >= 2**63:
-        raise ValueError(f"step={step} does not fit in 64 bits; count steps from 0")
-    return int(step)
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
