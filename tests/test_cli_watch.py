@@ -560,7 +560,7 @@ def test_the_judge_follows_a_run_and_stops_at_once(tmp_path: Path) -> None:
             began = time.monotonic()
         assert time.monotonic() - began < LONG / 2
         free.set()
-        wait_until(lambda: not judge.is_alive)
+        wait_until(lambda: "tmm watch" not in {thread.name for thread in threading.enumerate()})
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

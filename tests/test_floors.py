@@ -49,7 +49,6 @@ LONG = {
     "tmm.instrumentation.untraced",
     "tmm.integrations.lightning",
     "tmm.integrations.torchtnt",
-    "tmm.integrations.transformers",
     "tmm.module_monitor.module_monitor",
     "tmm.nonfinite.watcher",
     "tmm.passes.attention.softmax_pattern",

@@ -5,7 +5,7 @@ from tmm.analysis.compare import Comparison, Divergence, compare, first_divergen
 from tmm.analysis.detectors.nonfinite_values import first_nonfinite
 from tmm.analysis.recorded import RecordedSeries
 from tmm.analysis.registry import find_anomalies
-from tmm.analysis.summary import KeySummary, summarize
+from tmm.analysis.series import KeySummary, summarize
 from tmm.core.series_by_key import Recorded
 
 __all__ = [

@@ -170,26 +170,28 @@ def examples() -> Iterator[Example]:
         yield make("mup")
 
 
-def mlp(parametrization: Parametrization, learning_rate: float = 2**-10) -> Example:
+def mlp(parametrization: Parametrization) -> Example:
     """The MLP on normal inputs that a random linear teacher sorts into classes."""
-
-    def make_model(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = MLP(width, parametrization)
-        return model, adam(model, width, parametrization, learning_rate)
-
-    name = f"MLP, {_TITLES[parametrization]}"
-    return Example(name, make_model, _teacher_batches, functional.cross_entropy)
+    return _example(MLP, parametrization, 2**-10, _teacher_batches, functional.cross_entropy)
 
 
-def gpt(parametrization: Parametrization, learning_rate: float = 2**-8) -> Example:
+def gpt(parametrization: Parametrization) -> Example:
     """The GPT on the documentation of Python."""
+    return _example(GPT, parametrization, 2**-8, _text_batches, next_token_loss)
 
+
+def _example(
+    kind: type[MLP] | type[GPT],
+    parametrization: Parametrization,
+    learning_rate: float,
+    batches: Callable[[int], Batches],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Example:
     def make_model(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = GPT(width, parametrization)
+        model = kind(width, parametrization)
         return model, adam(model, width, parametrization, learning_rate)
 
-    name = f"GPT, {_TITLES[parametrization]}"
-    return Example(name, make_model, _text_batches, next_token_loss)
+    return Example(f"{kind.__name__}, {_TITLES[parametrization]}", make_model, batches, loss)
 
 
 def _teacher_batches(seed: int, count: int = 16, size: int = 128) -> Batches:

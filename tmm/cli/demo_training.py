@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -65,22 +65,16 @@ def train(settings: TrainingSettings, report: Callable[[StepReport], None]) -> f
     The loss of monitored steps is in the run under the key ``loss``.
     """
     torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
     corpus = split(encode(documentation_text()))
     module = GPT(settings.model).to(settings.device)
-    training = batches(
-        corpus.training,
-        batch_size=settings.batch_size,
-        length=settings.model.context,
-        generator=generator,
-    )
     optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate)
     model = tmm.instrument(
         torch.compile(module, backend=settings.backend), demo_spec(settings.every), settings.run
     )
     monitor = tmm.monitor(model)
+    training = _passages(corpus.training, settings, settings.steps)
     try:
-        for step, (inputs, targets) in enumerate(islice(training, settings.steps)):
+        for step, (inputs, targets) in enumerate(training):
             start = time.perf_counter()
             with monitor.step(step) as monitored:
                 logits = model(inputs.to(settings.device))
@@ -96,18 +90,19 @@ def train(settings: TrainingSettings, report: Callable[[StepReport], None]) -> f
     return _validation_loss(module, corpus.validation, settings)
 
 
-def _validation_loss(module: GPT, tokens: Tensor, settings: TrainingSettings) -> float:
+def _passages(
+    tokens: Tensor, settings: TrainingSettings, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(settings.seed)
-    validation = batches(
-        tokens,
-        batch_size=settings.batch_size,
-        length=settings.model.context,
-        generator=generator,
-    )
+    size, length = settings.batch_size, settings.model.context
+    return islice(batches(tokens, batch_size=size, length=length, generator=generator), count)
+
+
+def _validation_loss(module: GPT, tokens: Tensor, settings: TrainingSettings) -> float:
     module.eval()
     losses = []
     with torch.no_grad():
-        for inputs, targets in islice(validation, _VALIDATION_BATCHES):
+        for inputs, targets in _passages(tokens, settings, _VALIDATION_BATCHES):
             logits = module(inputs.to(settings.device))
             losses.append(next_token_loss(logits, targets.to(settings.device)))
     return torch.stack(losses).mean().item()

@@ -52,11 +52,6 @@ class Judge:
         self._is_left = self._hurry = False
         self._thread = threading.Thread(target=self._run, name="tmm watch", daemon=True)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
-
     def hurry(self) -> None:
         """Do not pause any more: the run has ended."""
         self._hurry = True
