@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -32,6 +32,7 @@ _DAMAGE = (ValueError, LookupError, TypeError, ArithmeticError, struct.error)
 _TEXTS = (*MATRICES.values(), "events")
 
 _Result = TypeVar("_Result")
+_Line = TypeVar("_Line", KeyInfo, Event)
 _Rows: TypeAlias = npt.NDArray[np.intp]
 _Commits: TypeAlias = npt.NDArray[np.int64]
 
@@ -120,8 +121,8 @@ class SegmentReader:
             )
             for name, counts in zip(MATRICES, commits[:, -3:].T, strict=True)
         }
-        found = [[_checked_key(line) for line in lines] for lines in keys]
-        new_events = [_checked_event(line) for line in events]
+        found = [[_checked(KeyInfo, line) for line in lines] for lines in keys]
+        new_events = [_checked(Event, line) for line in events]
         self._take_keys(dict(zip(MATRICES, found, strict=True)))
         # Nothing fails from here on: an attempt that does leaves nothing behind.
         self._rows, self._texts = rows, ends
@@ -271,20 +272,16 @@ def _lines(file: SegmentFile, name: str, start: int, end: int) -> list[Any]:
     return lines
 
 
-_KEY_TYPES = {field.name: int if field.name == "position" else str for field in fields(KeyInfo)}
-_EVENT_TYPES = {field.name: int if field.name == "step" else str for field in fields(Event)}
+_WHOLE_NUMBERS = ("position", "step")
+_TYPES = {
+    kind: {field.name: int if field.name in _WHOLE_NUMBERS else str for field in fields(kind)}
+    for kind in (KeyInfo, Event)
+}
 
 
-def _checked_key(line: Any) -> KeyInfo:
-    _check_types(line, _KEY_TYPES)
-    return KeyInfo(**line)
-
-
-def _checked_event(line: Any) -> Event:
-    _check_types(line, _EVENT_TYPES)
-    return Event(**line)
-
-
-def _check_types(line: Any, types: Mapping[str, type]) -> None:
+def _checked(kind: type[_Line], line: Any) -> _Line:
+    """What a line says; raises ValueError, or KeyError for a field that is not known."""
+    types = _TYPES[kind]
     if not isinstance(line, dict) or any(type(line[name]) is not types[name] for name in line):
         raise ValueError(f"one of its lines has other fields or types: {line!r:.200}")
+    return kind(**line)

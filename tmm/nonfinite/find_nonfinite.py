@@ -121,7 +121,8 @@ class _Search:
         with undisturbed(roots, written):
             names = _give(watcher, program, batch)
             try:
-                with replaced(program, tracer) as callee, _context(), watcher:
+                cast = autocast_without_cache()
+                with replaced(program, tracer) as callee, torch.enable_grad(), cast, watcher:
                     run_step(self.ran, callee, batch, loss, backward=backward, modules=roots)
             except TorchDynamoException as error:
                 if traced:
@@ -211,12 +212,6 @@ def _own_program(
         results = [ran.loss] if ran.loss is not None else [t for _, t in tensors_in(ran.output)]
         results += [gradient for _, gradient in ran.gradients]
         return any(map(_is_nonfinite, results))
-
-
-@contextmanager
-def _context() -> Iterator[None]:
-    with torch.enable_grad(), autocast_without_cache():
-        yield
 
 
 @contextmanager

@@ -71,11 +71,7 @@ def list_runs(
         raise ValueError(f"status={status!r} is none of {', '.join(STATUSES)}")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is no folder")
-    records = sorted(
-        (_described(path) for path in _folders(Path(root))),
-        key=_when,
-        reverse=True,
-    )
+    records = sorted(map(_described, _folders(Path(root))), key=_when, reverse=True)
     chosen: list[RunRecord] = []
     for record in records:
         if limit is not None and len(chosen) >= limit:
