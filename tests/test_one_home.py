@@ -5,11 +5,21 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
+import tmm
 from tests.test_floors import FILES
-from tmm.core.families import FAMILIES
+from tmm.analysis.order import execution_ranks
+from tmm.core import families
+from tmm.core.families import FAMILIES, Family, Phase
+from tmm.core.records import Site
+from tmm.runtime.key_owners import owner_of
+from tmm.spec import spec
+from tmm.spec.rules import Rule
+from tmm.views.plots.groups import group_keys
 
 KEYS = "tmm.core.keys"
 
@@ -87,3 +97,51 @@ def test_keys_are_found(line: str) -> None:
 @pytest.mark.parametrize("line", ["'''activation/0/rms'''", "x = 'a/b'", "Path('runs/demo')"])
 def test_what_is_no_key_is_not_found(line: str) -> None:
     assert not keys_in(line)
+
+
+SHARES = Family("router_load", "modules", Phase.FORWARD, ("top_share",))
+
+
+class Router(torch.nn.Module):
+    """A router, behind a graph break if it ``breaks``."""
+
+    def __init__(self, *, breaks: bool) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(8, 4)
+        self.breaks = breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.router(x).softmax(-1)
+
+
+@pytest.mark.parametrize("way", ["compiled", "broken", "uncompiled"])
+def test_a_family_of_outputs_is_a_line_of_a_table(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for module in (families, spec):
+        monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, SHARES.name: SHARES})
+    own = (("top_share", lambda x: x.softmax(-1).amax(-1)),)
+    rule = Rule(SHARES.name, "modules", (), own, r".*router")
+    model = torch.nn.Sequential(Router(breaks=way == "broken"))
+    asked = tmm.Spec(rule, tmm.activation("rms"))
+    program = model if way == "uncompiled" else torch.compile(model, backend="eager")
+    x = torch.randn(16, 8)
+    monitor = tmm.monitor(tmm.instrument(program, asked, run=tmp_path / "run"))
+    with monitor.step(0):
+        program(x)
+    key = "router_load/0.router/top_share"
+    value = monitor.get_step_metrics()[key]
+    assert value == pytest.approx(model[0].router(x).softmax(-1).amax(-1).mean().item())
+    tmm.remove(program)
+    with tmm.open_run(monitor.path) as run:
+        (group,) = (g for g in group_keys(run, run.keys())[0] if g.family == SHARES.name)
+        assert group.layers == ("0.router",)
+        assert execution_ranks(run)[key][0] is Phase.FORWARD
+
+
+def test_whose_keys_are_is_told_by_the_table_of_families() -> None:
+    for family in FAMILIES.values():
+        is_of_parameters = owner_of(family.name, Site("0.weight"), "0.weight").startswith("the p")
+        assert is_of_parameters == (family.subject == "parameters")
