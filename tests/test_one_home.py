@@ -15,11 +15,14 @@ from tests.test_floors import FILES
 from tmm.analysis.order import execution_ranks
 from tmm.core import families
 from tmm.core.families import FAMILIES, Family, Phase
+from tmm.core.metrics import METRICS, STATE_METRICS, UNDEFINED, StateMetric
 from tmm.core.records import Site
 from tmm.runtime.key_owners import owner_of
 from tmm.spec import spec
 from tmm.spec.rules import Rule
+from tmm.steps.optimizer_state import state_value
 from tmm.views.plots.groups import group_keys
+from tmm.views.plots.scale import SHARES
 
 KEYS = "tmm.core.keys"
 
@@ -99,7 +102,7 @@ def test_what_is_no_key_is_not_found(line: str) -> None:
     assert not keys_in(line)
 
 
-SHARES = Family("router_load", "modules", Phase.FORWARD, ("top_share",))
+ROUTERS = Family("router_load", "modules", Phase.FORWARD, ("top_share",))
 
 
 class Router(torch.nn.Module):
@@ -121,9 +124,9 @@ def test_a_family_of_outputs_is_a_line_of_a_table(
     way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for module in (families, spec):
-        monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, SHARES.name: SHARES})
+        monkeypatch.setattr(module, "FAMILIES", {**FAMILIES, ROUTERS.name: ROUTERS})
     own = (("top_share", lambda x: x.softmax(-1).amax(-1)),)
-    rule = Rule(SHARES.name, "modules", (), own, r".*router")
+    rule = Rule(ROUTERS.name, "modules", (), own, r".*router")
     model = torch.nn.Sequential(Router(breaks=way == "broken"))
     asked = tmm.Spec(rule, tmm.activation("rms"))
     program = model if way == "uncompiled" else torch.compile(model, backend="eager")
@@ -136,7 +139,7 @@ def test_a_family_of_outputs_is_a_line_of_a_table(
     assert value == pytest.approx(model[0].router(x).softmax(-1).amax(-1).mean().item())
     tmm.remove(program)
     with tmm.open_run(monitor.path) as run:
-        (group,) = (g for g in group_keys(run, run.keys())[0] if g.family == SHARES.name)
+        (group,) = (g for g in group_keys(run, run.keys())[0] if g.family == ROUTERS.name)
         assert group.layers == ("0.router",)
         assert execution_ranks(run)[key][0] is Phase.FORWARD
 
@@ -145,3 +148,25 @@ def test_whose_keys_are_is_told_by_the_table_of_families() -> None:
     for family in FAMILIES.values():
         is_of_parameters = owner_of(family.name, Site("0.weight"), "0.weight").startswith("the p")
         assert is_of_parameters == (family.subject == "parameters")
+
+
+def test_what_is_known_of_metrics_is_said_in_their_table() -> None:
+    undefined = {"std", "kurtosis", "cosine", "relative_norm", "effective_lr", "histogram"}
+    assert set(UNDEFINED) == undefined
+    attention = {"normalized_entropy", "max_probability", "sink_mass", "entropy"}
+    assert {"zero_fraction", "cosine"} | {f"attention_{n}" for n in attention} == SHARES
+
+
+def test_a_metric_of_the_state_of_optimizers_is_a_line_of_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    value = METRICS["absmax"].value
+    own = StateMetric(("absmax",), value, kept="exp_avg_sq")
+    monkeypatch.setitem(STATE_METRICS, "exp_avg_sq_absmax", own)
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    state = optimizer.state[parameter]
+    found = state_value("exp_avg_sq_absmax", optimizer, optimizer.param_groups[0], state)
+    assert found is state["exp_avg_sq"]
