@@ -170,3 +170,21 @@ def test_a_metric_of_the_state_of_optimizers_is_a_line_of_a_table(
     state = optimizer.state[parameter]
     found = state_value("exp_avg_sq_absmax", optimizer, optimizer.param_groups[0], state)
     assert found is state["exp_avg_sq"]
+
+
+METADATA = {"example_value", "grapharg", "nn_module_stack", "source_fn_stack", "stack_trace"}
+
+
+def test_what_the_tracer_tells_of_nodes_is_read_in_one_file() -> None:
+    found = {
+        module
+        for module, path in FILES.items()
+        if any(text in METADATA for text, _ in strings(ast.parse(path.read_text())))
+    }
+    # Graphs of `tmm.find_nonfinite` are those of another tracer.
+    assert found == {"tmm.passes.graph.values", "tmm.nonfinite.places"}
+
+
+def test_which_module_a_call_is_of_is_read_in_one_file() -> None:
+    found = {m for m, path in FILES.items() if 'partition("@")' in path.read_text()}
+    assert found == {"tmm.passes.graph.values", "tmm.nonfinite.places"}
