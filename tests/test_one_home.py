@@ -13,10 +13,11 @@ import torch
 import tmm
 from tests.test_floors import FILES
 from tmm.analysis.order import execution_ranks
-from tmm.core import families
+from tmm.core import families, module_names
 from tmm.core.families import FAMILIES, Family, Phase
 from tmm.core.metrics import METRICS, STATE_METRICS, UNDEFINED, StateMetric
 from tmm.core.records import Site
+from tmm.module_monitor.names import default_format_module_name_fn
 from tmm.runtime.key_owners import owner_of
 from tmm.spec import spec
 from tmm.spec.rules import Rule
@@ -188,3 +189,17 @@ def test_what_the_tracer_tells_of_nodes_is_read_in_one_file() -> None:
 def test_which_module_a_call_is_of_is_read_in_one_file() -> None:
     found = {m for m, path in FILES.items() if 'partition("@")' in path.read_text()}
     assert found == {"tmm.passes.graph.values", "tmm.nonfinite.places"}
+
+
+def test_a_wrapper_is_a_name_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Guard(torch.nn.Module):
+        def __init__(self, net: torch.nn.Module) -> None:
+            super().__init__()
+            self._guarded = net
+
+    monkeypatch.setattr(module_names, "WRAPPERS", (*module_names.WRAPPERS, "_guarded"))
+    net = torch.nn.Sequential(Guard(torch.nn.Linear(2, 2)))
+    assert set(module_names.relative_names(Guard(net)).values()) == {"", "0"}
+    names = module_names.unwrapped_names(Guard(net).state_dict())
+    assert set(names.values()) == {"0.weight", "0.bias"}
+    assert default_format_module_name_fn("_guarded.0._guarded") == "0"
