@@ -18,7 +18,7 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.sharding import Placements
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import call_of, site_of
-from tmm.passes.graph.values import module_stack
+from tmm.passes.graph.values import module_of, module_stack
 from tmm.passes.remove_evaluations import is_evaluation
 from tmm.passes.request import GraphRequest
 
@@ -69,7 +69,7 @@ def _insert(
         elif (attention := attentions.get(node)) is not None and not is_evaluation(node):
             call = call_of(node)
             # Without a call, it is the module's whose frame was left and is gone on with.
-            name = "" if call is None else request.modules.get(int(call.partition("@")[0]))
+            name = "" if call is None else request.modules.get(module_of(call))
             requests = _requests(request, name)
             if name is None or not requests or node.meta.get(_LOOKED_AT):
                 continue
@@ -99,7 +99,7 @@ def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator
     """Name the attentions of a nested graph that has no place for rows."""
     for attention in find_attention(module):
         call = call_of(_caller(attention))
-        name = None if call is None else request.modules.get(int(call.partition("@")[0]))
+        name = None if call is None else request.modules.get(module_of(call))
         if name is not None and _requests(request, name):
             yield Site(name, ATTENTION_MARK), reason
     for _, body in nested_calls(module):

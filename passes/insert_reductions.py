@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.core.families import VALUE_FAMILY
+from tmm.core.families import ACTIVATION, VALUE_FAMILY
 from tmm.core.metrics import COLUMN_ORDER, COLUMN_SEPARATOR, KnownMetric, Reduction
 from tmm.core.records import Measurement, Site, Slot
 from tmm.core.torch_private import enter_inference_mode, exit_inference_mode
@@ -118,8 +118,9 @@ def _measure(
     tensor = node.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
-    family, site, reductions = _mark(node, request, example.dtype)
-    if not reductions:
+    site, wanted = _mark(node, request, example.dtype)
+    reductions = tuple(dict.fromkeys(reduction for _, reduction in wanted))
+    if not wanted:
         return
     reason = (why_unreadable if node.target is tap_value else why_unmeasurable)(example)
     share = None if placements is None else placements.share(node)
@@ -131,6 +132,7 @@ def _measure(
         return
     if is_distributed(example) and _is_empty(example.to_local()):
         # An empty shard adds nothing, and functions need not know what to do with it.
+        wanted = [(family, reduction) for family, reduction in wanted if reduction.function is None]
         reductions = tuple(reduction for reduction in reductions if reduction.function is None)
     at = Rewriter(module.graph, node)
     fresh = [reduction for reduction in reductions if (tensor, reduction) not in computed]
@@ -142,12 +144,13 @@ def _measure(
             value = at.call("values", value)
         for row in _reduce(value, fresh):
             computed[tensor, row.reduction] = row
-    for wanted in reductions:
-        row = computed[tensor, wanted]
-        if wanted not in fresh:
+    for family, reduction in wanted:
+        row = computed[tensor, reduction]
+        if reduction not in fresh:
             add_site(row.node, family, site)
-        add_slots(row.node, row.slot(Measurement(family, site, wanted, share)))
-    at.credit(family, site)
+        add_slots(row.node, row.slot(Measurement(family, site, reduction, share)))
+    for family in dict.fromkeys(family for family, _ in wanted):
+        at.credit(family, site)
 
 
 def _reduce(value: Node, reductions: Sequence[Reduction]) -> Iterator[_Row]:
@@ -222,8 +225,8 @@ def _behind(value: Node, function: Callable[..., torch.Tensor], *arguments: str)
 def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator[tuple[Site, str]]:
     for node in module.graph.nodes:
         if is_mark(node) and node.target not in (tap_input, tap_attention):
-            _, site, reductions = _mark(node, request, torch.float32)
-            if reductions:
+            site, wanted = _mark(node, request, torch.float32)
+            if wanted:
                 yield site, reason
     for _, body in nested_calls(module):
         yield from _refuse(body, request, reason)
@@ -231,12 +234,14 @@ def _refuse(module: GraphModule, request: GraphRequest, reason: str) -> Iterator
 
 def _mark(
     node: Node, request: GraphRequest, dtype: torch.dtype
-) -> tuple[str, Site, tuple[Reduction, ...]]:
-    """What a tap marks: family, site, and the reductions that are wanted of it."""
+) -> tuple[Site, list[tuple[str, Reduction]]]:
+    """The site that a tap marks, and what is wanted of it: reductions, each for a family."""
     if node.target is tap_value:
         name = str(node.args[1])
-        return VALUE_FAMILY, Site(name), (request.values[name],)
+        return Site(name), [(VALUE_FAMILY, request.values[name])]
     site = site_of(node, request.modules)
     if site is None:
-        return "activation", Site(""), ()
-    return "activation", site, request.select(site, dtype)
+        return Site(""), []
+    selects = {ACTIVATION.name: request.select, **request.select_further}
+    found = ((family, select(site, dtype)) for family, select in selects.items())
+    return site, [(family, reduction) for family, some in found for reduction in some]

@@ -41,5 +41,6 @@ def _wanted(mark: Node, request: GraphRequest) -> Site | None:
         return None
     dtype = value_of(mark.all_input_nodes[0]).dtype
     compared = None if request.comparison is None else request.comparison.select
-    selects = (request.select, request.select_gradient, compared)
+    further = request.select_further.values()
+    selects = (request.select, *further, request.select_gradient, compared)
     return site if any(select and select(site, dtype) for select in selects) else None

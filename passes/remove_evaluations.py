@@ -12,7 +12,7 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import is_mark
-from tmm.passes.graph.values import module_stack
+from tmm.passes.graph.values import module_of, module_stack
 from tmm.passes.request import GraphRequest
 
 _EVALUATION = "tmm_evaluation"
@@ -24,7 +24,7 @@ class _Call:
     """A call of a module by the step function: its nodes, and all modules that ran in it."""
 
     nodes: list[Node] = field(default_factory=list)
-    modules: set[str] = field(default_factory=set)
+    modules: set[int] = field(default_factory=set)
     has_gradients: bool = False
 
 
@@ -73,7 +73,7 @@ def _calls(module: GraphModule) -> list[_Call]:
         if stack and node.op not in _PLACES:
             call = calls.setdefault(stack[0], _Call())
             call.nodes.append(node)
-            call.modules |= {key.partition("@")[0] for key in stack}
+            call.modules |= {module_of(key) for key in stack}
             call.has_gradients |= has_gradients
     return list(calls.values())
 

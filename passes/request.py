@@ -77,10 +77,11 @@ class GraphRequest:
     """What the passes measure of a graph, and what they are to know of it.
 
     ``modules`` gives the relative name of each module by its ``id``; ``select`` the reductions of
-    a module's output, ``values`` that of each value recorded by name, ``select_gradient`` the
-    reductions of the gradient of an output, which with ``scales_gradients`` is multiplied with the
-    value of an extra input first; ``select_attention`` what is asked of the attentions that a
-    module calls, ``comparison`` what is compared with a reference. What is None is not asked for.
+    a module's output, ``select_further`` those of further families that are measured of it,
+    ``values`` that of each value recorded by name, ``select_gradient`` the reductions of the
+    gradient of an output, which with ``scales_gradients`` is multiplied with the value of an extra
+    input first; ``select_attention`` what is asked of the attentions that a module calls,
+    ``comparison`` what is compared with a reference. What is None is not asked for.
     ``placements`` says how ranks share the model, if they do. ``begins_forward`` tells that the
     graph is the beginning of a module's forward, ``is_step_function`` that it is that of a step
     function, ``keeps_unused`` that it will run as it stands, unused operations and all.
@@ -89,6 +90,7 @@ class GraphRequest:
     modules: Mapping[int, str]
     select: Select
     values: Mapping[str, Reduction] = field(default_factory=lambda: MappingProxyType({}))
+    select_further: Mapping[str, Select] = field(default_factory=lambda: MappingProxyType({}))
     select_gradient: Select | None = None
     scales_gradients: bool = False
     select_attention: Callable[[str], tuple[AttentionRequest, ...]] | None = None

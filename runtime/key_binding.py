@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tmm.core.families import ACTIVATION_DIFFERENCE, VALUE_FAMILY
-from tmm.core.keys import key_of, parts_of
+from tmm.core.keys import key_of, key_of_metric, parts_of
 from tmm.core.metrics import FloatArray, KnownMetric, Reduction
 from tmm.core.records import LOGGED, KeyInfo, Measurement, PackedLayout, Site, Slot
 from tmm.runtime.key_owners import KeyOwners, owner_of
@@ -230,7 +230,7 @@ def _together(*notes: str) -> str:
 
 def _key(site: str, metric: str, reduction: Reduction) -> str:
     """The key of a metric; the family of a statistic of attention names it already."""
-    return site if reduction.is_of_attention else key_of(site, metric)
+    return site if reduction.is_of_attention else key_of_metric(site, metric)
 
 
 def single_row(measurement: Measurement) -> PackedLayout:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tmm.core.families import VALUE_FAMILY
+from tmm.core.families import VALUE_FAMILY, family_of
 from tmm.core.records import Site
 
 LOGGED_FOR_RUN = "a number that run.log logs"
 LOGGED_BY_HAND = "a number that log_scalar or log_tensor logs"
 MEASURED = "what tmm measures of the whole step"
-
-_OF_PARAMETERS = (
-    *("parameter", "parameter_difference", "gradient", "gradient_before_clip"),
-    *("update", "optimizer_state"),
-)
 
 
 def owner_of(family: str, site: Site, name: str) -> str:
@@ -29,7 +24,8 @@ def owner_of(family: str, site: Site, name: str) -> str:
     if site.is_shown:
         return f"the tensor that the program shows as {name!r}{rank}"
     module = name.removesuffix(site.path)
-    if family in _OF_PARAMETERS:
+    known = family_of(family)
+    if known is not None and known.subject == "parameters":
         return f"the parameter {name!r}{rank}"
     if not site.path:
         return f"the output of module {module!r}{rank}"

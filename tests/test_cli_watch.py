@@ -30,6 +30,7 @@ from tmm.cli import app
 from tmm.cli.sparkline import sparkline
 from tmm.cli.terminal import clean
 from tmm.cli.watch_frame import draw, duration, lines_for_keys
+from tmm.core.keys import info_of
 from tmm.core.records import Event, KeyInfo, StepRecord, Table
 from tmm.runs.state import State
 from tmm.runtime.store.segment_writer import SegmentWriter
@@ -382,10 +383,7 @@ def test_odd_texts_are_harmless(once: Callable[..., Result], tmp_path: Path) -> 
 
 
 def infos(*keys: str) -> tuple[KeyInfo, ...]:
-    return tuple(
-        KeyInfo(key, key.partition("/")[0], key.partition("/")[2].rpartition("/")[0], n, "mean")
-        for n, key in enumerate(keys)
-    )
+    return tuple(info_of(key, position) for position, key in enumerate(keys))
 
 
 MODEL = [

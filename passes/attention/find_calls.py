@@ -14,11 +14,10 @@ from tmm.passes.attention.flex_scores import FlexibleScores
 from tmm.passes.attention.found import FoundAttention, Mask, Unmatched
 from tmm.passes.attention.softmax_pattern import is_softmax, match_softmax
 from tmm.passes.attention.unknown import Products
-from tmm.passes.graph.dropout_functions import bind
+from tmm.passes.graph.dropout_functions import ATTENTIONS, bind
 from tmm.passes.graph.provenance import all_nodes, sites_of
 from tmm.passes.graph.values import value_of
 
-ATTENTION = functional.scaled_dot_product_attention
 MULTI_HEAD = functional.multi_head_attention_forward
 
 
@@ -42,7 +41,7 @@ def _find_known(
     for node in list(module.graph.nodes):
         if sites_of(node) or node.op not in ("call_function", "call_method"):
             continue
-        if node.target is ATTENTION:
+        if node.target in ATTENTIONS:
             yield _called(node)
         elif node.target is tap_attention:
             yield _shown(node)

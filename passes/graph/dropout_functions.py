@@ -28,6 +28,9 @@ Arguments: TypeAlias = Mapping[str, Any]
 
 _BY_CHANNEL = (functional.dropout1d, functional.dropout2d, functional.dropout3d)
 _ATTENTION = functional.scaled_dot_product_attention
+ATTENTIONS = (_ATTENTION,)
+"""The functions that compute an attention as a whole, with the arguments of torch's."""
+
 _MULTI_HEAD = functional.multi_head_attention_forward
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _RANDOM = (
@@ -204,7 +207,7 @@ def draws_random_numbers(module: GraphModule) -> bool:
 def random_function(target: Any, args: Any, kwargs: Any) -> str | None:
     """The name of a function whose result depends on random numbers and on its arguments."""
     name = str(getattr(target, "__name__", target))
-    drops = target in (functional.dropout, torch.dropout, *_BY_CHANNEL, _ATTENTION, _MULTI_HEAD)
+    drops = target in (functional.dropout, torch.dropout, *_BY_CHANNEL, *ATTENTIONS, _MULTI_HEAD)
     if not drops and target not in _RANDOM:
         return name if name in _RANDOM_METHODS else None
     arguments = bind(target, args, kwargs)
@@ -214,7 +217,7 @@ def random_function(target: Any, args: Any, kwargs: Any) -> str | None:
 
 def _shared(target: Any, args: Any, kwargs: Any) -> SharedMask | None:
     plain = target in (functional.dropout, torch.dropout)
-    if not plain and target not in (*_BY_CHANNEL, _ATTENTION, _MULTI_HEAD):
+    if not plain and target not in (*_BY_CHANNEL, *ATTENTIONS, _MULTI_HEAD):
         return None
     arguments = dict(bind(target, args, kwargs))
     p = _probability(arguments)
@@ -223,7 +226,7 @@ def _shared(target: Any, args: Any, kwargs: Any) -> SharedMask | None:
         return None
     if target is _MULTI_HEAD:
         return SharedMask(multi_head_attention_with_mask, arguments) if _on_cpu(arguments) else None
-    if target is _ATTENTION:
+    if target in ATTENTIONS:
         return SharedMask(attention_with_mask, arguments) if _on_cpu(arguments) else None
     needed = {"input": arguments["input"], "p": p}
     in_place = arguments.get("inplace") is True
@@ -246,7 +249,7 @@ def _on_cpu(arguments: Arguments) -> bool:
 
 def bind(target: Any, args: Any, kwargs: Any) -> Arguments:
     """The arguments of a call by name; those by position only where the signature is known."""
-    if target is _ATTENTION:
+    if target in ATTENTIONS:
         return dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | dict(kwargs)
     if target is torch.dropout:
         return dict(zip(("input", "p", "train"), args, strict=False)) | dict(kwargs)

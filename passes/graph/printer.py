@@ -16,7 +16,7 @@ from tmm.core.torch_private import CUSTOM_BUILTINS, OpOverload
 from tmm.passes.graph.provenance import pass_of, sites_of
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import call_of, is_mark
-from tmm.passes.graph.values import value_of
+from tmm.passes.graph.values import module_of, value_of
 
 _CONSTANT_LIMIT = 4096  # elements of a constant that are written out
 _NUMPY_WRAPPERS = ("numpy_to_tensor_wrapper", "numpy_method_wrapper", "numpy_operator_wrapper")
@@ -141,7 +141,7 @@ def _module(node: Node, names: Mapping[int, str]) -> str:
     call = call_of(node)
     if call is None:
         return ""
-    name = names.get(int(call.partition("@")[0]), "")
+    name = names.get(module_of(call), "")
     return name.removeprefix("//") or "[this module]"
 
 

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tmm.core.records import OUTSIDE, Site
 from tmm.kernels.ops import MARKS, tap_attention, tap_shown
-from tmm.passes.graph.values import module_stack
+from tmm.passes.graph.values import module_of, module_stack
 
 
 def is_mark(node: Node) -> bool:
@@ -31,7 +31,7 @@ def site_of(node: Node, modules: Mapping[int, str]) -> Site | None:
     key = call_of(node)
     if key is None:
         return None
-    name = modules.get(int(key.partition("@")[0]))
+    name = modules.get(module_of(key))
     return None if name is None else Site(name, str(node.args[1]))
 
 

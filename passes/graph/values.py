@@ -47,6 +47,11 @@ def module_stack(node: Node) -> dict[str, tuple[str, type]]:
     return node.meta.get(_CALLS) or {}
 
 
+def module_of(call: str) -> int:
+    """The ``id`` of the module of a call, which `module_stack` names."""
+    return int(call.partition("@")[0])
+
+
 def copy_module_stack(source: Node, target: Node) -> None:
     """Let ``target`` lie in the calls of modules that ``source`` was traced in."""
     if _CALLS in source.meta:

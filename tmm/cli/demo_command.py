@@ -96,12 +96,14 @@ def _show(
     validation_loss: float,
 ) -> None:
     from tmm.cli.training_progress import layer_table
+    from tmm.core.families import ACTIVATION
+    from tmm.core.keys import key_of
     from tmm.runs.recorded_run import open_run
 
     with open_run(settings.run) as run:
         last = int(run.steps[-1])
         table = layer_table(run, last)
-        example = run.keys(r"activation/h\.\d+\.mlp/rms")[-1]
+        example = run.keys(key_of(ACTIVATION.name, r"h\.\d+\.mlp", "rms"))[-1]
     console.print()
     console.print(table)
     console.print(

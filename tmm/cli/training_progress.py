@@ -12,10 +12,11 @@ from rich.text import Text
 
 from tmm.cli.demo_training import StepReport, TrainingSettings
 from tmm.cli.terminal import clean
+from tmm.core.families import ACTIVATION
+from tmm.core.keys import metric_of
 from tmm.runs.recorded_run import Run
 
 _LINES_WITHOUT_TERMINAL = 10
-_FAMILY = "activation"
 
 
 class TrainingProgress:
@@ -86,8 +87,8 @@ def layer_table(run: Run, step: int) -> Table:
     metrics: dict[str, None] = {}  # an ordered set
     for key, value in run.at(step).items():
         info = run.key_info(key)
-        if info.kind == _FAMILY and isinstance(value, float):  # a histogram is no cell
-            metric = key.removeprefix(f"{_FAMILY}/{info.site}/")
+        if info.kind == ACTIVATION.name and isinstance(value, float):  # a histogram is no cell
+            metric = metric_of(info)
             rows.setdefault(info.site, {})[metric] = value
             metrics[metric] = None
     table = Table(title=f"Outputs of the layers at step {step}", title_justify="left")

@@ -10,6 +10,7 @@ from rich.text import Text
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
 from tmm.cli.sparkline import sparkline
 from tmm.cli.terminal import clean
+from tmm.core.keys import is_of_system
 from tmm.views.live.live_snapshot import Line, Snapshot
 
 _STYLES = {"critical": "bold red", "high": "red", "medium": "yellow", "low": "dim"}
@@ -147,7 +148,7 @@ def _style_of(value: float) -> str:
 
 
 def _value(key: str, value: float) -> str:
-    if key.startswith("system/") and key.endswith("memory"):
+    if is_of_system(key) and key.endswith("memory"):
         return _bytes(value)
     return f"{value:.5g}"
 

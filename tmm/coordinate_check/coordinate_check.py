@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tmm.coordinate_check.result import TERMS, CoordinateCheck, Growth, Term
-from tmm.core.families import RCC
-from tmm.core.keys import key_of
+from tmm.core.families import ACTIVATION, RCC
+from tmm.core.keys import info_of, key_of, metric_of
 from tmm.core.module_names import display_name, relative_names
 from tmm.instrumentation.compile_settings import CompilerFunction
 from tmm.runs.instrument import explain, instrument, monitor, remove
@@ -234,13 +234,14 @@ def _measure(model: Callable[..., Any], inputs: Any, step: int) -> dict[tuple[st
     values = monitor(model).get_step_metrics()
     sizes: dict[tuple[str, Term], float] = {}
     for key, dimension in values.items():
-        if not key.endswith("/dimension"):
+        info = info_of(key)
+        if metric_of(info) != "dimension":
             continue
-        site = key.removeprefix("activation/").removesuffix("/dimension")
+        site = info.site
         root = float(dimension) ** 0.5
         for term in TERMS:
             if term == "activation":
-                sizes[site, term] = float(values[f"activation/{site}/size"])
+                sizes[site, term] = float(values[key_of(ACTIVATION.name, site, "size")])
                 continue
             for name in (f"{site}.weight", site):  # without the bias where that is measured
                 norm = values.get(key_of(RCC.of(term), name, "l2norm"))

@@ -50,6 +50,12 @@ class Family:
     needs_reference: bool = False
     runs_branch: bool = False
 
+    @property
+    def is_of_outputs(self) -> bool:
+        """Whether it is measured of the outputs of modules as they come about, and of no more."""
+        is_forward = self.subject == "modules" and self.phase is Phase.FORWARD
+        return is_forward and self.ends_with_metric
+
     def of(self, term: str) -> str:
         """What the keys of a term begin with."""
         return self.terms + term
@@ -112,6 +118,11 @@ VALUE_FAMILY = ""
 """The family of values that a model records by name: their keys have no family."""
 
 BRANCH_FAMILIES = tuple(family.name for family in FAMILIES.values() if family.runs_branch)
+
+
+def families_of_outputs() -> tuple[str, ...]:
+    """The names of the families that are measured of the outputs of modules."""
+    return tuple(family.name for family in FAMILIES.values() if family.is_of_outputs)
 
 
 def family_of(start: str) -> Family | None:

@@ -1,15 +1,18 @@
 """Names of values: composed and parsed here, and nowhere else.
 
 A key is ``family/site/metric``, or a name that a user chose. Keys of attention, of whole steps and
-of the system end with their site.
+of the system end with their site, which may have parts: ``system/gpu_0/memory``.
 """
 
 from __future__ import annotations
 
 import re
 
-from tmm.core.families import ATTENTION, GRADIENT, RCC, STEP, family_of
+from tmm.core.families import ATTENTION, GRADIENT, RCC, STEP, SYSTEM, family_of
 from tmm.core.records import ROOT_NAME, KeyInfo
+
+SEPARATOR = "/"
+"""Between the parts of a key, so that no name of a metric may hold it."""
 
 LOSS_WORDS = frozenset({"loss", "losses"})
 NO_LOSS_WORDS = frozenset({"scale", "scaler", "scaling", "weight", "coefficient", "coef", "count"})
@@ -29,15 +32,25 @@ _PART = re.compile(r"\.head_\d+\.(query|key|value|activation)$")
 _WITHOUT_BIAS = ".weight"
 
 
-def key_of(*parts: str) -> str:
-    """The key of a family, a site and a metric, those that are not empty."""
-    return "/".join(part for part in parts if part)
+def key_of(family: str, *names: str) -> str:
+    """The key of a family, a site and a metric, or of the parts of a site; without empty ones."""
+    return SEPARATOR.join(part for part in (family, *names) if part)
+
+
+def key_of_metric(site: str, metric: str) -> str:
+    """The key of a metric of a site, which `key_of` made of a family and a name."""
+    return key_of(site, metric)
 
 
 def parts_of(site: str) -> tuple[str, str]:
     """The family and the name that `key_of` made a site of; no name if it has no family."""
-    family, _, name = site.partition("/")
+    family, _, name = site.partition(SEPARATOR)
     return family, name
+
+
+def system_key(*parts: str) -> str:
+    """The key of something of the machine or the process, such as of ``"gpu_0", "memory"``."""
+    return key_of(SYSTEM.name, *parts)
 
 
 SKIPPED = key_of(STEP.name, "skipped")
@@ -46,6 +59,11 @@ SKIPPED = key_of(STEP.name, "skipped")
 GRAD_SCALE = key_of(STEP.name, "grad_scale")
 TOTAL_NORM = "gradient_norm"
 """What is of several gradients together."""
+
+
+def is_of_system(key: str) -> bool:
+    """Whether `system_key` made the key."""
+    return parts_of(key)[0] == SYSTEM.name
 
 
 def total_norm(family: str, block: str = "") -> str:
@@ -70,14 +88,20 @@ def is_family(kind: str) -> bool:
 
 def reserved_start(key: str) -> str | None:
     """What a key begins with, up to its first slash, if only tmm makes such keys."""
-    start, slash, _ = key.partition("/")
-    return f"{start}/" if slash and is_family(start.split(" ")[0]) else None
+    start, separator, _ = key.partition(SEPARATOR)
+    return f"{start}{SEPARATOR}" if separator and own_family(start) else None
+
+
+def own_family(name: str) -> str | None:
+    """What a name begins with, if it is the first part of keys that only tmm makes."""
+    start = name.partition(SEPARATOR)[0].partition(" ")[0]
+    return start if is_family(start) else None
 
 
 def info_of(key: str, position: int = 0) -> KeyInfo:
     """What the key says of itself."""
-    kind, _, rest = key.partition("/")
-    site, _, metric = rest.rpartition("/")
+    kind, _, rest = key.partition(SEPARATOR)
+    site, _, metric = rest.rpartition(SEPARATOR)
     family = family_of(kind)
     if family is None or not metric or not family.ends_with_metric:
         site = ""
@@ -86,9 +110,9 @@ def info_of(key: str, position: int = 0) -> KeyInfo:
 
 def metric_of(info: KeyInfo) -> str:
     """The metric at the end of a key; empty for keys that have none."""
-    for prefix in (f"{info.kind}/{info.site}", info.site):
+    for prefix in (key_of(info.kind, info.site), info.site):
         if info.key.startswith(prefix):
-            return info.key[len(prefix) :].lstrip("/")
+            return info.key[len(prefix) :].lstrip(SEPARATOR)
     return ""
 
 
@@ -105,7 +129,7 @@ def is_loss(info: KeyInfo) -> bool:
     """
     if is_family(info.kind):
         return False
-    *folders, name = info.key.split("/")
+    *folders, name = info.key.split(SEPARATOR)
     words = set(words_of(name))
     if words & NO_LOSS_WORDS:
         return False

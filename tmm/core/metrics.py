@@ -9,7 +9,7 @@ computed from it. Everything here is numpy in float64; the reduction of tensors 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -73,12 +73,26 @@ class Metric:
 
     ``columns`` are the partial sums it is computed from and ``value`` computes it, for all rows at
     once; it may read further columns that happen to be there. ``ordered`` metrics need an order
-    or a sign, which complex numbers do not have.
+    or a sign, which complex numbers do not have. ``may_be_undefined`` tells that it may be NaN or
+    infinite for finite tensors, ``is_bounded`` that pictures show it on a linear scale, whatever
+    its values.
     """
 
     columns: tuple[str, ...]
     value: Callable[[Columns], FloatArray]
     ordered: bool = False
+    may_be_undefined: bool = False
+    is_bounded: bool = False
+
+
+@dataclass(frozen=True)
+class StateMetric(Metric):
+    """A metric of what optimizers keep of a parameter.
+
+    ``kept`` is its name in their ``state``; empty for what is computed from several.
+    """
+
+    kept: str = ""
 
 
 # NaN exactly when the data held one. Sums are not among them: inf - inf is NaN as well.
@@ -107,17 +121,19 @@ def _kurtosis(columns: Columns) -> FloatArray:
 
 METRICS: Mapping[str, Metric] = {
     "mean": Metric(("sum",), lambda c: c["sum"] / c["count"], ordered=True),
-    "std": Metric(("mean", "moment2"), _std),
+    "std": Metric(("mean", "moment2"), _std, may_be_undefined=True),
     "rms": Metric(("sum_squares",), lambda c: np.sqrt(c["sum_squares"] / c["count"])),
     "norm": Metric(("sum_squares",), lambda c: np.sqrt(c["sum_squares"])),
     "mean_abs": Metric(("sum_absolute",), lambda c: c["sum_absolute"] / c["count"]),
     "absmax": Metric(("absmax",), lambda c: c["absmax"]),
     "min": Metric(("minimum",), lambda c: c["minimum"], ordered=True),
     "max": Metric(("maximum",), lambda c: c["maximum"], ordered=True),
-    "zero_fraction": Metric(("zeros",), lambda c: _or_nan(c["zeros"] / c["count"], c)),
+    "zero_fraction": Metric(
+        ("zeros",), lambda c: _or_nan(c["zeros"] / c["count"], c), is_bounded=True
+    ),
     "nan_count": Metric(("nans",), lambda c: c["nans"]),
     "inf_count": Metric(("infinities",), lambda c: c["infinities"]),
-    "kurtosis": Metric(("mean", "moment2", "moment3", "moment4"), _kurtosis),
+    "kurtosis": Metric(("mean", "moment2", "moment3", "moment4"), _kurtosis, may_be_undefined=True),
 }
 """The scalar built-in metrics; ``histogram`` is the one that is not a scalar."""
 
@@ -125,10 +141,10 @@ HISTOGRAM = "histogram"
 METRIC_NAMES = (*METRICS, HISTOGRAM)
 
 _norm, _mean = METRICS["norm"], METRICS["mean"]
-STATE_METRICS: Mapping[str, Metric] = {
-    "exp_avg_norm": _norm,
-    "exp_avg_sq_norm": _norm,
-    "effective_lr": _mean,
+STATE_METRICS: Mapping[str, StateMetric] = {
+    "exp_avg_norm": StateMetric(_norm.columns, _norm.value, kept="exp_avg"),
+    "exp_avg_sq_norm": StateMetric(_norm.columns, _norm.value, kept="exp_avg_sq"),
+    "effective_lr": StateMetric(_mean.columns, _mean.value, may_be_undefined=True),
 }
 """Metrics of the state of an optimizer."""
 
@@ -136,10 +152,13 @@ DERIVED_METRICS: Mapping[str, Metric] = {
     "relative_norm": Metric(
         ("sum_squares", "reference_sum_squares"),
         lambda c: np.sqrt(c["sum_squares"] / c["reference_sum_squares"]),
+        may_be_undefined=True,
     ),
     "cosine": Metric(
         PAIR_COLUMNS,
         lambda c: c["dot"] / np.sqrt(c["own_sum_squares"] * c["reference_sum_squares"]),
+        may_be_undefined=True,
+        is_bounded=True,
     ),
     "l2": _mean,
     "l2norm": _mean,
@@ -150,13 +169,14 @@ DERIVED_METRICS: Mapping[str, Metric] = {
 ``l2`` and ``l2norm`` are means of the 2-norms of the rows (the last dimension) of a tensor.
 """
 
+_bounded_mean = replace(_mean, is_bounded=True)
 ATTENTION_METRICS: Mapping[str, Metric] = {
-    "entropy": _mean,
-    "normalized_entropy": _mean,
+    "entropy": _bounded_mean,
+    "normalized_entropy": _bounded_mean,
     "max_logit": Metric(("maximum",), lambda c: c["maximum"]),
     "logsumexp": _mean,
-    "max_probability": _mean,
-    "sink_mass": _mean,
+    "max_probability": _bounded_mean,
+    "sink_mass": _bounded_mean,
 }
 """What is measured of the distributions of an attention head: means over its queries, and the
 largest logit. Each is a family of its own, so that the name of the metric is not in a key twice.
@@ -168,7 +188,12 @@ MEANS = (*("mean", "mean_abs", "rms", "zero_fraction", "relative_norm", "cosine"
 """Metrics that are means over elements, or quotients and roots of such: a part of the elements
 estimates them."""
 
-_ALL_METRICS = {**METRICS, **DERIVED_METRICS, **ATTENTION_METRICS}
+_ALL_METRICS: Mapping[str, Metric] = {**METRICS, **DERIVED_METRICS, **ATTENTION_METRICS}
+BOUNDED = tuple(n for n, m in {**METRICS, **DERIVED_METRICS}.items() if m.is_bounded)
+BOUNDED_OF_ATTENTION = tuple(n for n, m in ATTENTION_METRICS.items() if m.is_bounded)
+UNDEFINED = (*(n for n, m in _ALL_METRICS.items() if m.may_be_undefined), HISTOGRAM)
+"""Metrics that are NaN or infinite for finite tensors, too."""
+
 _OF_OTHER_TENSORS = (*STATE_METRICS, *ROW_NORMS, *ATTENTION_METRICS)
 
 AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {

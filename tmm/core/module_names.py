@@ -215,15 +215,17 @@ def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
     return names
 
 
+def without_wrappers(name: str) -> str:
+    """A dotted name without the components of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def unwrapped_names(names: Iterable[str]) -> dict[str, str]:
     """Names in a state dict, and what they are without the components of wrappers.
 
     Names that are equal without them keep them.
     """
     whole = {name: name.removeprefix("module.") for name in names}
-    without = {
-        name: ".".join(part for part in stripped.split(".") if part not in WRAPPERS)
-        for name, stripped in whole.items()
-    }
+    without = {name: without_wrappers(stripped) for name, stripped in whole.items()}
     counts = Counter(without.values())
     return {name: plain if counts[plain] == 1 else whole[name] for name, plain in without.items()}

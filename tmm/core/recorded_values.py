@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-from tmm.core.keys import is_family
+from tmm.core.keys import own_family
 from tmm.core.metrics import AGGREGATE_NAMES, Aggregate, Reduction, function_reduction
 
 
@@ -49,8 +47,8 @@ def _check(name: str, value_type: type, aggregate: Aggregate, *, any_family: boo
             f"tmm.record({name!r}): tensor is a {value_type.__name__}; record a number with"
             " monitor.log_scalar, or make it a tensor"
         )
-    family = re.split(r"[/ ]", name)[0]
-    if not any_family and is_family(family):
+    family = own_family(name)
+    if not any_family and family is not None:
         raise RecordError(
             f"tmm.record({name!r}): keys that start with {family!r} are tmm's own; choose"
             f" another name, such as {'my_' + name!r}"

@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
 
 from tmm.core.failures import MonitoringWarning, levels_to_user
 from tmm.core.families import (
+    ACTIVATION,
     ACTIVATION_DIFFERENCE,
     ATTENTION,
     BRANCH_FAMILIES,
     VALUE_FAMILY,
+    families_of_outputs,
     rule_family,
 )
 from tmm.core.keys import parts_of
@@ -146,11 +149,14 @@ class Attribution:
         gradient = None
         if self.plan.spec.measures(GRADIENT):
             gradient = partial(select, family=GRADIENT)
+        others = (f for f in families_of_outputs() if f != ACTIVATION.name)
+        further = {f: partial(select, family=f) for f in others if self.plan.spec.measures(f)}
         return Scope(
             *(owner, self.name(owner), modules, select, values, gradient, comparison),
             attention=attention,
             placements=self._placements(owner, peers),
             is_root=owner is self.root,
+            further=further,
         )
 
     def _placements(
@@ -305,15 +311,18 @@ class Attribution:
     # Eager calls
 
     def select_eagerly(
-        self, module: torch.nn.Module, output: object, family: str = "activation"
+        self, module: torch.nn.Module, output: object, *families: str
     ) -> list[tuple[Binding, torch.Tensor, Reduction]]:
         """What to reduce of the output of a module that ran outside of every graph.
+
+        It is for ``families``, without any for all that are of outputs.
 
         The gradient of a ``DTensor`` is left out: it may be placed in another way than the tensor.
         """
         name = display_name(self.names[module])
         selected = []
-        for path, tensor in tensors_in(output):
+        chosen = families or families_of_outputs()
+        for (path, tensor), family in product(tensors_in(output), chosen):
             reductions = self.plan.select(name, tensor.dtype, family)
             reason = why_unmeasurable(tensor) or why_unsummed(tensor)
             if family == GRADIENT and is_distributed(tensor):
@@ -345,12 +354,17 @@ class Attribution:
 
     def select_shown(self, site: Site, tensor: torch.Tensor) -> list[tuple[Binding, Reduction]]:
         """What to reduce of a tensor that the program shows outside of every graph."""
-        reductions = self.plan.select(site.module + site.path, tensor.dtype)
-        if reductions and (reason := why_unmeasurable(tensor)):
-            self.unmeasured[site.module + site.path] = reason
+        name = site.module + site.path
+        wanted = [
+            (family, reduction)
+            for family in families_of_outputs()
+            for reduction in self.plan.select(name, tensor.dtype, family)
+        ]
+        if wanted and (reason := why_unmeasurable(tensor)):
+            self.unmeasured[name] = reason
             return []
         share = self.share_of(tensor)
-        found = (Measurement("activation", site, reduction, share) for reduction in reductions)
+        found = (Measurement(family, site, reduction, share) for family, reduction in wanted)
         return [(self.bind_eagerly(measurement), measurement.reduction) for measurement in found]
 
     def bind_eagerly(self, measurement: Measurement) -> Binding:

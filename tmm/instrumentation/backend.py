@@ -7,7 +7,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,11 +57,11 @@ class Comparison:
 class Scope:
     """Where a frame is traced: its module (the owner) and what modules are called from there.
 
-    ``values`` says how what the model records by name is reduced, ``select_gradient`` which
-    gradients of outputs are measured, ``comparison`` what is compared and ``attention`` what is
-    asked of attentions (None if nothing is), ``placements`` how ranks share the model, if they do;
-    ``is_root`` tells that the owner is the whole model, ``is_step_function`` that the frame is that
-    of a function that calls it.
+    ``further`` selects for further families of outputs. ``values`` says how what the model records
+    by name is reduced, ``select_gradient`` which gradients of outputs are measured, ``comparison``
+    what is compared and ``attention`` what is asked of attentions (None if nothing is),
+    ``placements`` how ranks share the model, if they do; ``is_root`` tells that the owner is the
+    whole model, ``is_step_function`` that the frame is that of a function that calls it.
     """
 
     owner: torch.nn.Module
@@ -75,6 +75,9 @@ class Scope:
     placements: PlacementRequest | None = None
     is_root: bool = False
     is_step_function: bool = False
+    further: Mapping[str, Callable[[Site, torch.dtype], tuple[Reduction, ...]]] = field(
+        default_factory=dict
+    )
 
 
 class Host(Protocol):
@@ -331,6 +334,7 @@ class MeasuringBackend:
             )
         request = GraphRequest(
             *(scope.modules, scope.select, scope.values),
+            select_further=scope.further,
             select_gradient=scope.select_gradient,
             scales_gradients=scope.select_gradient is not None and self.host.scales_gradients,
             select_attention=scope.attention,

@@ -23,7 +23,13 @@ from tmm.core.dynamo_private import (
     innermost_fn,
     isolation_id,
 )
-from tmm.core.families import ACTIVATION_DIFFERENCE, ATTENTION, BRANCH_FAMILIES, VALUE_FAMILY
+from tmm.core.families import (
+    ACTIVATION_DIFFERENCE,
+    ATTENTION,
+    BRANCH_FAMILIES,
+    VALUE_FAMILY,
+    families_of_outputs,
+)
 from tmm.core.keys import parts_of
 from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.module_names import display_name, unwrapped
@@ -496,7 +502,8 @@ class Twin:
 
     def measures_output(self, name: str) -> bool:
         """Whether a rule asks for the output of the module of that name, or for its gradient."""
-        dtypes, families = (torch.float32, torch.complex64), ("activation", GRADIENT)
+        dtypes = torch.float32, torch.complex64
+        families = *families_of_outputs(), GRADIENT
         return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
 
     def _shows_call(self) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tmm.core.families import families_of_outputs
 from tmm.core.module_names import ModuleTree, display_name
 from tmm.core.records import Measurement, Site
 from tmm.core.torch_private import current_graph_task_id, queue_callback
@@ -33,7 +34,8 @@ from tmm.spec.ranks import is_distributed, local_part
 if TYPE_CHECKING:
     from tmm.instrumentation.twin import GradientSink, Recorder
 
-_FAMILIES = ("activation", GRADIENT)
+_OUTPUTS = ""
+"""Stands for all families that are measured of outputs."""
 
 
 class Pass:
@@ -206,7 +208,8 @@ class Untraced:
     def _is_asked_for(self, name: str) -> bool:
         plan = self._attribution.plan
         dtypes = (torch.float32, torch.complex64)
-        return any(plan.select(name, dtype, family) for dtype in dtypes for family in _FAMILIES)
+        families = *families_of_outputs(), GRADIENT
+        return any(plan.select(name, dtype, f) for dtype in dtypes for f in families)
 
     # Measuring
 
@@ -267,7 +270,7 @@ class Untraced:
             current.fault = error
 
     def _reduce(self, current: Pass, module: torch.nn.Module, output: object) -> None:
-        for tensor, wanted in self._select(module, output, "activation"):
+        for tensor, wanted in self._select(module, output, _OUTPUTS):
             values = values_of(local_part(tensor))
             for one in wanted:
                 if one.calls is None or values.numel():
@@ -307,16 +310,19 @@ class Untraced:
                 if key not in self._measured:
                     self._measured.add(key)
                     self._attribution.note_eager(self._attribution.name(module))
-                if path == "" and family == "activation":
+                if path == "" and family == _OUTPUTS:
                     self._plain[module, tensor.dtype] = wanted
                 yield tensor, wanted
 
     def _choose(
         self, module: torch.nn.Module, path: str, dtype: torch.dtype, family: str
     ) -> tuple[Wanted, ...]:
-        site = Site(self._attribution.name(module), path)
-        reductions = self._attribution.plan.select(site.module, dtype, family)
-        return tuple(Wanted(Measurement(family, site, reduction)) for reduction in reductions)
+        site, plan = Site(self._attribution.name(module), path), self._attribution.plan
+        return tuple(
+            Wanted(Measurement(one, site, reduction))
+            for one in (families_of_outputs() if family == _OUTPUTS else (family,))
+            for reduction in plan.select(site.module, dtype, one)
+        )
 
     def _reduce_gradient(
         self,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from tmm.core.failures import warn
+from tmm.core.families import RCC
+from tmm.core.keys import parts_of
 from tmm.core.module_names import unwrapped
 from tmm.instrumentation.show import (
     is_shown,
@@ -311,7 +313,7 @@ class ModuleMonitor(RegisteredMetrics):
         latest = self._steps.archive.latest
         measured = {} if latest is None else latest.record().by_key()
         if not self._has_checked_coordinates:
-            measured = {k: v for k, v in measured.items() if not k.startswith("RCC ")}
+            measured = {k: v for k, v in measured.items() if not RCC.begins(parts_of(k)[0])}
         entry = self._storage.log_dict.setdefault(step, {})
         if clash := entry.keys() & measured.keys():
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tmm.core.module_names import WRAPPERS, display_name, parameter_names, relative_names
+from tmm.core.module_names import display_name, parameter_names, relative_names, without_wrappers
 from tmm.core.records import ROOT_NAME
 
 FormatName = Callable[[str], str]
@@ -17,7 +17,7 @@ def default_format_module_name_fn(name: str) -> str:
 
     Those are what ``torch.compile``, FSDP and others add. The root is ``"[root module]"``.
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS) or ROOT_NAME
+    return without_wrappers(name) or ROOT_NAME
 
 
 class Names:

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, Self
 
 from tmm.core.failures import UserLine
+from tmm.core.keys import system_key
 from tmm.runs.machine_probes import Probe, Values, all_probes
 
 _JOIN_SECONDS = 2.0  # a driver that hangs must not keep the training from its end
@@ -105,10 +106,10 @@ class StepClock:
         self._marked = now
         if before is None:
             return {}
-        values = {"system/step_seconds": now - before}
+        values = {system_key("step_seconds"): now - before}
         for name, count in (("samples", samples), ("tokens", tokens)):
             if count is not None and now > before:
-                values[f"system/{name}_per_second"] = count / (now - before)
+                values[system_key(f"{name}_per_second")] = count / (now - before)
         return values
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tmm.core.keys import system_key
+
 Values: TypeAlias = Mapping[str, float]
 """Numbers by key."""
 
@@ -35,15 +37,15 @@ def all_probes(psutil: Any, nvml: Any, stack: ExitStack, failures: list[str]) ->
     try:
         probes.extend(_host_probes() if psutil is None else _psutil_probes(psutil))
     except Exception as error:
-        failures.append(f"system/... ({error!r})")
-    probes.append(Probe("system/process_cpu_percent", _ProcessTime().percent))
+        failures.append(f"{system_key('...')} ({error!r})")
+    probes.append(Probe(system_key("process_cpu_percent"), _ProcessTime().percent))
     try:
         if nvml is not None:
             probes.extend(_gpu_probes(nvml, gpus, stack, failures))
     except Exception as error:
         if type(error).__name__ not in _NO_GPU:
-            failures.append(f"system/gpu_... ({error!r})")
-    probes.append(Probe("system/gpu_.../torch_memory", partial(_torch_memory, gpus)))
+            failures.append(f"{system_key('gpu_...')} ({error!r})")
+    probes.append(Probe(system_key("gpu_...", "torch_memory"), partial(_torch_memory, gpus)))
     return probes
 
 
@@ -56,11 +58,11 @@ def _psutil_probes(psutil: Any) -> Iterator[Probe]:
 
     def host_memory() -> Values:
         memory = psutil.virtual_memory()
-        return _memory("system/host_memory", memory.total - memory.available, memory.total)
+        return _memory(system_key("host_memory"), memory.total - memory.available, memory.total)
 
-    yield Probe("system/host_memory", host_memory)
-    yield _number("system/cpu_percent", lambda: psutil.cpu_percent(interval=None))
-    yield _number("system/process_memory", lambda: process.memory_info().rss)
+    yield Probe(system_key("host_memory"), host_memory)
+    yield _number(system_key("cpu_percent"), lambda: psutil.cpu_percent(interval=None))
+    yield _number(system_key("process_memory"), lambda: process.memory_info().rss)
 
 
 def _host_probes() -> Iterator[Probe]:
@@ -68,14 +70,14 @@ def _host_probes() -> Iterator[Probe]:
 
     def host_memory() -> Values:
         total, available = (_from_table(_MEMORY, name) for name in ("MemTotal", "MemAvailable"))
-        return _memory("system/host_memory", total - available, total)
+        return _memory(system_key("host_memory"), total - available, total)
 
     if _MEMORY.exists():
-        yield Probe("system/host_memory", host_memory)
+        yield Probe(system_key("host_memory"), host_memory)
     if _STATUS.exists():
-        yield _number("system/process_memory", lambda: _from_table(_STATUS, "VmRSS"))
+        yield _number(system_key("process_memory"), lambda: _from_table(_STATUS, "VmRSS"))
     if hasattr(os, "getloadavg"):
-        yield _number("system/load_average", lambda: os.getloadavg()[0])
+        yield _number(system_key("load_average"), lambda: os.getloadavg()[0])
 
 
 def _number(key: str, read: Callable[[], float]) -> Probe:
@@ -105,7 +107,8 @@ class _ProcessTime:
         self._busy, self._clock = time.process_time(), time.monotonic()
         if self._clock <= clock:
             return {}
-        return {"system/process_cpu_percent": 100 * (self._busy - busy) / (self._clock - clock)}
+        percent = 100 * (self._busy - busy) / (self._clock - clock)
+        return {system_key("process_cpu_percent"): percent}
 
 
 # GPUs
@@ -118,29 +121,30 @@ def _gpu_probes(
     nvml.nvmlInit()
     stack.callback(_shut_down, nvml)
     for index in range(nvml.nvmlDeviceGetCount()):
+        name = f"gpu_{index}"
         try:
             gpu = nvml.nvmlDeviceGetHandleByIndex(index)
             gpus[nvml.nvmlDeviceGetUUID(gpu).removeprefix("GPU-")] = index
         except Exception as error:  # one that has failed
-            failures.append(f"system/gpu_{index} ({error!r})")
+            failures.append(f"{system_key(name)} ({error!r})")
         else:
-            yield from _probes_of_gpu(nvml, gpu, f"system/gpu_{index}")
+            yield from _probes_of_gpu(nvml, gpu, name)
 
 
 def _probes_of_gpu(nvml: Any, gpu: Any, name: str) -> Iterator[Probe]:
     def memory() -> Values:
         found = nvml.nvmlDeviceGetMemoryInfo(gpu)
-        return _memory(f"{name}/memory", found.used, found.total)
+        return _memory(system_key(name, "memory"), found.used, found.total)
 
     def temperature() -> float:
         celsius: float = nvml.nvmlDeviceGetTemperature(gpu, nvml.NVML_TEMPERATURE_GPU)
         return celsius
 
     rates, power = nvml.nvmlDeviceGetUtilizationRates, nvml.nvmlDeviceGetPowerUsage
-    yield Probe(f"{name}/memory", memory)
-    yield _number(f"{name}/utilisation_percent", lambda: rates(gpu).gpu)
-    yield _number(f"{name}/temperature", temperature)
-    yield _number(f"{name}/power", lambda: power(gpu) / 1000)
+    yield Probe(system_key(name, "memory"), memory)
+    yield _number(system_key(name, "utilisation_percent"), lambda: rates(gpu).gpu)
+    yield _number(system_key(name, "temperature"), temperature)
+    yield _number(system_key(name, "power"), lambda: power(gpu) / 1000)
 
 
 def _torch_memory(gpus: Mapping[str, int]) -> Values:
@@ -154,7 +158,8 @@ def _torch_memory(gpus: Mapping[str, int]) -> Values:
             index = gpus.get(str(torch.cuda.get_device_properties(device).uuid))
         if index is None:
             raise LookupError(f"cuda:{device} is none of the GPUs that NVML has")
-        values[f"system/gpu_{index}/torch_memory"] = float(torch.cuda.memory_allocated(device))
+        key = system_key(f"gpu_{index}", "torch_memory")
+        values[key] = float(torch.cuda.memory_allocated(device))
     return values
 
 

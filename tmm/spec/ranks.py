@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
+from tmm.core.keys import key_of
 from tmm.core.module_names import parameter_names
 from tmm.core.records import Measurement, Site
 from tmm.spec.reference import Reference
@@ -161,8 +162,7 @@ class Ranks:
         if kind != "unknown":
             return site
         site = replace(site, rank=self.rank)
-        family = f"{measurement.family}/" if measurement.family else ""
-        reasons[family + site.named(site.module + site.path)] = reason
+        reasons[key_of(measurement.family, site.named(site.module + site.path))] = reason
         return site
 
 

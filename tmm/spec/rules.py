@@ -23,6 +23,7 @@ from tmm.core.families import (
     Family,
     Subject,
 )
+from tmm.core.keys import SEPARATOR
 from tmm.core.metrics import AGGREGATE_NAMES, Aggregate, MetricFunction
 
 Pattern: TypeAlias = str | Callable[[str], bool]
@@ -338,8 +339,10 @@ def _rule(
                 " aggregate= is a metric of your own, a function; built-in metrics are given as"
                 f" text, tmm.{family.name}({known[0]!r})"
             )
-        if "/" in name:
-            raise ValueError(f"{rule}: the metric name {name!r} contains '/', which separates keys")
+        if SEPARATOR in name:
+            raise ValueError(
+                f"{rule}: the metric name {name!r} contains {SEPARATOR!r}, which separates keys"
+            )
     names = [*metrics, *functions]
     for name in names:
         if names.count(name) > 1:

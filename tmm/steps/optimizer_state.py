@@ -10,7 +10,7 @@ import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from tmm.core.metrics import Reduction
+from tmm.core.metrics import STATE_METRICS, Reduction
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.nested_optimizers import inner_optimizers
 from tmm.steps.parameters import ParameterMonitor, Tensors
@@ -43,7 +43,7 @@ def add_states(
     for parameter, places in kept.items():
         name = names[parameter]
         for metric in parameters.plan.metrics(name, "optimizer_state"):
-            found = (_state_value(metric, *place) for place in places)
+            found = (state_value(metric, *place) for place in places)
             value = next(filter(torch.is_tensor, found), None)
             if value is not None:
                 tensors.setdefault(metric, {})[name] = value
@@ -78,14 +78,14 @@ class _Computes:
         return reduction.metrics == (self.metric,)
 
 
-def _state_value(
+def state_value(
     metric: str, optimizer: Optimizer, group: dict[str, Any], state: dict[str, Any]
 ) -> torch.Tensor | None:
     """The tensor that a metric of an optimizer's state is taken of; None where it has none."""
     if metric == "effective_lr":
         known = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and "step" in state
         return _effective_rate(group, state) if known else None
-    value: torch.Tensor | None = state.get(metric.removesuffix("_norm"))
+    value: torch.Tensor | None = state.get(STATE_METRICS[metric].kept)
     return value
 
 

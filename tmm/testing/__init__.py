@@ -12,6 +12,7 @@ import torch
 
 from tmm.core.dynamo_private import OptimizedModule
 from tmm.core.inductor_private import inductor_config
+from tmm.core.keys import info_of, key_of, metric_of
 from tmm.core.rng import RandomState, unchanged
 from tmm.runs.instrument import explain, instrument, monitor, remove
 from tmm.spec.rules import Rule
@@ -98,11 +99,10 @@ def assert_matches_hooks(
         seen = _Seen.of(original, batch, spec, loss, explanation.eager)
     want = dict(seen.expected(spec))
     got = {key: value for key, value in got.items() if not seen.leaves_open(key, value)}
-    named = tuple(f"{name}/" for name in explanation.unmeasured)
     want = {
         key: expected
         for key, expected in want.items()
-        if key in got or not key.partition("/")[2].startswith(named)
+        if key in got or info_of(key).site not in explanation.unmeasured
     }
     if not want:
         reasons = "; ".join(f"{name}: {why}" for name, why in explanation.unmeasured.items())
@@ -147,7 +147,7 @@ def _monitored_step(
         if spec.measures("parameter"):
             watched.monitor_parameters()
     rows = watched.get_step_metrics()
-    return {key: value for key, value in rows.items() if key.partition("/")[0] in _FAMILIES}
+    return {key: value for key, value in rows.items() if info_of(key).kind in _FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,7 @@ class _Seen:
         Of a module that gives back its input, hooks cannot tell whose gradient is whose; outputs
         that the loss does not depend on get zeros from a compiled backward pass, and no hook runs.
         """
-        family, _, rest = key.partition("/")
-        site = rest.rpartition("/")[0]
+        family, site = info_of(key).kind, info_of(key).site
         if family != "activation_gradient":
             return False
         recording = self.recordings[family]
@@ -206,9 +205,9 @@ class _Seen:
                 rule.metrics, aggregate=rule.aggregate, **dict(rule.functions)
             )
             for key, value in values.items():
-                site = key.partition("/")[2].rpartition("/")[0]
-                if self._is_asked_for(spec, rule, site, recording):
-                    yield f"{rule.family}/{key.partition('/')[2]}", value
+                info = info_of(key)
+                if self._is_asked_for(spec, rule, info.site, recording):
+                    yield key_of(rule.family, info.site, metric_of(info)), value
 
     @staticmethod
     def _is_asked_for(spec: Spec, rule: Rule, site: str, recording: Recording) -> bool:

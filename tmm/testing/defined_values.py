@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -108,7 +109,7 @@ def disagreements(
     for key, expected in want.items():
         if key not in got:
             continue
-        limit = allowed.of(key.rpartition("/")[2])
+        limit = allowed.of(re.findall(r"\w+", key)[-1])
         if expected.data is None:
             error = _relative_error(float(got[key]), float(expected.value), expected.scale)
             description = f"{key}: got {got[key]!r}, want {expected.value!r}"

@@ -1,7 +1,8 @@
 """What plain eager hooks see of the modules of a model.
 
-Written from the documentation alone: nothing of tmm is used, so that an error of its naming or its
-walking of outputs cannot hide behind the same error here.
+Written from the documentation alone: of tmm nothing is used but how keys are written and wrappers
+are called, so that an error of its naming or its walking of outputs cannot hide behind the same
+error here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from tmm.core.keys import key_of
 from tmm.core.module_names import WRAPPERS
 from tmm.core.torch_private import tree_map
 from tmm.testing.defined_values import (
@@ -69,13 +71,13 @@ class Recording:
                 known = [m for m in metrics if not (tensors[0].is_complex() and m in ORDERED)]
                 for name, expected in expected_values(data).items():
                     if name in known:
-                        wanted[f"activation/{site}/{name}"] = expected
+                        wanted[key_of("activation", site, name)] = expected
             for name, function in functions.items():
                 values = np.concatenate([as_numbers(function(t.clone())) for t in tensors])
                 if values.size:
                     joined = float(_joined(values, aggregate))
                     size = np.abs(values).sum() if aggregate == "sum" else np.abs(values).mean()
-                    wanted[f"activation/{site}/{name}"] = Expected(joined, float(size))
+                    wanted[key_of("activation", site, name)] = Expected(joined, float(size))
         return wanted
 
 

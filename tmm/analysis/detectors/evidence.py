@@ -12,16 +12,14 @@ from tmm.analysis.recent import RecentSeries
 from tmm.analysis.series import BoolArray, Series, series_of, skipped_steps
 from tmm.core.families import ATTENTION, Phase
 from tmm.core.keys import metric_of
-from tmm.core.metrics import METRIC_NAMES, FloatArray
+from tmm.core.metrics import DERIVED_METRICS, METRIC_NAMES, UNDEFINED, FloatArray
 from tmm.core.records import KeyInfo, StepArray
 from tmm.core.series_by_key import Recorded
 
 COUNTS = ("nan_count", "inf_count")
 EXTREMES = ("absmax", "max", "min")
-SILENT = ("std", "kurtosis", "cosine", "relative_norm", "effective_lr", "histogram")
-"""Metrics that are NaN or infinite for finite tensors, too."""
 
-_KNOWN = (*METRIC_NAMES, "l2", "l2norm", "exp_avg_norm", "exp_avg_sq_norm", "")
+_KNOWN = (*METRIC_NAMES, *DERIVED_METRICS, "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ def evidence(recorded: Recorded, ranks: Mapping[str, Rank]) -> Iterator[Evidence
     tensors: dict[tuple[str, str], list[Series]] = {}
 
     def counts(info: KeyInfo) -> bool:
-        return ranks[info.key][0] != Phase.REST and metric_of(info) not in SILENT
+        return ranks[info.key][0] != Phase.REST and metric_of(info) not in UNDEFINED
 
     skipped = skipped_steps(recorded)
     for series in series_of(recorded, counts):
@@ -135,7 +133,7 @@ def _is_count(info: KeyInfo) -> bool:
 
 
 def _may_count(info: KeyInfo) -> bool:
-    return metric_of(info) not in SILENT
+    return metric_of(info) not in UNDEFINED
 
 
 def _is_quiet(series: Series) -> bool:

@@ -12,13 +12,12 @@ from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, jumps
 from tmm.analysis.series import BoolArray, Series, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
-from tmm.core.keys import GRAD_SCALE, block_of_norm, metric_of, parts_of, total_norm
+from tmm.core.keys import GRAD_SCALE, block_of_norm, is_total_norm, metric_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
 from tmm.core.series_by_key import Recorded
 
 _FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
-_TOTALS = tuple(parts_of(total_norm(family))[1] for family in _FAMILIES)
 _LARGE = 100.0
 _FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
 _SMALLEST = 1e-6
@@ -96,7 +95,7 @@ def vanishing_gradients(
         if norms.info.kind != STEP.name:
             flagged &= _together(modules[_module(norms.info)], norms.steps) < limit
         flagged = bridged(flagged, norms.values < 10 * limit)
-        if norms.site not in _TOTALS:
+        if not _is_of_all(norms.info):
             flagged &= np.logical_or.accumulate(norms.values > 0)
         for episode in episodes(norms, flagged, badness=-norms.values, least=least):
             text = (
@@ -137,13 +136,18 @@ def idle_parameters(
 
 def _is_norm(info: KeyInfo) -> bool:
     if info.kind == STEP.name:
-        return parts_of(info.site)[0] in _TOTALS
+        return is_total_norm(info)
     return info.kind in _FAMILIES and metric_of(info) == "norm"
 
 
 def _is_frozen(norms: Series) -> bool:
     zeros: BoolArray = norms.values == 0
-    return bool(len(zeros) and zeros.all()) and norms.info.site not in _TOTALS
+    return bool(len(zeros) and zeros.all()) and not _is_of_all(norms.info)
+
+
+def _is_of_all(info: KeyInfo) -> bool:
+    """Whether it is the norm of all gradients together."""
+    return is_total_norm(info) and not block_of_norm(info)
 
 
 def _named(series: Series) -> str:

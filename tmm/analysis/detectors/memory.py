@@ -10,11 +10,12 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes
 from tmm.analysis.ending import EndsWith, any_finite
 from tmm.analysis.series import series_of
+from tmm.core.families import SYSTEM
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
-_MEMORY = re.compile(r"system/(process_memory|gpu_\d+/(torch_)?memory)")
+_MEMORY = re.compile(r"process_memory|gpu_\d+\W(torch_)?memory")
 _PARTS = 5
 _ENDLESS = 2.0**80  # bytes; no machine has them
 _POINTS = 200  # enough for a slope: 20,000 pairs
@@ -52,7 +53,7 @@ def growing_memory(
 
 
 def _is_memory(info: KeyInfo) -> bool:
-    return _MEMORY.fullmatch(info.key) is not None
+    return info.kind == SYSTEM.name and _MEMORY.fullmatch(info.site) is not None
 
 
 def _slope(values: FloatArray) -> float:

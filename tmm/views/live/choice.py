@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 
+from tmm.core.families import SYSTEM
 from tmm.core.keys import is_family, is_loss, is_total_loss, metric_of
 from tmm.core.records import KeyInfo
 
 _SYSTEM = re.compile(
-    r"system/(gpu_\d+/(utilisation_percent|memory)|cpu_percent|load_average|process_memory)"
+    r"gpu_\d+\W(utilisation_percent|memory)|cpu_percent|load_average|process_memory"
 )
 _MEASURED = (
     ("step", ""),
@@ -33,7 +34,7 @@ def choose_keys(infos: Sequence[KeyInfo], lines: int, anomalous: Iterable[str]) 
     """
     keys = [info.key for info in infos]
     logged = _logged(infos)
-    system = [key for key in keys if _SYSTEM.fullmatch(key)]
+    system = [i.key for i in infos if i.kind == SYSTEM.name and _SYSTEM.fullmatch(i.site)]
     first, last = logged[: max(1, 2 * lines // 5)], system[: lines // 6]
     others = set(keys).difference(logged)
     bad = [key for key in dict.fromkeys(anomalous) if key in others]
@@ -53,7 +54,7 @@ def _by_kind(infos: Sequence[KeyInfo], without: Container[str]) -> dict[tuple[st
     """The measured keys by kind and metric, in the order in which they are worth showing."""
     found: dict[tuple[str, str], list[str]] = {known: [] for known in _MEASURED}
     for info in infos:
-        if is_family(info.kind) and info.kind != "system" and info.key not in without:
+        if is_family(info.kind) and info.kind != SYSTEM.name and info.key not in without:
             kind = (info.kind, "" if info.kind == "step" else metric_of(info))
             found.setdefault(kind, []).append(info.key)
     return {kind: keys for kind, keys in found.items() if kind[1] not in _DULL}

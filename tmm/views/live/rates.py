@@ -9,11 +9,12 @@ from types import MappingProxyType
 
 import numpy as np
 
+from tmm.core.keys import system_key
 from tmm.views.live.held_run import KnownSeries
 
-STEP_SECONDS = "system/step_seconds"
+STEP_SECONDS = system_key("step_seconds")
 PER_SECOND = MappingProxyType(
-    {"samples": "system/samples_per_second", "tokens": "system/tokens_per_second"}
+    {unit: system_key(f"{unit}_per_second") for unit in ("samples", "tokens")}
 )
 RATE_KEYS = (STEP_SECONDS, *PER_SECOND.values())
 """What `recorded_rates` reads."""

@@ -10,13 +10,12 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from tmm.core.metrics import FloatArray
+from tmm.core.families import ATTENTION
+from tmm.core.metrics import BOUNDED, BOUNDED_OF_ATTENTION, FloatArray
 
 ScaleKind: TypeAlias = Literal["linear", "log", "symmetric"]
 
-SHARES = frozenset(("zero_fraction", "cosine", "attention_normalized_entropy")) | {
-    *("attention_max_probability", "attention_sink_mass", "attention_entropy")
-}
+SHARES = frozenset((*BOUNDED, *map(ATTENTION.of, BOUNDED_OF_ATTENTION)))
 """Metrics and families on a linear scale, whatever their values."""
 
 _RANGE = 30.0  # from which ratio of magnitudes on a logarithm shows more

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tmm.analysis import compare, find_anomalies, first_divergence
+from tmm.core.keys import is_of_system
 from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import open_run
 from tmm.runs.text_values import plain
@@ -144,7 +145,7 @@ def _comparison(
     names = list(snapshots)
     configs = {name: record.config or {} for name, record in zip(names, records, strict=True)}
     curves_of = [
-        {key for key in group_keys(snapshot, snapshot.keys())[1] if not key.startswith("system/")}
+        {key for key in group_keys(snapshot, snapshot.keys())[1] if not is_of_system(key)}
         for snapshot in snapshots.values()
     ]
     common = set.intersection(*curves_of)
