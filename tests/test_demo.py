@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import tmm
 from tmm.cli.demo_training import StepReport, TrainingSettings, demo_spec, train
+from tmm.cli.training_progress import TrainingProgress
 from tmm.examples.gpt import GPT, GPTConfig, next_token_loss
 from tmm.examples.text import VOCABULARY, batches, decode, documentation_text, encode, split
 
@@ -131,3 +133,14 @@ def test_the_demo_measures_no_dropout() -> None:
     assert demo_spec(1).excludes("h.0.attn.resid_dropout")
     assert demo_spec(1).excludes("drop")
     assert not demo_spec(1).excludes("h.0.attn")
+
+
+def test_the_cost_is_that_of_the_steps_that_compile_nothing(tmp_path: Path) -> None:
+    progress = TrainingProgress(Console(quiet=True), TrainingSettings(tmp_path, steps=6, every=2))
+    for step, seconds in enumerate((9.0, 8.0, 0.3, 0.2, 0.5, 0.2)):
+        assert step > 3 or progress.cost(7) == ""
+        progress.report(StepReport(step, 1.0, seconds, monitored=step % 2 == 0))
+    told = progress.cost(7)
+    assert "measures 7 numbers and takes 400 ms, another 200 ms: 2.00 times" in told
+    assert "medians of 2 and 2 steps" in told
+    assert "--every 6`" in told

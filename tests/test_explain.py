@@ -288,3 +288,30 @@ def test_what_only_explains_does_not_break_a_step(
     monkeypatch.undo()
     assert "not told here:" in str(tmm.explain(model))
     tmm.remove(model)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_how_own_functions_are_computed(compiled: bool) -> None:
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return (x**2).mean()
+
+    def middle(x: torch.Tensor) -> torch.Tensor:
+        return x.median()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    rules = (tmm.activation("rms", energy=energy, middle=middle), tmm.gradient("norm"))
+    tmm.instrument(called, tmm.Spec(*rules))
+    assert not [name for name in tmm.explain(called).notes if name.startswith("own")]
+    with tmm.monitor(called).step(0):
+        called(torch.ones(2, 4))
+    notes = tmm.explain(called).notes
+    told = {name: notes.get(f"own metric {name}", "") for name in ("energy", "middle", "rms")}
+    if compiled:
+        assert "one that tmm knows" in told["energy"]
+        assert "read each tensor once more" in told["middle"]
+    else:
+        assert told["energy"] == told["middle"]
+        assert "called for each tensor" in told["energy"]
+    assert not told["rms"]
+    assert "own metric middle" in str(tmm.explain(called))

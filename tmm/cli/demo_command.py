@@ -102,7 +102,7 @@ def _show(
 
     with open_run(settings.run) as run:
         last = int(run.steps[-1])
-        table = layer_table(run, last)
+        table, numbers = layer_table(run, last), len(run.at(last))
         example = run.keys(key_of(ACTIVATION.name, r"h\.\d+\.mlp", "rms"))[-1]
     console.print()
     console.print(table)
@@ -110,7 +110,7 @@ def _show(
         f"Loss {progress.first_loss:.2f} -> {progress.last_loss:.2f},"
         f" on held-back text {validation_loss:.2f}."
     )
-    console.print(progress.step_times())
+    console.print(progress.cost(numbers), markup=False, highlight=False)
     lines = [
         f"The run lies in {settings.run}. Open it in Python:",
         "",

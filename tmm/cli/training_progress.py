@@ -59,15 +59,19 @@ class TrainingProgress:
         if not self._console.is_terminal and (report.step + 1) % interval == 0:
             self._console.print(f"step {report.step + 1}/{self._settings.steps}: {numbers}")
 
-    def step_times(self) -> str:
-        """Typical times of a step, without the first of each kind, which compiles."""
-        kinds = {True: "monitored", False: "not monitored"}
-        medians = [
-            f"{statistics.median(seconds[1:]) * 1000:.0f} ms {kinds[monitored]}"
-            for monitored, seconds in self._seconds.items()
-            if len(seconds) > 1
-        ]
-        return f"Median step: {', '.join(medians)}." if medians else ""
+    def cost(self, numbers: int) -> str:
+        """What a monitored step, which measured so many ``numbers``, took beside another."""
+        # The first step of each kind compiles.
+        monitored, plain = (self._seconds[kind][1:] for kind in (True, False))
+        if not monitored or not plain:
+            return ""
+        took, other = statistics.median(monitored), statistics.median(plain)
+        return (
+            f"A monitored step measures {numbers} numbers and takes {took * 1000:.0f} ms, another"
+            f" {other * 1000:.0f} ms: {took / other:.2f} times as long (medians of"
+            f" {len(monitored)} and {len(plain)} steps). `tmm demo --every 1` monitors each step,"
+            f" `tmm demo --every {self._settings.steps}` the first alone."
+        )
 
     def __enter__(self) -> Self:
         self._bar.start()

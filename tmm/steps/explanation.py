@@ -15,6 +15,7 @@ from tmm.instrumentation.backend import GraphReport
 from tmm.instrumentation.compile_settings import settings_of
 from tmm.instrumentation.twin import Twin
 from tmm.spec.rules import Rule
+from tmm.steps.own_functions import own_functions
 from tmm.steps.silent import silent_modules, used
 
 NOT_COMPILED = "it is not compiled"
@@ -73,7 +74,8 @@ class Explanation:
         unmeasured: what has no rows, with the reason.
         by_rank: of a tensor parallel model, what each rank measures under a name of its own, with
             the reason why rows are not joined.
-        notes: what rows are of, where their names do not tell it: those of a family, or of a site.
+        notes: what rows are of, where their names do not tell it: those of a family, or of a site;
+            and how the user's own metrics are computed.
         untold: what could not be told of the model, with the reason; rows do not depend on it.
         not_called: the matched modules of which no call was seen that gave a tensor, with the
             reason.
@@ -146,7 +148,7 @@ class Explanation:
             eager=eager,
             unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),
-            notes=attribution.notes,
+            notes=attribution.notes | own_functions(twin),
             untold=tuple(twin.notes.texts),
             not_called=not_called,
             without_rows=without_rows,
