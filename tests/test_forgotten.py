@@ -666,7 +666,7 @@ def test_optimizers_that_are_watched_for_good_reasons(tmp_path: Path, way: str) 
             session.open()
             session.instrument(model)
             session.watch(optimizer)
-            session.finish()
+            session.close()
         else:
             spec = RMS if way == "scaler" else tmm.Spec(tmm.activation_gradient("rms"))
             tmm.instrument(model, spec)
