@@ -124,6 +124,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "processors": str(os.cpu_count()),
         "memory": "kept by the allocator" if keep_freed_memory() else "as the allocator likes",
@@ -140,7 +141,8 @@ def processor() -> str:
 
 
 def machine_kind() -> str:
-    """A short name of this kind of machine, for the names of files: ``cpu-2-threads``."""
+    """A short name of this kind of machine, for the names of files: ``cpu-avx2-2-threads``."""
     if torch.cuda.is_available():
         return re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-    return f"cpu-{torch.get_num_threads()}-threads"
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return f"cpu-{capability}-{torch.get_num_threads()}-threads"
