@@ -73,8 +73,8 @@ FAULTS = (
     Fault(
         "rank_counted_twice",
         "runtime/ranks/protocol.py",
-        "total = self._collectives.total(sums(own))",
-        "total = self._collectives.total(sums(own)) + sums(own)",
+        "total = self._collectives.total(sums(own, largest))",
+        "total = self._collectives.total(sums(own, largest)) + sums(own, largest)",
         ("tests/test_cross_rank.py",),
     ),
     Fault(
@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "repetition_of_an_outside_call_counted",
         "tmm/instrumentation/twin.py",
-        "_current_graph_task_id() == -1  # no repetition",
-        "_current_graph_task_id() >= -1  # no repetition",
+        "current_graph_task_id() == -1  # no repetition",
+        "current_graph_task_id() >= -1  # no repetition",
         ("tests/test_outside_calls.py",),
     ),
     Fault(
@@ -200,15 +200,15 @@ FAULTS = (
     Fault(
         "step_number_off_by_one",
         "tmm/runs/live.py",
-        "        self.current_step += 1\n",
-        "        self.current_step += 2\n",
+        "self._advance(self.current_step + 1)",
+        "self._advance(self.current_step + 2)",
         ("tests/test_runs.py",),
     ),
     Fault(
         "last_step_lost_by_the_run",
         "tmm/runs/live.py",
-        "if self._opened is not None:\n                    self._end_step(",
-        "if self._opened is None:\n                    self._end_step(",
+        "if self._timeline.is_of_run:\n                    self._end_step(",
+        "if not self._timeline.is_of_run:\n                    self._end_step(",
         ("tests/test_runs.py", "tests/test_steps_machine.py"),
     ),
     Fault(
@@ -241,7 +241,7 @@ FAULTS = (
     ),
     Fault(
         "late_value_takes_the_place_of_its_step",
-        "tmm/runs/live.py",
+        "tmm/steps/timeline.py",
         "ended = self._ended.with_part(collector)\n",
         "ended = EndedStep(collector.step, (collector,))\n",
         ("tests/test_late_values.py",),
