@@ -515,3 +515,26 @@ def test_a_view_whose_base_is_written_to_afterwards_is_measured() -> None:
         model(x).sum().backward()
     found = tmm.monitor(model).get_step_metrics()["activation_gradient/[root module]/norm"]
     assert found == pytest.approx(24**0.5)
+
+
+class Tied(nn.Module):
+    """As T5: a module that nobody calls has the parameters of one that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.inside = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.inside.weight = self.shared.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.inside(x)
+        return output
+
+
+def test_a_tied_module_that_nobody_calls_is_not_called() -> None:
+    model = tmm.instrument(Tied(), tmm.Spec(tmm.activation("rms")))
+    for step in range(2):
+        with tmm.monitor(model).step(step):
+            model(torch.randn(2, 4)).sum().backward()
+    explanation = tmm.explain(model)
+    assert not explanation.unmeasured
+    assert "shared" in explanation.not_called

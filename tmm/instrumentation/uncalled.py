@@ -51,12 +51,17 @@ class Uncalled:
 
     def look_through(self, output: object) -> None:
         """Find modules whose parameters a pass used without a call, from what it gave back."""
+        if self._walks == _MOST_WALKS or not torch.is_grad_enabled():
+            return
+        # Those that are tied to a module that was called say nothing of the other one.
+        seen = {p for module in self._ran for p in module.parameters(recurse=False)}
         owners = {
             parameter: module
             for module in self._uncalled()
             for parameter in module.parameters(recurse=False)
+            if parameter not in seen
         }
-        if self._walks == _MOST_WALKS or not owners or not torch.is_grad_enabled():
+        if not owners:
             return
         self._walks += 1
         try:
