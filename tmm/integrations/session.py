@@ -134,8 +134,8 @@ class Session:
 
     def watch(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Watch an optimizer that trains the model and is not watched yet."""
-        if self._steps is not None and self._steps.watch.may_watch(optimizer):
-            self._steps.watch.watch(optimizer, scaler)
+        if self._steps is not None and self._steps.optimizers.may_watch(optimizer):
+            self._steps.optimizers.watch(optimizer, scaler)
 
     # Steps
 

@@ -204,9 +204,9 @@ class TMMCallback(TrainerCallback):
         session.steps.hint = _CALL_THE_MODEL
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        if session.steps.watch.may_watch(optimizer):
+        if session.steps.optimizers.may_watch(optimizer):
             session.watch(optimizer, accelerator.scaler)
-        elif session.steps.watches_optimizers:
+        elif session.steps.optimizers.is_asked:
             warn(
                 f"gradients, parameters and updates are not measured: {type(optimizer).__name__}"
                 " holds no parameter of the model"

@@ -183,7 +183,7 @@ class Measuring:
     ) -> None:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         collector = self.steps.timeline.require(family)
-        self.steps.watch.parameters.add(
+        self.steps.optimizers.parameters.add(
             collector, family, detached, rules=rules, reference=reference
         )
 

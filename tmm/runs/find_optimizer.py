@@ -20,7 +20,7 @@ class OptimizerFinder:
         self._steps = steps
         self._scaler = scaler
         if scaler is not None:
-            steps.watch.expect(scaler)
+            steps.optimizers.expect(scaler)
         self._looked_at: WeakSet[Optimizer] = WeakSet()  # another one may have its number later
         self._handle = register_optimizer_step_pre_hook(self._look)
 
@@ -32,6 +32,6 @@ class OptimizerFinder:
     def _look(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         if optimizer not in self._looked_at:
             self._looked_at.add(optimizer)
-            if self._steps.watch.may_watch(optimizer):
+            if self._steps.optimizers.may_watch(optimizer):
                 # Its own hooks run after those of all optimizers: it is measured in this step.
-                self._steps.watch.watch(optimizer, self._scaler, finds_all=True)
+                self._steps.optimizers.watch(optimizer, self._scaler, finds_all=True)

@@ -225,14 +225,14 @@ class LiveRun:
         steps = steps_of(watched)
         try:
             if optimizer is not None:
-                steps.watch.watch(optimizer, scaler)
-            elif steps.watches_optimizers:
+                steps.optimizers.watch(optimizer, scaler)
+            elif steps.optimizers.is_asked:
                 self._finder = OptimizerFinder(steps, scaler)
         except BaseException:
             remove(watched)
             raise
         self._begin_watched(steps)
-        self._reminder.count_updates(steps.watch.holds, lambda: self.current_step)
+        self._reminder.count_updates(steps.optimizers.holds, lambda: self.current_step)
         return watched
 
     def recording_of(self, registry: KeyRegistry) -> Recording:

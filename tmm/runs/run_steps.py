@@ -13,9 +13,8 @@ from tmm.runs.reminder import StepReminder
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
+from tmm.steps.archive import WAIT_FOR_DISK
 from tmm.steps.ended_step import EndedStep
-
-_WAIT = 0.05  # seconds; a process that is killed now is to lose nothing
 
 
 class RunSteps:
@@ -62,7 +61,7 @@ class RunSteps:
 
     def keep(self, ended: EndedStep) -> None:
         """Record what was logged by hand."""
-        wait = _WAIT if ended.is_on_host else 0.0
+        wait = WAIT_FOR_DISK if ended.is_on_host else 0.0
         self._writer.submit(partial(self.evaluate, ended), wait_seconds=wait)
 
     def evaluate(self, step: StepCollector | EndedStep) -> StepRecord:

@@ -25,7 +25,8 @@ Value: TypeAlias = float | FloatArray
 Evaluate: TypeAlias = Callable[[StepCollector], StepRecord]
 
 _WAIT_FOR_RANKS = 1.0  # seconds; in the first step, so that the run's file is there for later ones
-_WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
+WAIT_FOR_DISK = 0.05  # seconds; far longer than a write takes on a disk that is well
+"""A step on the host waits so long to be written: a process that is killed then loses nothing."""
 
 
 class StepArchive:
@@ -111,7 +112,7 @@ class StepArchive:
         if self.keeps_history:
             self._history[finished.step] = finished
         if self._writer is not None:
-            wait = _WAIT_FOR_DISK if finished.is_on_host else 0.0
+            wait = WAIT_FOR_DISK if finished.is_on_host else 0.0
             if self._joins_ranks and not self._gaps.has_recorded:
                 wait = _WAIT_FOR_RANKS
             record = partial(self._evaluated, finished, is_raised=self._gaps.are_raised)

@@ -45,7 +45,7 @@ class ModelSteps:
         forgotten: Forgotten,
         recorder: ForwardRecorder,
         twin: Twin,
-        watch: Watch,
+        optimizers: Watch,
         archive: StepArchive,
         *,
         ranks: CrossRank | None = None,
@@ -64,7 +64,7 @@ class ModelSteps:
         self.forgotten = forgotten
         self.recorder = recorder
         self.twin = twin
-        self.watch = watch
+        self.optimizers = optimizers
         self.archive = archive
         self._ranks = ranks
         self._take_off = take_off
@@ -137,7 +137,7 @@ class ModelSteps:
     def _end_step(self, finished: StepCollector) -> None:
         self.recorder.settle(is_ended=True)
         self.after_micro_batch()
-        self.watch.end_step(finished)
+        self.optimizers.end_step(finished)
         self.timeline.end()
         self.twin.rest()
         self._close_step()
@@ -219,7 +219,7 @@ class ModelSteps:
         self.is_closed, self.recorder.is_unused = True, False
         self._take_off()
         self.drop_step("was not ended")
-        self.watch.close()
+        self.optimizers.close()
         if self._ranks is not None:
             self._ranks.close()
         try:
@@ -247,7 +247,7 @@ class ModelSteps:
 
     def explanation(self) -> Explanation:
         """What ``tmm.explain`` gives."""
-        return Explanation.of(self.twin, self.watch.without_rows())
+        return Explanation.of(self.twin, self.optimizers.without_rows())
 
     def compare_with(self, reference: Reference | None) -> None:
         """Compare with another reference from now on; None for nothing.
@@ -258,7 +258,7 @@ class ModelSteps:
         if self.timeline.is_open:
             raise RuntimeError("the reference can be replaced before begin_step or after end_step")
         self.twin.compare_with(reference)
-        self.watch.parameters.reference = reference
+        self.optimizers.parameters.reference = reference
 
     def compile_ahead(self, *args: object, **kwargs: object) -> None:
         """One forward pass that compiles the monitored program, and leaves no other trace."""
@@ -269,16 +269,11 @@ class ModelSteps:
         finally:
             self.recorder.recording = False
 
-    @property
-    def watches_optimizers(self) -> bool:
-        """Whether the spec measures what only an optimizer's steps tell."""
-        return any(rule.subject == "parameters" for rule in self.twin.plan.spec.rules)
-
     def measure_gradients(self, *, before_clip: bool) -> None:
         """``Monitor.monitor_gradients``."""
         if self.recorder.recording:
             collector = self.timeline.require("monitor_gradients")
-            self.watch.measure_gradients(collector, before_clip=before_clip)
+            self.optimizers.measure_gradients(collector, before_clip=before_clip)
 
     def _save_explanation(self) -> None:
         self.archive.save_explanation(lambda: str(self.explanation()), self.twin.notes)
@@ -286,7 +281,7 @@ class ModelSteps:
     def _forget_step(self) -> None:
         self._close_step()
         self.recorder.forget_passes()
-        self.watch.drop_step()
+        self.optimizers.drop_step()
         self.twin.rest()
 
     def _close_step(self) -> None:

@@ -263,7 +263,7 @@ class Monitor:
             rule.subject in known or rule.family in known for rule in self.spec.rules
         ):
             self._steps.forgotten.note_watched_in_vain(self.current_step or 0, str(self.spec))
-        self._steps.watch.watch(optimizer, scaler)
+        self._steps.optimizers.watch(optimizer, scaler)
 
     def monitor_parameters(self) -> None:
         """Measure the parameters now instead of at the end of the step.
@@ -274,7 +274,9 @@ class Monitor:
             RuntimeError: for a second call in one step.
         """
         if self._steps.recorder.recording:
-            self._steps.watch.measure_parameters(self._steps.timeline.require("monitor_parameters"))
+            self._steps.optimizers.measure_parameters(
+                self._steps.timeline.require("monitor_parameters")
+            )
 
     def monitor_gradients(self, before_clip: bool = False) -> None:
         """Measure the gradients now, as ``gradient_before_clip`` if they are yet to be clipped.

@@ -41,7 +41,8 @@ class Watch:
     may take the steps of the other one, or its place.
 
     ``note_failure`` is called with what goes wrong there: no training ends by it. ``has_probes``
-    tells whether a graph measures gradients of activations already.
+    tells whether a graph measures gradients of activations already. ``is_asked`` tells whether the
+    spec measures what only an optimizer's steps, or parameters, tell.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Watch:
         self._note_failure = note_failure
         self._gaps = gaps
         self._has_probes = has_probes
-        self._asks = any(rule.subject == "parameters" for rule in parameters.plan.spec.rules)
+        self.is_asked = any(rule.subject == "parameters" for rule in parameters.plan.spec.rules)
         self._unwatched = Unwatched(parameters, gaps)
         self._optimizers: list[WatchedOptimizer] = []
         self._steps: Steps = OpenSteps()
@@ -245,7 +246,7 @@ class Watch:
         if collector.monitored:
             self._has_measured = self._has_measured or collector.ran_forward
             self._has_stepped = self._has_stepped or collector.has_stepped
-            if self._asks:
+            if self.is_asked:
                 self._unwatched.look(collector, self._optimizers, self._held)
         self._steps.forget()
         try:

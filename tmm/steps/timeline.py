@@ -127,9 +127,10 @@ class StepTimeline:
         else:
             if self._listener is not None:
                 self._listener.passes()
-            self._ended = self._known_of(collector.step)
-        if collector.failed:
-            self.drop(collector)
+            if collector.failed:
+                self.drop(collector)
+            else:
+                self._ended = self._known_of(collector.step)
         self.open = None
         return collector
 
