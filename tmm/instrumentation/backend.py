@@ -33,6 +33,7 @@ from tmm.passes.graph.dropout_functions import FUNCTIONS as MASKED
 from tmm.passes.graph.dropout_functions import VERSION as MASKED_VERSION
 from tmm.passes.graph.dropout_functions import draws_random_numbers
 from tmm.passes.graph.printer import NodeLine, node_lines, runnable_code
+from tmm.passes.graph.readings import hinted_elements, readings
 from tmm.passes.graph.values import argument_of, value_of
 from tmm.passes.metrics.gradient_probe import VERSION as PROBE_VERSION
 from tmm.passes.metrics.gradient_probe import probe
@@ -146,7 +147,8 @@ class GraphReport:
 
     ``before`` and ``after`` are its nodes, ``code`` Python that runs by itself, ``bytes`` the size
     of the extra outputs for the batch that was traced, ``seconds`` the time of each pass,
-    ``ended_by`` where and why a graph break ended it (empty where none did).
+    ``ended_by`` where and why a graph break ended it (empty where none did), ``readings`` how many
+    elements each tensor has that is read once more.
     """
 
     owner: str
@@ -160,6 +162,7 @@ class GraphReport:
     seconds: dict[str, float]
     ended_by: str = ""
     index: int = 0
+    readings: tuple[int, ...] = ()
 
     @property
     def diff(self) -> str:
@@ -377,6 +380,7 @@ class MeasuringBackend:
             seconds=rewritten.seconds,
             ended_by=notes.attempt(subject, partial(end_of_graph, module), ""),
             index=index,
+            readings=readings(rewritten.module),
         )
         witness = _find_witness(module, scope.owner)
         added = list(rewritten.module.graph.find_nodes(op="placeholder"))[len(inputs) :]
@@ -429,12 +433,7 @@ def _extra_bytes(rewritten: Rewritten) -> int:
 
 
 def _hinted_bytes(example: torch.Tensor) -> int:
-    """Size of a traced tensor; dynamic dimensions have the size that they had in the trace."""
-    elements = 1
-    for size in example.shape:
-        hint = size.node.hint if isinstance(size, torch.SymInt) else size
-        elements *= int(hint or 0)
-    return elements * example.element_size()
+    return hinted_elements(example) * example.element_size()
 
 
 def _find_witness(module: GraphModule, owner: torch.nn.Module) -> Witness | None:

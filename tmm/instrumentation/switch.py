@@ -23,6 +23,22 @@ _MARK = "tmm_run_ended"
 """Attribute of a call that was put back when a run ended."""
 
 
+class Shared(Protocol):
+    """The measured program, where passes of the training that are not monitored run it, too."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether they may."""
+
+    def is_that_of(self, twin: Twin) -> bool:
+        """Whether they do, now that the graphs of ``twin`` tell what it costs."""
+
+    def run(
+        self, twin: Twin, region: Region, plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run one of them."""
+
+
 class Steps(Protocol):
     """The steps of a model, as far as the choice depends on them.
 
@@ -31,6 +47,10 @@ class Steps(Protocol):
 
     recording: bool
     is_unused: bool
+
+    @property
+    def shared(self) -> Shared:
+        """What runs passes of the training that are not monitored."""
 
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
@@ -53,6 +73,8 @@ class Steps(Protocol):
 @dataclass(eq=False)
 class Switch:
     """Runs a region: the twin in a monitored step, else the user's own program.
+
+    With one program for all steps, the twin runs wherever gradients are on.
 
     ``original`` is what stood in its place (None where nothing did); ``plain`` runs it.
     ``siblings`` are all switches of one model, ``is_root`` that of what the user calls, and
@@ -117,8 +139,12 @@ class Switch:
                 self.steps.pass_by(foreign)
                 return self.plain
             # An evaluation, which is not repeated, may come between a pass and its backward pass.
-            if torch.is_grad_enabled() or is_in_autograd_function():
-                self.ran_twin = is_monitored
+            has_gradients = torch.is_grad_enabled() or is_in_autograd_function()
+            is_shared = has_gradients and not is_monitored and self._shares_program()
+            if has_gradients:
+                self.ran_twin = is_monitored or is_shared
+            if is_shared:
+                return self._run_unrecorded
             return self._run_on_its_own if is_monitored else self.plain
         self.ran_twin = running is self.twin
         if not self.ran_twin:
@@ -131,6 +157,11 @@ class Switch:
         if (foreign := foreign_pass()) is not None:
             return partial(self._run_unmeasured, foreign)
         return self._run
+
+    def _shares_program(self) -> bool:
+        """Whether a pass that is not measured is to run the measured program."""
+        shared = self.steps.shared
+        return shared.is_used and foreign_pass() is None and shared.is_that_of(self.twin)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +177,10 @@ class Switch:
         return self.steps.run_forward(self.twin, self.region, self.plain, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_unrecorded(self, *args: Any, **kwargs: Any) -> Any:
+        return self.steps.shared.run(self.twin, self.region, self.plain, *args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _repeat(self, *args: Any, **kwargs: Any) -> Any:
         return self.twin.repeat(self.region, *args, **kwargs)
 
@@ -156,6 +191,8 @@ def attach(switch: Switch) -> Callable[..., Any]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if steps.recording or switch.ran_twin or steps.is_unused:
+            return choose()(*args, **kwargs)
+        if steps.shared.is_used and not torch.compiler.is_dynamo_compiling():
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 

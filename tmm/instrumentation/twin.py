@@ -184,6 +184,7 @@ class Twin:
         self._evaluations = 0
         self._isolation_ids: set[int] = set()
         self._discarding = False
+        self._is_unrecorded = False
         self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
         self._outside = OutsideCalls(self._shows_call, self._show_call)
         self._hooks = ModuleHooks(
@@ -252,6 +253,17 @@ class Twin:
         finally:
             self._discarding = discarding
 
+    def run_unrecorded(self, region: Region, *args: Any, **kwargs: Any) -> Any:
+        """Run a region in a step that is not monitored: its rows are dropped at once.
+
+        Where a graph cannot be measured, it runs as it was traced.
+        """
+        self._is_unrecorded = True
+        try:
+            return self.repeat(region, *args, **kwargs)
+        finally:
+            self._is_unrecorded = False
+
     @contextmanager
     def set_aside(self, region: Region, foreign: str) -> Iterator[None]:
         """Let the user's program run inside of a forward pass of the twin, which is ``foreign``."""
@@ -268,6 +280,11 @@ class Twin:
     def is_running(self) -> bool:
         """Whether a forward pass of this twin is under way in this context."""
         return _running.get() is self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that ran so far ran inside of graphs, of which there are some."""
+        return bool(self.graphs) and not self.eager_modules
 
     @property
     def is_tracing(self) -> bool:
@@ -428,11 +445,15 @@ class Twin:
     @property
     def is_bearing(self) -> bool:
         """Whether a fault of the monitoring may cost a step its rows, but not end it."""
-        return self.recorder.is_bearing
+        return self._is_unrecorded or self.recorder.is_bearing
 
     def bear(self, error: Exception) -> None:
-        """Let the step, in which a graph runs unmeasured, go on without a record."""
-        self.recorder.bear(error)
+        """Let the step, in which a graph runs unmeasured, go on without a record.
+
+        Raises ``error`` instead until a first step has succeeded.
+        """
+        if not self._is_unrecorded:
+            self.recorder.note_failure(error)
 
     def leave_out(self, owner: torch.nn.Module, unmeasured: tuple[tuple[Site, str], ...]) -> None:
         """Remember which sites of a frame of ``owner`` have no rows, and why."""
@@ -467,8 +488,9 @@ class Twin:
             while self._frames.pop() is not module:
                 pass  # a module that was left by an exception is still on the stack
         self.eager_modules[module] = self._frames[-1]
-        for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
-            self._add_eagerly(binding, tensor, reduction)
+        if not self._is_unrecorded:
+            for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
+                self._add_eagerly(binding, tensor, reduction)
         if self.comparing is not None:
             self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT):

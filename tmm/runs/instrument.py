@@ -34,6 +34,7 @@ from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.gloo import ProcessGroup
 from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.store.null_writer import SilentWriter
+from tmm.spec.program_choice import Programs, choose_programs
 from tmm.spec.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.spec.reference import load_reference
 from tmm.spec.spec import Plan, Spec
@@ -61,6 +62,7 @@ def instrument(
     distributed: bool = True,
     per_rank: bool = False,
     placements: Mapping[str, str] | None = None,
+    programs: Programs = "auto",
 ) -> Model:
     """Measure what ``spec`` asks for in the monitored steps of a model.
 
@@ -98,6 +100,12 @@ def instrument(
             a part, ``"replicate"`` for those of which each has all. Matched with ``re.match`` on
             the names of modules and of recorded values. Without it each rank measures them under a
             name of its own; ``tmm.explain`` lists them.
+        programs: of a compiled model, what the steps that are not monitored run. With 2, the
+            user's own program, untouched: both are compiled. With 1, the measured program, whose
+            rows are dropped at once: one is compiled, and each step has the cost of the kernels.
+            ``"auto"`` is 1 where these only read tensors that are there, and 2 with a reference,
+            attention, histograms or functions of the user. What has no gradients runs the user's
+            own program in either case. ``tmm.explain`` says which it is, and why.
 
     Returns:
         The same object, monitored; for a function, a new one to call in its place.
@@ -108,9 +116,9 @@ def instrument(
             ``run`` neither a path nor a run.
         ValueError: if the model is instrumented already or has nothing to measure, a rule
             matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
-            with ``model``, ``placements`` is not as it should be, ``run`` holds something that is
-            not a run, the run to resume is running, or the model is distributed in a way that is
-            not supported.
+            with ``model``, ``programs`` is none of these, ``placements`` is not as it should be,
+            ``run`` holds something that is not a run, the run to resume is running, or the model is
+            distributed in a way that is not supported.
         RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
@@ -151,6 +159,8 @@ def instrument(
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
+    is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
+    choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     live = run if isinstance(run, LiveRun) else None
@@ -176,6 +186,7 @@ def instrument(
             trace=trace_folder,
             on_error=on_error,
             place=place,
+            programs=choice,
             ranks=ranks,
             take_off=partial(_take_off, siblings, is_mark_left=live is not None),
             is_bypassed=lambda: any(map(is_bypassed, siblings)),

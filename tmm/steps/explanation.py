@@ -14,6 +14,7 @@ from tmm.core.module_names import display_name
 from tmm.instrumentation.backend import GraphReport
 from tmm.instrumentation.compile_settings import settings_of
 from tmm.instrumentation.twin import Twin
+from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.rules import Rule
 from tmm.steps.own_functions import own_functions
 from tmm.steps.silent import silent_modules, used
@@ -79,6 +80,8 @@ class Explanation:
         untold: what could not be told of the model, with the reason; rows do not depend on it.
         not_called: the matched modules of which no call was seen that gave a tensor, with the
             reason.
+        programs: of a compiled model, whether steps that are not monitored run its own program, and
+            why; empty for others.
         without_rows: the matched parameters that had no rows in any step so far, by the family of
             the rule, as in ``"gradient of 0.weight"``, with the reason.
     """
@@ -97,9 +100,10 @@ class Explanation:
     untold: tuple[str, ...] = ()
     not_called: dict[str, str] = field(default_factory=dict)
     without_rows: dict[str, str] = field(default_factory=dict)
+    programs: str = ""
 
     @staticmethod
-    def of(twin: Twin, without_rows: dict[str, str]) -> Explanation:
+    def of(twin: Twin, programs: ProgramChoice, without_rows: dict[str, str]) -> Explanation:
         """The state of ``twin`` now, and of parameters ``without_rows``, with the reasons."""
         attribution = twin.attribution
         traced = _traced_modules(twin)
@@ -152,6 +156,7 @@ class Explanation:
             untold=tuple(twin.notes.texts),
             not_called=not_called,
             without_rows=without_rows,
+            programs="" if twin.untraced is not None else str(programs),
         )
 
     def __str__(self) -> str:
@@ -223,7 +228,8 @@ class Explanation:
         groups: dict[str, list[str]] = {}
         for name, settings in self.regions.items():
             groups.setdefault(settings, []).append(name)
-        return lines + [f"    {', '.join(names)}: {how}" for how, names in groups.items()]
+        lines += [f"    {', '.join(names)}: {how}" for how, names in groups.items()]
+        return [*lines, f"    {self.programs}"] if self.programs else lines
 
     def _graphs(self) -> list[str]:
         if self.eager and not self.graphs:

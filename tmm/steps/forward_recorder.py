@@ -21,6 +21,7 @@ from tmm.runtime.step_collector import StepCollector
 from tmm.steps.forgotten import Forgotten
 from tmm.steps.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.steps.gradient_scale import GradientScale
+from tmm.steps.shared_program import SharedProgram
 from tmm.steps.timeline import StepTimeline
 
 Forward: TypeAlias = Callable[..., Any]
@@ -33,6 +34,7 @@ class ForwardRecorder:
         timeline: whose open step it is, and ``registry`` the keys of its steps.
         recording: a monitored step is open, and nobody has said that what runs now is none of it.
         is_unused: no step was opened so far, and nobody was told so.
+        shared: runs passes of the training that are not monitored, where it is to.
         keeps_evaluations_apart: forward passes of evaluations are left out of a step.
     """
 
@@ -44,9 +46,11 @@ class ForwardRecorder:
         forgotten: Forgotten,
         scale: GradientScale,
         unmeasured: dict[str, str],
+        shared: SharedProgram,
     ) -> None:
         self.recording = False
         self.is_unused = True
+        self.shared = shared
         self.keeps_evaluations_apart = True
         self.timeline = timeline
         self.registry = timeline.registry
@@ -242,7 +246,7 @@ class ForwardRecorder:
     def bear(self, error: Exception) -> None:
         """Do not record the open step, for which ``error`` is the reason."""
         collector = self.timeline.open
-        if collector is not None and not collector.failed:
+        if collector is not None and collector.monitored and not collector.failed:
             collector.failed = True
             self._gaps.add_failure(collector.step, error)
 

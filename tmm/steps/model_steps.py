@@ -247,7 +247,9 @@ class ModelSteps:
 
     def explanation(self) -> Explanation:
         """What ``tmm.explain`` gives."""
-        return Explanation.of(self.twin, self.optimizers.without_rows())
+        return Explanation.of(
+            self.twin, self.recorder.shared.choice, self.optimizers.without_rows()
+        )
 
     def compare_with(self, reference: Reference | None) -> None:
         """Compare with another reference from now on; None for nothing.

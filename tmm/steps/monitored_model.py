@@ -17,6 +17,7 @@ from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.spec.alerts import Alerts
+from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.ranks import Ranks
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan
@@ -29,6 +30,7 @@ from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
 from tmm.steps.optimizer_hooks import Watch
 from tmm.steps.parameters import ParameterMonitor
+from tmm.steps.shared_program import SharedProgram
 from tmm.steps.timeline import StepTimeline
 
 
@@ -69,6 +71,7 @@ class MonitoredModel:
         trace: TraceFolder | None,
         on_error: OnError,
         place: Ranks,
+        programs: ProgramChoice,
         ranks: CrossRank | None,
         take_off: Callable[[], None],
         is_bypassed: Callable[[], bool],
@@ -76,7 +79,8 @@ class MonitoredModel:
         """All that monitors ``module`` as ``plan`` says, and compares it with ``reference``.
 
         The user calls ``root``; ``regions`` are parts of it that are compiled on their own.
-        ``ranks`` joins the steps of all processes, of which this one has its ``place``.
+        ``programs`` tells what steps that are not monitored run. ``ranks`` joins the steps of all
+        processes, of which this one has its ``place``.
         ``take_off`` lets the model run its own program again; ``is_bypassed`` tells whether calls
         of it no longer come here.
         """
@@ -93,7 +97,8 @@ class MonitoredModel:
             alerts=None if spec.alerts is None else Alerts(spec.alerts),
             joins_ranks=ranks is not None,
         )
-        recorder = ForwardRecorder(module, timeline, gaps, forgotten, scale, unmeasured)
+        shared = SharedProgram(module, timeline, gaps, programs)
+        recorder = ForwardRecorder(module, timeline, gaps, forgotten, scale, unmeasured, shared)
         twin = Twin(root, regions, module, attribution, recorder, trace)
         twin.compare_with(reference)
         parameters = ParameterMonitor(
@@ -101,7 +106,7 @@ class MonitoredModel:
         )
         watch = Watch(
             *(parameters, scale, recorder.collector, recorder.note_failure),
-            *(gaps, lambda: twin.has_probes),
+            *(gaps, lambda: twin.has_probes, twin.close),
         )
         steps = ModelSteps(
             *(timeline, gaps, forgotten, recorder, twin, watch, archive),

@@ -41,7 +41,8 @@ class Watch:
     may take the steps of the other one, or its place.
 
     ``note_failure`` is called with what goes wrong there: no training ends by it. ``has_probes``
-    tells whether a graph measures gradients of activations already. ``is_asked`` tells whether the
+    tells whether a graph measures gradients of activations already, ``trace_anew`` lets graphs be
+    traced once more. ``is_asked`` tells whether the
     spec measures what only an optimizer's steps, or parameters, tell.
     """
 
@@ -53,6 +54,7 @@ class Watch:
         note_failure: Callable[[Exception], None],
         gaps: Gaps,
         has_probes: Callable[[], bool],
+        trace_anew: Callable[[], None],
     ) -> None:
         self.parameters = parameters
         self.scale = scale
@@ -60,6 +62,7 @@ class Watch:
         self._note_failure = note_failure
         self._gaps = gaps
         self._has_probes = has_probes
+        self._trace_anew = trace_anew
         self.is_asked = any(rule.subject == "parameters" for rule in parameters.plan.spec.rules)
         self._unwatched = Unwatched(parameters, gaps)
         self._optimizers: list[WatchedOptimizer] = []
@@ -82,10 +85,13 @@ class Watch:
         """
         self._unwatched.finds_all |= finds_all
         if scaler is not None and not self.scale.knows(scaler) and self._has_probes():
-            raise RuntimeError(
-                "watch(scaler=...): call it before the first monitored step; the graphs that"
-                " measure activation gradients are compiled already, without the scale"
-            )
+            opened = self._collector()
+            if opened is not None and opened.ran_forward:
+                raise RuntimeError(
+                    "watch(scaler=...): call it before the forward pass of a monitored step; that"
+                    " of this step measures gradients of activations without the scale"
+                )
+            self._trace_anew()
         self.add(optimizer, scaler)
 
     def add(self, optimizer: object, scaler: GradScaler | None, *, is_found: bool = False) -> None:
