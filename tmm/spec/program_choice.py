@@ -6,13 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from tmm.core.families import (
-    ACTIVATION,
-    ACTIVATION_DIFFERENCE,
-    ACTIVATION_GRADIENT,
-    ATTENTION,
-    RCC,
-)
+from tmm.core.families import ACTIVATION, ACTIVATION_GRADIENT, ATTENTION, BRANCH_FAMILIES
 from tmm.core.metrics import HISTOGRAM
 from tmm.spec.spec import Spec
 
@@ -65,22 +59,21 @@ def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> Pr
         return ProgramChoice(asked, "as programs= asks for")
     if not own_is_compiled:
         return ProgramChoice(2, "as the model's own is not compiled")
-    dear = next(_dear(spec), None)
-    if dear is not None:
-        return ProgramChoice(2, f"as {dear} in each step")
+    if (dear := next(_dear(spec), None)) is not None:
+        return ProgramChoice(2, f"as {dear}")
     return ProgramChoice(1, "as reading what is there costs less than compiling twice", True)
 
 
 def _dear(spec: Spec) -> Iterator[str]:
-    """What of ``spec`` costs more than a reading of tensors that are there."""
-    for family in (ACTIVATION_DIFFERENCE, RCC):
-        if spec.measures(family.name):
-            yield f"the forward pass of the reference ({family.name}) would cost time"
+    """What a measured program does besides reading tensors that are there."""
+    for family in BRANCH_FAMILIES:
+        if spec.measures(family):
+            yield "the reference runs a forward pass"
     for rule in spec.rules:
         if rule.family == ATTENTION.name:
-            yield "computing attention once more would cost time"
+            yield "attention is computed once more"
         elif rule.family in (ACTIVATION.name, ACTIVATION_GRADIENT.name):
             if rule.functions:
-                yield f"the function {rule.functions[0][0]!r} may cost any time"
+                yield f"nobody knows how long the function {rule.functions[0][0]!r} takes"
             elif HISTOGRAM in rule.metrics:
-                yield "histograms would cost time"
+                yield "histograms take longer than a reading"
