@@ -362,7 +362,7 @@ def test_steps_that_go_backwards(tmp_path: Path, way: str) -> None:
             monitor.begin_step(0)
     tmm.remove(model)
     assert steps(tmp_path) == [0, 1, 2]
-    if way == "resumed":  # docs/runs.md: what was recorded from there on no longer counts
+    if way == "resumed":  # docs/how-to/runs.md: what was recorded from there on no longer counts
         model = tmm.instrument(network(), RMS, tmp_path, resume=True)
         with Told() as told, tmm.monitor(model).step(0):
             train(model)

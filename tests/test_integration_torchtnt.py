@@ -830,7 +830,7 @@ def test_a_module_in_distributed_data_parallel(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "integrations.md").read_text()
     (example,) = re.findall(r"^## TorchTNT\n.*?```python\n(.*?)```", text, flags=re.S | re.M)
     monkeypatch.chdir(tmp_path)
     names = {

@@ -153,6 +153,19 @@ class CoordinateCheck:
             lines += [f"    {layer}: {reason}" for layer, reason in self.unmeasured.items()]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from tmm.views.report.card import card, lines_of
+
+        rows: dict[str, list[str]] = {}
+        for growth in self.growths:
+            rows.setdefault(growth.layer, []).append(f"{growth.term}: {growth.exponent_text}")
+        left_out = {f"not measured: {len(self.unmeasured):,}": lines_of(self.unmeasured)}
+        return card(
+            self.summary,
+            [(layer, "; ".join(texts)) for layer, texts in rows.items()],
+            left_out if self.unmeasured else {},
+        )
+
     @property
     def summary(self) -> str:
         """One line: what was measured, and when."""

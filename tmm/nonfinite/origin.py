@@ -156,6 +156,16 @@ class Nonfinite:
         lines += self.notes
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        from tmm.views.report.card import card
+
+        headline, *rest = str(self.first).splitlines()
+        rows = [("", line.strip()) for line in rest]
+        rows.append(("checked", self.checked))
+        rows += [("note", note) for note in self.notes]
+        others = [str(origin) for origin in self.others]
+        return card(headline, rows, {f"others: {len(others):,}": others} if others else {})
+
 
 def _brief(origin: Origin) -> str:
     reach = "" if origin.reaches else " (hidden)"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from tmm.core.failures import warn
+from tmm.core.interactive import is_interactive
 from tmm.runs.live import LiveRun
 from tmm.runs.start import start_run
 
@@ -17,12 +19,17 @@ _current: ContextVar[LiveRun | None] = ContextVar("tmm_current_run", default=Non
 def init(project: str = "default", **options: Any) -> LiveRun:
     """Start a run and make it the current one; arguments and errors as of ``tmm.start_run``.
 
+    In a notebook a current run that is not finished ends, and a warning says so.
+
     Raises:
-        RuntimeError: if there is a current run that is not finished.
+        RuntimeError: if there is a current run that is not finished, and no notebook.
     """
     run = _current.get()
     if run is not None and not run.is_finished:
-        raise RuntimeError(f"the run {run.id} is not finished; call tmm.finish() first")
+        if not is_interactive():
+            raise RuntimeError(f"the run {run.id} is not finished; call tmm.finish() first")
+        run.finish()
+        warn(f"the run {run.id} was not finished: a new one begins, and it ends, in {run.path}")
     run = start_run(project, **options)
     _current.set(run)
     return run

@@ -24,11 +24,11 @@ from tmm.instrumentation.switch import (
     Switch,
     attach,
     bears_mark,
-    detach,
     is_bypassed,
     root_switch,
 )
 from tmm.runs.at_path import PathRun
+from tmm.runs.instrumented_again import make_room, take_off
 from tmm.runs.live import LiveRun
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.gloo import ProcessGroup
@@ -114,11 +114,11 @@ def instrument(
     Raises:
         TypeError: if ``model`` is neither a module nor a function, ``spec`` not a ``tmm.Spec``, or
             ``run`` neither a path nor a run.
-        ValueError: if the model is instrumented already or has nothing to measure, a rule
-            matches nothing, the reference does not fit, ``module`` or ``backend`` does not go
-            with ``model``, ``programs`` is none of these, ``placements`` is not as it should be,
-            ``run`` holds something that is not a run, the run to resume is running, or the model is
-            distributed in a way that is not supported.
+        ValueError: if the model is instrumented already (in a notebook this call replaces the
+            earlier one, and a warning says so) or has nothing to measure, a rule matches nothing,
+            the reference does not fit, ``module`` or ``backend`` does not go with ``model``,
+            ``placements`` is not as it should be, ``run`` holds something that is not a run, the
+            run to resume is running, or the model is distributed in a way that is not supported.
         RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
@@ -131,11 +131,8 @@ def instrument(
     if resume and (run is None or isinstance(run, LiveRun)):
         raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     measured = _measured_module(model, module, parts)
-    if root_switch(model) is not None or root_switch(measured) is not None:
-        raise ValueError(
-            "the model is instrumented already; tmm.remove(model) first, or put all rules into"
-            " one tmm.Spec"
-        )
+    live = run if isinstance(run, LiveRun) else None
+    model = make_room(model, measured, live)  # type: ignore[assignment]
     regions = regions_in(measured if module is None else module)
     if isinstance(model, OptimizedModule):
         regions = regions_in(model)
@@ -163,7 +160,6 @@ def instrument(
     choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
-    live = run if isinstance(run, LiveRun) else None
     if per_rank:
         run = _folder_of_rank(run)
     own: PathRun | None = None
@@ -188,7 +184,7 @@ def instrument(
             place=place,
             programs=choice,
             ranks=ranks,
-            take_off=partial(_take_off, siblings, is_mark_left=live is not None),
+            take_off=partial(take_off, siblings, is_mark_left=live is not None),
             is_bypassed=lambda: any(map(is_bypassed, siblings)),
         )
     except BaseException:
@@ -242,7 +238,7 @@ def remove(model: Model) -> Model:
     if switch is None and bears_mark(model):
         return model  # its run has ended, and taken the monitoring off
     switch = _require(model)
-    _take_off(switch.siblings, is_mark_left=False)
+    take_off(switch.siblings, is_mark_left=False)
     _monitored(switch).steps.close()
     if isinstance(model, torch.nn.Module):
         return model
@@ -356,12 +352,6 @@ def _traced_if_need_be(
     if in_parts:
         return root, [replace(region, settings=settings) for region in regions]
     return replace(root, settings=settings), regions
-
-
-def _take_off(siblings: list[Switch], *, is_mark_left: bool) -> None:
-    """Let a model run its own program again."""
-    for attached in siblings:
-        detach(attached, is_mark_left=is_mark_left)
 
 
 def _monitored(switch: Switch) -> MonitoredModel:

@@ -249,7 +249,8 @@ class LiveRun:
             )
         self._timeline.registry = registry  # a key has one owner, wherever it is logged
         return Recording(
-            self._timeline, self.writer, self._earlier, self._recorded.evaluate, self._detach
+            *(self._timeline, self.writer, self._earlier, self._recorded.evaluate),
+            *(self._detach, self.finish),
         )
 
     def attach(self, monitored: MonitoredModel) -> None:
@@ -259,6 +260,8 @@ class LiveRun:
     def _detach(self) -> None:
         """The monitoring is taken off the model."""
         self._monitored = None
+        if self._finder is not None:
+            self._finder.stop()  # what it found is of that model
         self._timeline.leave()
 
     # End

@@ -1,7 +1,8 @@
 """Sinks: what takes the values of a run besides its own files.
 
 ``tmm.start_run(sinks=[tmm.sinks.WandbSink(project="gpt"), "tensorboard"])`` uses them, with options
-or by name. Packages are imported when a run starts; docs/sinks.md says what each backend keeps.
+or by name. Packages are imported when a run starts; docs/how-to/sinks.md says what each backend
+keeps.
 """
 
 from tmm.runs.delivery import OpenSink, RunInfo, RunSink, Sink

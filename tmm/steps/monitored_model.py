@@ -43,6 +43,7 @@ class Recording:
         earlier: what a run that goes on had recorded before.
         evaluate: turns a step into what is written; called by the writer's thread.
         end: what is left to do when the monitoring is taken off the model; None closes ``writer``.
+        finish_run: ends the run, where it is more than the steps of its model.
     """
 
     timeline: StepTimeline
@@ -50,14 +51,19 @@ class Recording:
     earlier: Earlier | None = None
     evaluate: Evaluate = StepCollector.record
     end: Callable[[], None] | None = None
+    finish_run: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MonitoredModel:
-    """The ``monitor`` of a model, for its user, and its ``steps``, for who drives them."""
+    """The ``monitor`` of a model, for its user, and its ``steps``, for who drives them.
+
+    ``finish_run`` ends the run, where that is more than the steps of the model.
+    """
 
     steps: ModelSteps
     monitor: Monitor
+    finish_run: Callable[[], None] | None = None
 
     @staticmethod
     def of(
@@ -115,4 +121,4 @@ class MonitoredModel:
             is_bypassed=is_bypassed,
             end_run=recording.end or archive.close,
         )
-        return MonitoredModel(steps, Monitor(steps))
+        return MonitoredModel(steps, Monitor(steps), recording.finish_run)

@@ -41,7 +41,7 @@ def run_card(run: Run) -> str:
         at, values = run.series(loss.key)
         if len(values):
             rows.append((f"last {loss.key}", f"{values[-1]:.6g} at step {at[-1]}"))
-    return _card(f"tmm run {info.get('name') or run.path.name}", rows, {})
+    return card(f"tmm run {info.get('name') or run.path.name}", rows, {})
 
 
 def explanation_card(explanation: Explanation) -> str:
@@ -62,23 +62,25 @@ def explanation_card(explanation: Explanation) -> str:
     if explanation.recorded:
         rows.append(("recorded by the model", ", ".join(explanation.recorded)))
     folded = {
-        f"measured eagerly: {len(explanation.eager):,}": _lines(explanation.eager),
-        f"to be known of rows: {len(explanation.notes):,}": _lines(explanation.notes),
-        f"not measured: {len(explanation.unmeasured):,}": _lines(explanation.unmeasured),
-        f"sites: {len(explanation.sites):,}": _lines(
+        f"measured eagerly: {len(explanation.eager):,}": lines_of(explanation.eager),
+        f"to be known of rows: {len(explanation.notes):,}": lines_of(explanation.notes),
+        f"not measured: {len(explanation.unmeasured):,}": lines_of(explanation.unmeasured),
+        f"sites: {len(explanation.sites):,}": lines_of(
             {site: ", ".join(metrics) for site, metrics in explanation.sites.items()}
         ),
     }
-    return _card("tmm.explain", rows, {title: lines for title, lines in folded.items() if lines})
+    return card("tmm.explain", rows, {title: lines for title, lines in folded.items() if lines})
 
 
-def _lines(items: Mapping[str, str]) -> list[str]:
+def lines_of(items: Mapping[str, str]) -> list[str]:
+    """A line for each item, of which there are not too many."""
     lines = [f"{name}: {text}" for name, text in items.items()]
     more = len(lines) - _MOST_FOLDED
     return lines if more <= 0 else [*lines[:_MOST_FOLDED], f"and {more:,} more"]
 
 
-def _card(title: str, rows: Iterable[tuple[str, str]], folded: Mapping[str, Sequence[str]]) -> str:
+def card(title: str, rows: Iterable[tuple[str, str]], folded: Mapping[str, Sequence[str]]) -> str:
+    """A box with a title, a row for each name and value, and lists to open."""
     table = "".join(
         f'<tr style="background:none"><th style="{_NAME}">{escape(name)}</th>'
         f'<td style="{_VALUE}">{escape(value)}</td></tr>'
