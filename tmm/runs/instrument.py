@@ -34,7 +34,7 @@ from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.gloo import ProcessGroup
 from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.store.null_writer import SilentWriter
-from tmm.spec.program_choice import Programs, choose_programs
+from tmm.spec.program_choice import Programs, check_programs, choose_programs
 from tmm.spec.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.spec.reference import load_reference
 from tmm.spec.spec import Plan, Spec
@@ -117,8 +117,9 @@ def instrument(
         ValueError: if the model is instrumented already (in a notebook this call replaces the
             earlier one, and a warning says so) or has nothing to measure, a rule matches nothing,
             the reference does not fit, ``module`` or ``backend`` does not go with ``model``,
-            ``placements`` is not as it should be, ``run`` holds something that is not a run, the
-            run to resume is running, or the model is distributed in a way that is not supported.
+            ``programs`` is none of these, ``placements`` is not as it should be, ``run`` holds
+            something that is not a run, the run to resume is running, or the model is distributed
+            in a way that is not supported.
         RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
@@ -130,6 +131,7 @@ def instrument(
         raise TypeError(f"run={run!r} is neither the path of a folder nor a run")
     if resume and (run is None or isinstance(run, LiveRun)):
         raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
+    check_programs(programs)
     measured = _measured_module(model, module, parts)
     live = run if isinstance(run, LiveRun) else None
     model = make_room(model, measured, live)  # type: ignore[assignment]
@@ -144,6 +146,8 @@ def instrument(
         root = _root(model, regions, backend)
     if all(region.callee is not measured for region in (root, *regions)):
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
+    is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
+    choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
     reference = load_reference(measured, plan, spec.reference)
@@ -156,8 +160,6 @@ def instrument(
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
-    is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
-    choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     if per_rank:

@@ -42,19 +42,20 @@ class ProgramChoice:
         return replace(self, is_open=False)
 
 
-def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> ProgramChoice:
-    """What ``tmm.instrument(..., programs=)`` comes to.
-
-    ``own_is_compiled`` tells whether the user's own program is compiled, too.
-
-    Raises:
-        ValueError: if it is none of 1, 2 and "auto".
-    """
+def check_programs(asked: object) -> None:
+    """Raise ``ValueError`` for anything but 1, 2 and "auto"."""
     if isinstance(asked, bool) or asked not in (1, 2, "auto"):
         raise ValueError(
             f"programs={asked!r} is neither 1, 2 nor 'auto': with 1 all steps run the measured"
             " program, with 2 those that are not monitored run the model's own"
         )
+
+
+def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> ProgramChoice:
+    """What ``tmm.instrument(..., programs=)`` comes to.
+
+    ``own_is_compiled`` tells whether the user's own program is compiled, too.
+    """
     if asked != "auto":
         return ProgramChoice(asked, "as programs= asks for")
     if not own_is_compiled:
