@@ -11,6 +11,7 @@ from tmm.kernels.ops import pack
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.slots import slots_of, take_slots
 from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.written_rows import write_rows
 from tmm.passes.request import GraphRequest
 
 
@@ -19,12 +20,15 @@ def pack_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
 
     Tensors that leave whole (for callable aggregates and functions that are not traced) are
     appended after the packed ones. The graph's own outputs stay first and unchanged. Finds
-    where each measurement lies; a graph without measurements is left as it is.
+    where each measurement lies; a graph without measurements is left as it is. Where operators
+    write in place, the rows of a CPU are written into the tensor that would join them.
     """
-    found.layout = _packed(module, tuple(found.unmeasured))
+    found.layout = _packed(module, tuple(found.unmeasured), writes_in_place=request.writes_in_place)
 
 
-def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> PackedLayout:
+def _packed(
+    module: GraphModule, unmeasured: tuple[tuple[Site, str], ...], *, writes_in_place: bool
+) -> PackedLayout:
     packed: dict[torch.device, list[Node]] = {}
     whole: list[Node] = []
     for node in module.graph.nodes:
@@ -39,28 +43,33 @@ def _packed(module: GraphModule, unmeasured: tuple[tuple[Site, str], ...]) -> Pa
     output = module.graph.output_node()
     (returned,) = output.args
     assert isinstance(returned, (tuple, list))
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
     slots: list[tuple[Node, Slot]] = []
     extra: list[Node] = []
-    for nodes in packed.values():
+    for device, nodes in packed.items():
         _group_by_reduction(nodes)
         start = 0
         for node in nodes:
             slots += [(node, slot.at(len(extra), start)) for slot in slots_of(node)]
             start += int(value_of(node).numel())
-        with module.graph.inserting_before(output):
-            extra.append(module.graph.call_function(pack, (nodes,)))
-        set_value(extra[-1], pack([value_of(node) for node in nodes]))
+        in_place = writes_in_place and device.type == "cpu"
+        extra.append((write_rows if in_place else _join)(module, nodes))
     for node in whole:
         slots += [(node, slot.at(len(extra))) for slot in slots_of(node)]
         extra.append(node)
     output.args = ((*returned, *extra),)
 
-    order = {}
-    for index, node in enumerate(module.graph.nodes):
-        order[node] = index
+    for node in module.graph.nodes:
         take_slots(node)
     slots.sort(key=lambda item: order[item[0]])
     return PackedLayout(tuple(slot for _, slot in slots), len(extra), unmeasured)
+
+
+def _join(module: GraphModule, rows: list[Node]) -> Node:
+    with module.graph.inserting_before(module.graph.output_node()):
+        joined = module.graph.call_function(pack, (rows,))
+    set_value(joined, pack([value_of(row) for row in rows]))
+    return joined
 
 
 def _group_by_reduction(nodes: list[Node]) -> None:

@@ -84,7 +84,8 @@ class GraphRequest:
     ``comparison`` what is compared with a reference. What is None is not asked for.
     ``placements`` says how ranks share the model, if they do. ``begins_forward`` tells that the
     graph is the beginning of a module's forward, ``is_step_function`` that it is that of a step
-    function, ``keeps_unused`` that it will run as it stands, unused operations and all.
+    function, ``keeps_unused`` that it will run as it stands, unused operations and all,
+    ``writes_in_place`` that operators which write into a tensor do so without a copy of it.
     """
 
     modules: Mapping[int, str]
@@ -99,3 +100,4 @@ class GraphRequest:
     begins_forward: bool = False
     is_step_function: bool = False
     keeps_unused: bool = True
+    writes_in_place: bool = False

@@ -191,6 +191,24 @@ def test_pack_rows_golden() -> None:
     assert text(graph) == after
 
 
+@pytest.mark.parametrize("module", [in_place(), Checkpointed()], ids=["plain", "nested"])
+def test_rows_written_in_place_are_those_that_are_joined(module: torch.nn.Module) -> None:
+    asked = measure(module, "rms", "min", own=lambda x: x.abs().sum())
+    layouts, found, texts = [], [], []
+    for in_place_too in (False, True):
+        graph = trace(module, X)
+        rewritten = rewrite(graph, replace(asked, writes_in_place=in_place_too))
+        layouts.append(rewritten.layout)
+        found.append(rewritten.module(X, *module.parameters())[-1])
+        texts.append(text(rewritten.module))
+    assert layouts[0] == layouts[1]
+    assert torch.equal(*found)
+    assert "pack" not in texts[1]
+    assert "summarize_into" in texts[1]
+    assert ("tmm.put" in texts[1]) == isinstance(module, Checkpointed)
+    check_golden(f"write_rows_{type(module).__name__.lower()}", texts[1])
+
+
 def test_pack_rows_leaves_a_graph_without_measurements_alone() -> None:
     graph = trace(in_place(), X)
     before = text(graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from tmm.kernels.ops import summarize_into
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import probe
@@ -22,11 +23,15 @@ def hinted_elements(example: torch.Tensor) -> int:
 def readings(module: GraphModule) -> tuple[int, ...]:
     """Elements of each tensor that is reduced to a row, in the order of the graph."""
     return tuple(
-        hinted_elements(value_of(node.args[0]))
-        for node in all_nodes(module)
-        if _reduces(node) and isinstance(node.args[0], Node)
+        hinted_elements(value_of(tensor))
+        for tensor in map(_reduced, all_nodes(module))
+        if isinstance(tensor, Node)
     )
 
 
-def _reduces(node: Node) -> bool:
-    return node.target is probe or str(node.target).startswith("tmm.summarize")
+def _reduced(node: Node) -> object:
+    """The tensor that a node reduces, if it does."""
+    if node.target is summarize_into:
+        return node.args[2]
+    is_reduction = node.target is probe or str(node.target).startswith("tmm.summarize")
+    return node.args[0] if is_reduction else None

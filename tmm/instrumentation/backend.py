@@ -346,6 +346,7 @@ class MeasuringBackend:
             begins_forward=begins_forward(),
             is_step_function=scope.is_step_function,
             keeps_unused=self.settings.keeps_unused_operations,
+            writes_in_place=self.settings.uses_inductor,
         )
         index = len(self.host.graphs)
         notes, subject = self.host.notes, f"graph {index}, of {scope.owner_name}"

@@ -56,12 +56,15 @@ class CompileSettings:
     traced_for: str = ""
 
     @property
+    def uses_inductor(self) -> bool:
+        """Whether Inductor compiles the graphs."""
+        module: str = getattr(self.backend, "__module__", "")
+        return isinstance(self.backend, InductorWrapper) or module.startswith("torch._inductor")
+
+    @property
     def draws_its_own_random_numbers(self) -> bool:
         """Whether compiled programs draw other random numbers than eager ones, as Inductor's do."""
-        uses_inductor = isinstance(self.backend, InductorWrapper) or getattr(
-            self.backend, "__module__", ""
-        ).startswith("torch._inductor")
-        return uses_inductor and not inductor_config().fallback_random
+        return self.uses_inductor and not inductor_config().fallback_random
 
     @property
     def keeps_unused_operations(self) -> bool:

@@ -3,7 +3,8 @@
 ``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_difference``
 a pair and its difference without writing that down, ``tmm::summarize_heads`` each head of one,
 ``tmm::summarize_attention`` the distributions of an attention; ``tmm::pack`` joins rows,
-``tmm::copy`` keeps a whole tensor.
+``tmm::copy`` keeps a whole tensor. ``tmm::summarize_into`` and ``tmm::put`` write rows into a
+tensor that a graph hands on from one to the next, so that nobody joins them.
 They are opaque to the compiler: kernels that are compiled once, for all shapes, serve every site of
 every graph (``tmm.kernels``), so that watching a module adds one node to a graph and next to
 nothing to its compile time. ``tap`` marks a module's output while Dynamo traces.
@@ -89,6 +90,10 @@ _library.define(
     " int? queries, bool pooled, str statistics) -> Tensor",
     tags=_tags,
 )
+_library.define(
+    "summarize_into(Tensor(a!) rows, int start, Tensor x, str columns) -> ()", tags=_tags
+)
+_library.define("put(Tensor(a!) rows, int start, Tensor[] given) -> ()", tags=_tags)
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 _library.define("copy(Tensor x) -> Tensor", tags=_tags)
 
@@ -220,6 +225,19 @@ def _pack_shape(rows: list[torch.Tensor]) -> torch.Tensor:
     return rows[0].new_empty(sum(row.numel() for row in rows))
 
 
+def _put(rows: torch.Tensor, start: int, given: list[torch.Tensor]) -> None:
+    together = torch.cat(given)
+    rows[start : start + len(together)] = together
+
+
+def _summarize_into(rows: torch.Tensor, start: int, x: torch.Tensor, columns: str) -> None:
+    _put(rows, start, [_summarize(x, columns)])
+
+
+def _writes(rows: torch.Tensor, *rest: Any) -> None:
+    return None
+
+
 def _copy(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -235,6 +253,8 @@ for _name, _implementation, _shape in (
     ("histogram", _histogram, _histogram_shape),
     ("summarize_heads", _summarize_heads, _summarize_heads_shape),
     ("summarize_attention", _summarize_attention, _summarize_attention_shape),
+    ("summarize_into", _summarize_into, _writes),  # of a CPU in C++, likewise
+    ("put", _put, _writes),
     ("pack", _pack, _pack_shape),
     ("copy", _copy, _copy_shape),
 ):
@@ -248,6 +268,10 @@ summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] 
 histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
 summarize_heads: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize_heads.default
 summarize_attention: Callable[..., torch.Tensor] = torch.ops.tmm.summarize_attention.default
+summarize_into: Callable[[torch.Tensor, int, torch.Tensor, str], None] = (
+    torch.ops.tmm.summarize_into.default
+)
+put: Callable[[torch.Tensor, int, list[torch.Tensor]], None] = torch.ops.tmm.put.default
 pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
 # Unlike a clone, which Inductor takes for an alias of a graph's input even where that is
 # overwritten later in the graph.

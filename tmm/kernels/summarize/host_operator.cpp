@@ -56,20 +56,35 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-template <class Element>
-Tensor row_of(const Tensor& given, std::string_view columns) {
-  const Tensor tensor = is_dense(given) ? given : torch::stable::contiguous(given);
-  const std::vector<int64_t> order = order_of(columns);
-  const int64_t width = order.size(), step = 1, elements = tensor.numel();
+Tensor new_row(int64_t width) {
+  const int64_t step = 1;
   AtenTensorHandle row;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       1, &width, &step, aoti_torch_dtype_float64(), aoti_torch_device_type_cpu(), 0, &row));
-  const Tensor result(row);
+  return Tensor(row);
+}
+
+double* numbers_of(const Tensor& row) { return static_cast<double*>(row.mutable_data_ptr()); }
+
+// Writes a row of as many numbers as there are columns.
+template <class Element>
+void write_row(const Tensor& given, const std::vector<int64_t>& order, double* row) {
+  const Tensor tensor = is_dense(given) ? given : torch::stable::contiguous(given);
+  const int64_t elements = tensor.numel();
   const auto address = reinterpret_cast<int64_t>(tensor.const_data_ptr());
-  summarize<Element>(1, &address, nullptr, &elements, width, order.data(),
-                     torch::stable::get_num_threads(),
-                     static_cast<double*>(result.mutable_data_ptr()));
-  return result;
+  summarize<Element>(1, &address, nullptr, &elements, order.size(), order.data(),
+                     torch::stable::get_num_threads(), row);
+}
+
+// Whether there is a kernel for the type of the elements.
+bool write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: write_row<double>(tensor, order, row); return true;
+    case ScalarType::Float: write_row<float>(tensor, order, row); return true;
+    case ScalarType::Half: write_row<Float16>(tensor, order, row); return true;
+    case ScalarType::BFloat16: write_row<BFloat16>(tensor, order, row); return true;
+    default: return false;
+  }
 }
 
 // What there is no kernel for, from Python.
@@ -82,17 +97,27 @@ Tensor row_of_any(const Tensor& tensor, const std::string& columns) {
 }
 
 Tensor summarize_on_cpu(const Tensor& tensor, const std::string& columns) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: return row_of<double>(tensor, columns);
-    case ScalarType::Float: return row_of<float>(tensor, columns);
-    case ScalarType::Half: return row_of<Float16>(tensor, columns);
-    case ScalarType::BFloat16: return row_of<BFloat16>(tensor, columns);
-    default: return row_of_any(tensor, columns);
-  }
+  const std::vector<int64_t> order = order_of(columns);
+  const Tensor row = new_row(order.size());
+  return write_row_of(tensor, order, numbers_of(row)) ? row : row_of_any(tensor, columns);
+}
+
+void summarize_into_on_cpu(const Tensor& rows, int64_t start, const Tensor& tensor,
+                           const std::string& columns) {
+  const std::vector<int64_t> order = order_of(columns);
+  const int64_t width = order.size();
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Double && rows.is_contiguous() && start >= 0 &&
+                      start + width <= rows.numel(),
+                  "rows: no place for ", width, " numbers at ", start);
+  double* row = numbers_of(rows) + start;
+  if (write_row_of(tensor, order, row)) return;
+  const Tensor given = row_of_any(tensor, columns);
+  std::copy_n(numbers_of(given), width, row);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tmm, CPU, library) {
   library.impl("summarize", TORCH_BOX(&summarize_on_cpu));
+  library.impl("summarize_into", TORCH_BOX(&summarize_into_on_cpu));
 }
 
 }  // namespace

@@ -1,0 +1,64 @@
+"""Rows that are written into one tensor as they come about, so that nobody joins them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tmm.kernels.ops import put, summarize, summarize_into
+from tmm.passes.graph.provenance import copy_sites
+from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.values import set_value, value_of
+
+
+def write_rows(module: GraphModule, rows: Sequence[Node]) -> Node:
+    """The node of a tensor that holds ``rows`` of a CPU, one after the other.
+
+    Reductions of a tensor to a row become such as write into it, in their places; what others
+    compute is put there before the graph ends.
+    """
+    graph = module.graph
+    first = min(rows, key={node: index for index, node in enumerate(graph.nodes)}.__getitem__)
+    values = [value_of(row) for row in rows]
+    length = sum(value.numel() for value in values)
+    with graph.inserting_before(first):
+        together = graph.call_function(
+            torch.empty, (length,), {"dtype": values[0].dtype, "device": values[0].device}
+        )
+    set_value(together, values[0].new_empty(length))
+    start, waiting = 0, _Waiting(graph, together)
+    for row, value in zip(rows, values, strict=True):
+        if row.target is summarize and not row.users:
+            waiting.put()
+            copy_sites(row, Rewriter(graph, row).call(summarize_into, together, start, *row.args))
+            graph.erase_node(row)
+        else:
+            waiting.add(start, row)
+        start += value.numel()
+    waiting.put()
+    return together
+
+
+class _Waiting:
+    """Rows that others compute, and that lie one after the other."""
+
+    def __init__(self, graph: Graph, together: Node) -> None:
+        self._graph = graph
+        self._together = together
+        self._start = 0
+        self._rows: list[Node] = []
+
+    def add(self, start: int, row: Node) -> None:
+        """One more, which begins at ``start``."""
+        if not self._rows:
+            self._start = start
+        self._rows.append(row)
+
+    def put(self) -> None:
+        """Put them where they belong."""
+        if self._rows:
+            at = Rewriter(self._graph, self._graph.output_node().prev)
+            at.call(put, self._together, self._start, self._rows)
+            self._rows = []
