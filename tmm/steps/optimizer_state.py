@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from tmm.core.metrics import STATE_METRICS, Reduction
@@ -16,6 +16,8 @@ from tmm.steps.nested_optimizers import inner_optimizers
 from tmm.steps.parameters import ParameterMonitor, Tensors
 
 Group = dict[str, Any]
+
+_DISTRIBUTED = "torch.distributed.optim"  # importing it compiles TorchScript, for a second
 
 
 def add_states(
@@ -52,7 +54,7 @@ def add_states(
                 parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
                     "it is not known how this optimizer keeps it"
                 )
-    is_distributed = any(isinstance(o, ZeroRedundancyOptimizer) for o in optimizers)
+    is_distributed = any(map(_is_distributed, optimizers))
     if parameters.ranks.size > 1 and not is_distributed:
         for parameter in names.keys() - kept.keys():
             name = names[parameter]
@@ -98,3 +100,9 @@ def _effective_rate(group: dict[str, Any], state: dict[str, Any]) -> torch.Tenso
     root = (squares / (1 - second**step).to(squares)).sqrt_().add_(group["eps"])
     result: torch.Tensor = rate.to(squares) / root
     return result
+
+
+def _is_distributed(optimizer: Optimizer) -> bool:
+    """Whether each rank keeps the state of a part of the parameters."""
+    module = sys.modules.get(_DISTRIBUTED)
+    return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
