@@ -1,125 +1,160 @@
-"""How long compiling takes, with cold and with warm caches, and what comes out of it.
+"""The bill of a run: 20 training steps in fresh processes, with cold and with warm caches.
 
-    python -m benchmarks.compilation [--repeats 3] [--quick] [--save]
+    python -m benchmarks.compilation [--repeats 2] [--task GPT] [--only "NAME;..."] [--quick]
 
-The first training step of fresh processes: with an empty cache of Inductor, and once more with what
-the first one left there. Plain and monitored programs take turns. Kernels and the bytes that they
-move are those of Inductor's own (see ``benchmarks/compiled.py``), counted in the cold processes.
+A process trains with an empty cache of Inductor, and another one with what the first one left
+there. Seconds are those to the end of the first step and of the last one, after torch is imported
+and the model built. Variants take turns (``benchmarks/bill/variants.py``), on a GPT, a GPT of 24
+blocks that are compiled one by one, and one whose graphs break. Ratios are to the plain compiled
+program with the same kind of cache, and their ranges those of all repeats.
+
+tmm's own kernels are compiled once per user and machine, and kept in ``tmm/`` of Inductor's cache
+(TORCHINDUCTOR_CACHE_DIR). A cold cache holds them, and nothing else. One more line is of a machine
+that has not compiled them either. Memory is the most that the process has held (``ru_maxrss``; on a
+GPU the most that torch has allocated there), beside that of the plain one. Kernels and the bytes
+that they move are those of Inductor's own (see ``benchmarks/compiled.py``), of cold processes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
+from rich.console import Console
 
-from benchmarks.alternatives import ALL
-from benchmarks.alternatives.__main__ import attach
-from benchmarks.compiled import count_compiled
-from benchmarks.everything import EVERYTHING, SPECS, watch
-from benchmarks.report import Line, finish, with_goal
-from benchmarks.timing import Timing
-from benchmarks.workloads import Workload, usual_workload
+from benchmarks.bill.imports import import_lines, time_imports
+from benchmarks.bill.lines import COLD, FRESH, WARM, lines_of, table_of
+from benchmarks.bill.process import STEPS
+from benchmarks.bill.tasks import tasks
+from benchmarks.bill.variants import EVERYTHING, QUICK, TENTH, VARIANTS, Variant
+from benchmarks.report import Line, finish
 
-PLAIN, OURS = "plain compiled", "tmm"
-TRACED = "hooks before torch.compile"
-VARIANTS = (PLAIN, OURS, EVERYTHING, TRACED, "custom operator")
-LIMITS = {OURS: 1.5}
 ROOT = Path(__file__).parent.parent
+Process = Callable[[str, str, Path], Mapping[str, Any]]
+"""Runs a variant of a task with a folder as Inductor's cache, and gives what it found."""
 
 
-def first_step(variant: str, workload: Workload) -> Callable[[], object]:
-    """Attach a monitor to a model and give the training step, which compiles everything."""
-    if variant == EVERYTHING:
-        watched = watch(workload.model(), workload, SPECS[EVERYTHING])
-        return lambda: watched.run(monitored=True)
-    (alternative,) = (one for one in ALL if one.name == variant)
-    return attach(alternative, workload)[1]
+class ProcessError(Exception):
+    """A process failed; the message is the last line that it wrote."""
 
 
-def report_first_step(variant: str, *, toy: bool) -> None:
-    """Print how long it took and what was compiled, as the last line."""
-    torch._logging.set_logs(inductor_metrics=True)  # without which bytes are not counted
-    step = first_step(variant, usual_workload(toy=toy))
-    started = time.perf_counter()
-    with count_compiled() as found:
-        step()
-    print(json.dumps({"seconds": time.perf_counter() - started, **asdict(found)}))
-
-
-def in_fresh_process(variant: str, cache: str, *arguments: str) -> dict[str, Any]:
-    """What a process of its own finds, with that folder as Inductor's cache."""
+def run_process(arguments: Sequence[str], cache: Path) -> str:
+    """What a process of its own prints, with that folder as Inductor's cache."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compilation", "--variant", variant, *arguments],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        [sys.executable, *arguments],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
         cwd=ROOT,
-        check=True,
+        check=False,
         capture_output=True,
         text=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if done.returncode:
+        raise ProcessError("".join(done.stderr.strip().splitlines()[-1:])[:200] or "it failed")
+    return done.stdout
+
+
+def bill_of(task: str, variant: str, cache: Path, *more: str) -> dict[str, Any]:
+    """What one training found."""
+    arguments = ["-m", "benchmarks.bill.process", task, variant, *more]
+    found: dict[str, Any] = json.loads(run_process(arguments, cache).splitlines()[-1])
     return found
 
 
 def measure(
-    variants: tuple[str, ...], repeats: int, run: Callable[[str, str], Mapping[str, Any]]
-) -> tuple[list[Line], dict[str, list[Mapping[str, Any]]]]:
-    """Cold and warm first steps of each variant, in turns."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for _ in range(repeats):
+    task: str, variants: Sequence[Variant], repeats: int, run: Process, kernels: Path | None
+) -> tuple[dict[str, dict[str, list[Mapping[str, Any]]]], dict[str, str]]:
+    """Cold and warm trainings of each variant, in turns; and why some failed.
+
+    ``kernels`` is a cache with tmm's own kernels, which are given to each cold one.
+    """
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    failed: dict[str, str] = {}
+
+    def add(variant: Variant, kind: str, cache: Path) -> None:
+        runs = found.setdefault(variant.name, {}).setdefault(kind, [])
+        runs.append(run(task, variant.name, cache))
+
+    for turn in range(repeats):
         for variant in variants:
-            with tempfile.TemporaryDirectory() as cache:
-                for kind in ("cold", "warm"):
-                    found.setdefault(f"{variant}, {kind}", []).append(run(variant, cache))
-    lines = []
-    for kind in ("cold", "warm"):
-        base = tuple(one["seconds"] for one in found[f"{variants[0]}, {kind}"])
-        for variant in variants:
-            times = Timing(tuple(one["seconds"] for one in found[f"{variant}, {kind}"]), base)
-            counted = found[f"{variant}, cold"][0]
-            note = (
-                f"{counted['graphs']} graphs, {counted['breaks']} breaks,"
-                f" {counted['kernels']} kernels, {counted['bytes_moved'] / 1e6:.0f} MB moved"
-            )
-            line = Line(
-                *(f"{variant}, {kind} cache", times.median * 1e3, times.ratio),
-                *(min(times.ratios), max(times.ratios)),
-                note=note if kind == "cold" else f"range of {repeats} runs",
-            )
-            lines.append(with_goal(line, at_most=LIMITS.get(variant) if kind == "cold" else None))
-    return lines, found
+            if variant.name in failed:
+                continue
+            try:
+                with tempfile.TemporaryDirectory() as cache:
+                    if kernels is not None:
+                        shutil.copytree(kernels / "tmm", Path(cache) / "tmm")
+                    for kind in (COLD, WARM):
+                        add(variant, kind, Path(cache))
+                if variant.name == TENTH and kernels is not None and not turn:
+                    with tempfile.TemporaryDirectory() as cache:
+                        add(variant, FRESH, Path(cache))
+            except ProcessError as error:
+                if variant is variants[0]:
+                    raise
+                failed[variant.name] = f"fails: {error}"
+                found.pop(variant.name, None)
+    return found, failed
+
+
+def chosen_variants(only: str, *, quick: bool) -> list[Variant]:
+    """Those that are asked for, behind the one that they are compared with.
+
+    Raises:
+        typer.BadParameter: for a name that does not exist.
+    """
+    wanted = {name.strip() for name in only.split(";")} - {""}
+    if unknown := wanted - {variant.name for variant in VARIANTS}:
+        raise typer.BadParameter(f"--only: there is no {'; '.join(sorted(unknown))}")
+    wanted = wanted or (set(QUICK) if quick else {variant.name for variant in VARIANTS})
+    return [variant for variant in VARIANTS if variant.name in wanted | {VARIANTS[0].name}]
+
+
+def is_installed(variant: Variant) -> bool:
+    """Whether a variant's package is there."""
+    return variant.package is None or importlib.util.find_spec(variant.package) is not None
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Runs of each kind.")] = 2,
-    quick: Annotated[bool, typer.Option(help="One run each, plain and tmm only.")] = False,
-    toy: Annotated[bool, typer.Option(help="A toy model: only shows that it runs.")] = False,
+    repeats: Annotated[int, typer.Option(help="Rounds.")] = 2,
+    task: Annotated[str, typer.Option(help="GPT, blocks or breaks; all of them without.")] = "",
+    only: Annotated[str, typer.Option(help="Names of variants, separated by semicolons.")] = "",
+    quick: Annotated[bool, typer.Option(help="One round, GPT, plain and tmm only.")] = False,
+    toy: Annotated[bool, typer.Option(help="Toy models: only shows that it runs.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
-    variant: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Measure cold and warm compilation."""
-    if variant:
-        report_first_step(variant, toy=toy)
-        return
-    arguments = ["--toy"] if toy else []
-    lines, found = measure(
-        VARIANTS[:2] if quick or toy else VARIANTS,
-        1 if quick or toy else repeats,
-        lambda variant, cache: in_fresh_process(variant, cache, *arguments),
-    )
-    workload = usual_workload(toy=toy)
-    title = f"compilation: {workload.name}"
-    finish("compilation", workload.device, lines, save=save, title=title, runs=found)
+    """Measure what 20 steps cost."""
+    known = tasks(toy=toy)
+    if task not in ("", *known):
+        raise typer.BadParameter(f"--task: {task} is not one of {', '.join(known)}")
+    variants = chosen_variants(only, quick=quick or toy)
+    absent = {one.name: "not installed" for one in variants if not is_installed(one)}
+    repeats = 1 if quick or toy else repeats
+    more = ("--toy", "--steps", "2") if toy else ()
+    lines: list[Line] = import_lines([time_imports() for _ in range(3 * repeats)])
+    runs = {}
+    with tempfile.TemporaryDirectory() as kernels:
+        bill_of("GPT", EVERYTHING, Path(kernels), "--toy", "--steps", "1")  # compiles all of them
+        for name in [task] if task else ["GPT"] if quick or toy else list(known):
+            found, failed = measure(
+                *(name, [one for one in variants if one.name not in absent], repeats),
+                lambda *what: bill_of(*what, *more),
+                Path(kernels),
+            )
+            runs[name] = found
+            title = f"{known[name].workload.name}: {STEPS} steps, seconds and ratios"
+            Console(width=180).print(table_of(title, variants, found))
+            lines += lines_of(name, variants, found, absent | failed)
+    device = known["GPT"].workload.device
+    title = f"the bill of {STEPS} steps: {', '.join(known[name].workload.name for name in runs)}"
+    finish("compilation", device, lines, save=save, title=title, runs=runs)
 
 
 if __name__ == "__main__":

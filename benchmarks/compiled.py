@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 from torch._dynamo.utils import counters
@@ -37,15 +37,16 @@ class Compiled:
 def count_compiled() -> Iterator[Compiled]:
     """Count what is compiled in the block; the numbers are there when it ends."""
     found = Compiled()
-    before = _state()
+    before = astuple(compiled_so_far())
     yield found
     found.graphs, found.breaks, found.kernels, found.bytes_moved = (
-        after - earlier for after, earlier in zip(_state(), before, strict=True)
+        after - earlier for after, earlier in zip(astuple(compiled_so_far()), before, strict=True)
     )
 
 
-def _state() -> tuple[int, int, int, int]:
-    return (
+def compiled_so_far() -> Compiled:
+    """What this process has compiled since its start."""
+    return Compiled(
         counters["stats"]["unique_graphs"],
         sum(counters["graph_break"].values()),
         metrics.generated_kernel_count,

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.five import METRICS
 from benchmarks.parameters import peak_memory
 from benchmarks.report import save_report
 from benchmarks.timing import environment, interleave
@@ -31,13 +32,6 @@ from benchmarks.workloads import GPT_124M, GPT_SMALL, Workload, training_step
 
 LIBRARIES = ("torch_module_monitor", "tmm")
 LEFT_OUT = "tmm, the reference's pass left out"
-METRICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "mean": lambda x: x.mean(),
-    "std": lambda x: x.std(),
-    "rms": lambda x: x.square().mean().sqrt(),
-    "absmax": lambda x: x.abs().max(),
-    "zero_fraction": lambda x: (x == 0).float().mean(),
-}
 
 
 @dataclass(frozen=True)

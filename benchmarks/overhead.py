@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import nn
 
 import tmm
-from benchmarks.alternatives.interface import five
+from benchmarks.five import five
 from benchmarks.reading import outputs_of, reader
 from benchmarks.report import save_report
 from benchmarks.timing import Timing, environment, interleave

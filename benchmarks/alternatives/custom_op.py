@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.alternatives.hooks import Hook, into_buffer
-from benchmarks.alternatives.interface import Alternative, five
+from benchmarks.alternatives.interface import Alternative
+from benchmarks.five import five
 
 
 @torch.library.custom_op("tmm_benchmarks::summarize_into", mutates_args=("buffer",))

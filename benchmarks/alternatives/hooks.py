@@ -13,9 +13,8 @@ from benchmarks.alternatives.interface import (
     Alternative,
     Attached,
     compile_alone,
-    five,
-    named,
 )
+from benchmarks.five import five, measured_modules, named
 
 Hook = Callable[[nn.Module, object, torch.Tensor], None]
 
@@ -29,9 +28,8 @@ def uncompiled(module: nn.Module) -> Attached:
         names.append(name)
         rows.append(five(output))
 
-    for name, child in module.named_modules():
-        if has_output(child):
-            child.register_forward_hook(partial(measure, name))
+    for name, child in measured_modules(module).items():
+        child.register_forward_hook(partial(measure, name))
 
     def read() -> Mapping[str, float]:
         values = named(names, torch.stack(rows))
@@ -46,17 +44,12 @@ def into_buffer(
     module: nn.Module, make: Callable[[torch.Tensor, int], Hook], backend: str = "inductor"
 ) -> Attached:
     """Compile a model with a hook on each module, which writes the row of that number."""
-    children = {name: child for name, child in module.named_modules() if has_output(child)}
+    children = measured_modules(module)
     buffer = torch.zeros(len(children), 5, device=next(module.parameters()).device)
     for index, child in enumerate(children.values()):
         child.register_forward_hook(make(buffer, index))
     model = compile_alone(module, backend)
     return Attached(module, model, lambda: named(list(children), buffer))
-
-
-def has_output(module: nn.Module) -> bool:
-    """Whether a module is called at all: lists of modules are not."""
-    return not isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _traced_hook(buffer: torch.Tensor, index: int) -> Hook:

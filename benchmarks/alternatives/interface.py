@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.workloads import FIVE_METRICS
 from tmm.instrumentation.compile_settings import HAS_ISOLATION
 
 COMPILED, AOT_EAGER, EAGER = "plain compiled", "plain aot_eager", "plain uncompiled"
@@ -70,20 +69,3 @@ def compile_alone(module: nn.Module, backend: str = "inductor") -> nn.Module:
     options = {"isolate_recompiles": True} if HAS_ISOLATION else {}
     compiled: nn.Module = torch.compile(module, backend=backend, **options)  # type: ignore[call-overload]
     return compiled
-
-
-def five(x: torch.Tensor) -> torch.Tensor:
-    """The five statistics of a tensor as one would write them by hand; shape (5,)."""
-    x = x.detach().float()
-    return torch.stack(
-        [x.mean(), x.std(), x.square().mean().sqrt(), x.abs().amax(), (x == 0).float().mean()]
-    )
-
-
-def named(names: list[str], rows: torch.Tensor) -> Mapping[str, float]:
-    """Rows of ``five``, one per name, as numbers."""
-    return {
-        f"{name or '[root module]'}/{statistic}": value
-        for name, row in zip(names, rows.tolist(), strict=True)
-        for statistic, value in zip(FIVE_METRICS, row, strict=True)
-    }

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.alternatives.hooks import Hook, has_output, into_buffer
-from benchmarks.alternatives.interface import AOT_EAGER, Alternative, Attached, compile_alone, five
+from benchmarks.alternatives.hooks import Hook, into_buffer
+from benchmarks.alternatives.interface import AOT_EAGER, Alternative, Attached, compile_alone
+from benchmarks.five import five, has_output
 
 
 def _leaf_hook(buffer: torch.Tensor, index: int) -> Hook:

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from benchmarks.alternatives.interface import EAGER, Alternative, Attached, compile_alone
-from benchmarks.module_monitor import METRICS
+from benchmarks.five import METRICS
 
 PACKAGE = "torch_module_monitor"
 

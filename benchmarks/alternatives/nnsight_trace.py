@@ -14,9 +14,8 @@ from benchmarks.alternatives.interface import (
     Alternative,
     Attached,
     compile_alone,
-    five,
-    named,
 )
+from benchmarks.five import five, named
 
 
 def attach(module: nn.Module, *, compiled: bool) -> Attached:
