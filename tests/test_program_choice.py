@@ -186,6 +186,12 @@ def test_models_with_breaks_give_what_they_give_by_themselves(name: str, pause: 
             assert_agrees(tmm.monitor(model).get_step_metrics(), expected, tolerance("aot_eager"))
 
 
+def test_nothing_changes_before_a_first_step() -> None:
+    model = tmm.instrument(whole(Wide()), tmm.Spec(tmm.activation("rms"), every=2), programs=1)
+    model(torch.randn(160, 16)).sum().backward()
+    assert not steps_of(model).twin.graphs
+
+
 def test_nothing_is_gathered_of_other_steps() -> None:
     _, _, model = train(*WAYS["interrupted"], 1)
     steps = steps_of(model)
@@ -338,7 +344,7 @@ def test_errors_of_the_model_are_its_own() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", MonitoringWarning)
-        with pytest.raises(ArithmeticError, match="seven"):
+        with pytest.raises(ArithmeticError, match="seven"), tmm.monitor(model).step(1):
             model(torch.randn(7, 16))
     assert steps_of(model).recorder.shared.is_used
 

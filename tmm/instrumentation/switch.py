@@ -192,7 +192,7 @@ def attach(switch: Switch) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if steps.recording or switch.ran_twin or steps.is_unused:
             return choose()(*args, **kwargs)
-        if steps.shared.is_used and not torch.compiler.is_dynamo_compiling():
+        if not torch.compiler.is_dynamo_compiling() and steps.shared.is_used:
             return choose()(*args, **kwargs)
         return plain(*args, **kwargs)
 

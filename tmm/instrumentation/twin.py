@@ -568,7 +568,7 @@ class Twin:
         """Take the rows of one call of ``graph``."""
         if graph.has_own_randomness and self.comparing is not None:
             self.comparing.note_own_randomness()
-        if not extra:
+        if not extra or self._is_unrecorded:
             return
         binding = self.attribution.bind(
             *(graph, graph.layout, inputs, self._frames),
@@ -593,6 +593,8 @@ class Twin:
         if (factor := self.recorder.gradient_factor(device)) is not None:
             rows += factor
         rows.requires_grad_()
+        if self._is_unrecorded:
+            return rows
         binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
         sink = None if self._discarding else self.recorder.gradient_sink()
         if binding is not None and sink is not None and torch.is_grad_enabled():

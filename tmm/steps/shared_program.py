@@ -39,8 +39,11 @@ class SharedProgram:
 
     @property
     def is_used(self) -> bool:
-        """Whether passes of the training that are not monitored may run the measured program."""
-        return self.choice.count == 1
+        """Whether passes of the training that are not monitored may run the measured program.
+
+        None does before a first step has begun.
+        """
+        return self.choice.count == 1 and self._timeline.begun is not None
 
     def is_that_of(self, twin: Twin) -> bool:
         """Whether they do, now that the graphs of ``twin`` tell what it costs."""
