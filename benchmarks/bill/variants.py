@@ -222,10 +222,13 @@ def by_hand(model: GPT, compile: Compile, backend: str, every: int, *, write: Wr
 MONITOR = "torch_module_monitor"
 IN_EACH = "computed in each step, read in each 10th"
 START = Goals(warm_start=1.1)
+SPARSE = Goals(cold=1.15, warm=1.05, warm_start=1.1)
 VARIANTS = (
     Variant(PLAIN, plain, same_work=False),
     Variant(EACH, with_tmm, goals=START),
-    Variant(TENTH, with_tmm, 10, Goals(cold=1.15, warm=1.05, warm_start=1.1)),
+    Variant(TENTH, with_tmm, 10, SPARSE),
+    Variant("tmm, every=10, programs=1", partial(with_tmm, programs=1), 10, SPARSE),
+    Variant("tmm, every=10, programs=2", partial(with_tmm, programs=2), 10),
     Variant(
         EVERYTHING,
         partial(with_tmm, everything=True),
