@@ -13,11 +13,18 @@ from tmm.analysis.detectors import (
     activations,
     attention,
     dead_units,
+    gradient_scale,
     gradients,
+    initialisation,
+    learning_rate,
     loss,
     memory,
+    model_inputs,
     nonfinite_values,
+    saturation,
+    untrained,
     updates,
+    weights,
 )
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce
@@ -46,6 +53,23 @@ ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     updates.large_updates: updates.LARGE_END,
     updates.small_updates: updates.SMALL_END,
     memory.growing_memory: memory.GROWTH_ENDS,
+    attention.attention_sinks: attention.SINKS_END,
+    model_inputs.strange_inputs: model_inputs.JUMPS_END,
+    model_inputs.input_scales: model_inputs.SCALE_ENDS,
+    model_inputs.repeated_data: model_inputs.REPEATS_END,
+    initialisation.initial_scales: initialisation.SCALES_END,
+    untrained.untrained_parameters: untrained.UNTRAINED_END,
+    untrained.skipped_optimizer_steps: untrained.SKIPS_END,
+    untrained.optimizer_resets: untrained.RESETS_END,
+    learning_rate.large_rates: learning_rate.RATES_END,
+    learning_rate.small_rates: learning_rate.STANDSTILL_ENDS,
+    weights.decaying_parameters: weights.DECAY_ENDS,
+    weights.jumping_parameters: weights.WRITES_END,
+    saturation.saturated_units: saturation.SATURATION_ENDS,
+    saturation.alike_outputs: saturation.COLLAPSE_ENDS,
+    gradient_scale.clipped_gradients: gradient_scale.CLIPS_END,
+    gradient_scale.multiplied_gradients: gradient_scale.FACTOR_ENDS,
+    gradient_scale.lost_gradients: gradient_scale.LOSS_ENDS,
 }
 """The built-in detectors, and with which newest values their episodes end.
 

@@ -60,6 +60,9 @@ GRAD_SCALE = key_of(STEP.name, "grad_scale")
 OPTIMIZER_AGE = key_of(STEP.name, "optimizer_age")
 """How many steps the state of an optimizer has seen; of several the fewest."""
 
+STARTED = key_of(STEP.name, "started")
+"""1 at the first monitored step of a start of the run; a run that is resumed has several."""
+
 UNTRAINED = ("frozen", "without_optimizer", "without_gradient")
 """Why a parameter is not trained."""
 TOTAL_NORM = "gradient_norm"

@@ -182,6 +182,8 @@ class Alerts:
             if end.group is not None and groups:
                 infos = map(newest.info, range(len(newest)))
                 asked.update(info.key for info in infos if end.group(info) in groups)
+            if end.reads is not None and groups:
+                asked.update(self._recent.chosen(end.reads))
         return found_by(name, detector, self._recent.part(frozenset(asked))) if asked else []
 
     def _counts(self, severity: Severity) -> bool:

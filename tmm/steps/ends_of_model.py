@@ -18,8 +18,9 @@ from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed, local_part
 
-_METRICS = ("mean", "rms", "absmax", "zero_fraction", "nan_count", "inf_count")
-_REDUCTIONS = builtin_reductions(_METRICS, is_complex=False)
+_METRICS = ("mean", "rms", "absmax", "zero_fraction")
+_OF_INTEGERS = builtin_reductions(_METRICS, is_complex=False)
+_OF_NUMBERS = builtin_reductions((*_METRICS, "nan_count", "inf_count"), is_complex=False)
 _ROWS = 64  # of an output, evenly spaced, which tell whether items are alike
 
 Add = Callable[[Binding, Sequence[torch.Tensor]], None]
@@ -37,6 +38,7 @@ def spread(output: torch.Tensor) -> torch.Tensor:
 
 
 _SPREAD = function_reduction("spread", spread, "mean")
+_ELEMENTS = function_reduction("elements", torch.numel, "sum")
 
 
 def measure_inputs(
@@ -48,7 +50,9 @@ def measure_inputs(
 ) -> None:
     """Hand the rows of all tensors among the arguments of ``forward`` to ``add``.
 
-    Integers are measured as numbers; what holds no numbers is left out.
+    They are the built-in ones and ``elements``, the number of elements in all forward passes of the
+    step. Integers are measured as numbers, without counts of what is not finite; what holds no
+    numbers is left out.
     """
     for name, value in _named(forward, args, kwargs):
         for path, given in tensors_in(value):
@@ -57,12 +61,13 @@ def measure_inputs(
             tensor = local_part(given.detach())
             if not tensor.numel():
                 continue
-            if not tensor.is_floating_point():
-                tensor = tensor.float()
-            for reduction in _REDUCTIONS:
-                site = Site(f"{name}{path}")
-                binding = attribution.bind_eagerly(Measurement(MODEL_INPUT.name, site, reduction))
-                add(binding, [reduce_eagerly(tensor, reduction)])
+            reductions = _OF_NUMBERS if tensor.is_floating_point() else _OF_INTEGERS
+            tensor = tensor if tensor.is_floating_point() else tensor.float()
+            rows = [(reduction, reduce_eagerly(tensor, reduction)) for reduction in reductions]
+            count = tensor.new_tensor([1, tensor.numel()], dtype=torch.float64, device="cpu")
+            for reduction, row in (*rows, (_ELEMENTS, count)):
+                measurement = Measurement(MODEL_INPUT.name, Site(f"{name}{path}"), reduction)
+                add(attribution.bind_eagerly(measurement), [row])
 
 
 def measure_output(attribution: Attribution, output: object, add: Add) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that are not trained, told at the first step, and where that changes."""
+"""Parameters that are not trained, told at the first step of a start, and where that changes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tmm.core.keys import untrained_key
+from tmm.core.keys import STARTED, untrained_key
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.without_rows import FROZEN, NO_GRADIENT, NOT_HELD
 
@@ -20,6 +20,7 @@ class Untrained:
     def __init__(self) -> None:
         self._told: dict[str, str] = {}
         self._state: object = None
+        self._has_started = False
 
     def note(
         self,
@@ -43,7 +44,9 @@ class Untrained:
         }
         # What had gradients before has rows, and is frozen all the same.
         found |= {name: "frozen" for name, is_trained in state if not is_trained}
-        keys = {untrained_key(reason, name): 0.0 for name, reason in self._told.items()}
+        begins, self._has_started = not self._has_started, True
+        keys = {STARTED: 1.0} if begins else {}
+        keys |= {untrained_key(reason, name): 0.0 for name, reason in self._told.items()}
         keys |= {untrained_key(reason, name): 1.0 for name, reason in found.items()}
         self._told = found
         if keys:
