@@ -221,7 +221,15 @@ def normalisation_missing(training: Training) -> None:
 # Layers
 
 
-@fault("dead_units", _LATER, _of("middle", "activation"))
+@fault("dead_units", _AT_ONCE, _of("middle", "activation"))
+def units_dead_from_the_first(training: Training) -> None:
+    name = "4" if training.task.name == "cnn" else training.task.middle
+    with torch.no_grad():
+        module(training, name).bias.sub_(60.0)  # type: ignore[operator, union-attr]
+    training.task.middle = name
+
+
+@fault("dead_units parameter_jump", _LATER, _of("middle", "activation"))
 def units_die(training: Training) -> None:
     layer = module(training, training.task.middle)
 

@@ -22,7 +22,7 @@ class Knowledge:
 
 
 _STILL = frozenset(("gradient_idle", "gradient_vanishing", "update_small"))
-_DATA, _BEFORE, _SETUP, _START, _RATE, _FORWARD, _LOSS, _BACKWARD, _UPDATE, _REST = range(10)
+_DATA, _BEFORE, _SETUP, _START, _RATE, _FORWARD, _LOSS, _BACKWARD, _UPDATE, _REST, _IDLE = range(11)
 
 KNOWLEDGE: Mapping[str, Knowledge] = {
     "input_jump": Knowledge(
@@ -107,11 +107,11 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
     "gradient_clipped": Knowledge(
         _REST, "nothing, if it is meant; else clip at a larger norm", spreads=False
     ),
-    "gradient_idle": Knowledge(_REST, "nothing, if it is meant", spreads=False),
+    "gradient_idle": Knowledge(_IDLE, "nothing, if it is meant", spreads=False),
     "parameter_decay": Knowledge(
         _REST, "lower weight_decay; leave biases and gains of normalisations out of it"
     ),
-    "loss_plateau": Knowledge(_REST, "nothing, if it is learned", spreads=False),
+    "loss_plateau": Knowledge(_IDLE, "nothing, if it is learned", spreads=False),
     "memory_growth": Knowledge(_REST, "look for tensors that are kept, such as losses", False),
 }
 

@@ -12,7 +12,8 @@ from tmm.core.families import ACTIVATION, MODEL_INPUT
 from tmm.core.keys import layer_of
 from tmm.core.series_by_key import Recorded
 
-_ONE = 0.1  # how far the root mean square of gains may be from 1 after the first step
+_ONE, _NEAR = 0.1, 0.35  # how far what is 1 may be from it, known well and less well
+_LITTLE, _MUCH = 0.3, 3.0  # of an update, which may be added to a weight or taken off
 
 is_update = is_metric("update", "relative_norm")
 is_parameter = is_metric("parameter", "rms")
@@ -24,6 +25,8 @@ is_input = is_metric(MODEL_INPUT.name, "rms")
 class Layer:
     """A module with a weight: series of the root mean squares of its input, output and weight.
 
+    Its first update changed the weight by ``moved`` of its norm; 0 where none was measured.
+
     ``source`` is what was computed just before its output: its input in most models. The first
     layer has the input of the model, None where that is no tensor of real numbers.
     """
@@ -32,6 +35,7 @@ class Layer:
     source: Series | None
     output: Series
     weight: Series
+    moved: float
 
     @property
     def gain(self) -> float:
@@ -45,14 +49,39 @@ class Layer:
         return float(out / into) if into > 0 and np.isfinite(out) else float("nan")
 
     @property
+    def first(self) -> float:
+        """The root mean square of its weight before the first update; NaN where it is not known."""
+        return first_size(self.weight, self.moved)
+
+    @property
     def is_normalisation(self) -> bool:
-        """Whether its weight begins at one, as gains of normalisations do."""
-        return begins_at_one(self.weight)
+        """Whether weight and output both begin at one, as those of normalisations do."""
+        size = float(self.output.values[0]) if len(self.output.values) else float("nan")
+        return begins_at_one(self.weight, self.moved) and abs(size - 1.0) < _NEAR
 
 
-def begins_at_one(weight: Series) -> bool:
-    """Whether a parameter is one at first, but for what the first step changes."""
-    return bool(len(weight.values) and abs(weight.values[0] - 1.0) < _ONE)
+def first_size(weight: Series, moved: float) -> float:
+    """The size of a parameter before its first update, which changed it by ``moved`` of its norm.
+
+    Parameters are measured after the update. One that changed little is what it was, and of one
+    that became many times as large the update is all. NaN in between.
+    """
+    if not len(weight.values) or not _LITTLE <= moved <= _MUCH:
+        after = float(weight.values[0]) if len(weight.values) else float("nan")
+        return after if not moved >= _LITTLE else after / moved
+    return float("nan")
+
+
+def begins_at_one(weight: Series, moved: float) -> bool:
+    """Whether a parameter is one at first."""
+    tolerance = _ONE if moved < _ONE else _NEAR
+    return abs(first_size(weight, moved) - 1.0) < tolerance
+
+
+def first_moves(recorded: Recorded) -> dict[str, float]:
+    """How far the first update changed each parameter, as a part of its norm."""
+    series = series_of(recorded, is_update)
+    return {s.site: float(s.values[0]) for s in series if len(s.values)}
 
 
 def is_bias(site: str) -> bool:
@@ -62,6 +91,7 @@ def is_bias(site: str) -> bool:
 
 def layers_of(recorded: Recorded) -> list[Layer]:
     """The layers with weights and outputs that were measured."""
+    moves = first_moves(recorded)
     weights: dict[str, Series] = {}
     for series in series_of(recorded, is_parameter):
         module, _, name = series.site.rpartition(".")
@@ -78,7 +108,8 @@ def layers_of(recorded: Recorded) -> list[Layer]:
     for series in series_of(recorded, is_output):
         name = layer_of(series.info)
         if name in weights:
-            found.append(Layer(name, before, series, weights.pop(name)))
+            weight = weights.pop(name)
+            found.append(Layer(name, before, series, weight, moves.get(weight.site, 0.0)))
         before = series
     return found
 

@@ -11,6 +11,7 @@ from tmm.analysis.detectors.learning_rate import ALL
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.layers import is_bias, joined, layers_of
 from tmm.analysis.recent import Newest
+from tmm.analysis.robust import medians
 from tmm.analysis.series import Series, is_metric, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, MODEL_INPUT
 from tmm.core.keys import is_total_loss, key_of, total_norm
@@ -75,16 +76,16 @@ def multiplied_gradients(
     skipped = np.isin(steps, skipped_steps(recorded))
     steps, norms = steps[~skipped], norms[:, ~skipped]
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(norms > 0, np.log10(norms), np.nan)
+        logs = np.where((norms > 0) & np.isfinite(norms), np.log10(norms), np.nan)
     counts = next(iter(series_of(recorded, _is_count)), None)
     count = counts.on(steps) if counts is not None else np.ones(len(steps))
     losses = next(iter(series_of(recorded, is_total_loss)), None)
     place = least
     while place <= len(steps) - least:
         before, after = slice(max(0, place - window), place), slice(place, place + window)
-        more = float(np.median(count[after][:least])) / float(np.median(count[before]))
-        rises = _middles(logs[:, after][:, : max(least, 5)]) - _middles(logs[:, before])
-        rise = float(np.nanmedian(rises)) if np.isfinite(rises).any() else 0.0
+        more = _quotient(count[after][:least], count[before])
+        rises = medians(logs[:, after][:, : max(least, 5)]) - medians(logs[:, before])
+        rise = float(np.nan_to_num(medians(rises[None])[0]))
         has_more = more >= items and count[place] >= items * count[place - 1]
         is_one = has_more or _is_one_factor(rises, rise, spread)
         asked = factor if has_more else alone
@@ -98,12 +99,12 @@ def multiplied_gradients(
         place += window
 
 
-def _middles(logs: np.ndarray) -> np.ndarray:
-    known = np.isfinite(logs).any(axis=1)
-    result = np.full(len(logs), np.nan)
-    if known.any():
-        result[known] = np.nanmedian(logs[known], axis=1)
-    return result
+def _quotient(now: np.ndarray, before: np.ndarray) -> float:
+    """That of the medians; 1 where it is not known."""
+    middle, usual = medians(np.array([now]))[0], medians(np.array([before]))[0]
+    is_known = np.isfinite(middle) and np.isfinite(usual) and usual > 0
+    with np.errstate(over="ignore"):
+        return float(middle / usual) if is_known else 1.0
 
 
 def _is_one_factor(rises: np.ndarray, rise: float, spread: float) -> bool:
@@ -113,9 +114,8 @@ def _is_one_factor(rises: np.ndarray, rise: float, spread: float) -> bool:
 
 def _is_sudden(logs: np.ndarray, place: int, rise: float) -> bool:
     """Whether most of the rise happened at that step, rather than over several."""
-    now, last = logs[:, place], _middles(logs[:, max(0, place - 3) : place])
-    step = np.nanmedian(now - last) if np.isfinite(now - last).any() else 0.0
-    return bool(step >= 0.6 * rise)
+    now, last = logs[:, place], medians(logs[:, max(0, place - 3) : place])
+    return bool(medians((now - last)[None])[0] >= 0.6 * rise)
 
 
 def _is_same_loss(losses: Series | None, steps: np.ndarray, place: int, window: int) -> bool:
@@ -125,8 +125,9 @@ def _is_same_loss(losses: Series | None, steps: np.ndarray, place: int, window: 
     early, late = values[max(0, place - window) : place], values[place : place + 2]
     if not (np.isfinite(early).any() and np.isfinite(late).all()):
         return False
-    middle = float(np.nanmedian(early))
-    return bool(np.abs(late - middle).max() <= 0.5 * abs(middle))
+    middle = float(medians(early[None])[0])
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.abs(late - middle).max() <= 0.5 * abs(middle))
 
 
 def _said(
@@ -140,7 +141,7 @@ def _said(
 ) -> Anomaly:
     total = named(recorded, _TOTAL) or first
     info = KeyInfo(total.key, total.info.kind, ALL, total.info.position, "")
-    middle = 10 ** np.nan_to_num(_middles(logs.T), nan=-300)
+    middle = 10 ** np.nan_to_num(medians(logs.T), nan=-300)
     flagged = np.arange(len(steps)) >= place
     (episode,) = episodes(Series(info, steps, middle), flagged)
     text = (
@@ -176,9 +177,9 @@ def lost_gradients(
     if len(parts) < 3:
         return
     steps, norms = joined(parts)
-    with np.errstate(invalid="ignore"):
-        early = norms[:, :window]
-        usual = np.array([np.nanmedian(row) if np.isfinite(row).any() else np.nan for row in early])
+    norms = np.where(np.isfinite(norms), norms, np.nan)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        usual = medians(norms[:, :window])
         usual = np.where(usual > 0, usual, np.nan)
         gone = (norms < part * usual[:, None]) & (norms > 0)
         others = norms > 0.01 * usual[:, None]
@@ -191,7 +192,7 @@ def lost_gradients(
             text = (
                 f"Hardly any gradient comes to {series.site} {episode.when}: its norm is as small"
                 f" as {number(episode.value)}, that of the last layer about"
-                f" {number(float(np.nanmedian(norms[-1])))}."
+                f" {number(float(medians(norms[-1:])[0]))}."
             )
             severity: Severity = "medium"
             yield episode.anomaly("gradient_vanishing", severity, part, text)
@@ -213,8 +214,8 @@ def _risen(newest: Newest) -> Ending:
     none = np.zeros(len(newest), dtype=np.bool_)
     if len(newest) and len(newest.series(0).values) > 6:
         before = newest.before(7)
-        with np.errstate(invalid="ignore"):
-            risen = np.nanmin(before[:, -2:], axis=1) > 1.5 * np.nanmedian(before[:, :5], axis=1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            risen = before[:, -2:].min(axis=1) > 1.5 * medians(before[:, :5])
         none = np.full(len(newest), bool(risen.mean() >= 0.5), dtype=np.bool_)
     return Ending.of(newest, none)
 
@@ -224,8 +225,10 @@ def _fallen(newest: Newest) -> Ending:
     if not len(newest) or len(newest.series(0).values) < 3:
         return Ending.of(newest, none)
     first = np.array([newest.series(place).values[0] for place in range(len(newest))])
-    largest = np.nanmax(newest.values) if np.isfinite(newest.values).any() else 0.0
-    return Ending.of(newest, (newest.values < 1e-3 * first) | (newest.values < 1e-4 * largest))
+    finite = newest.values[np.isfinite(newest.values)]
+    largest = float(finite.max()) if len(finite) else 0.0
+    fallen = (newest.values < 1e-3 * first) | (newest.values < 1e-4 * largest)
+    return Ending.of(newest, fallen, none)
 
 
 def _one(info: KeyInfo) -> int:

@@ -13,7 +13,6 @@ from tmm.analysis.recent import Newest
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
-
 def initial_scales(
     recorded: Recorded,
     *,
@@ -22,7 +21,8 @@ def initial_scales(
     apart: float = 5.0,
     growth: float = 2.5,
     decay: float = 1 / 30,
-    small: float = 1 / 50,
+    small: float = 1 / 200,
+    tiny: float = 1 / 2000,
     layers: int = 3,
 ) -> Iterator[Anomaly]:
     """Layers that multiply the size of their input in the first recorded step.
@@ -30,45 +30,49 @@ def initial_scales(
     The gain of a layer is the root mean square of its output over that of what came before it.
     Usual initialisations give 0.1 to 2. One layer (``initialisation``): a gain above ``gain``, and
     gain and weights each ``apart`` times the median of the other layers: medium, above ``high``
-    high; weights and gain below ``small`` of the others' median: low. All (``signal_growth``,
+    high; weights below ``small`` of the others' median: low, ``tiny`` medium. All (``signal_growth``,
     ``signal_decay``), of at least ``layers`` layers: the median of the gains is above ``growth``
     (high), or below ``decay`` (medium). Layers whose weights begin at one, as those of
-    normalisations, are left out.
+    normalisations, are left out, and those that are zero or of which the first update left nothing
+    to know.
     """
     found = [layer for layer in layers_of(recorded) if not layer.is_normalisation]
     found = [layer for layer in found if len(layer.weight.values) and len(layer.output.values)]
+    found = [layer for layer in found if layer.first > 0]
     gains = np.array([layer.gain for layer in found])
-    weights = np.array([layer.weight.values[0] for layer in found])
+    weights = np.array([layer.first for layer in found])
     known = np.isfinite(gains) & (gains > 0)
-    if not known.any():
+    if not len(found):
         return
-    middle = float(np.median(gains[known]))
+    middle = float(np.median(gains[known])) if known.any() else 1.0
     if known.sum() >= layers and middle > growth:
         yield _of_all(found, gains, middle, "signal_growth", "high", growth)
         return
     if known.sum() >= layers and middle < decay:
         yield _of_all(found, gains, middle, "signal_decay", "medium", decay)
-    for place in np.flatnonzero(known):
+    for place in range(len(found)):
         others = np.delete(weights, place)
         if not len(others):
             continue
         rest = np.delete(gains, place)[np.delete(known, place)]
         usual, typical = float(np.median(others)), float(np.median(rest)) if len(rest) else 1.0
-        times = gains[place] / typical
-        is_large = gains[place] > gain and times > apart and weights[place] > apart * usual
-        is_small = times < small and weights[place] < small * usual
-        if is_large or is_small:
-            severity: Severity = "low" if is_small else "high" if gains[place] > high else "medium"
-            yield _of_one(found[place], float(gains[place]), weights[place] / usual, severity, gain)
+        own, times = float(gains[place]), float(weights[place] / usual)
+        severity: Severity
+        if own > gain and own > apart * typical and times > apart:
+            severity = "high" if own > high else "medium"
+        elif times < small:
+            severity = "medium" if times < tiny else "low"
+        else:
+            continue
+        yield _of_one(found[place], own, times, severity, gain)
 
 
 def _of_one(layer: Layer, gain: float, times: float, severity: Severity, limit: float) -> Anomaly:
     size = "large" if times > 1 else "small"
-    text = (
-        f"{layer.name} begins with weights {number(times)} times as large as the median of the"
-        f" other layers, and its output has {number(gain)} times the size of its input: it is"
-        f" initialised too {size}."
-    )
+    text = f"{layer.name} begins with weights {number(times)} times those of the other layers"
+    if np.isfinite(gain):
+        text += f" (the median), and its output has {number(gain)} times the size of its input"
+    text += f": it is initialised too {size}."
     step = int(layer.output.steps[0])
     return Anomaly(
         *("initialisation", severity, step, step, layer.output.key, layer.name),

@@ -10,7 +10,7 @@ from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.layers import is_update, joined, trained
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged
+from tmm.analysis.robust import bridged, medians
 from tmm.analysis.series import Series, series_of
 from tmm.core.keys import is_total_loss
 from tmm.core.series_by_key import Recorded
@@ -19,6 +19,7 @@ ALL = "all parameters"
 """The site of what is of all parameters together."""
 
 _HIGH = 0.5
+_ENDLESS = 1e100
 _LONG = 40  # recorded steps after which alerts look whether anything has moved
 
 
@@ -66,10 +67,11 @@ def small_rates(
         return
     series = _together(parts[0], steps, values)
     gaps = np.diff(steps, append=steps[-1] + 1)
-    moved = float(np.nansum(series.values * gaps))
+    moves = np.nan_to_num(series.values)
+    moved, largest = float((moves.clip(0, 1e9) * gaps).sum()), float(moves.max())
     losses = [s.finite() for s in series_of(recorded, is_total_loss)]
     stands = [_stands(loss) for loss in losses if len(loss.values) >= least]
-    if moved >= travel or not (all(stands) if stands else np.nanmax(series.values) < never):
+    if moved >= travel or not (all(stands) if stands else largest < never):
         return
     finite = series.finite()
     if not len(finite.values):
@@ -86,20 +88,18 @@ def small_rates(
 
 def _together(first: Series, steps: np.ndarray, values: np.ndarray) -> Series:
     """The median over the parameters that had an update in a step."""
-    with np.errstate(invalid="ignore"):
-        some = np.isfinite(values).any(axis=0)
-        middle = np.full(len(steps), np.nan)
-        # What begins at zero is infinite: it counts as large.
-        middle[some] = np.nanmedian(np.where(np.isinf(values), 1e9, values)[:, some], axis=0)
+    # What begins at zero is infinite: it counts as large.
+    middle = medians(np.where(np.isposinf(values), 1e9, values).T)
     info = first.info
     return Series(type(info)(info.key, info.kind, ALL, info.position, ""), steps, middle)
 
 
 def _stands(loss: Series) -> bool:
     """Whether a loss is at its end where it was at its beginning, but for noise."""
-    quarter = max(3, len(loss.values) // 4)
-    early, late = loss.values[:quarter], loss.values[-quarter:]
-    noise = float(np.median(np.abs(np.diff(loss.values)))) / np.sqrt(quarter)
+    values = loss.values.clip(-_ENDLESS, _ENDLESS)
+    quarter = max(3, len(values) // 4)
+    early, late = values[:quarter], values[-quarter:]
+    noise = float(np.median(np.abs(np.diff(values)))) / np.sqrt(quarter)
     fall = float(np.median(early) - np.median(late))
     return fall <= 3 * noise + 0.002 * abs(float(np.median(early)))
 

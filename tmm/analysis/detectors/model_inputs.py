@@ -9,8 +9,8 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, any_finite
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import NORMAL, early_median
-from tmm.analysis.series import Series, is_metric, named, series_of
+from tmm.analysis.robust import NORMAL, early_median, median
+from tmm.analysis.series import is_metric, named, series_of
 from tmm.core.families import MODEL_INPUT
 from tmm.core.keys import STARTED, key_of
 from tmm.core.series_by_key import Recorded
@@ -47,13 +47,13 @@ def strange_inputs(
             before = before[np.isfinite(before) & ~flagged[max(0, place - _WINDOW) : place]]
             if len(before) < least or not np.isfinite(values[place]):
                 continue
-            usual[place] = np.median(before)
+            usual[place] = median(before)
             if is_share:
                 flagged[place] = values[place] >= empty and usual[place] < 0.9
             elif values[place] > 0 and usual[place] > 0:
                 logs = np.log10(before[before > 0])
                 spread = max(NORMAL * float(np.median(np.abs(logs - np.median(logs)))), 0.02)
-                move = np.log10(values[place] / usual[place])
+                move = np.log10(values[place]) - np.log10(usual[place])
                 limit = factor if series.metric == "rms" else absmax
                 is_far = abs(move) if series.metric == "rms" else move
                 flagged[place] = is_far >= np.log10(limit) and is_far > score * spread
@@ -67,7 +67,7 @@ def strange_inputs(
                 else f"has a {_WORDS[series.metric]} of {number(episode.value)} {episode.when}"
             )
             text = f"The input {series.site} {what}; before, it was {number(level)}: a corrupt batch?"
-            yield episode.anomaly("input_jump", "high", factor * level, text)
+            yield episode.anomaly("input_jump", "high", min(factor * level, 1e308), text)
 
 
 _WORDS = {"rms": "root mean square", "absmax": "largest value"}
@@ -141,7 +141,7 @@ def _may_be_strange(newest: Newest) -> Ending:
     possible = np.zeros(len(newest), dtype=np.bool_)
     for place in range(len(newest)):
         values = newest.series(place).values[:-1]
-        near = float(np.median(values)) if len(values) else np.nan
+        near = median(values) if len(values) else np.nan
         value = newest.values[place]
         possible[place] = value > 2 * near or value < near / 2 or value >= 0.999
     return Ending.of(newest, possible)
@@ -165,4 +165,3 @@ SCALE_ENDS = (
     EndsWith("input_scale", "medium", _is_mark, _in_the_beginning, _site, _all_inputs),
 )
 REPEATS_END = (EndsWith("data_repeated", "medium", _is_mark, any_finite, _site, _all_inputs),)
-_ = Series

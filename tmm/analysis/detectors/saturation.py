@@ -10,7 +10,7 @@ from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.layers import layers_of
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, early_median
+from tmm.analysis.robust import bridged
 from tmm.analysis.series import Series, is_metric, named, series_of
 from tmm.core.families import MODEL_OUTPUT
 from tmm.core.keys import key_of
@@ -44,14 +44,16 @@ def saturated_units(
         if largest is None or len(rms.values) < least:
             continue
         high = largest.on(rms.steps)
-        is_in_range = (high <= 1.0) & (high > 0.9)
+        is_in_range = (high <= 1.0) & (high > 0.99)
         if not is_in_range.any():
             continue
-        squares = rms.values**2
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = np.minimum(rms.values, 10.0) ** 2
         slope = 1 - squares
         if mean is not None:
             means = mean.on(rms.steps)
-            if np.ptp(means) > 1e-5 * np.abs(means).max():
+            changes = np.isfinite(means).all() and np.ptp(means) > 1e-5 * np.abs(means).max()
+            if changes:
                 slope = np.minimum(slope, np.where(means > 0, means - squares, np.inf))
         slope = np.where(is_in_range, slope, np.inf)
         slopes = Series(rms.info, rms.steps, slope)
@@ -114,4 +116,3 @@ SATURATION_ENDS = (
     EndsWith("saturation", "high", _is_rms, _saturated, _module, _is_bounded),
 )
 COLLAPSE_ENDS = (EndsWith("output_collapse", "high", _is_spread, _low),)
-_ = early_median

@@ -9,8 +9,16 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.detectors.learning_rate import ALL
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.layers import begins_at_one, is_bias, is_parameter, is_update, joined
+from tmm.analysis.layers import (
+    begins_at_one,
+    first_moves,
+    is_bias,
+    is_parameter,
+    is_update,
+    joined,
+)
 from tmm.analysis.recent import Newest
+from tmm.analysis.robust import medians
 from tmm.analysis.series import Series, named, series_of
 from tmm.core.keys import key_of
 from tmm.core.records import KeyInfo
@@ -34,20 +42,21 @@ def decaying_parameters(
     below ``low`` (low), and ``shared`` of them are below 0.8 of it. Learning makes some smaller,
     and others larger. It is dated to where the median fell below ``begun``.
     """
+    moves = first_moves(recorded)
     groups: dict[bool, list[Series]] = {True: [], False: []}
     for series in series_of(recorded, is_parameter):
         sizes = series.finite()
         if len(sizes.values) >= least and sizes.values[0] > 0 and not is_bias(sizes.site):
-            groups[begins_at_one(sizes)].append(sizes)
+            groups[begins_at_one(sizes, moves.get(sizes.site, 0.0))].append(sizes)
     for is_gain, some in groups.items():
         if len(some) < 2:
             continue
         steps, values = joined(some)
-        parts = values / np.array([[sizes.values[0]] for sizes in some])
-        with np.errstate(invalid="ignore"):
-            middle = np.nanmedian(parts, axis=0)
-            together = np.nanmean(parts < 0.8, axis=0) >= shared
-        if not (middle[-1] < low and together[-1]):
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = values / np.array([[sizes.values[0]] for sizes in some])
+        middle, last = medians(parts.T), parts[:, -1]
+        last = last[np.isfinite(last)]
+        if not (middle[-1] < low and len(last) and (last < 0.8).mean() >= shared):
             continue
         severity: Severity = "medium" if middle[-1] < medium else "low"
         begins = int(np.flatnonzero(middle >= begun)[-1]) + 1 if (middle >= begun).any() else 0
@@ -84,9 +93,10 @@ def jumping_parameters(recorded: Recorded, *, factor: float = _JUMP) -> Iterator
         moves = updates.on(sizes.steps)
         for place in np.flatnonzero(np.isfinite(far) & (far >= factor)) + 1:
             near = moves[max(0, place - 5) : place + 1]
-            move = float(np.nanmax(near)) if np.isfinite(near).any() else 0.0
+            near = near[np.isfinite(near)]
+            move = float(near.max()) if len(near) else 0.0
             gap = int(sizes.steps[place] - sizes.steps[place - 1])
-            reach = min(gap * np.log1p(move), 600.0)
+            reach = min(gap * float(np.log1p(max(move, 0.0))), 600.0)
             if np.log(far[place - 1]) <= np.log(factor) + reach:
                 continue
             flagged = np.arange(len(values)) == place
