@@ -63,7 +63,7 @@ def plantings(
                     task = models[name](seed)
                 training = Training(task, seed, attention=fault.attention)
                 if held_out:
-                    training.steps, training.every = 80, 2
+                    training.steps, training.every = training.steps + 20, 2
                 fault.plant(training)
                 yield fault, training
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from benchmarks.diagnosis.models import Attention
 from benchmarks.diagnosis.training import Training
 
 ONSET = 30
@@ -132,9 +133,7 @@ def weight_decay_too_strong(training: Training) -> None:
 
 @fault("parameter_decay", (0, 60), _norms, mlp=_NO_NORM, rnn=_NO_NORM)
 def norms_decay(training: Training) -> None:
-    norms = {
-        p for name in training.task.norms for p in module(training, name).parameters()
-    }
+    norms = {p for name in training.task.norms for p in module(training, name).parameters()}
 
     def optimize(parameters: object, lr: float) -> torch.optim.Optimizer:
         others = [p for p in training.task.model.parameters() if p not in norms]
@@ -332,11 +331,17 @@ def scaler_skips(training: Training) -> None:
 # Attention
 
 
+def _attention_of(training: Training, name: str) -> Attention:
+    found = module(training, name)
+    assert isinstance(found, Attention)
+    return found
+
+
 @fault("attention_logit_growth attention_collapse", (10, 50), _attention, attention=True)
 def attention_logits_grow(training: Training) -> None:
     def sharpen() -> None:
         for name in training.task.attentions:
-            module(training, name).sharpness *= 1.6  # type: ignore[operator, assignment]
+            _attention_of(training, name).sharpness.mul_(1.6)
 
     training.at |= dict.fromkeys(range(10, 40), sharpen)
 
@@ -344,13 +349,13 @@ def attention_logits_grow(training: Training) -> None:
 @fault("attention_collapse attention_logit_growth", _LATER, _attention, attention=True)
 def attention_collapses(training: Training) -> None:
     name = training.task.attentions[0]
-    training.at[ONSET] = lambda: setattr(module(training, name), "sharpness", 3e4)
+    training.at[ONSET] = lambda: _attention_of(training, name).sharpness.fill_(3e4)
 
 
 @fault("attention_sink attention_collapse", _LATER, _attention, attention=True)
 def attention_sinks(training: Training) -> None:
     name = training.task.attentions[-1]
-    training.at[ONSET] = lambda: setattr(module(training, name), "sink", 12.0)
+    training.at[ONSET] = lambda: _attention_of(training, name).sink.fill_(12.0)
 
 
 # Data
@@ -386,15 +391,15 @@ def inputs_not_normalised(training: Training) -> None:
     training.batches.append(lambda step, batch: (batch[0] * 64 + 128, batch[1]))
 
 
-@fault("loss_spike", (ONSET + 10, ONSET + 11), lambda t: ("loss",))
+@fault("loss_spike", (80, 81), lambda t: ("loss",))
 def labels_noisy_for_a_while(training: Training) -> None:
     def shuffle(step: int, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         inputs, targets = batch
-        if ONSET + 10 <= step < ONSET + 15:
+        if 80 <= step < 85:
             targets = (targets + 1 + step % 3) % (int(targets.max()) + 1)
         return inputs, targets
 
-    training.lr = 3 * training.task.lr
+    training.steps = 100  # until then it has learned something
     training.batches.append(shuffle)  # type: ignore[arg-type]
 
 

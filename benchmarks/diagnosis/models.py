@@ -21,7 +21,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.causal = heads, causal
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.sharpness, self.sink = 1.0, 0.0
+        self.sharpness: Tensor
+        self.sink: Tensor
+        self.register_buffer("sharpness", torch.ones(()))
+        self.register_buffer("sink", torch.zeros(()))
 
     def forward(self, stream: Tensor) -> Tensor:
         """Mix the positions of ``stream``, shape (batch, length, width)."""
@@ -31,8 +34,8 @@ class Attention(nn.Module):
         if self.causal:
             mask = mask.masked_fill(torch.ones_like(mask).triu(1).bool(), -1e9)
         mask = mask + self.sink * (torch.arange(length) == 0)
-        scale = self.sharpness * q.shape[-1] ** -0.5
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        q = q * self.sharpness
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         output: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -128,7 +131,9 @@ class Mixer(nn.Module):
         )
         self.channels = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
+                nn.LayerNorm(width),
+                nn.Linear(width, 2 * width),
+                nn.GELU(),
                 nn.Linear(2 * width, width),
             )
             for _ in range(layers)

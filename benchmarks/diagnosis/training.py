@@ -38,7 +38,7 @@ class Training:
     lr: float = 0.0
     optimize: Optimize = adam
     schedule: Callable[[int], float] = lambda step: 1.0
-    at: dict[int, Callable[[], None]] = field(default_factory=dict)
+    at: dict[int, Callable[[], object]] = field(default_factory=dict)
     batches: list[Callable[[int, Batch], Batch]] = field(default_factory=list)
     losses: list[Callable[[int, Tensor], Tensor]] = field(default_factory=list)
     gradients: list[Callable[[int], None]] = field(default_factory=list)
@@ -57,9 +57,7 @@ class Training:
         if not self.attention:
             return default
         rule = tmm.attention("entropy", "max_logit", "sink_mass")
-        return tmm.Spec(
-            *default.rules, rule, every=self.every, **_diagnosis(default)
-        )
+        return tmm.Spec(*default.rules, rule, every=self.every, **_diagnosis(default))
 
 
 def _diagnosis(spec: tmm.Spec) -> dict[str, bool]:

@@ -22,7 +22,9 @@ class Knowledge:
 
 
 _STILL = frozenset(("gradient_idle", "gradient_vanishing", "update_small"))
-_DATA, _BEFORE, _SETUP, _START, _RATE, _FORWARD, _LOSS, _BACKWARD, _UPDATE, _REST, _IDLE = range(11)
+_DATA, _BEFORE, _SETUP, _START, _RATE, _FORWARD, _LOSS, _LATER, _BACKWARD, _UPDATE, _REST = range(
+    11
+)
 
 KNOWLEDGE: Mapping[str, Knowledge] = {
     "input_jump": Knowledge(
@@ -39,7 +41,8 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
         _BEFORE, "load the state of the optimizer from the checkpoint, after the model's"
     ),
     "parameter_jump": Knowledge(
-        _BEFORE, "look for what writes to the parameter: a checkpoint, an initialisation, a callback"
+        _BEFORE,
+        "look for what writes to the parameter: a checkpoint, an initialisation, a callback",
     ),
     "steps_skipped": Knowledge(
         _SETUP, "find what is not finite in the backward pass; scale the loss less, or use bfloat16"
@@ -92,11 +95,9 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
     "output_collapse": Knowledge(
         _FORWARD, "find the layer whose output is the same for all items; lower the learning rate"
     ),
-    "loss_spike": Knowledge(
-        _LOSS, "look at the batch and the labels of that step; clip gradients"
-    ),
+    "loss_spike": Knowledge(_LOSS, "look at the batch and the labels of that step; clip gradients"),
     "loss_drop": Knowledge(_LOSS, "look at the targets of that step, and at masks of the loss"),
-    "loss_divergence": Knowledge(_LOSS, "lower the learning rate, warm it up, clip gradients"),
+    "loss_divergence": Knowledge(_LATER, "lower the learning rate, warm it up, clip gradients"),
     "gradient_scale": Knowledge(
         _BACKWARD, "divide the loss by the number of micro-batches, take means, look at its factor"
     ),
@@ -107,16 +108,21 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
     "gradient_clipped": Knowledge(
         _REST, "nothing, if it is meant; else clip at a larger norm", spreads=False
     ),
-    "gradient_idle": Knowledge(_IDLE, "nothing, if it is meant", spreads=False),
+    "gradient_idle": Knowledge(
+        _BACKWARD, "nothing, if it is meant", spreads=False, consequences=_STILL
+    ),
     "parameter_decay": Knowledge(
         _REST, "lower weight_decay; leave biases and gains of normalisations out of it"
     ),
-    "loss_plateau": Knowledge(_IDLE, "nothing, if it is learned", spreads=False),
+    "loss_plateau": Knowledge(_REST, "nothing, if it is learned", spreads=False),
     "memory_growth": Knowledge(_REST, "look for tensors that are kept, such as losses", False),
 }
 
 OTHERWISE = Knowledge(_FORWARD, "")
 """Of kinds of other packages."""
+
+SELDOM_MEANT = frozenset(("gradient_idle", "loss_plateau"))
+"""What is seldom the trouble that somebody looks for: it comes last of what is as grave."""
 
 NEVER_EXPLAINED = frozenset(
     (

@@ -53,6 +53,12 @@ ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     updates.large_updates: updates.LARGE_END,
     updates.small_updates: updates.SMALL_END,
     memory.growing_memory: memory.GROWTH_ENDS,
+}
+"""The detectors that judge each series by itself, and with which newest values their episodes end.
+
+That of NaN and infinity is asked otherwise: see `nonfinite_values.nonfinite_at`."""
+
+JOINT_ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     attention.attention_sinks: attention.SINKS_END,
     model_inputs.strange_inputs: model_inputs.JUMPS_END,
     model_inputs.input_scales: model_inputs.SCALE_ENDS,
@@ -71,12 +77,10 @@ ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     gradient_scale.multiplied_gradients: gradient_scale.FACTOR_ENDS,
     gradient_scale.lost_gradients: gradient_scale.LOSS_ENDS,
 }
-"""The built-in detectors, and with which newest values their episodes end.
-
-That of NaN and infinity is asked otherwise: see `nonfinite_values.nonfinite_at`."""
+"""Those that judge several series together, and when an alert asks them: some not in each step."""
 
 BUILT_IN: tuple[tuple[str, Detector], ...] = tuple(
-    (detector.__name__, detector) for detector in ENDINGS
+    (detector.__name__, detector) for detector in (*ENDINGS, *JOINT_ENDINGS)
 )
 """The same with their names."""
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from tmm.analysis.advice import NEVER_EXPLAINED, known_of
+from tmm.analysis.advice import NEVER_EXPLAINED, SELDOM_MEANT, known_of
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity
 from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.recorded import ReadOnce
-from tmm.analysis.registry import Detector, find_anomalies
+from tmm.analysis.registry import Detector, find_anomalies, in_order
 from tmm.core.families import Phase
 from tmm.core.keys import is_total_loss
 from tmm.core.metrics import FloatArray
 from tmm.core.records import StepArray
 from tmm.core.series_by_key import Recorded
 
-_LASTS = 30  # recorded steps after which something new is a story of its own
+_LASTS = 10  # recorded steps of the cause's key after which something new is another story
 _AROUND = 5  # recorded steps before and after the onset
 _LAST: Rank = (Phase.REST, 1 << 62)
 
@@ -32,6 +32,13 @@ class Excerpt:
     key: str
     steps: StepArray
     values: FloatArray
+
+    def told(self, onset: int) -> str:
+        """The values as text, with a bar before the step at which a story begins."""
+        values = [f"{value:.3g}" for value in self.values]
+        place = int((self.steps < onset).sum())
+        before, after = ", ".join(values[:place]), ", ".join(values[place:])
+        return f"{self.key}: {f'{before} | ' if before else ''}{after}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +117,11 @@ def find_stories(
     return tell(found, ReadOnce(recorded)) if found else ()
 
 
+def anomalies_of(stories: Iterable[Story], keys: Iterable[str]) -> tuple[Anomaly, ...]:
+    """All findings of stories, as `find_anomalies` gives them."""
+    return in_order((a for story in stories for a in (story.cause, *story.consequences)), keys)
+
+
 def tell(found: Iterable[Anomaly], recorded: Recorded) -> tuple[Story, ...]:
     """Link what was found in a record into stories.
 
@@ -118,27 +130,16 @@ def tell(found: Iterable[Anomaly], recorded: Recorded) -> tuple[Story, ...]:
     the update. A finding belongs to the first story before it that can explain it.
     """
     ranks = execution_ranks(recorded)
-    ordered = sorted(found, key=lambda anomaly: _order(anomaly, ranks))
     drafts: list[Draft] = []
-    steps = recorded.steps
-    for anomaly in ordered:
-        draft = next((draft for draft in drafts if draft.explains(anomaly, steps)), None)
-        if draft is None:
-            drafts.append(Draft(anomaly))
-        else:
-            draft.add(anomaly)
-    stories = [
-        Story(
-            draft.cause,
-            tuple(draft.consequences),
-            excerpts(recorded, draft.cause),
-            known_of(draft.cause.kind).try_,
-        )
-        for draft in drafts
-    ]
-    return tuple(
-        sorted(stories, key=lambda s: (-SEVERITIES.index(s.severity), _order(s.cause, ranks)))
-    )
+    for anomaly in in_causal_order(found, ranks):
+        link(anomaly, drafts, recorded)
+    stories = [draft.story(excerpts(recorded, draft.cause)) for draft in drafts]
+
+    def standing(story: Story) -> tuple[object, ...]:
+        is_minor = story.cause.kind in SELDOM_MEANT
+        return -_weight_of(story.severity), is_minor, _order(story.cause, ranks)
+
+    return tuple(sorted(stories, key=standing))
 
 
 @dataclass(eq=False)
@@ -146,32 +147,62 @@ class Draft:
     """A story that may still get consequences."""
 
     cause: Anomaly
+    patience: float
     consequences: list[Anomaly] = field(default_factory=list)
     until: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.until = self.cause.last_step
 
-    def explains(self, later: Anomaly, steps: StepArray) -> bool:
+    @classmethod
+    def of(cls, cause: Anomaly, recorded: Recorded) -> Draft:
+        """The story of a cause; it may explain what begins some recorded steps after its end."""
+        steps, _ = recorded.series(cause.key)
+        gap = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
+        return cls(cause, _LASTS * gap)
+
+    def explains(self, later: Anomaly) -> bool:
         """Whether the cause can have brought about a finding that does not begin before it."""
         cause, known = self.cause, known_of(self.cause.kind)
         if later.kind == cause.kind and later.severity == cause.severity == "low":
             return True  # many of one kind, and none of them grave
         if not known.spreads:
-            is_near = later.site.startswith(cause.site) or cause.site.startswith(later.site)
+            members = (cause, *self.consequences)
+            is_near = any(
+                later.site.startswith(member.site) or member.site.startswith(later.site)
+                for member in members
+            )
             is_named = later.kind in known.consequences
             return is_named and (is_near or known.consequences == {"loss_plateau"})
         if later.kind in NEVER_EXPLAINED:
             return False
         if cause.severity == "low" and later.severity != "low":
             return False
-        between = np.searchsorted(steps, later.step) - np.searchsorted(steps, self.until)
-        return bool(between <= _LASTS)
+        return later.step - self.until <= self.patience
+
+    def story(self, evidence: tuple[Excerpt, ...] = ()) -> Story:
+        """The story as far as it is known."""
+        advice = known_of(self.cause.kind).try_
+        return Story(self.cause, tuple(self.consequences), evidence, advice)
 
     def add(self, later: Anomaly) -> None:
         """Take a finding that it explains."""
         self.consequences.append(later)
         self.until = max(self.until, later.last_step)
+
+
+def in_causal_order(found: Iterable[Anomaly], ranks: Mapping[str, Rank]) -> list[Anomaly]:
+    """Findings by the step at which they begin, and by where in a step their kind comes about."""
+    return sorted(found, key=lambda anomaly: _order(anomaly, ranks))
+
+
+def link(anomaly: Anomaly, drafts: list[Draft], recorded: Recorded) -> None:
+    """Add a finding to the first story that explains it, or begin one."""
+    draft = next((draft for draft in drafts if draft.explains(anomaly)), None)
+    if draft is None:
+        drafts.append(Draft.of(anomaly, recorded))
+    else:
+        draft.add(anomaly)
 
 
 def excerpts(recorded: Recorded, cause: Anomaly) -> tuple[Excerpt, ...]:
@@ -200,4 +231,8 @@ def _order(anomaly: Anomaly, ranks: Mapping[str, Rank]) -> tuple[int, int, Rank,
 
 
 def _weight(anomaly: Anomaly) -> int:
-    return SEVERITIES.index(anomaly.severity)
+    return _weight_of(anomaly.severity)
+
+
+def _weight_of(severity: Severity) -> int:
+    return SEVERITIES.index(severity)

@@ -108,7 +108,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.name: family
         for family in (
-            *(MODEL_INPUT, MODEL_OUTPUT, ACTIVATION, ACTIVATION_DIFFERENCE, ACTIVATION_GRADIENT, ATTENTION, RCC),
+            *(
+                MODEL_INPUT,
+                MODEL_OUTPUT,
+                ACTIVATION,
+                ACTIVATION_DIFFERENCE,
+                ACTIVATION_GRADIENT,
+                ATTENTION,
+                RCC,
+            ),
             *(GRADIENT, GRADIENT_BEFORE_CLIP, UPDATE, OPTIMIZER_STATE),
             *(PARAMETER, PARAMETER_DIFFERENCE, STEP, SYSTEM),
         )

@@ -16,7 +16,7 @@ from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.outputs import tensors_in
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding
-from tmm.spec.ranks import is_distributed, local_part
+from tmm.spec.ranks import is_distributed
 
 _METRICS = ("mean", "rms", "absmax", "zero_fraction")
 _OF_INTEGERS = builtin_reductions(_METRICS, is_complex=False)
@@ -56,13 +56,12 @@ def measure_inputs(
     """
     for name, value in _named(forward, args, kwargs):
         for path, given in tensors_in(value):
-            if why_no_values(given) or is_distributed(given) or given.is_complex():
+            if is_distributed(given) or given.is_complex() or not given.numel():
                 continue
-            tensor = local_part(given.detach())
-            if not tensor.numel():
+            reductions = _OF_NUMBERS if given.is_floating_point() else _OF_INTEGERS
+            tensor = given.detach() if given.is_floating_point() else given.float()
+            if why_no_values(tensor):
                 continue
-            reductions = _OF_NUMBERS if tensor.is_floating_point() else _OF_INTEGERS
-            tensor = tensor if tensor.is_floating_point() else tensor.float()
             rows = [(reduction, reduce_eagerly(tensor, reduction)) for reduction in reductions]
             count = tensor.new_tensor([1, tensor.numel()], dtype=torch.float64, device="cpu")
             for reduction, row in (*rows, (_ELEMENTS, count)):
@@ -78,7 +77,10 @@ def measure_output(attribution: Attribution, output: object, add: Add) -> None:
         if tensor.dim() > 1 and tensor.shape[-1] > 1 and tensor[..., 0].numel() > 1:
             measurement = Measurement(MODEL_OUTPUT.name, Site(f"output{path}"), _SPREAD)
             value = spread(tensor)
-            add(attribution.bind_eagerly(measurement), [torch.stack([torch.ones_like(value), value])])
+            add(
+                attribution.bind_eagerly(measurement),
+                [torch.stack([torch.ones_like(value), value])],
+            )
             return
 
 

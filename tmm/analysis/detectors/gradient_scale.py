@@ -90,8 +90,11 @@ def multiplied_gradients(
         is_one = has_more or _is_one_factor(rises, rise, spread)
         asked = factor if has_more else alone
         sudden = _is_sudden(logs, place, rise)
-        if rise < np.log10(asked) or not is_one or not sudden or not (
-            has_more or _is_same_loss(losses, steps, place, window)
+        if (
+            rise < np.log10(asked)
+            or not is_one
+            or not sudden
+            or not (has_more or _is_same_loss(losses, steps, place, window))
         ):
             place += 1
             continue

@@ -13,6 +13,7 @@ from tmm.analysis.recent import Newest
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
+
 def initial_scales(
     recorded: Recorded,
     *,
@@ -81,11 +82,14 @@ def _of_one(layer: Layer, gain: float, times: float, severity: Severity, limit: 
 
 
 def _of_all(
-    found: list[Layer], gains: np.ndarray, middle: float, kind: str, severity: Severity, limit: float
+    found: list[Layer],
+    gains: np.ndarray,
+    middle: float,
+    kind: str,
+    severity: Severity,
+    limit: float,
 ) -> Anomaly:
-    first = next(
-        layer for layer, value in zip(found, gains, strict=True) if np.isfinite(value)
-    )
+    first = next(layer for layer, value in zip(found, gains, strict=True) if np.isfinite(value))
     step = int(first.output.steps[0])
     what = (
         "the initialisation is too large, or normalisations are missing"

@@ -101,7 +101,7 @@ def _stands(loss: Series) -> bool:
     early, late = values[:quarter], values[-quarter:]
     noise = float(np.median(np.abs(np.diff(values)))) / np.sqrt(quarter)
     fall = float(np.median(early) - np.median(late))
-    return fall <= 3 * noise + 0.002 * abs(float(np.median(early)))
+    return bool(fall <= 3 * noise + 0.002 * abs(float(np.median(early))))
 
 
 def _one(info: object) -> int:

@@ -30,6 +30,7 @@ def loss_spikes(
     window: int = 50,
     least: int = 10,
     floor: float = 0.02,
+    part: float = 0.05,
 ) -> Iterator[Anomaly]:
     """Losses far above those before.
 
@@ -37,7 +38,8 @@ def loss_spikes(
     is always positive. It is compared with the rises of the ``window`` recorded values before: more
     than ``medium`` of their spreads (1.4826 times the median absolute deviation) above their median
     is medium, more than ``high`` high. The spread is ``floor`` of the loss at least, so that a jump
-    after a constant loss counts; the first ``least`` values are not judged.
+    after a constant loss counts; the first ``least`` values are not judged. A rise by less than
+    ``part`` of the size that the loss had at first is none: there is little of it left.
     """
     for series in series_of(recorded, is_loss):
         losses = series.finite()
@@ -45,7 +47,10 @@ def loss_spikes(
         near, _ = before(values, _NEAR, _LEAST_NEAR)
         usual, spread = _usual(values - near, window, least - _LEAST_NEAR, smallest)
         scores = (values - near - usual) / spread
-        for episode in episodes(losses, scores > medium, badness=scores):
+        levels = np.exp(near.clip(max=700.0)) if _is_positive(losses) else near
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_large = losses.values - levels > part * abs(early_median(losses.values))
+        for episode in episodes(losses, (scores > medium) & is_large, badness=scores):
             place = episode.worst
             severity: Severity = "high" if scores[place] > high else "medium"
             asked = high if severity == "high" else medium
@@ -83,7 +88,8 @@ def loss_drops(
         usual, spread = _usual(falls, window, least - _LEAST_NEAR, smallest)
         far = np.log(factor) if _is_positive(losses) else (1 - 1 / factor) * smallest / floor
         scores = (falls - usual) / spread
-        drops = _lowest_before(losses.values, _NEAR) - losses.values
+        with np.errstate(over="ignore"):
+            drops = _lowest_before(losses.values, _NEAR) - losses.values
         far_enough = drops > part * abs(early_median(losses.values))
         flagged = (scores > score) & (falls > far) & far_enough
         for episode in episodes(losses, flagged, badness=scores):

@@ -66,7 +66,9 @@ def strange_inputs(
                 if is_share
                 else f"has a {_WORDS[series.metric]} of {number(episode.value)} {episode.when}"
             )
-            text = f"The input {series.site} {what}; before, it was {number(level)}: a corrupt batch?"
+            text = (
+                f"The input {series.site} {what}; before, it was {number(level)}: a corrupt batch?"
+            )
             yield episode.anomaly("input_jump", "high", min(factor * level, 1e308), text)
 
 
@@ -161,7 +163,5 @@ def _all_inputs(info: object) -> bool:
 
 
 JUMPS_END = (EndsWith("input_jump", "high", _is_size, _may_be_strange, _site),)
-SCALE_ENDS = (
-    EndsWith("input_scale", "medium", _is_mark, _in_the_beginning, _site, _all_inputs),
-)
+SCALE_ENDS = (EndsWith("input_scale", "medium", _is_mark, _in_the_beginning, _site, _all_inputs),)
 REPEATS_END = (EndsWith("data_repeated", "medium", _is_mark, any_finite, _site, _all_inputs),)

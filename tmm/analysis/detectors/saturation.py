@@ -53,8 +53,9 @@ def saturated_units(
         if mean is not None:
             means = mean.on(rms.steps)
             changes = np.isfinite(means).all() and np.ptp(means) > 1e-5 * np.abs(means).max()
-            if changes:
-                slope = np.minimum(slope, np.where(means > 0, means - squares, np.inf))
+            # Of values between 0 and 1 the mean is never below the mean square.
+            if changes and (means >= squares - 1e-6).all():
+                slope = np.minimum(slope, means - squares)
         slope = np.where(is_in_range, slope, np.inf)
         slopes = Series(rms.info, rms.steps, slope)
         for episode in episodes(slopes, slope < open_part, badness=-slope, least=least):
@@ -112,7 +113,5 @@ def _module(info: KeyInfo) -> str:
     return key_of(info.kind, info.site)
 
 
-SATURATION_ENDS = (
-    EndsWith("saturation", "high", _is_rms, _saturated, _module, _is_bounded),
-)
+SATURATION_ENDS = (EndsWith("saturation", "high", _is_rms, _saturated, _module, _is_bounded),)
 COLLAPSE_ENDS = (EndsWith("output_collapse", "high", _is_spread, _low),)

@@ -138,9 +138,8 @@ def _one(info: KeyInfo) -> int:
     return 0
 
 
-UNTRAINED_END = tuple(
-    EndsWith(f"parameter_{reason}", worst, _is_untrained, _told, _one, _of_model)
-    for reason, worst in (("without_optimizer", "medium"),)
+UNTRAINED_END = (
+    EndsWith("parameter_without_optimizer", "medium", _is_untrained, _told, _one, _of_model),
 )
 SKIPS_END = (EndsWith("steps_skipped", "high", _is_skipped, _told),)
 RESETS_END = (EndsWith("optimizer_reset", "medium", _is_age, _younger),)

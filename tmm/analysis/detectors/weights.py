@@ -69,7 +69,11 @@ def decaying_parameters(
         text = (
             f"All {what} shrink {episode.when}, to {number(100 * float(middle[-1]))} % of their"
             f" first size in the median of {len(some)}: "
-            + ("they are decayed, which is rarely meant." if is_gain else "is the decay too strong?")
+            + (
+                "they are decayed, which is rarely meant."
+                if is_gain
+                else "is the decay too strong?"
+            )
         )
         yield episode.anomaly("parameter_decay", severity, medium, text)
 
