@@ -220,7 +220,7 @@ def normalisation_missing(training: Training) -> None:
 # Layers
 
 
-@fault("dead_units", _AT_ONCE, _of("middle", "activation"))
+@fault("dead_units initialisation", _AT_ONCE, _of("middle", "activation"))
 def units_dead_from_the_first(training: Training) -> None:
     name = "4" if training.task.name == "cnn" else training.task.middle
     with torch.no_grad():

@@ -34,9 +34,9 @@ def collapsed_attention(
 
     An entropy below ``entropy`` nats and below ``part`` of the median of its first ten recorded
     values, or a normalized entropy below ``normalized`` (which is 0 to 1): medium, for heads that
-    copy one token are like that; high where so many steps in a row are below ``sharp`` of that limit,
-    at which hardly any gradient comes through. An entropy of exactly zero in all steps is that of a single
-    key. After Zhai et al. 2023, arXiv 2303.06296.
+    copy one token are like that; high where so many steps in a row are below ``sharp`` of that
+    limit, at which hardly any gradient comes through. An entropy of exactly zero in all steps is
+    that of a single key. After Zhai et al. 2023, arXiv 2303.06296.
     """
     limits = {"attention_entropy": entropy, "attention_normalized_entropy": normalized}
     for series in series_of(recorded, is_of(*limits)):

@@ -31,11 +31,11 @@ def initial_scales(
     The gain of a layer is the root mean square of its output over that of what came before it.
     Usual initialisations give 0.1 to 2. One layer (``initialisation``): a gain above ``gain``, and
     gain and weights each ``apart`` times the median of the other layers: medium, above ``high``
-    high; weights below ``small`` of the others' median: low, ``tiny`` medium. All (``signal_growth``,
-    ``signal_decay``), of at least ``layers`` layers: the median of the gains is above ``growth``
-    (high), or below ``decay`` (medium). Layers whose weights begin at one, as those of
-    normalisations, are left out, and those that are zero or of which the first update left nothing
-    to know.
+    high; weights below ``small`` of the others' median: low, ``tiny`` medium. All
+    (``signal_growth``, ``signal_decay``), of at least ``layers`` layers: the median of the
+    gains is above ``growth`` (high), or below ``decay`` (medium). Layers whose weights begin at
+    one, as those of normalisations, are left out, and those that are zero or of which the first
+    update left nothing to know.
     """
     found = [layer for layer in layers_of(recorded) if not layer.is_normalisation]
     found = [layer for layer in found if len(layer.weight.values) and len(layer.output.values)]

@@ -1,4 +1,4 @@
-"""Sigmoids and hyperbolic tangents that pass hardly any gradient, and outputs that are all alike."""
+"""Units at the ends of their range, which pass hardly any gradient, and outputs all alike."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def saturated_units(
     for rms in series_of(recorded, _is_rms):
         if rms.info.position >= last:
             continue
-        start = rms.key.removesuffix("/rms")
-        mean, largest = named(recorded, f"{start}/mean"), named(recorded, f"{start}/absmax")
+        kind, site = rms.info.kind, rms.info.site
+        mean = named(recorded, key_of(kind, site, "mean"))
+        largest = named(recorded, key_of(kind, site, "absmax"))
         if largest is None or len(rms.values) < least:
             continue
         high = largest.on(rms.steps)

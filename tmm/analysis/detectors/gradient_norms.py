@@ -1,4 +1,4 @@
-"""Gradients that are clipped, multiplied, or lost on their way down: what their norms say together."""
+"""Gradients that are clipped, multiplied or lost: what their norms say together."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.detectors.learning_rate import ALL
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.layers import is_bias, joined, layers_of
+from tmm.analysis.layers import is_bias, is_output, is_parameter, joined, layers_of
 from tmm.analysis.recent import Newest
 from tmm.analysis.robust import medians
 from tmm.analysis.series import Series, is_metric, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, MODEL_INPUT
-from tmm.core.keys import is_total_loss, key_of, total_norm
+from tmm.core.keys import is_total_loss, total_norm
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
@@ -243,9 +243,7 @@ def _reads(info: KeyInfo) -> bool:
 
 
 def _of_layers(info: KeyInfo) -> bool:
-    return info.key.startswith((key_of("activation"), key_of("parameter"))) and info.key.endswith(
-        "/rms"
-    )
+    return is_output(info) or is_parameter(info)
 
 
 CLIPS_END = (EndsWith("gradient_clipped", "low", _is_total, _tenth),)

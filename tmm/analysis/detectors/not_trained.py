@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -89,7 +89,7 @@ def optimizer_resets(recorded: Recorded) -> Iterator[Anomaly]:
         before, now = ages.values[place - 1], ages.values[place]
         text = (
             f"The state of the optimizer has seen {now:.0f} steps at step {ages.steps[place]}, and"
-            f" {before:.0f} at step {ages.steps[place - 1]}: it was lost (is it in the checkpoint?)."
+            f" {before:.0f} at step {ages.steps[place - 1]}: it was lost. Is it in the checkpoint?"
         )
         flagged = np.arange(len(ages.values)) == place
         (episode,) = episodes(ages, flagged)
@@ -105,8 +105,9 @@ def _parameter(series: Series) -> str:
 def _place(names: list[str]) -> str:
     """The module that all are of, else the first parameter's."""
     modules = [name.rpartition(".")[0] for name in names]
-    common = os.path.commonprefix([f"{module}." for module in modules]).rpartition(".")[0]
-    return common or modules[0] or names[0]
+    parts = [module.split(".") for module in modules]
+    same = itertools.takewhile(lambda some: len(set(some)) == 1, zip(*parts, strict=False))
+    return ".".join(some[0] for some in same) or modules[0] or names[0]
 
 
 def _is_untrained(info: KeyInfo) -> bool:
