@@ -97,8 +97,10 @@ def jumping_parameters(recorded: Recorded, *, factor: float = _JUMP) -> Iterator
         moves = updates.on(sizes.steps)
         for place in np.flatnonzero(np.isfinite(far) & (far >= factor)) + 1:
             near = moves[max(0, place - 5) : place + 1]
-            near = near[np.isfinite(near)]
+            near = near[~np.isnan(near)]
             move = float(near.max()) if len(near) else 0.0
+            if not np.isfinite(move):
+                continue  # it begins at zero, from which any size is near
             gap = int(sizes.steps[place] - sizes.steps[place - 1])
             reach = min(gap * float(np.log1p(max(move, 0.0))), 600.0)
             if np.log(far[place - 1]) <= np.log(factor) + reach:
