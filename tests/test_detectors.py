@@ -402,6 +402,12 @@ KEYS = (
     *("activation/a/absmax", "activation/a/kurtosis", "activation/a/zero_fraction"),
     *("activation/a/nan_count", "activation/a/own", "update/a.weight/relative_norm"),
     *("attention_entropy/a.head_0", "attention_max_logit/a.head_0", "system/process_memory"),
+    *("attention_sink_mass/a.head_0", "step/optimizer_age", "step/started", "step/frozen/a.weight"),
+    *("model_input/x/rms", "model_input/x/mean", "model_input/x/nan_count", "model_input/x/absmax"),
+    *("model_input/x/elements", "model_output/output/spread", "activation/a/mean"),
+    *("parameter/a.weight/rms", "parameter/b.weight/rms", "parameter/c.weight/rms"),
+    *("update/b.weight/relative_norm", "activation/b/rms", "activation/c/rms"),
+    *("gradient/b.weight/norm", "gradient/c.weight/norm"),
 )
 ANY = st.one_of(
     st.lists(st.floats(), max_size=12),

@@ -6,17 +6,21 @@ from tmm.analysis.detectors.nonfinite_values import first_nonfinite
 from tmm.analysis.recorded import RecordedSeries
 from tmm.analysis.registry import find_anomalies
 from tmm.analysis.series import KeySummary, summarize
+from tmm.analysis.story import Excerpt, Story, find_stories
 from tmm.core.series_by_key import Recorded
 
 __all__ = [
     "Anomaly",
     "Comparison",
     "Divergence",
+    "Excerpt",
     "KeySummary",
     "Recorded",
     "RecordedSeries",
+    "Story",
     "compare",
     "find_anomalies",
+    "find_stories",
     "first_divergence",
     "first_nonfinite",
     "summarize",

@@ -66,7 +66,7 @@ class EndsWith:
     """What tells with which newest values the episodes of one kind end, ``worst`` at the worst.
 
     ``chooses`` picks their keys, ``ending`` judges the newest values of these. Keys with the same
-    ``group`` are judged together.
+    ``group`` are judged together, and with those that the detector ``reads`` besides.
     """
 
     kind: str
@@ -74,6 +74,7 @@ class EndsWith:
     chooses: Callable[[KeyInfo], bool]
     ending: Callable[[Newest], Ending]
     group: Callable[[KeyInfo], Hashable] | None = None
+    reads: Callable[[KeyInfo], bool] | None = None
 
 
 def any_finite(newest: Newest) -> Ending:

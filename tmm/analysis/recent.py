@@ -63,6 +63,10 @@ class RecentSeries(KnownKeys):
         scaler = [track for key in _OF_SCALER if (track := self._current.get(key)) is not None]
         return Newest(self._chosen[choose], scaler)
 
+    def chosen(self, choose: Callable[[KeyInfo], bool]) -> list[str]:
+        """The keys that are chosen, in the order of execution."""
+        return [key for key, info in self._infos.items() if choose(info)]
+
     def part(self, keys: frozenset[str]) -> RecentSeries:
         """A view of ``keys`` alone, as of now, and of what is known of a ``GradScaler``."""
         view, kept = RecentSeries(), keys.union(_OF_SCALER)

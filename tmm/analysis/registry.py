@@ -13,11 +13,18 @@ from tmm.analysis.detectors import (
     activations,
     attention,
     dead_units,
+    gradient_norms,
     gradients,
+    initialisation,
+    learning_rate,
     loss,
     memory,
+    model_inputs,
     nonfinite_values,
+    not_trained,
+    saturation,
     updates,
+    weights,
 )
 from tmm.analysis.ending import EndsWith
 from tmm.analysis.recorded import ReadOnce
@@ -47,12 +54,33 @@ ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     updates.small_updates: updates.SMALL_END,
     memory.growing_memory: memory.GROWTH_ENDS,
 }
-"""The built-in detectors, and with which newest values their episodes end.
+"""The detectors that judge each series by itself, and with which newest values their episodes end.
 
 That of NaN and infinity is asked otherwise: see `nonfinite_values.nonfinite_at`."""
 
+JOINT_ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
+    attention.attention_sinks: attention.SINKS_END,
+    model_inputs.strange_inputs: model_inputs.JUMPS_END,
+    model_inputs.input_scales: model_inputs.SCALE_ENDS,
+    model_inputs.repeated_data: model_inputs.REPEATS_END,
+    initialisation.initial_scales: initialisation.SCALES_END,
+    not_trained.untrained_parameters: not_trained.UNTRAINED_END,
+    not_trained.skipped_optimizer_steps: not_trained.SKIPS_END,
+    not_trained.optimizer_resets: not_trained.RESETS_END,
+    learning_rate.large_rates: learning_rate.RATES_END,
+    learning_rate.small_rates: learning_rate.STANDSTILL_ENDS,
+    weights.decaying_parameters: weights.DECAY_ENDS,
+    weights.jumping_parameters: weights.WRITES_END,
+    saturation.saturated_units: saturation.SATURATION_ENDS,
+    saturation.alike_outputs: saturation.COLLAPSE_ENDS,
+    gradient_norms.clipped_gradients: gradient_norms.CLIPS_END,
+    gradient_norms.multiplied_gradients: gradient_norms.FACTOR_ENDS,
+    gradient_norms.lost_gradients: gradient_norms.LOSS_ENDS,
+}
+"""Those that judge several series together, and when an alert asks them: some not in each step."""
+
 BUILT_IN: tuple[tuple[str, Detector], ...] = tuple(
-    (detector.__name__, detector) for detector in ENDINGS
+    (detector.__name__, detector) for detector in (*ENDINGS, *JOINT_ENDINGS)
 )
 """The same with their names."""
 

@@ -144,6 +144,11 @@ def median(values: FloatArray) -> float:
     return 2.0 * float(np.median(values / 2.0))
 
 
+def medians(rows: FloatArray) -> FloatArray:
+    """The median of what is not NaN in each row, shape (n,); NaN for rows without any."""
+    return _median(rows, 1)
+
+
 def _median(windows: FloatArray, least: int) -> FloatArray:
     """The median of what is not NaN in each row; NaN for fewer than ``least``."""
     ordered = np.sort(windows, axis=1)  # NaN comes last

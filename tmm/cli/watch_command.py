@@ -88,7 +88,7 @@ def _print_once(follower: Follower, console: Console, as_json: bool) -> None:
 
     findings = judged(follower.run, all_detectors())
     height = console.height - 1
-    lines = _LINES_OF_JSON if as_json else lines_for_keys(height, len(findings.anomalies))
+    lines = _LINES_OF_JSON if as_json else lines_for_keys(height, len(findings.stories))
     snapshot = follower.snapshot(lines, findings)
     if as_json:
         print_json(_as_mapping(snapshot))
@@ -117,5 +117,6 @@ def _as_mapping(snapshot: Snapshot) -> dict[str, Any]:
             for line in snapshot.lines
             if len(line.series.steps)
         ],
+        "stories": [story.to_dict() for story in snapshot.findings.stories],
         "anomalies": [asdict(anomaly) for anomaly in snapshot.findings.anomalies],
     }

@@ -7,7 +7,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Group
 from rich.text import Text
 
-from tmm.analysis.anomaly import SEVERITIES, Anomaly
+from tmm.analysis.anomaly import SEVERITIES
+from tmm.analysis.story import Story
 from tmm.cli.sparkline import sparkline
 from tmm.cli.terminal import clean
 from tmm.core.keys import is_of_system
@@ -30,9 +31,9 @@ _SILENT_SECONDS = 10.0  # and five steps, from which on it is said that nothing 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def lines_for_keys(height: int, anomalies: int) -> int:
-    """How many keys have room in a frame of ``height`` lines, with so many anomalies."""
-    return max(1, height - _header(height) - 1 - _anomaly_lines(height, anomalies))
+def lines_for_keys(height: int, stories: int) -> int:
+    """How many keys have room in a frame of ``height`` lines, with so many stories."""
+    return max(1, height - _header(height) - 1 - _story_lines(height, stories))
 
 
 def draw(snapshot: Snapshot, width: int, height: int) -> Group:
@@ -44,13 +45,13 @@ def draw(snapshot: Snapshot, width: int, height: int) -> Group:
     key_cells = _key_cells(snapshot, width)
     if spacious and snapshot.lines:
         lines.append(_columns(snapshot, width, key_cells))
-    shown = snapshot.lines[: lines_for_keys(height, len(snapshot.findings.anomalies))]
+    shown = snapshot.lines[: lines_for_keys(height, len(snapshot.findings.stories))]
     lines += [_key(line, width, key_cells) for line in shown]
     if not shown:
         lines.append(Text("no such key yet" if snapshot.keys else "nothing recorded yet", "dim"))
     if spacious:
         lines.append(Text())
-    lines += _anomalies(snapshot, _anomaly_lines(height, len(snapshot.findings.anomalies)))
+    lines += _anomalies(snapshot, _story_lines(height, len(snapshot.findings.stories)))
     if spacious and snapshot.event is not None:
         event = snapshot.event
         lines.append(Text(f"event at step {event.step}: {clean(event.text)}", "yellow"))
@@ -65,8 +66,8 @@ def _header(height: int) -> int:
     return 6 if height >= _SPACIOUS else 2
 
 
-def _anomaly_lines(height: int, anomalies: int) -> int:
-    return min(anomalies, max(2, height // 5))
+def _story_lines(height: int, stories: int) -> int:
+    return min(stories, max(2, height // 5))
 
 
 def _title(snapshot: Snapshot, width: int) -> Text:
@@ -167,16 +168,13 @@ def _anomalies(snapshot: Snapshot, lines: int) -> list[Text]:
         title.append(f"  up to step {findings.last_step:,}", "dim")
     for failure in findings.failures:
         title.append(f"  detector {clean(failure)}", "yellow")
-    # The worst first, and of those the newest.
-    ordered = sorted(
-        findings.anomalies, key=lambda a: (-SEVERITIES.index(a.severity), -a.last_step)
-    )
-    return [title, *map(_anomaly, ordered[:lines])]
+    return [title, *map(_story, findings.stories[:lines])]
 
 
-def _anomaly(anomaly: Anomaly) -> Text:
-    line = Text(f"{anomaly.severity:8}", _STYLES[anomaly.severity])
-    return line.append(f"  {anomaly.step:>6,}  {clean(anomaly.text)}", "none")
+def _story(story: Story) -> Text:
+    line = Text(f"{story.severity:8}", _STYLES[story.severity])
+    more = f"(and {len(story.consequences)} more) " if story.consequences else ""
+    return line.append(f"  {story.step:>6,}  {more}{clean(story.cause.text)}", "none")
 
 
 def _shortened(text: str, cells: int) -> str:

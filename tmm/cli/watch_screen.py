@@ -88,7 +88,7 @@ class Screen:
         self._awake.clear()  # here, because a signal that comes later is seen before the next pause
 
     def _take(self, findings: Findings) -> Snapshot:
-        lines = lines_for_keys(self._console.height, len(findings.anomalies))
+        lines = lines_for_keys(self._console.height, len(findings.stories))
         return self._follower.snapshot(lines, findings)
 
     @contextmanager

@@ -70,6 +70,8 @@ class Family:
 _DIFFERENCE_METRICS = (*METRIC_NAMES, "relative_norm", "cosine", "l2")
 _HEAD_METRICS = tuple(name for name in METRIC_NAMES if name != HISTOGRAM)
 
+MODEL_INPUT = Family("model_input", None, Phase.FORWARD)
+MODEL_OUTPUT = Family("model_output", None, Phase.FORWARD)
 ACTIVATION = Family("activation", "modules", Phase.FORWARD, METRIC_NAMES)
 ACTIVATION_DIFFERENCE = Family(
     *("activation_difference", "modules", Phase.REST, _DIFFERENCE_METRICS),
@@ -106,7 +108,15 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         family.name: family
         for family in (
-            *(ACTIVATION, ACTIVATION_DIFFERENCE, ACTIVATION_GRADIENT, ATTENTION, RCC),
+            *(
+                MODEL_INPUT,
+                MODEL_OUTPUT,
+                ACTIVATION,
+                ACTIVATION_DIFFERENCE,
+                ACTIVATION_GRADIENT,
+                ATTENTION,
+                RCC,
+            ),
             *(GRADIENT, GRADIENT_BEFORE_CLIP, UPDATE, OPTIMIZER_STATE),
             *(PARAMETER, PARAMETER_DIFFERENCE, STEP, SYSTEM),
         )

@@ -57,6 +57,14 @@ SKIPPED = key_of(STEP.name, "skipped")
 """Whether the step of an optimizer was skipped, by a scaler of gradients."""
 
 GRAD_SCALE = key_of(STEP.name, "grad_scale")
+OPTIMIZER_AGE = key_of(STEP.name, "optimizer_age")
+"""How many steps the state of an optimizer has seen; of several the fewest."""
+
+STARTED = key_of(STEP.name, "started")
+"""1 at the first monitored step of a start of the run; a run that is resumed has several."""
+
+UNTRAINED = ("frozen", "without_optimizer", "without_gradient")
+"""Why a parameter is not trained."""
 TOTAL_NORM = "gradient_norm"
 """What is of several gradients together."""
 
@@ -69,6 +77,17 @@ def is_of_system(key: str) -> bool:
 def total_norm(family: str, block: str = "") -> str:
     """The key of the norm of all gradients of a family together, or of those of a block."""
     return key_of(STEP.name, family.replace(GRADIENT.name, TOTAL_NORM, 1), block)
+
+
+def untrained_key(reason: str, parameter: str) -> str:
+    """The key that says that a parameter is not trained, for one of the reasons `UNTRAINED`."""
+    return key_of(STEP.name, reason, parameter)
+
+
+def untrained_of(info: KeyInfo) -> tuple[str, str] | None:
+    """The reason and the parameter of which `untrained_key` made a key; None for other keys."""
+    reason, name = parts_of(info.site)
+    return (reason, name) if info.kind == STEP.name and reason in UNTRAINED and name else None
 
 
 def is_total_norm(info: KeyInfo) -> bool:

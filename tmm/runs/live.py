@@ -12,6 +12,7 @@ import numpy as np
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from tmm.analysis.story import Story, find_stories
 from tmm.core.failures import UserLine, warn, words
 from tmm.core.metrics import HISTOGRAM_EDGES
 from tmm.core.records import Event, StepRecord
@@ -26,6 +27,7 @@ from tmm.runs.run_steps import RunSteps, last
 from tmm.runs.state import Lock, Status
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.store.null_writer import SilentWriter
+from tmm.runtime.store.run_reader import RunReader
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.spec.default import default_spec
 from tmm.spec.environment import describe_environment
@@ -192,6 +194,18 @@ class LiveRun:
             return
         self.writer.raise_pending()
         write_samples(self.path, int(step), samples)
+
+    def findings(self) -> tuple[Story, ...]:
+        """What went wrong so far, as ``Run.findings`` gives it; nothing where another rank records.
+
+        Waits until what was recorded is written.
+        """
+        if not self.is_recorded:
+            return ()
+        if not self.is_finished:
+            self.writer.flush()
+        with RunReader(self.path) as recorded:
+            return find_stories(recorded)
 
     # Models
 

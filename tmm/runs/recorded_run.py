@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tmm.analysis.story import Story, find_stories
 from tmm.runs.artifacts import Sample, read_samples, sample_steps
 from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
 from tmm.runs.state import State
@@ -80,6 +81,13 @@ class Run(RunReader):
             )
             raise FileNotFoundError(f"{self.path} holds no text {name!r}; it holds: {texts}")
         return read_file(path, MOST_TEXT).decode("utf-8", "surrogatepass")
+
+    def findings(self) -> tuple[Story, ...]:
+        """Return what went wrong: one story per cause, the gravest first, then the earliest.
+
+        Each has its ``cause``, its ``consequences``, the ``evidence`` and ``advice``.
+        """
+        return find_stories(self)
 
     def plot(
         self,

@@ -15,12 +15,14 @@ from tmm.analysis.detectors.nonfinite_values import nonfinite, nonfinite_at
 from tmm.analysis.recent import RecentSeries
 from tmm.analysis.registry import (
     ENDINGS,
+    JOINT_ENDINGS,
     Detector,
     all_detectors,
     find_anomalies,
     found_by,
     in_order,
 )
+from tmm.analysis.story import Draft, in_causal_order, link
 from tmm.core.failures import levels_to_user
 from tmm.core.records import Event, StepRecord, Table
 from tmm.runtime.store.run_reader import RunReader
@@ -30,8 +32,10 @@ OnAlert: TypeAlias = Literal["warn", "raise"] | Callable[[tuple[Anomaly, ...]], 
 
 _LEAST: Severity = "medium"
 _SPREADS = "nonfinite"  # from tensor to tensor, which is no news
-_TOLD = 5  # anomalies in one message
+_TOLD = 5  # stories in one message
+_ALL_ENDINGS = {**ENDINGS, **JOINT_ENDINGS}
 _KEPT = 20  # events of one step
+_REMEMBERED = 100  # stories that may explain what comes later
 
 
 class AlertWarning(UserWarning):
@@ -43,12 +47,12 @@ class AlertError(RuntimeError):
 
     Attributes:
         step: the step.
-        anomalies: what was found in it, the worst first.
+        anomalies: what was found in it: the cause first, with what it explains.
     """
 
-    def __init__(self, step: int, anomalies: tuple[Anomaly, ...]) -> None:
-        super().__init__(_message(step, anomalies))
-        self.step, self.anomalies = step, anomalies
+    def __init__(self, step: int, stories: tuple[Draft, ...]) -> None:
+        super().__init__(_message(step, stories))
+        self.step, self.anomalies = step, _anomalies_of(stories)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Alerts:
         self._recent = RecentSeries()
         self._active: set[tuple[str, str]] = set()
         self._seen: dict[tuple[str, str], int] = {}
+        self._stories: list[Draft] = []
 
     def recall(self, run: RunReader) -> None:
         """Take the steps of ``run``, so that a training that goes on is judged as one."""
@@ -113,7 +118,7 @@ class Alerts:
         for record in records[:-1]:
             self._recent.add(record)
         for record in records[-1:]:
-            self.look_at(record)
+            self.begun(record.step, self.look_at(record))
 
     def look_at(self, record: StepRecord) -> tuple[Anomaly, ...]:
         """What begins in a step, the worst first: each episode is found once."""
@@ -125,7 +130,7 @@ class Alerts:
             if detector is nonfinite:
                 anomalies, keys = self._nonfinite(name, step)
                 lasting |= {(_SPREADS, key) for key in keys}
-            elif detector in ENDINGS:
+            elif detector in _ALL_ENDINGS:
                 anomalies = self._ending(name, detector, lasting)
             else:
                 anomalies = list(find_anomalies(self._recent, [(name, detector)]))
@@ -166,7 +171,7 @@ class Alerts:
     ) -> list[Anomaly]:
         """What ends with the newest values; episodes that were told and go on are ``lasting``."""
         asked: set[str] = set()
-        for end in ENDINGS[detector]:
+        for end in _ALL_ENDINGS[detector]:
             if not self._counts(end.worst):
                 continue
             newest = self._recent.newest(end.chooses)
@@ -182,24 +187,45 @@ class Alerts:
             if end.group is not None and groups:
                 infos = map(newest.info, range(len(newest)))
                 asked.update(info.key for info in infos if end.group(info) in groups)
+            if end.reads is not None and groups:
+                asked.update(self._recent.chosen(end.reads))
         return found_by(name, detector, self._recent.part(frozenset(asked))) if asked else []
+
+    def begun(self, step: int, found: tuple[Anomaly, ...]) -> tuple[Draft, ...]:
+        """The stories that begin with what was ``found`` in a step.
+
+        What an earlier story explains, which began or went on in the last steps, is a part of it.
+        """
+        lasting = self._active - {(anomaly.kind, anomaly.key) for anomaly in found}
+        for story in self._stories:
+            members = (story.cause, *story.consequences)
+            if any((member.kind, member.key) in lasting for member in members):
+                story.until = step
+        known = len(self._stories)
+        for anomaly in in_causal_order(found, self._recent.ranks):
+            link(anomaly, self._stories, self._recent)
+        begun = tuple(self._stories[known:])
+        del self._stories[:-_REMEMBERED]
+        return begun
 
     def _counts(self, severity: Severity) -> bool:
         return SEVERITIES.index(severity) >= SEVERITIES.index(self.settings.least)
 
-    def act(self, step: int, anomalies: tuple[Anomaly, ...]) -> None:
-        """Do what the spec says about what was found.
+    def act(self, step: int, stories: tuple[Draft, ...]) -> None:
+        """Do what the spec says about stories that begin; nothing where none does.
 
         Raises:
             AlertError: if it says "raise".
         """
         action = self.settings.action
+        if not stories:
+            return
         if callable(action):
-            action(anomalies)
+            action(_anomalies_of(stories))
         elif action == "raise":
-            raise AlertError(step, anomalies)
+            raise AlertError(step, stories)
         else:
-            warnings.warn(_message(step, anomalies), AlertWarning, stacklevel=levels_to_user())
+            warnings.warn(_message(step, stories), AlertWarning, stacklevel=levels_to_user())
 
     def _is_new(self, anomaly: Anomaly) -> bool:
         """Whether its episode was not heard of: one that pauses is found with its first step."""
@@ -231,9 +257,18 @@ def _detector(chosen: str | Detector) -> tuple[str, Detector]:
     return chosen, known[chosen]
 
 
-def _message(step: int, anomalies: tuple[Anomaly, ...]) -> str:
-    lines = [f"step {step}: {anomalies[0].text}"]
-    lines += [f"  {anomaly.text}" for anomaly in anomalies[1:_TOLD]]
-    if len(anomalies) > _TOLD:
-        lines.append(f"  and {len(anomalies) - _TOLD} more")
-    return "\n".join(lines)
+def _anomalies_of(stories: tuple[Draft, ...]) -> tuple[Anomaly, ...]:
+    return tuple(a for story in stories for a in (story.cause, *story.consequences))
+
+
+def _message(step: int, stories: tuple[Draft, ...]) -> str:
+    """The causes, the worst first, what each explains in this step, and what to try."""
+    ordered = sorted(stories, key=lambda story: -SEVERITIES.index(story.story().severity))
+    lines = []
+    for draft in ordered[:_TOLD]:
+        story = draft.story()
+        advice = f" Try: {story.advice}." if story.advice else ""
+        lines.append(f"{story.text}{advice}")
+    if len(stories) > _TOLD:
+        lines.append(f"and {len(stories) - _TOLD} more")
+    return f"step {step}: " + "\n  ".join(lines)

@@ -57,7 +57,10 @@ class Spec:
             severity ("low", "high", "critical"), or a list of detectors, by name or as functions.
         on_alert: what is done about what they find, each episode once: "warn", "raise" (a
             ``tmm.AlertError``, once the step is recorded), or a function that is called with a
-            tuple of ``tmm.analysis.Anomaly``, the worst first.
+            tuple of ``tmm.analysis.Anomaly``, the cause first.
+        diagnosis: measure on monitored steps, too, what tells causes apart: the inputs of the
+            model, how far its output differs from item to item, parameters that are not trained,
+            and how many steps the state of the optimizers has seen.
 
     Raises:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern, a rule
@@ -85,6 +88,7 @@ class Spec:
         reference_samples: int | None = None,
         alerts: Alarms = False,
         on_alert: OnAlert = "warn",
+        diagnosis: bool = False,
     ) -> None:
         if not rules and self.is_strict:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -132,6 +136,7 @@ class Spec:
         self.every: int | StepPredicate = every
         self.exclude: str | None = exclude
         self.alerts = AlertSettings.build(alerts, on_alert)
+        self.diagnosis = bool(diagnosis)
 
     def __str__(self) -> str:
         every = self.every if isinstance(self.every, int) else "<predicate>"
@@ -149,6 +154,8 @@ class Spec:
             parts.append(f"reference_samples={self.reference_samples}")
         if self.alerts is not None:
             parts.append(str(self.alerts))
+        if self.diagnosis:
+            parts.append("diagnosis=True")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:

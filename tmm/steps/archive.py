@@ -138,7 +138,7 @@ class StepArchive:
             if self._writer is not None:
                 events = alert_events(finished.step, found)
                 self._writer.submit(StepRecord(finished.step, events=events))
-            self._alerts.act(finished.step, found)
+            self._alerts.act(finished.step, self._alerts.begun(finished.step, found))
 
     def all_metrics(self) -> dict[int, dict[str, Value]]:
         """Step to key to value of all steps so far; empty where another process records them."""

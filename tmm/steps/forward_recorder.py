@@ -10,6 +10,7 @@ import torch
 
 from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import FAULT_OF_COMPILING, Gaps
+from tmm.core.module_names import unwrapped
 from tmm.core.rng import BufferVersions, RandomState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
@@ -18,6 +19,7 @@ from tmm.instrumentation.twin import GradientSink, Twin
 from tmm.passes.pipeline import PassError
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.step_collector import StepCollector
+from tmm.steps.ends_of_model import measure_inputs, measure_output
 from tmm.steps.forgotten import Forgotten
 from tmm.steps.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.steps.gradient_scale import GradientScale
@@ -191,14 +193,40 @@ class ForwardRecorder:
             with self.no_monitor():  # nor the modules that it calls
                 return plain(*args, **kwargs)
         if not self.keeps_evaluations_apart:
-            return self._run_forward(collector, twin, region, plain, args, kwargs)
+            return self._between_ends(collector, twin, region, plain, args, kwargs)
         if passes.is_surely_evaluation(module, opened_by_run=self.timeline.is_opened_by_run):
             with self.no_monitor():  # nor the parts that are compiled on their own
                 return plain(*args, **kwargs)
         with passes.running(module, (args, kwargs)):
-            output = self._run_forward(collector, twin, region, plain, args, kwargs)
+            output = self._between_ends(collector, twin, region, plain, args, kwargs)
             passes.end(output)
             return output
+
+    def _between_ends(
+        self,
+        collector: StepCollector,
+        twin: Twin,
+        region: Region,
+        plain: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a forward pass, with the inputs and the output of the model if they are asked for."""
+        if not twin.plan.spec.diagnosis or region is not twin.root:
+            return self._run_forward(collector, twin, region, plain, args, kwargs)
+        module = region.module
+        forward = region.callee if module is None else unwrapped(module).forward
+        self._measure(measure_inputs, twin.attribution, forward, args, kwargs)
+        output = self._run_forward(collector, twin, region, plain, args, kwargs)
+        self._measure(measure_output, twin.attribution, output)
+        return output
+
+    def _measure(self, measure: Callable[..., None], *arguments: Any) -> None:
+        try:
+            with apart_from_the_program(), torch.no_grad():
+                measure(*arguments, self.add)
+        except Exception as error:  # the program goes on
+            self.note_failure(error)
 
     def _run_forward(
         self,

@@ -24,6 +24,7 @@ from tmm.steps.nested_optimizers import (
 )
 from tmm.steps.optimizers import OpenCollector
 from tmm.steps.parameters import ParameterMonitor
+from tmm.steps.untrained import Untrained
 from tmm.steps.unwatched import Unwatched
 from tmm.steps.watched_optimizer import Steps, WatchedOptimizer
 from tmm.steps.without_rows import AROUND_STEPS, why_without_rows
@@ -65,6 +66,7 @@ class Watch:
         self._trace_anew = trace_anew
         self.is_asked = any(rule.subject == "parameters" for rule in parameters.plan.spec.rules)
         self._unwatched = Unwatched(parameters, gaps)
+        self._untrained = Untrained()
         self._optimizers: list[WatchedOptimizer] = []
         self._steps: Steps = OpenSteps()
         self._has_measured = False  # in a monitored step
@@ -254,6 +256,8 @@ class Watch:
             self._has_stepped = self._has_stepped or collector.has_stepped
             if self.is_asked:
                 self._unwatched.look(collector, self._optimizers, self._held)
+            if collector.has_stepped and self.parameters.plan.spec.diagnosis:
+                self._untrained.note(collector, self.parameters.names(), self.without_rows)
         self._steps.forget()
         try:
             self.parameters.end_step(collector)

@@ -20,6 +20,20 @@ Group = dict[str, Any]
 _DISTRIBUTED = "torch.distributed.optim"  # importing it compiles TorchScript, for a second
 
 
+def age_of(optimizer: Optimizer) -> torch.Tensor | None:
+    """How many steps the state of an optimizer has seen, one element; None where it is not kept.
+
+    It is that of the first parameter that has a state, copied.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state, dict) and state:
+            step = state.get("step")
+            if isinstance(step, torch.Tensor):
+                return step.detach().reshape(-1)[:1].double()
+            return None if step is None else torch.tensor([float(step)], dtype=torch.float64)
+    return None
+
+
 def add_states(
     collector: StepCollector,
     parameters: ParameterMonitor,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from tmm.core.keys import OPTIMIZER_AGE
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.tensor_copies import Copies
 from tmm.steps.nested_optimizers import (
@@ -19,7 +20,7 @@ from tmm.steps.nested_optimizers import (
     own_parameters,
     parameters_of,
 )
-from tmm.steps.optimizer_state import add_states
+from tmm.steps.optimizer_state import add_states, age_of
 from tmm.steps.optimizers import OpenCollector, WatchedScaler
 from tmm.steps.parameters import Gradients, ParameterMonitor, Tensors
 
@@ -189,6 +190,10 @@ class WatchedOptimizer:
         """Hand what is known of a step that has ended to the collector."""
         skipped = next(filter(torch.is_tensor, map(_skipped, optimizers)), None)
         collector.has_stepped = True
+        if self._parameters.plan.spec.diagnosis:
+            ages = [age for optimizer in optimizers if (age := age_of(optimizer)) is not None]
+            for age in ages[:1]:
+                collector.add_numbers((OPTIMIZER_AGE,), age, "min")
         if not collector.has_gradients:  # nor by a call inside of the step
             collector.has_watched_gradients = True
             self._parameters.add_gradients(collector, gathered.gradients, unless=skipped)

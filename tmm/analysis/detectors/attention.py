@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, early_median
+from tmm.analysis.robust import bridged, early_median, runs
 from tmm.analysis.series import Series, is_of, series_of
 from tmm.core.series_by_key import Recorded
 
 _ENTROPY, _PART = 0.1, 0.2
 _NORMALIZED = 0.02
 _LOGIT, _FACTOR = 50.0, 4.0
+_SINK = 0.95
 _is_entropy = is_of("attention_entropy")
 _is_normalized_entropy = is_of("attention_normalized_entropy")
 _is_logit = is_of("attention_max_logit")
+_is_sink = is_of("attention_sink_mass")
 
 
 def collapsed_attention(
@@ -32,9 +34,9 @@ def collapsed_attention(
 
     An entropy below ``entropy`` nats and below ``part`` of the median of its first ten recorded
     values, or a normalized entropy below ``normalized`` (which is 0 to 1): medium, for heads that
-    copy one token are like that; high where all steps are below ``sharp`` of that limit, at which
-    hardly any gradient comes through. An entropy of exactly zero in all steps is that of a single
-    key. After Zhai et al. 2023, arXiv 2303.06296.
+    copy one token are like that; high where so many steps in a row are below ``sharp`` of that
+    limit, at which hardly any gradient comes through. An entropy of exactly zero in all steps is
+    that of a single key. After Zhai et al. 2023, arXiv 2303.06296.
     """
     limits = {"attention_entropy": entropy, "attention_normalized_entropy": normalized}
     for series in series_of(recorded, is_of(*limits)):
@@ -49,7 +51,8 @@ def collapsed_attention(
         flagged = bridged(flagged, entropies.values < 2 * limit)
         for episode in episodes(entropies, flagged, badness=-entropies.values, least=least):
             values = entropies.values[episode.places]
-            severity: Severity = "high" if (values < sharp * limit).all() else "medium"
+            is_sharp = any(True for _ in runs(values < sharp * limit, least))
+            severity: Severity = "high" if is_sharp else "medium"
             unit = " nats" if series.info.kind == "attention_entropy" else " of the possible"
             text = (
                 f"The attention of {series.site} looks at almost one key only {episode.when}: its"
@@ -84,6 +87,29 @@ def growing_logits(
             yield episode.anomaly("attention_logit_growth", severity, limit, text)
 
 
+def attention_sinks(
+    recorded: Recorded, *, mass: float = _SINK, early: float = 0.5, least: int = 5
+) -> Iterator[Anomaly]:
+    """Heads that came to give nearly all to the first key, in ``least`` recorded steps in a row.
+
+    A ``sink_mass`` above ``mass`` where the median of the first ten values was below ``early``:
+    medium. After Xiao et al. 2023, arXiv 2309.17453.
+    """
+    for series in series_of(recorded, _is_sink):
+        masses = series.finite()
+        first = early_median(masses.values)
+        if not first < early:
+            continue
+        flagged = bridged(masses.values > mass, masses.values > mass - 0.1)
+        for episode in episodes(masses, flagged, least=least):
+            text = (
+                f"The attention of {series.site} gives {number(100 * episode.value)} % to the first"
+                f" key {episode.when}; in the first recorded steps it was"
+                f" {number(100 * first)} %."
+            )
+            yield episode.anomaly("attention_sink", "medium", mass, text)
+
+
 def _collapsed(newest: Newest) -> Ending:
     def is_low(series: Series) -> bool:
         early = early_median(series.finite().values)
@@ -104,4 +130,5 @@ COLLAPSES_END = (
     EndsWith("attention_collapse", "high", _is_entropy, _collapsed),
     EndsWith("attention_collapse", "high", _is_normalized_entropy, Ending.below(_NORMALIZED)),
 )
+SINKS_END = (EndsWith("attention_sink", "medium", _is_sink, Ending.above(_SINK)),)
 LOGITS_END = (EndsWith("attention_logit_growth", "high", _is_logit, _grown),)

@@ -9,7 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import EndsWith, any_finite
-from tmm.analysis.robust import NORMAL, before, bridged, median
+from tmm.analysis.robust import NORMAL, before, bridged, early_median, median
 from tmm.analysis.series import Series, series_of
 from tmm.core.keys import is_loss, is_total_loss
 from tmm.core.metrics import FloatArray
@@ -30,6 +30,7 @@ def loss_spikes(
     window: int = 50,
     least: int = 10,
     floor: float = 0.02,
+    part: float = 0.05,
 ) -> Iterator[Anomaly]:
     """Losses far above those before.
 
@@ -37,7 +38,8 @@ def loss_spikes(
     is always positive. It is compared with the rises of the ``window`` recorded values before: more
     than ``medium`` of their spreads (1.4826 times the median absolute deviation) above their median
     is medium, more than ``high`` high. The spread is ``floor`` of the loss at least, so that a jump
-    after a constant loss counts; the first ``least`` values are not judged.
+    after a constant loss counts; the first ``least`` values are not judged. A rise by less than
+    ``part`` of the size that the loss had at first is none: there is little of it left.
     """
     for series in series_of(recorded, is_loss):
         losses = series.finite()
@@ -45,7 +47,10 @@ def loss_spikes(
         near, _ = before(values, _NEAR, _LEAST_NEAR)
         usual, spread = _usual(values - near, window, least - _LEAST_NEAR, smallest)
         scores = (values - near - usual) / spread
-        for episode in episodes(losses, scores > medium, badness=scores):
+        levels = np.exp(near.clip(max=700.0)) if _is_positive(losses) else near
+        with np.errstate(over="ignore", invalid="ignore"):
+            is_large = losses.values - levels > part * abs(early_median(losses.values))
+        for episode in episodes(losses, (scores > medium) & is_large, badness=scores):
             place = episode.worst
             severity: Severity = "high" if scores[place] > high else "medium"
             asked = high if severity == "high" else medium
@@ -67,12 +72,14 @@ def loss_drops(
     window: int = 50,
     least: int = 10,
     floor: float = 0.02,
+    part: float = 0.1,
 ) -> Iterator[Anomaly]:
     """Losses that fall all at once, as by a mask that hides every target: medium.
 
     Below the lowest of the 10 values before by more than a factor (for losses that are not always
     positive: by more than the part of the usual size that this is), and by more than ``score``
-    spreads of such steps. What falls step by step does not count, however fast.
+    spreads of such steps. What falls step by step does not count, however fast, nor does less than
+    ``part`` of the size that the loss had at first, as where hardly anything is left of it.
     """
     for series in series_of(recorded, is_loss):
         losses = series.finite()
@@ -81,7 +88,11 @@ def loss_drops(
         usual, spread = _usual(falls, window, least - _LEAST_NEAR, smallest)
         far = np.log(factor) if _is_positive(losses) else (1 - 1 / factor) * smallest / floor
         scores = (falls - usual) / spread
-        for episode in episodes(losses, (scores > score) & (falls > far), badness=scores):
+        with np.errstate(over="ignore"):
+            drops = _lowest_before(losses.values, _NEAR) - losses.values
+        far_enough = drops > part * abs(early_median(losses.values))
+        flagged = (scores > score) & (falls > far) & far_enough
+        for episode in episodes(losses, flagged, badness=scores):
             level = float(losses.values[max(episode.worst - _NEAR, 0) : episode.worst].min())
             text = (
                 f"{series.key} fell to {number(episode.value)} {episode.when}; the lowest of the"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tmm.analysis.anomaly import Anomaly
-from tmm.analysis.registry import Detector, find_anomalies
+from tmm.analysis.registry import Detector
+from tmm.analysis.story import Story, anomalies_of, find_stories
 from tmm.views.live.held_run import Extent, HeldRun
 
 _SHARE = 0.1  # of the time, at most, goes into looking for anomalies
@@ -18,13 +19,14 @@ _SHARE = 0.1  # of the time, at most, goes into looking for anomalies
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What the detectors found, the worst first, in a run of that ``extent``.
+    """What the detectors found, the worst first, and its stories, in a run of that ``extent``.
 
     ``last_step`` is the newest step that they saw, None where there was none; ``failures`` says
     which detectors failed.
     """
 
     anomalies: tuple[Anomaly, ...] = ()
+    stories: tuple[Story, ...] = ()
     last_step: int | None = None
     extent: Extent | None = None
     failures: tuple[str, ...] = ()
@@ -35,8 +37,11 @@ def judged(run: HeldRun, detectors: tuple[tuple[str, Detector], ...]) -> Finding
     failures: list[str] = []
     guarded = [(name, _guarded(name, detector, failures)) for name, detector in detectors]
     extent, steps = run.extent, run.steps
-    anomalies = find_anomalies(run, guarded)
-    return Findings(anomalies, int(steps[-1]) if len(steps) else None, extent, tuple(failures))
+    stories = find_stories(run, guarded)
+    anomalies = anomalies_of(stories, run.keys())
+    return Findings(
+        anomalies, stories, int(steps[-1]) if len(steps) else None, extent, tuple(failures)
+    )
 
 
 class Judge:

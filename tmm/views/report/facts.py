@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tmm.analysis import Anomaly
+from tmm.analysis import Anomaly, Story
 from tmm.core.families import SYSTEM
 from tmm.core.keys import is_family, is_loss, is_total_loss, key_of, layer_of
 from tmm.runs.catalog import RunRecord
@@ -20,6 +20,7 @@ _MOST_POINTS = 2000  # of a curve
 _FEWEST_POINTS = 56
 _ALL_POINTS = 500_000  # of the curves of a run
 _MOST_EVENTS = 500
+_MOST_STORIES = 20
 _MOST_TEXT = 200_000  # characters
 _TOLD = frozenset(("id", "project", "name", "config", "tags", "notes"))
 _RATES = ("tokens_per_second", "samples_per_second", "step_seconds")
@@ -94,6 +95,30 @@ def anomaly_rows(anomalies: Sequence[Anomaly], snapshot: Snapshot) -> list[list[
         ]
         for found in anomalies
     ]
+
+
+def story_facts(stories: Sequence[Story], snapshot: Snapshot) -> list[dict[str, Any]]:
+    """The first stories, the gravest first: the cause, what followed, and series as text."""
+    known = set(snapshot.keys())
+    told = [
+        {
+            "severity": story.severity,
+            "kind": story.cause.kind,
+            "step": story.step,
+            "last": story.last_step,
+            "key": story.cause.key,
+            "layer": layer_of(snapshot.key_info(story.cause.key))
+            if story.cause.key in known
+            else "",
+            "text": story.cause.text,
+            "after": story.afterwards.strip(),
+            "advice": story.advice,
+            "evidence": [part.told(story.step) for part in story.evidence],
+        }
+        for story in stories[:_MOST_STORIES]
+    ]
+    result: list[dict[str, Any]] = plain(told)
+    return result
 
 
 def _start(start: Any) -> str:

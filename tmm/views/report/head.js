@@ -21,7 +21,7 @@ function card(what, value, more = "", kind = "", action = null) {
   return made;
 }
 
-const toFindings = () => byId("findings")?.scrollIntoView();
+const toFindings = () => byId("stories")?.scrollIntoView();
 
 function showCards() {
   const [run] = data.runs;

@@ -11,7 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tmm.analysis import compare, find_anomalies, first_divergence
+from tmm.analysis import compare, find_stories, first_divergence
+from tmm.analysis.story import anomalies_of
 from tmm.core.keys import is_of_system
 from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import open_run
@@ -27,13 +28,14 @@ from tmm.views.plots.style import (
     require_package,
 )
 from tmm.views.report.blocks import packed, packed_json, reduced_blocks, scales
-from tmm.views.report.facts import anomaly_rows, curves, run_facts
+from tmm.views.report.facts import anomaly_rows, curves, run_facts, story_facts
 from tmm.views.report.snapshot import Snapshot
 
 SCRIPTS = tuple(
     f"{name}.js"
     for name in (
         *("base", "charts", "heat", "depth", "panels", "layer", "parts", "head", "findings"),
+        "stories",
         *("curves", "settings", "search", "sections"),
     )
 )
@@ -108,13 +110,15 @@ def _data(records: Sequence[RunRecord]) -> tuple[dict[str, Any], dict[str, str]]
             fact = run_facts(run, record, name, snapshot)
         of_layers, others = group_keys(snapshot, snapshot.keys())
         described, arrays = curves(snapshot, others)
-        anomalies = anomaly_rows(find_anomalies(snapshot), snapshot)
+        stories = find_stories(snapshot)
+        anomalies = anomaly_rows(anomalies_of(stories, snapshot.keys()), snapshot)
         counts: dict[str, int] = {}
         for severity, *_ in anomalies:
             counts[severity] = counts.get(severity, 0) + 1
         first = next((row for row in anomalies if row[:2] == ["critical", "nonfinite"]), None)
         values[f"curves-{number}"] = packed(*arrays)
         values[f"anomalies-{number}"] = packed_json(anomalies)
+        fact |= {"stories": story_facts(stories, snapshot), "allStories": len(stories)}
         fact |= {"curves": described, "anomalies": counts, "firstNonfinite": first}
         snapshots.append(snapshot)
         facts.append(fact)

@@ -6,7 +6,7 @@ const SHOWN_FINDINGS = 50;
 const GRAVE_OF_A_KIND = 5;
 
 const SHORT = {
-  ...{ findings: "What went wrong", comparison: "Differences", loss: "Loss", layers: "Layers" },
+  ...{ stories: "What went wrong", findings: "Findings", comparison: "Differences", loss: "Loss", layers: "Layers" },
   ...{ gradients: "Gradients", updates: "Updates", attention: "Attention", rcc: "RCC" },
   ...{ logged: "Logged", system: "System", settings: "Settings" },
 };

@@ -52,10 +52,11 @@ function show() {
   if (data.runs.every((run) => !run.steps)) {
     main.append(element("p", { className: "notice", id: "empty" }, "No step was recorded."));
   }
+  showStories();
   const anomalies = data.runs.some((run) => Object.keys(run.anomalies).length);
   if (anomalies) {
     const box = element("div", { className: "box" });
-    section("findings", "What went wrong", "Click one to open the layer or the curve.", box);
+    section("findings", "All findings", "Click one to open the layer or the curve.", box);
     showFindings(box);
   }
   showComparison();

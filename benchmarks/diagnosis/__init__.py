@@ -1,0 +1,1 @@
+"""Planted faults, healthy trainings, and whether the diagnosis names the cause first."""

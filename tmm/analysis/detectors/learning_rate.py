@@ -1,0 +1,127 @@
+"""Learning rates that are too high or too low for most of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
+from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.layers import is_update, joined, trained
+from tmm.analysis.recent import Newest
+from tmm.analysis.robust import bridged, medians
+from tmm.analysis.series import Series, series_of
+from tmm.core.keys import is_total_loss
+from tmm.core.series_by_key import Recorded
+
+ALL = "all parameters"
+"""The site of what is of all parameters together."""
+
+_HIGH = 0.5
+_ENDLESS = 1e100
+_LONG = 40  # recorded steps after which alerts look whether anything has moved
+
+
+def large_rates(
+    recorded: Recorded, *, high: float = _HIGH, critical: float = 1.0
+) -> Iterator[Anomaly]:
+    """Steps that change most weights by more than ``high`` of their norm: high.
+
+    It is the median of ``relative_norm`` over all parameters but biases that counts, above
+    ``critical`` it is critical. That is a scale without units, so that no step need come before:
+    what begins at zero moves by more than its norm, and is the smaller part of a model.
+    """
+    parts = trained(recorded)
+    if not parts:
+        return
+    steps, values = joined(parts)
+    series = _together(parts[0], steps, values)
+    for episode in episodes(series, bridged(series.values > high, series.values > high / 2)):
+        limit = critical if episode.value > critical else high
+        severity: Severity = "critical" if episode.value > critical else "high"
+        text = (
+            f"A step changed the weights by {number(100 * episode.value)} % of their norm"
+            f" {episode.when}, in the median of {len(parts)} parameters: the learning rate is too"
+            " high"
+        )
+        if episode.places.start == 0 and episode.places.stop < len(steps):
+            text += " for the first steps (is a warm-up missing?)"
+        yield episode.anomaly("update_large", severity, limit, text + ".")
+
+
+def small_rates(
+    recorded: Recorded, *, travel: float = 0.01, least: int = 20, never: float = 1e-6
+) -> Iterator[Anomaly]:
+    """Weights that hardly move while the loss does not fall: medium.
+
+    Of at least ``least`` recorded steps: all updates together, added up as if all had one
+    direction, are less than ``travel`` of the norm in the median of the parameters, and the loss
+    has not fallen by more than its noise. Where no loss is logged: no update above ``never``.
+    """
+    parts = trained(recorded)
+    if not parts:
+        return
+    steps, values = joined(parts)
+    if len(steps) < least:
+        return
+    series = _together(parts[0], steps, values)
+    gaps = np.diff(steps, append=steps[-1] + 1)
+    moves = np.nan_to_num(series.values)
+    moved, largest = float((moves.clip(0, 1e9) * gaps).sum()), float(moves.max())
+    losses = [s.finite() for s in series_of(recorded, is_total_loss)]
+    stands = [_stands(loss) for loss in losses if len(loss.values) >= least]
+    if moved >= travel or not (all(stands) if stands else largest < never):
+        return
+    finite = series.finite()
+    if not len(finite.values):
+        return
+    (episode,) = episodes(finite, np.ones(len(finite.values), dtype=np.bool_))
+    text = (
+        f"All steps {episode.when} together can have changed the weights by"
+        f" {number(100 * moved)} % at most (in the median of {len(parts)} parameters)"
+        + (", and the loss has not fallen" if stands else "")
+        + ": the learning rate is too low."
+    )
+    yield episode.anomaly("update_small", "medium", travel, text)
+
+
+def _together(first: Series, steps: np.ndarray, values: np.ndarray) -> Series:
+    """The median over the parameters that had an update in a step."""
+    # What begins at zero is infinite: it counts as large.
+    middle = medians(np.where(np.isposinf(values), 1e9, values).T)
+    info = first.info
+    return Series(type(info)(info.key, info.kind, ALL, info.position, ""), steps, middle)
+
+
+def _stands(loss: Series) -> bool:
+    """Whether a loss is at its end where it was at its beginning, but for noise."""
+    values = loss.values.clip(-_ENDLESS, _ENDLESS)
+    quarter = max(3, len(values) // 4)
+    early, late = values[:quarter], values[-quarter:]
+    noise = float(np.median(np.abs(np.diff(values)))) / np.sqrt(quarter)
+    fall = float(np.median(early) - np.median(late))
+    return bool(fall <= 3 * noise + 0.002 * abs(float(np.median(early))))
+
+
+def _one(info: object) -> int:
+    return 0
+
+
+def _may_be_large(newest: Newest) -> Ending:
+    values = newest.values
+    flagged = values > _HIGH
+    possible = flagged & (2 * flagged.sum() >= len(values) / 2)
+    return Ending.of(newest, possible, np.zeros(len(values), dtype=np.bool_))
+
+
+def _after_a_while(newest: Newest) -> Ending:
+    count = len(newest.series(0).values) if len(newest) else 0
+    possible = np.full(len(newest), count == _LONG, dtype=np.bool_)
+    return Ending.of(newest, possible & np.isfinite(newest.values))
+
+
+RATES_END = (EndsWith("update_large", "critical", is_update, _may_be_large, _one),)
+STANDSTILL_ENDS = (
+    EndsWith("update_small", "medium", is_update, _after_a_while, _one, is_total_loss),
+)
