@@ -174,6 +174,14 @@ def check_readme(folder: Path) -> None:
         with tmm.open_run(record.path) as run:
             assert len(run.steps) > 0, record.path
             assert run.keys("activation/"), record.path
+    printed = re.search(
+        r"^(\[ 0 10 .*\]) \[(.*)\]$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert printed is not None
+    with tmm.open_run(records[-1].path) as run:
+        steps, values = run.series("activation/1/rms")
+        assert str(steps) == printed[1]
+        assert values == pytest.approx([float(value) for value in printed[2].split()], abs=2e-3)
 
 
 def check_stand_in(monitored: Any, folder: Path) -> None:
@@ -239,8 +247,8 @@ def test_links_lead_somewhere() -> None:
 
 def test_every_public_name_has_its_place_in_the_reference() -> None:
     text = "".join(page.read_text() for page in (DOCS / "reference" / "api").glob("*.md"))
-    named = set(re.findall(r"^::: (tmm\.[\w.]+)$", text, re.MULTILINE))
-    assert {f"tmm.{name}" for name in tmm.__all__} - named == set()
+    named = set(re.findall(r"^::: tmm\.(?:[\w.]+\.)?(\w+)$", text, re.MULTILINE))
+    assert set(tmm.__all__) - named == set()
 
 
 def test_messages_are_found_as_they_are_shown(tmp_path: Path) -> None:

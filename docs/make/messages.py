@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -35,14 +36,15 @@ class Message:
         return re.compile(".*".join(parts), re.DOTALL)
 
 
-def collect() -> list[Message]:
+@cache
+def collect() -> tuple[Message, ...]:
     """Each message once, by kind and text."""
     found: dict[tuple[str, str], Message] = {}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for message in messages_of(path):
                 found.setdefault((message.kind, message.text), message)
-    return sorted(found.values(), key=lambda message: (message.kind, message.text.lower()))
+    return tuple(sorted(found.values(), key=lambda one: (one.kind, one.text.lower())))
 
 
 def messages_of(path: Path) -> Iterator[Message]:

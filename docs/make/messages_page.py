@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from docs.make.messages import Message, collect
 
@@ -116,7 +116,7 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def by_section(messages: list[Message]) -> Iterator[tuple[str, list[Message]]]:
+def by_section(messages: Sequence[Message]) -> Iterator[tuple[str, list[Message]]]:
     """The messages below each heading; each message once."""
     left = list(messages)
     for heading, places in SECTIONS:
@@ -125,7 +125,7 @@ def by_section(messages: list[Message]) -> Iterator[tuple[str, list[Message]]]:
         yield heading, some
 
 
-def _found(text: str, messages: list[Message]) -> Message:
+def _found(text: str, messages: Sequence[Message]) -> Message:
     """The message that begins so; raises LookupError where the code has none any more."""
     for message in messages:
         if message.text.startswith(text):

@@ -12,8 +12,8 @@ from typing import Any
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NOTE = """\
 !!! note ""
-    This page is a notebook, [{name}]({name}). Download it and run it: it takes about a minute on two CPU cores,
-    and needs nothing but `tmm`.
+    This page is a notebook, [{name}]({name}). Download it and run it: it takes about a minute on two CPU cores.
+    Its pictures need `pip install 'tmm-compile[plot]'`.
 """
 
 
