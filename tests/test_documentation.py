@@ -111,6 +111,7 @@ def run_commands(block: Block, *, slow: bool) -> None:
     for command in commands_of(block):
         if ELSEWHERE.search(command) or (SLOW.search(command) and not slow):
             continue
+        command = re.sub(r"^\S*/bin/", "", command)  # of the environment that was installed
         if command.startswith("tmm ") and "|" not in command:  # quicker than a process
             result = CliRunner().invoke(app, shlex.split(command)[1:])
             assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
