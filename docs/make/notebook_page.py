@@ -17,11 +17,10 @@ _NOTE = """\
 """
 
 
-def page(notebook: Path, pictures: Path) -> str:
-    """The Markdown of a notebook; its pictures are written into the folder ``pictures``."""
-    cells = json.loads(notebook.read_text())["cells"]
+def page(notebook: Path, pictures: str) -> str:
+    """The Markdown of a notebook, whose pictures lie in the folder ``pictures``, seen from it."""
     parts: list[str] = []
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate(_cells(notebook)):
         source = _text(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
             parts.append(source)
@@ -29,11 +28,25 @@ def page(notebook: Path, pictures: Path) -> str:
                 parts.append(_NOTE.format(name=notebook.name))
             continue
         parts.append(f"```python\n{source}\n```")
-        parts += _outputs(cell["outputs"], notebook, pictures, number)
+        parts += _outputs(cell["outputs"], f"{pictures}/{notebook.stem}-{number}.png")
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def _outputs(outputs: list[Any], notebook: Path, pictures: Path, number: int) -> Iterator[str]:
+def write_pictures(notebook: Path, folder: Path) -> None:
+    """Write the pictures that the cells of a notebook drew into ``folder``."""
+    for number, cell in enumerate(_cells(notebook)):
+        for output in cell.get("outputs", ()):
+            if (data := output.get("data", {}).get("image/png")) is not None:
+                path = folder / f"{notebook.stem}-{number}.png"
+                path.write_bytes(base64.b64decode(_text(data)))
+
+
+def _cells(notebook: Path) -> list[Any]:
+    cells: list[Any] = json.loads(notebook.read_text())["cells"]
+    return cells
+
+
+def _outputs(outputs: list[Any], picture: str) -> Iterator[str]:
     printed = ""
     for output in outputs:
         if output["output_type"] == "stream":
@@ -41,9 +54,7 @@ def _outputs(outputs: list[Any], notebook: Path, pictures: Path, number: int) ->
             continue
         data = output.get("data", {})
         if "image/png" in data:
-            path = pictures / f"{notebook.stem}-{number}.png"
-            path.write_bytes(base64.b64decode(_text(data["image/png"])))
-            yield f"![]({_relative(path, notebook.parent)})"
+            yield f"![What the cell above draws]({picture})"
         elif "text/html" in data and "<table" in _text(data["text/html"]):
             yield _one_line(_text(data["text/html"]))
         elif "text/plain" in data:
@@ -55,10 +66,6 @@ def _outputs(outputs: list[Any], notebook: Path, pictures: Path, number: int) ->
 def _one_line(html: str) -> str:
     """HTML that Markdown leaves alone, as no line of it is empty."""
     return "\n".join(line for line in html.splitlines() if line.strip())
-
-
-def _relative(path: Path, start: Path) -> str:
-    return f"../{path.relative_to(start.parent).as_posix()}"
 
 
 def _text(source: str | list[str]) -> str:

@@ -19,10 +19,11 @@ def pages() -> dict[Path, str]:
         DOCS / "reference" / "command-line.md": command_line.page(),
         DOCS / "reference" / "keys.md": keys_page.page(),
         DOCS / "reference" / "messages.md": messages_page.page(),
-        DOCS / "tutorial" / "find-a-fault.md": notebook_page.page(NOTEBOOK, DOCS / "pictures"),
+        DOCS / "tutorial" / "find-a-fault.md": notebook_page.page(NOTEBOOK, "../pictures"),
     }
 
 
 if __name__ == "__main__":
     for path, text in pages().items():
         path.write_text(text)
+    notebook_page.write_pictures(NOTEBOOK, DOCS / "pictures")
