@@ -1,7 +1,7 @@
 PYTHON ?= python
 STORAGE = runtime/store/*.py,tmm/runs/recorded_run.py
 
-.PHONY: test test-all test-matrix lint format faults
+.PHONY: test test-all test-matrix lint format faults docs pages tutorial pictures
 
 test:
 	$(PYTHON) -m pytest
@@ -36,3 +36,19 @@ faults:
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+# The site, into build/site, without the network; whatever is not in order fails.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+# What of the site is committed and made: pages that follow from the code; the notebook of the
+# tutorial, executed; the pictures, from real runs in a browser.
+pages:
+	$(PYTHON) -m docs.make.pages
+
+tutorial:
+	$(PYTHON) -m docs.make.tutorial
+	$(PYTHON) -m docs.make.pages
+
+pictures:
+	$(PYTHON) -m docs.make.pictures

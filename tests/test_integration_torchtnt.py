@@ -830,8 +830,8 @@ def test_a_module_in_distributed_data_parallel(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "how-to" / "integrations.md").read_text()
-    (example,) = re.findall(r"^## TorchTNT\n.*?```python\n(.*?)```", text, flags=re.S | re.M)
+    text = (Path(__file__).parent.parent / "docs" / "how-to" / "torchtnt.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     monkeypatch.chdir(tmp_path)
     names = {
         "Unit": units.Unit,
@@ -840,6 +840,6 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
         "evaluation": units.batches(2, seed=3),
     }
     for _ in range(2):  # as a job that is started again
-        exec(compile(example, "integrations.md", "exec"), names)
+        exec(compile(example, "torchtnt.md", "exec"), names)
     found = units.record(tmp_path / "runs")
     assert found.status == "finished"
