@@ -244,7 +244,7 @@ class ForwardRecorder:
         if twin.untraced is not None:
             output, fault = twin.watch(twin.untraced, region, *args, **kwargs)
             if fault is not None:
-                self._lose_step(collector, fault)
+                self.note_failure(fault)
             return output
         if self._gaps.are_raised:
             try:
@@ -261,7 +261,7 @@ class ForwardRecorder:
             random_state.restore()
             with self.no_monitor():
                 output = plain(*args, **kwargs)  # an error of the model itself is raised here
-            self._lose_step(collector, error)
+            self.note_failure(error)
             return output
 
     # Faults
@@ -296,9 +296,3 @@ class ForwardRecorder:
         if name not in self._unmeasured:
             self._unmeasured[name] = PASSED_BY
             self._gaps.warn_of_foreign_pass(collector.step, foreign)
-
-    def _lose_step(self, collector: StepCollector, error: Exception) -> None:
-        if self._gaps.are_raised:
-            raise error
-        collector.failed = True
-        self._gaps.add_failure(collector.step, error)
