@@ -17,7 +17,11 @@ import torch._dynamo.symbolic_convert
 import torch._dynamo.trace_rules
 import torch._dynamo.types
 import torch._dynamo.utils
+import torch._dynamo.variables.base
 import torch._dynamo.variables.builder
+import torch._dynamo.variables.functions
+import torch._dynamo.variables.nn_module
+import torch._dynamo.variables.tensor
 import torch._dynamo.variables.torch
 import torch._functorch.partitioners
 
@@ -87,6 +91,21 @@ ConvertFrameReturn = torch._dynamo.types.ConvertFrameReturn
 
 InstructionTranslator = torch._dynamo.symbolic_convert.InstructionTranslator
 """Traces a frame; ``current_tx()`` is the one that is at work."""
+
+module_variables = torch._dynamo.variables.nn_module
+"""The module whose ``record_nn_module_stack`` tells which call of which module is traced."""
+
+ModuleVariable = torch._dynamo.variables.nn_module.UnspecializedNNModuleVariable
+"""A module while it is traced; ``call_function`` traces a call of it."""
+
+MethodVariable = torch._dynamo.variables.functions.UserMethodVariable
+"""A method while it is traced; ``call_function`` traces a call of it."""
+
+TensorVariable = torch._dynamo.variables.tensor.TensorVariable
+"""A tensor while it is traced."""
+
+VariableTracker = torch._dynamo.variables.base.VariableTracker
+"""Any value while it is traced; ``build`` makes one of a value."""
 
 answers = torch._dynamo.variables.torch
 """The module whose ``tracing_state_functions`` says what traced code is told of being traced."""

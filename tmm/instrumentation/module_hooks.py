@@ -13,6 +13,7 @@ from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.eager_backend import in_fused_layers
 from tmm.instrumentation.outputs import mark_inputs, mark_nothing, mark_outputs
 from tmm.instrumentation.regions import COMPILED_CALL
+from tmm.instrumentation.traced_calls import TracedCalls
 
 _KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
 
@@ -47,12 +48,24 @@ class ModuleHooks:
         self._marks_inputs = marks_inputs
         self._spares_fused_layers = spares_fused_layers
         self._hidden_calls: list[Replacement] = []
+        self._traced = TracedCalls()
 
     def mark(self) -> None:
         """Mark what Dynamo traces from now on."""
         self.remove()  # from the modules known so far: there may be others now
         self._attribution.refresh()
+        unhooked = []
         for module in self._hooked():
+            if module.__dict__.get(COMPILED_CALL) is not None:
+                # A part that is compiled on its own is traced like any other.
+                self._hidden_calls.append(Replacement(module, COMPILED_CALL, None))
+            if (
+                not self._marks_inputs
+                and TracedCalls.can_mark(module)
+                and not has_own_hooks(module)
+            ):
+                unhooked.append(module)
+                continue
             module._forward_hooks[_KEY] = mark_outputs
             if self._marks_inputs:
                 module._forward_pre_hooks[_KEY] = mark_inputs
@@ -60,9 +73,7 @@ class ModuleHooks:
             elif module._forward_pre_hooks:
                 # The user's hooks are guarded on, with the length of the dict that holds them.
                 module._forward_pre_hooks[_KEY] = mark_nothing
-            if module.__dict__.get(COMPILED_CALL) is not None:
-                # A part that is compiled on its own is traced like any other.
-                self._hidden_calls.append(Replacement(module, COMPILED_CALL, None))
+        self._traced.begin(unhooked)
 
     def watch(self) -> None:
         """Show the calls that run from now on."""
@@ -94,6 +105,7 @@ class ModuleHooks:
                 )
 
     def _show_calls(self) -> None:
+        self._traced.end()
         while self._hidden_calls:
             self._hidden_calls.pop().restore()
 
