@@ -42,7 +42,7 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_
 """What torchrun tells one process."""
 
 SLOW = re.compile(
-    r"tmm demo|tmm coord-check|torchrun|python examples/train.py (?!--fast)|python -m benchmarks"
+    r"tmm demo|tmm coord-check|torchrun|python examples/train.py|python -m benchmarks"
 )
 """Commands that train for long: only the slow tests run them."""
 
