@@ -37,6 +37,8 @@ METRIC_TEXTS = {
 """What each metric is; one that is missing fails the build."""
 
 FAMILY_TEXTS = {
+    "model_input": "a tensor among the arguments of the model, with `diagnosis=True`",
+    "model_output": "the model's first output with rows, with `diagnosis=True`",
     "activation": "what a module returns",
     "activation_difference": "that, minus what the reference returns on the same batch",
     "activation_gradient": "the gradient of the loss with respect to what a module returns",
@@ -54,6 +56,8 @@ FAMILY_TEXTS = {
 """What each family is of; one that is missing fails the build."""
 
 FORMS = {
+    "model_input": "`model_input/{argument}/{metric}`",
+    "model_output": "`model_output/output/spread`",
     "attention": "`attention_{metric}/{module}.head_{i}`, `activation/{module}.head_{i}.query/{metric}`",
     "rcc": "`RCC {term}/{module}/l2norm`",
     "step": "`step/{name}`",
@@ -64,6 +68,11 @@ WHOLE = (
     ("step/gradient_norm", "the norm of all gradients together"),
     ("step/gradient_norm/{block}", "that of one block of the model"),
     ("step/gradient_norm_before_clip", "that of all gradients, before you clip them"),
+    ("step/frozen/{parameter}", "1 where a parameter is frozen, with `diagnosis=True`"),
+    ("step/without_optimizer/{parameter}", "1 where no optimizer holds a parameter"),
+    ("step/without_gradient/{parameter}", "1 where a parameter gets no gradient"),
+    ("step/optimizer_age", "how many steps the state of the optimizer has seen"),
+    ("step/started", "1 at the first monitored step of a run that was resumed"),
     ("step/skipped", "1 where a `GradScaler` skipped the optimizer's step"),
     ("step/grad_scale", "the scale of the `GradScaler`"),
     ("system/cpu_percent", "load of all processors, percent"),
