@@ -10,7 +10,7 @@ from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.layers import is_update, joined, trained
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, medians
+from tmm.analysis.robust import bridged, jumps, medians
 from tmm.analysis.series import Series, series_of
 from tmm.core.keys import is_total_loss
 from tmm.core.series_by_key import Recorded
@@ -19,25 +19,35 @@ ALL = "all parameters"
 """The site of what is of all parameters together."""
 
 _HIGH = 0.5
+_JUMPED = 0.03
 _ENDLESS = 1e100
 _LONG = 40  # recorded steps after which alerts look whether anything has moved
 
 
 def large_rates(
-    recorded: Recorded, *, high: float = _HIGH, critical: float = 1.0
+    recorded: Recorded,
+    *,
+    high: float = _HIGH,
+    critical: float = 1.0,
+    jump: float = 10.0,
+    smallest: float = _JUMPED,
 ) -> Iterator[Anomaly]:
     """Steps that change most weights by more than ``high`` of their norm: high.
 
     It is the median of ``relative_norm`` over all parameters but biases that counts, above
     ``critical`` it is critical. That is a scale without units, so that no step need come before:
-    what begins at zero moves by more than its norm, and is the smaller part of a model.
+    what begins at zero moves by more than its norm, and is the smaller part of a model. High is
+    also a jump to ``jump`` times the median of up to 50 recorded values before (five at the least),
+    above ``smallest``.
     """
     parts = trained(recorded)
     if not parts:
         return
     steps, values = joined(parts)
     series = _together(parts[0], steps, values)
-    for episode in episodes(series, bridged(series.values > high, series.values > high / 2)):
+    jumped, usual = jumps(series.values, factor=jump, score=8.0, window=50, least=5)
+    flagged = (series.values > high) | (jumped & (series.values > smallest))
+    for episode in episodes(series, bridged(flagged, series.values > min(high / 2, smallest))):
         limit = critical if episode.value > critical else high
         severity: Severity = "critical" if episode.value > critical else "high"
         text = (
@@ -45,6 +55,9 @@ def large_rates(
             f" {episode.when}, in the median of {len(parts)} parameters: the learning rate is too"
             " high"
         )
+        if episode.value <= high:
+            limit = jump * usual[episode.places.start]
+            text += f"; before, it was {number(100 * limit / jump)} %"
         if episode.places.start == 0 and episode.places.stop < len(steps):
             text += " for the first steps (is a warm-up missing?)"
         yield episode.anomaly("update_large", severity, limit, text + ".")
@@ -110,7 +123,7 @@ def _one(info: object) -> int:
 
 def _may_be_large(newest: Newest) -> Ending:
     values = newest.values
-    flagged = values > _HIGH
+    flagged = values > _JUMPED
     possible = flagged & (2 * flagged.sum() >= len(values) / 2)
     return Ending.of(newest, possible, np.zeros(len(values), dtype=np.bool_))
 
