@@ -391,7 +391,7 @@ def inputs_not_normalised(training: Training) -> None:
     training.batches.append(lambda step, batch: (batch[0] * 64 + 128, batch[1]))
 
 
-@fault("loss_spike", (80, 81), lambda t: ("loss",))
+@fault("loss_spike loss_divergence", (80, 81), lambda t: ("loss",))
 def labels_noisy_for_a_while(training: Training) -> None:
     def shuffle(step: int, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         inputs, targets = batch

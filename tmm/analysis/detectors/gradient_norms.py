@@ -55,7 +55,7 @@ def multiplied_gradients(
     recorded: Recorded,
     *,
     items: float = 1.5,
-    factor: float = 1.5,
+    factor: float = 1.2,
     alone: float = 4.0,
     spread: float = 2.5,
     window: int = 10,
@@ -63,11 +63,11 @@ def multiplied_gradients(
 ) -> Iterator[Anomaly]:
     """Gradients that all grew by one factor from one step to the next, and stay so: medium.
 
-    The median, over the parameters, of the norm in the ``window`` recorded values from there over
-    that in those before is ``factor`` where a step has ``items`` times as many items as before (of
-    a mean over more of them they would be smaller), and ``alone`` where it has not, if three
-    quarters of the parameters differ from the median by less than ``spread`` and the loss is what
-    it was.
+    The median, over the parameters, of the norm in the five recorded values from there over that in
+    the ``window`` before (five, where a step has more items) is ``factor`` where a step has
+    ``items`` times as many items as before (of a mean over more of them they would be smaller), and
+    ``alone`` where it has not, if three quarters of the parameters differ from the median by less
+    than ``spread`` and the loss is what it was.
     """
     parts = [s for s in series_of(recorded, _is_norm) if not is_bias(s.site)]
     if not parts:
@@ -84,6 +84,8 @@ def multiplied_gradients(
     while place <= len(steps) - least:
         before, after = slice(max(0, place - window), place), slice(place, place + window)
         more = _quotient(count[after][:least], count[before])
+        if more >= items:
+            before = slice(max(0, place - 5), place)
         rises = medians(logs[:, after][:, : max(least, 5)]) - medians(logs[:, before])
         rise = float(np.nan_to_num(medians(rises[None])[0]))
         has_more = more >= items and count[place] >= items * count[place - 1]

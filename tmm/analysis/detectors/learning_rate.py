@@ -8,9 +8,9 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.layers import is_update, joined, trained
+from tmm.analysis.layers import is_parameter, is_update, joined, trained
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, medians
+from tmm.analysis.robust import bridged, jumps, medians
 from tmm.analysis.series import Series, series_of
 from tmm.core.keys import is_total_loss
 from tmm.core.series_by_key import Recorded
@@ -19,25 +19,43 @@ ALL = "all parameters"
 """The site of what is of all parameters together."""
 
 _HIGH = 0.5
+_JUMPED = 0.03
 _ENDLESS = 1e100
 _LONG = 40  # recorded steps after which alerts look whether anything has moved
 
 
 def large_rates(
-    recorded: Recorded, *, high: float = _HIGH, critical: float = 1.0
+    recorded: Recorded,
+    *,
+    high: float = _HIGH,
+    critical: float = 1.0,
+    jump: float = 10.0,
+    smallest: float = _JUMPED,
 ) -> Iterator[Anomaly]:
     """Steps that change most weights by more than ``high`` of their norm: high.
 
     It is the median of ``relative_norm`` over all parameters but biases that counts, above
-    ``critical`` it is critical. That is a scale without units, so that no step need come before:
-    what begins at zero moves by more than its norm, and is the smaller part of a model.
+    ``critical`` it is critical. That is a scale without units, so that no step need come before;
+    what begins at zero is left out until it has a size. In the first recorded step a single one
+    that is changed by more than ``critical`` counts, too, if it had a usual size before. High is
+    also a jump to ``jump`` times the median of up to 50 recorded values before (five at the least),
+    above ``smallest``.
     """
     parts = trained(recorded)
     if not parts:
         return
     steps, values = joined(parts)
+    begins = _beginnings(recorded, parts)
+    usual_size = float(medians(begins[None])[0])
+    for place in np.flatnonzero(~(begins >= 0.01 * usual_size)):  # those that begin at zero
+        settled = np.flatnonzero(values[place] <= high)
+        values[place, : settled[0] if len(settled) else None] = np.nan
     series = _together(parts[0], steps, values)
-    for episode in episodes(series, bridged(series.values > high, series.values > high / 2)):
+    if not (series.values[:1] > high).any():
+        yield from _of_one(parts, begins, usual_size, critical)
+    jumped, usual = jumps(series.values, factor=jump, score=8.0, window=50, least=5)
+    flagged = (series.values > high) | (jumped & (series.values > smallest))
+    for episode in episodes(series, bridged(flagged, series.values > min(high / 2, smallest))):
         limit = critical if episode.value > critical else high
         severity: Severity = "critical" if episode.value > critical else "high"
         text = (
@@ -45,6 +63,9 @@ def large_rates(
             f" {episode.when}, in the median of {len(parts)} parameters: the learning rate is too"
             " high"
         )
+        if episode.value <= high:
+            limit = jump * usual[episode.places.start]
+            text += f"; before, it was {number(100 * limit / jump)} %"
         if episode.places.start == 0 and episode.places.stop < len(steps):
             text += " for the first steps (is a warm-up missing?)"
         yield episode.anomaly("update_large", severity, limit, text + ".")
@@ -86,6 +107,41 @@ def small_rates(
     yield episode.anomaly("update_small", "medium", travel, text)
 
 
+def _beginnings(recorded: Recorded, parts: list[Series]) -> np.ndarray:
+    """At least how large each parameter was before its first update, shape (n,).
+
+    That of the size after it and of what the update was of it; infinite where no size is measured.
+    """
+    sizes = {s.site: s for s in series_of(recorded, is_parameter)}
+    least = np.full(len(parts), np.inf)
+    for place, part in enumerate(parts):
+        size = sizes.get(part.site)
+        move = float(part.values[0]) if len(part.values) else 0.0
+        if size is not None and len(size.values):
+            least[place] = abs(float(size.values[0])) / (1 + abs(move))
+        elif not np.isfinite(move):
+            least[place] = 0.0
+    return np.nan_to_num(least, posinf=np.inf)
+
+
+def _of_one(
+    parts: list[Series], begins: np.ndarray, usual: float, critical: float
+) -> Iterator[Anomaly]:
+    """The parameter that the first recorded step changed most, if that is too much."""
+    moves = np.array([part.values[0] if len(part.values) else np.nan for part in parts])
+    counts = np.isfinite(moves) & (begins >= 0.05 * usual) & np.isfinite(begins)
+    if not (counts & (moves > critical)).any():
+        return
+    part = parts[int(np.argmax(np.where(counts, moves, -np.inf)))]
+    first = np.arange(len(part.values)) == 0
+    (episode,) = episodes(part, first)
+    text = (
+        f"The first recorded step changed {part.site} by {number(100 * episode.value)} % of its"
+        " norm: the learning rate is too high."
+    )
+    yield episode.anomaly("update_large", "critical", critical, text)
+
+
 def _together(first: Series, steps: np.ndarray, values: np.ndarray) -> Series:
     """The median over the parameters that had an update in a step."""
     # What begins at zero is infinite: it counts as large.
@@ -110,7 +166,7 @@ def _one(info: object) -> int:
 
 def _may_be_large(newest: Newest) -> Ending:
     values = newest.values
-    flagged = values > _HIGH
+    flagged = values > _JUMPED
     possible = flagged & (2 * flagged.sum() >= len(values) / 2)
     return Ending.of(newest, possible, np.zeros(len(values), dtype=np.bool_))
 
@@ -121,7 +177,7 @@ def _after_a_while(newest: Newest) -> Ending:
     return Ending.of(newest, possible & np.isfinite(newest.values))
 
 
-RATES_END = (EndsWith("update_large", "critical", is_update, _may_be_large, _one),)
+RATES_END = (EndsWith("update_large", "critical", is_update, _may_be_large, _one, is_parameter),)
 STANDSTILL_ENDS = (
     EndsWith("update_small", "medium", is_update, _after_a_while, _one, is_total_loss),
 )

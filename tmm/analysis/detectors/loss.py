@@ -30,7 +30,7 @@ def loss_spikes(
     window: int = 50,
     least: int = 10,
     floor: float = 0.02,
-    part: float = 0.05,
+    part: float = 0.15,
 ) -> Iterator[Anomaly]:
     """Losses far above those before.
 
@@ -38,8 +38,8 @@ def loss_spikes(
     is always positive. It is compared with the rises of the ``window`` recorded values before: more
     than ``medium`` of their spreads (1.4826 times the median absolute deviation) above their median
     is medium, more than ``high`` high. The spread is ``floor`` of the loss at least, so that a jump
-    after a constant loss counts; the first ``least`` values are not judged. A rise by less than
-    ``part`` of the size that the loss had at first is none: there is little of it left.
+    after a constant loss counts; the first ``least`` values are not judged. Where less than
+    ``part`` is left of the size that the loss had at first, a rise has to be of that size.
     """
     for series in series_of(recorded, is_loss):
         losses = series.finite()
@@ -49,7 +49,8 @@ def loss_spikes(
         scores = (values - near - usual) / spread
         levels = np.exp(near.clip(max=700.0)) if _is_positive(losses) else near
         with np.errstate(over="ignore", invalid="ignore"):
-            is_large = losses.values - levels > part * abs(early_median(losses.values))
+            asked = part * abs(early_median(losses.values))
+            is_large = (losses.values - levels > asked) | (np.abs(levels) > asked)
         for episode in episodes(losses, (scores > medium) & is_large, badness=scores):
             place = episode.worst
             severity: Severity = "high" if scores[place] > high else "medium"
