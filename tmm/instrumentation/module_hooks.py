@@ -13,7 +13,7 @@ from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.eager_backend import in_fused_layers
 from tmm.instrumentation.outputs import mark_inputs, mark_nothing, mark_outputs
 from tmm.instrumentation.regions import COMPILED_CALL
-from tmm.instrumentation.traced_calls import TracedCalls
+from tmm.instrumentation.traced_calls import TracedCalls, markable_without_hooks
 
 _KEY = -1  # torch numbers its own hooks from 0; inserted last, so it runs after them
 
@@ -55,15 +55,12 @@ class ModuleHooks:
         self.remove()  # from the modules known so far: there may be others now
         self._attribution.refresh()
         unhooked = []
+        markable = set() if self._marks_inputs else markable_without_hooks(self._attribution.names)
         for module in self._hooked():
             if module.__dict__.get(COMPILED_CALL) is not None:
                 # A part that is compiled on its own is traced like any other.
                 self._hidden_calls.append(Replacement(module, COMPILED_CALL, None))
-            if (
-                not self._marks_inputs
-                and TracedCalls.can_mark(module)
-                and not has_own_hooks(module)
-            ):
+            if module in markable and not has_own_hooks(module):
                 unhooked.append(module)
                 continue
             module._forward_hooks[_KEY] = mark_outputs

@@ -6,8 +6,10 @@ through six functions more, which doubles the time that it takes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -31,42 +33,51 @@ _STACK = "record_nn_module_stack"
 _CALL_IMPL = torch.nn.Module._call_impl
 
 
+def markable_without_hooks(modules: Iterable[torch.nn.Module]) -> set[torch.nn.Module]:
+    """Those of ``modules`` whose forward Dynamo goes straight to, if they have no hooks.
+
+    In the frame of a graph, nodes are said to lie where those of the graph do.
+    """
+    if not (HAS_ISOLATION or dynamo_config.inline_inbuilt_nn_modules):
+        return set()  # always so from torch 2.13 on
+    given = set(modules)
+    graphs = [module for module in given if isinstance(module, GraphModule)]
+    return set(filter(_is_plain, given - {part for graph in graphs for part in graph.modules()}))
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    kind = type(module)
+    return (
+        kind.__call__ is torch.nn.Module.__call__
+        and kind._call_impl is _CALL_IMPL
+        and isinstance(inspect.getattr_static(kind, "forward"), FunctionType)
+        and not {"forward", "_call_impl", "__call__"} & module.__dict__.keys()
+    )
+
+
 class TracedCalls:
     """Marks the outputs of modules that have no hooks, while it is begun."""
 
     def __init__(self) -> None:
         self._modules: set[int] = set()
         self._left: tuple[str, object] | None = None  # the call whose module was left last
-        self._marked: list[int] = []  # modules whose call was marked from inside
+        self._calls: list[_Call] = []
         self._replaced: list[Replacement] = []
-
-    @staticmethod
-    def can_mark(module: torch.nn.Module) -> bool:
-        """Whether Dynamo goes straight to the forward of a module that has no hooks of the user."""
-        kind = type(module)
-        return (
-            (HAS_ISOLATION or dynamo_config.inline_inbuilt_nn_modules)  # always, from torch 2.13 on
-            and kind.__call__ is torch.nn.Module.__call__
-            and kind._call_impl is _CALL_IMPL
-            and isinstance(kind.__dict__.get("forward", kind.forward), FunctionType)
-            and not {"forward", "_call_impl", "__call__"} & module.__dict__.keys()
-            and not isinstance(module, GraphModule)
-        )
 
     def begin(self, modules: Iterable[torch.nn.Module]) -> None:
         """Mark what these give from now on."""
         self.end()
         self._modules = set(map(id, modules))
-        if self._modules:
-            self._replace(module_variables, _STACK, self._recording)
-            self._replace(ModuleVariable, "call_function", self._calling)
-            self._replace(MethodVariable, "call_function", self._calling_method)
+        self._replace(module_variables, _STACK, self._recording)
+        self._replace(ModuleVariable, "call_function", self._calling)
+        self._replace(MethodVariable, "call_function", self._calling_method)
 
     def end(self) -> None:
         """Mark nothing any more."""
         while self._replaced:
             self._replaced.pop().restore()
         self._modules.clear()
+        self._calls.clear()
         self._left = None
 
     def _replace(self, owner: Any, name: str, around: Callable[[Any], Any]) -> None:
@@ -86,17 +97,15 @@ class TracedCalls:
         def call_function(
             variable: Any, tracer: Any, arguments: Sequence[Any], keywords: dict[str, Any]
         ) -> Any:
-            if id(variable.value) not in self._modules or not variable.source:
+            if not variable.source:
                 return own(variable, tracer, arguments, keywords)
-            self._marked.append(0)
-            try:
+            call = _Call(id(variable.value))
+            with self._inside(call):
                 result = own(variable, tracer, arguments, keywords)
-            finally:
-                is_marked = self._marked.pop() == id(variable.value)
-            if not is_marked:
+            if call.module in self._modules and not call.is_marked:
                 assert self._left is not None
-                key, call = self._left
-                tracer.nn_module_stack[key] = call
+                key, entry = self._left
+                tracer.nn_module_stack[key] = entry
                 try:
                     _mark(tracer, result)
                 finally:
@@ -106,18 +115,46 @@ class TracedCalls:
         return call_function
 
     def _calling_method(self, own: Any) -> Any:
+        """Also where a program calls ``layer.__call__``, which Dynamo takes for any method."""
+
         def call_function(
             variable: Any, tracer: Any, arguments: Sequence[Any], keywords: dict[str, Any]
         ) -> Any:
-            result = own(variable, tracer, arguments, keywords)
-            module = getattr(variable.obj, "value", None)
-            if variable.fn is _CALL_IMPL and id(module) in self._modules:
-                _mark(tracer, result)
-                if self._marked:
-                    self._marked[-1] = id(module)
+            module = variable.obj
+            is_call = variable.fn is _CALL_IMPL and isinstance(module, ModuleVariable)
+            if not is_call or not module.source:
+                return own(variable, tracer, arguments, keywords)
+            call = _Call(id(module.value))
+            if self._calls and self._calls[-1].module == call.module:
+                call, inside = self._calls[-1], nullcontext()
+            else:
+                source = module.get_nn_module_stack_source()
+                record = getattr(module_variables, _STACK)
+                inside = record(str(call.module), source, tracer, module.value)
+            with inside, self._inside(call):
+                result = own(variable, tracer, arguments, keywords)
+                if call.module in self._modules:
+                    call.is_marked = True
+                    _mark(tracer, result)
             return result
 
         return call_function
+
+    @contextmanager
+    def _inside(self, call: _Call) -> Iterator[None]:
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
+
+@dataclass
+class _Call:
+    """A call of the module of that ``id``, which is traced now."""
+
+    module: int
+    is_marked: bool = False
 
 
 def _mark(tracer: Any, result: Any) -> None:
