@@ -121,7 +121,7 @@ def _beginnings(recorded: Recorded, parts: list[Series]) -> np.ndarray:
             least[place] = abs(float(size.values[0])) / (1 + abs(move))
         elif not np.isfinite(move):
             least[place] = 0.0
-    return np.nan_to_num(least, posinf=np.inf)
+    return np.where(np.isnan(least), 0.0, least)
 
 
 def _of_one(
