@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tmm
-from tmm.analysis import Anomaly, find_anomalies, first_nonfinite
+from tmm.analysis import Anomaly, find_anomalies, find_stories, first_nonfinite
 
 SPEC = tmm.Spec(
     tmm.activation("rms", "absmax", "zero_fraction", "kurtosis", "nan_count", "inf_count"),
@@ -328,7 +328,8 @@ def test_a_layer_that_is_dead_from_the_start(tmp_path: Path) -> None:
         model[0].bias.fill_(-100.0)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     anomalies = train(tmp_path, model, regression, optimizer, steps=20)
-    (dead,) = alarms(anomalies)
+    with tmm.open_run(tmp_path) as run:
+        (dead,) = alarms(tuple(story.cause for story in find_stories(run)))
     assert (dead.kind, dead.site, dead.step) == ("dead_units", "1", 0)
     idle = {anomaly.site for anomaly in only(anomalies, "gradient_idle")}
     assert {"0.weight", "0.bias", "2.weight"} <= idle
