@@ -284,6 +284,21 @@ def test_gradients_that_were_not_divided() -> None:
     assert not list(multiplied_gradients(record({key: v[:30] for key, v in series.items()})))
 
 
+@pytest.mark.parametrize(
+    "norms",
+    [
+        [0.32, 0.31, 0.62, 1.27, 2.89, 2.43, 15.9, 5.43, 5.04],
+        [0.32, 0.47, 2.44, 11.6, 3.78, 2.46, 3.89, 5.45, 4.1],
+        [0.3, 0.31, 0.3, 0.32, 0.3, 0.31, 1.0, 2.9, 2.4, 5.0, 5.4],
+    ],
+)
+def test_gradients_of_a_training_that_takes_off_were_not_multiplied(norms: list[float]) -> None:
+    norms = [*norms, *noisy(4.0, 40)]
+    series = {f"gradient/{n}.weight/norm": noisy(1.0, len(norms), seed=n) * norms for n in range(4)}
+    loss = {"loss": np.linspace(5.5, 3.5, len(norms))}
+    assert not list(multiplied_gradients(record(series | loss)))
+
+
 def test_gradients_that_are_lost_on_their_way_down() -> None:
     after = np.arange(40) >= 20
     series: dict[str, Any] = {}

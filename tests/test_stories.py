@@ -98,6 +98,16 @@ def test_evidence_is_the_series_around_the_onset() -> None:
     assert (len(before.split(",")), len(after.split(","))) == (5, 6)
 
 
+def test_evidence_of_most_parameters_is_one_that_moved_as_much_as_the_finding_says() -> None:
+    moves = {"embed": 0.015, "0": 0.7, "1": 0.82, "2": 0.8, "3": 9.0}
+    record = RecordedSeries(
+        {f"update/{n}.weight/relative_norm": (range(3), [m] * 3) for n, m in moves.items()}
+    )
+    (story,) = find_stories(record)
+    assert story.cause.value == 0.8
+    assert [part.key for part in story.evidence] == ["update/2.weight/relative_norm"]
+
+
 def test_every_kind_of_a_detector_is_known() -> None:
     source = "".join(
         path.read_text()

@@ -11,6 +11,8 @@ import numpy as np
 
 from tmm.analysis.advice import NEVER_EXPLAINED, SELDOM_MEANT, known_of
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity
+from tmm.analysis.detectors.learning_rate import ALL
+from tmm.analysis.layers import is_update, trained
 from tmm.analysis.order import Rank, execution_ranks
 from tmm.analysis.recorded import ReadOnce
 from tmm.analysis.registry import Detector, find_anomalies, in_order
@@ -210,7 +212,7 @@ def excerpts(recorded: Recorded, cause: Anomaly) -> tuple[Excerpt, ...]:
     keys = recorded.keys()
     losses = [key for key in keys if is_total_loss(recorded.key_info(key))][:1]
     shown = []
-    for key in dict.fromkeys((cause.key, *losses)):
+    for key in dict.fromkeys((_shown_key(recorded, cause), *losses)):
         if key not in keys:
             continue
         steps, values = recorded.series(key)
@@ -220,6 +222,19 @@ def excerpts(recorded: Recorded, cause: Anomaly) -> tuple[Excerpt, ...]:
         part = slice(max(0, place - _AROUND), place + _AROUND + 1)
         shown.append(Excerpt(key, steps[part].copy(), values[part].copy()))
     return tuple(shown)
+
+
+def _shown_key(recorded: Recorded, cause: Anomaly) -> str:
+    """The key of a cause; of one in most parameters, that whose worst update is as large as its."""
+    if cause.site != ALL or not is_update(recorded.key_info(cause.key)):
+        return cause.key
+    distances = {}
+    for series in trained(recorded):
+        here = (series.steps >= cause.step) & (series.steps <= cause.last_step)
+        values = series.where(here).finite().values
+        if len(values):
+            distances[series.key] = abs(float(values.max()) - cause.value)
+    return min(distances, key=distances.__getitem__, default=cause.key)
 
 
 def _order(anomaly: Anomaly, ranks: Mapping[str, Rank]) -> tuple[int, int, Rank, int, str]:

@@ -18,6 +18,7 @@ from tmm.core.keys import is_total_loss, total_norm
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
+_LEVEL = 5  # recorded values that tell a level
 _TOTAL = total_norm(GRADIENT.name)
 _is_norm = is_metric(GRADIENT.name, "norm")
 _is_count = is_metric(MODEL_INPUT.name, "elements")
@@ -67,7 +68,8 @@ def multiplied_gradients(
     the ``window`` before (five, where a step has more items) is ``factor`` where a step has
     ``items`` times as many items as before (of a mean over more of them they would be smaller), and
     ``alone`` where it has not, if three quarters of the parameters differ from the median by less
-    than ``spread`` and the loss is what it was.
+    than ``spread``, the loss is what it was, and the norms leave at once the level on which they
+    had been for five recorded values: those of a training that takes off grow over several steps.
     """
     parts = [s for s in series_of(recorded, _is_norm) if not is_bias(s.site)]
     if not parts:
@@ -96,6 +98,7 @@ def multiplied_gradients(
             rise < np.log10(asked)
             or not is_one
             or not sudden
+            or not (has_more or _is_new_level(logs, place, rise))
             or not (has_more or _is_same_loss(losses, steps, place, window))
         ):
             place += 1
@@ -121,6 +124,16 @@ def _is_sudden(logs: np.ndarray, place: int, rise: float) -> bool:
     """Whether most of the rise happened at that step, rather than over several."""
     now, last = logs[:, place], medians(logs[:, max(0, place - 3) : place])
     return bool(medians((now - last)[None])[0] >= 0.6 * rise)
+
+
+def _is_new_level(logs: np.ndarray, place: int, rise: float) -> bool:
+    """Whether even the lowest of the values from there is far above the highest of those before."""
+    if place < _LEVEL:
+        return False
+    before, after = logs[:, place - _LEVEL : place], logs[:, place : place + _LEVEL]
+    middle = medians(before)[:, None]
+    highest, lowest = medians((before - middle).T).max(), medians((after - middle).T).min()
+    return bool(lowest - highest >= 0.5 * rise)
 
 
 def _is_same_loss(losses: Series | None, steps: np.ndarray, place: int, window: int) -> bool:
