@@ -333,6 +333,7 @@ def test_a_layer_that_is_dead_from_the_start(tmp_path: Path) -> None:
     assert (dead.kind, dead.site, dead.step) == ("dead_units", "1", 0)
     idle = {anomaly.site for anomaly in only(anomalies, "gradient_idle")}
     assert {"0.weight", "0.bias", "2.weight"} <= idle
+    assert not [a for a in only(anomalies, "update_small") if a.severity != "low"]
 
 
 def test_a_head_that_collapses(tmp_path: Path) -> None:

@@ -79,6 +79,18 @@ def test_a_rate_is_too_low_where_nothing_moves_and_the_loss_stands() -> None:
     assert list(small_rates(record(updates(noisy(1e-8, 40)))))  # no loss is logged
 
 
+def test_a_rate_is_not_too_low_where_there_are_no_gradients() -> None:
+    slow = updates(*([noisy(1e-6, 40)] * 3)) | {"loss": 2.0 + 0.01 * NOISE[:40]}
+
+    def gradients(*sizes: float) -> dict[str, Any]:
+        return {f"gradient/{n}.weight/norm": [size] * 40 for n, size in enumerate(sizes)}
+
+    assert not list(small_rates(record(slow | gradients(0.0, 0.0, 0.1))))  # a layer is dead
+    assert not list(small_rates(record(slow | gradients(0.0, 0.0, 0.0))))
+    assert list(small_rates(record(slow | gradients(0.0, 0.1, 0.1))))
+    assert list(small_rates(record(slow | gradients(0.1, 0.1, 0.1))))
+
+
 # Initialisation
 
 

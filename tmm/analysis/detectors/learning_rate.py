@@ -11,16 +11,20 @@ from tmm.analysis.ending import Ending, EndsWith
 from tmm.analysis.layers import is_parameter, is_update, joined, trained
 from tmm.analysis.recent import Newest
 from tmm.analysis.robust import bridged, jumps, medians
-from tmm.analysis.series import Series, series_of
+from tmm.analysis.series import Series, is_metric, series_of
+from tmm.core.families import GRADIENT
 from tmm.core.keys import is_total_loss
+from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
 ALL = "all parameters"
 """The site of what is of all parameters together."""
 
+_is_norm = is_metric(GRADIENT.name, "norm")
 _HIGH = 0.5
 _JUMPED = 0.03
 _ENDLESS = 1e100
+_NOTHING = 1e-7  # the norm of a gradient that vanishes
 _LONG = 40  # recorded steps after which alerts look whether anything has moved
 
 
@@ -79,9 +83,13 @@ def small_rates(
     Of at least ``least`` recorded steps: all updates together, added up as if all had one
     direction, are less than ``travel`` of the norm in the median of the parameters, and the loss
     has not fallen by more than its noise. Where no loss is logged: no update above ``never``.
+    Parameters without a gradient to speak of in half of the steps are left out; where they are the
+    larger part, that is why nothing moves, and there is nothing to say of the learning rate.
     """
-    parts = trained(recorded)
-    if not parts:
+    every = trained(recorded)
+    still = _without_gradient(recorded)
+    parts = [part for part in every if part.site not in still]
+    if not parts or 2 * len(parts) < len(every):
         return
     steps, values = joined(parts)
     if len(steps) < least:
@@ -105,6 +113,12 @@ def small_rates(
         + ": the learning rate is too low."
     )
     yield episode.anomaly("update_small", "medium", travel, text)
+
+
+def _without_gradient(recorded: Recorded) -> set[str]:
+    """The parameters whose gradients are too small to be the learning rate's affair."""
+    norms = [s.finite() for s in series_of(recorded, _is_norm)]
+    return {s.site for s in norms if len(s.values) and np.mean(s.values < _NOTHING) >= 0.5}
 
 
 def _beginnings(recorded: Recorded, parts: list[Series]) -> np.ndarray:
@@ -164,6 +178,10 @@ def _one(info: object) -> int:
     return 0
 
 
+def _tells_standstill(info: KeyInfo) -> bool:
+    return is_total_loss(info) or _is_norm(info)
+
+
 def _may_be_large(newest: Newest) -> Ending:
     values = newest.values
     flagged = values > _JUMPED
@@ -179,5 +197,5 @@ def _after_a_while(newest: Newest) -> Ending:
 
 RATES_END = (EndsWith("update_large", "critical", is_update, _may_be_large, _one, is_parameter),)
 STANDSTILL_ENDS = (
-    EndsWith("update_small", "medium", is_update, _after_a_while, _one, is_total_loss),
+    EndsWith("update_small", "medium", is_update, _after_a_while, _one, _tells_standstill),
 )
