@@ -25,6 +25,7 @@ from tmm.analysis.detectors.not_trained import (
     untrained_parameters,
 )
 from tmm.analysis.detectors.saturation import alike_outputs, saturated_units
+from tmm.analysis.detectors.untied import untied_parameters
 from tmm.analysis.detectors.weights import decaying_parameters, jumping_parameters
 
 NOISE = np.random.default_rng(0).standard_normal(1000)
@@ -198,6 +199,26 @@ def test_parameters_that_nothing_trains_are_told_by_reason() -> None:
         ("parameter_without_gradient", "medium", "2", 0),
         ("parameter_without_optimizer", "medium", "1", 0),
     ]
+
+
+def test_weights_that_a_resume_untied() -> None:
+    steps, late = np.arange(40), np.arange(20, 40)
+    series: dict[str, Any] = {
+        **{f"parameter/{n}.weight/rms": (steps, np.ones(40)) for n in range(3)},
+        "parameter/head.weight/rms": (late, np.ones(20)),
+        "activation/head/rms": (steps, np.ones(40)),
+        "step/started": ([0, 20], [1.0, 1.0]),
+    }
+
+    def found(series: dict[str, Any]) -> list[Anomaly]:
+        return list(untied_parameters(RecordedSeries(series)))
+
+    assert told(found(series)) == [("parameter_untied", "medium", "head.weight", 20)]
+    assert not found(series | {"activation/head/rms": (late, np.ones(20))})  # a new layer
+    assert not found(series | {"step/frozen/head.weight": ([0], [1.0])})
+    assert not found(series | {"step/started": ([0], [1.0])})
+    more = {f"parameter/{n}.bias/rms": (late, np.ones(20)) for n in range(3)}  # another spec
+    assert not found(series | more)
 
 
 def test_skipped_steps() -> None:

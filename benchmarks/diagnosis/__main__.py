@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.diagnosis.faults import FAULTS, Fault
+from benchmarks.diagnosis.faults import FAULTS, NOT_TOLD, Fault
 from benchmarks.diagnosis.healthy import healthy
 from benchmarks.diagnosis.models import HELD_OUT, MODELS
 from benchmarks.diagnosis.scoring import Said, rank, says
@@ -135,6 +135,7 @@ def main(
         title=f"Causes named first, {seconds:.0f} s",
         faults={name: f"{first[name]} of {count}" for name, count in by_fault.items()},
         left_out={name: dict(fault.without) for name, fault in FAULTS.items() if fault.without},
+        not_told=dict(NOT_TOLD),
     )
     print({name: f"{first[name]}/{count}" for name, count in by_fault.items()})
 

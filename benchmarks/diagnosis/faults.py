@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.diagnosis.models import Attention
-from benchmarks.diagnosis.training import Training
+from benchmarks.diagnosis.training import Training, adam
 
 ONSET = 30
 """The step at which a fault begins that does not begin with the training."""
@@ -37,6 +37,12 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {}
+
+NOT_TOLD: Mapping[str, str] = {
+    "weights_never_tied": "many healthy models have untied weights, also such as begin equal",
+    "labels_always_wrong": "a loss that does not fall says the same of a task that is too hard",
+}
+"""Faults that are not planted, since what is recorded of them is recorded of healthy trainings."""
 
 _AT_ONCE = (0, 3)
 _LATER = (ONSET - 1, ONSET + 6)
@@ -175,6 +181,29 @@ def layer_frozen(training: Training) -> None:
 @fault("optimizer_reset", _LATER)
 def optimizer_state_lost(training: Training) -> None:
     training.resumes_at, training.loses_state = ONSET, True
+
+
+@fault(
+    "parameter_untied",
+    _LATER,
+    _of("last"),
+    **dict.fromkeys(("mlp", "cnn", "vit", "rnn", "mixer"), "it has no embedding to tie"),
+)
+def weights_untied_by_resume(training: Training) -> None:
+    model, made = training.task.model, []
+    head, embedding = module(training, "head"), module(training, "wte")
+    head.weight = embedding.weight
+    assert training.task.last == "head"
+
+    def optimize(parameters: object, lr: float) -> torch.optim.Optimizer:
+        made.append(adam(model.parameters(), lr))
+        return made[-1]
+
+    def untie() -> None:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())  # type: ignore[operator, union-attr]
+        made[-1].add_param_group({"params": [head.weight]})
+
+    training.optimize, training.resumes_at, training.on_resume = optimize, ONSET, untie
 
 
 # Initialisation

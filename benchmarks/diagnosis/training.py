@@ -28,7 +28,7 @@ class Training:
     ``at`` holds what happens before a step, ``batches`` changes batches, ``losses`` the loss before
     its backward pass, ``gradients`` are called before the optimizer steps. ``resumes_at`` ends the
     run before that step and goes on with it; ``loses_state`` and ``repeats_data`` tell what is
-    forgotten then.
+    forgotten then, ``on_resume`` happens before.
     """
 
     task: Task
@@ -49,6 +49,7 @@ class Training:
     resumes_at: int | None = None
     loses_state: bool = False
     repeats_data: bool = False
+    on_resume: Callable[[], object] = lambda: None
     data: int = 0
 
     def spec(self) -> tmm.Spec:
@@ -79,6 +80,7 @@ def train(training: Training, root: Path) -> Path:
     fixed = [training.task.batch(generator) for _ in range(training.data)]
     for first, last in parts:
         if path is not None:
+            training.on_resume()
             if training.loses_state:
                 optimizer = training.optimize([p for _, p in named], lr)
             if training.repeats_data:

@@ -44,6 +44,10 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
         _BEFORE,
         "look for what writes to the parameter: a checkpoint, an initialisation, a callback",
     ),
+    "parameter_untied": Knowledge(
+        *(_BEFORE, "nothing, if it is meant; else tie the weights before the state is loaded"),
+        spreads=False,
+    ),
     "steps_skipped": Knowledge(
         _SETUP, "find what is not finite in the backward pass; scale the loss less, or use bfloat16"
     ),
@@ -127,6 +131,7 @@ SELDOM_MEANT = frozenset(("gradient_idle", "loss_plateau"))
 NEVER_EXPLAINED = frozenset(
     (
         *("parameter_without_optimizer", "parameter_frozen", "data_repeated", "optimizer_reset"),
+        "parameter_untied",
         *("input_jump", "input_scale", "memory_growth", "gradient_clipped"),
     )
 )

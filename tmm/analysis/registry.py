@@ -23,6 +23,7 @@ from tmm.analysis.detectors import (
     nonfinite_values,
     not_trained,
     saturation,
+    untied,
     updates,
     weights,
 )
@@ -71,6 +72,7 @@ JOINT_ENDINGS: Mapping[Detector, tuple[EndsWith, ...]] = {
     learning_rate.small_rates: learning_rate.STANDSTILL_ENDS,
     weights.decaying_parameters: weights.DECAY_ENDS,
     weights.jumping_parameters: weights.WRITES_END,
+    untied.untied_parameters: untied.UNTYING_ENDS,
     saturation.saturated_units: saturation.SATURATION_ENDS,
     saturation.alike_outputs: saturation.COLLAPSE_ENDS,
     gradient_norms.clipped_gradients: gradient_norms.CLIPS_END,
