@@ -6,7 +6,8 @@ Each fault is planted in the MLP and the GPT with one seed and watched by each t
 installed (``tools.py``); ten of the healthy trainings too. A statement is true if one of the
 kinds that its word can mean, the place if it names one, and the step are right. A cause is named
 first if a true statement is among those of the first step of which the tool says anything, or of
-the checks next due: the order within a step is that of its loops. Ours is scored as always: by its first story.
+the checks next due: the order within a step is that of its loops. Ours is scored as always:
+by its first story.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import tmm
 from benchmarks.diagnosis.faults import FAULTS, Fault
 from benchmarks.diagnosis.healthy import healthy
 from benchmarks.diagnosis.models import MODELS, Batch
@@ -184,7 +184,7 @@ def _count_peace(result: Score, name: str, alarms: int, brief: str) -> None:
 
 def ours(only: Sequence[str]) -> Score:
     """The same of tmm."""
-    result = Score("tmm", tmm.__version__, "default_spec(every=1), findings()")
+    result = Score("tmm", version("tmm-compile"), "default_spec(every=1), findings()")
     result.kinds = len(FAULTS)
     for fault, make in plantings(only):
         training = make()

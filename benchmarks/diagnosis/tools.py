@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import math
 import re
@@ -51,6 +52,7 @@ class Tool:
     def __init__(self, training: Training, part: Part, clips_at: float | None) -> None:
         self.training, self.part, self.clips_at = training, part, clips_at
         self.model = training.task.model
+        self.imported: Any = importlib.import_module(self.package)
         self.said: list[Statement] = []
 
     def say(self, word: str, site: str, step: int) -> None:
@@ -108,12 +110,10 @@ class Traintools(Tool):
 
     def __init__(self, training: Training, part: Part, clips_at: float | None) -> None:
         super().__init__(training, part, clips_at)
-        import traintools
-
         classes = 24 if training.task.name == "gpt" else 4
-        self.batches = traintools.BatchInspector(expected_num_classes=classes)
-        self.health = traintools.GradientHealthMonitor(max_grad_norm=clips_at)
-        self.probe = traintools.PlasticityProbe(self.model)
+        self.batches = self.imported.BatchInspector(expected_num_classes=classes)
+        self.health = self.imported.GradientHealthMonitor(max_grad_norm=clips_at)
+        self.probe = self.imported.PlasticityProbe(self.model)
 
     def on_gradients(self, step: int, batch: Batch) -> None:
         """Inspect the batch and the gradients."""
@@ -166,16 +166,13 @@ class Torchdiag(Tool):
 
     def __init__(self, training: Training, part: Part, clips_at: float | None) -> None:
         super().__init__(training, part, clips_at)
-        import torchdiag
-
-        self.tool: Any = torchdiag
         batch = training.task.batch(torch.Generator().manual_seed(training.seed))
         for change in training.batches:
             batch = change(part.first, batch)
         model, optimizer = copy.deepcopy((self.model, part.optimizer))
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            torchdiag.summary(model)
-            found = torchdiag.verify_step(model, optimizer, training.task.loss, *batch)
+            self.imported.summary(model)
+            found = self.imported.verify_step(model, optimizer, training.task.loss, *batch)
         text = printed.getvalue()
         frozen = re.search(r"^Frozen\s+([\d,]+)", text, re.MULTILINE)
         if frozen and frozen[1] != "0":
@@ -189,9 +186,9 @@ class Torchdiag(Tool):
     def on_gradients(self, step: int, batch: Batch) -> None:
         """Check the gradients, and the units now and then."""
         with contextlib.redirect_stdout(io.StringIO()):
-            gradients = self.tool.check_gradients(self.model)
+            gradients = self.imported.check_gradients(self.model)
             due = step % CHECKED_EVERY == 0
-            dead = self.tool.check_dead_neurons(self.model, batch[0]) if due else {}
+            dead = self.imported.check_dead_neurons(self.model, batch[0]) if due else {}
         for name, found in gradients.items():
             if found["status"] != "OK":
                 self.say(found["status"].upper().replace("_", " "), name, step)
@@ -220,10 +217,8 @@ class Trainpulse(Tool):
 
     def __init__(self, training: Training, part: Part, clips_at: float | None) -> None:
         super().__init__(training, part, clips_at)
-        import trainpulse
-
-        config = trainpulse.MonitorConfig(loss_spike_window=20, plateau_patience=40)
-        self.callback = trainpulse.TrainingCallback(config)
+        config = self.imported.MonitorConfig(loss_spike_window=20, plateau_patience=40)
+        self.callback = self.imported.TrainingCallback(config)
         self.norm = math.nan
 
     def on_gradients(self, step: int, batch: Batch) -> None:
@@ -262,10 +257,8 @@ class Nansense(Tool):
 
     def __init__(self, training: Training, part: Part, clips_at: float | None) -> None:
         super().__init__(training, part, clips_at)
-        import nansense
-
         with contextlib.redirect_stdout(io.StringIO()):
-            self.session = nansense.start(self.model, optimizer=part.optimizer)
+            self.session = self.imported.start(self.model, optimizer=part.optimizer)
         self.session.set_debug_settings(interval=1)
         self.session.detach()
         self.seen: set[tuple[str, str]] = set()
