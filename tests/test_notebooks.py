@@ -130,6 +130,15 @@ def test_init_again_finishes_the_current_run(
     assert second.is_finished
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells have processes in the background ignore an interrupt."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize("place", ["compiling", "forward", "between", "backward", "optimizer"])
 def test_an_interrupt_ends_the_step_alone(tmp_path: Path, place: str, is_compiled: bool) -> None:

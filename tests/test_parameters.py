@@ -456,10 +456,12 @@ def test_wrong_calls() -> None:
     monitor.watch(optimizer)
     with pytest.raises(ValueError, match="watched already"):
         monitor.watch(optimizer)
+    scaled = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
     with monitor.step(0):
         model(VECTORS)
-    with pytest.raises(RuntimeError, match="before the first monitored step"):
-        monitor.watch(torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu"))
+        with pytest.raises(RuntimeError, match="before the forward pass of a monitored step"):
+            monitor.watch(*scaled)
+    monitor.watch(*scaled)  # between steps graphs are traced anew
     with pytest.raises(ValueError, match="unknown metric 'relative_norm'"):
         tmm.gradient("relative_norm")
     with pytest.raises(ValueError, match="parameters='nothing' matches none of the 6 parameters"):

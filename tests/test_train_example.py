@@ -92,8 +92,9 @@ def the_run(folder: Path) -> RunRecord:
 
 
 def recorded(folder: Path) -> dict[str, dict[int, float]]:
+    """All but what is of the process: of the system, and where one has begun."""
     with tmm.open_run(the_run(folder).path) as run:
-        series = {key: run.series(key) for key in run.keys(r"(?!system/)")}
+        series = {key: run.series(key) for key in run.keys(r"(?!system/|step/started$)")}
     return {
         key: dict(zip(steps.tolist(), values.tolist(), strict=True))
         for key, (steps, values) in series.items()

@@ -41,9 +41,13 @@ def is_true(said: Said, fault: Fault, training: Training) -> bool:
     slack = training.every - 1  # until the next monitored step
     if said.kind not in fault.kinds or not first <= said.step <= last + slack:
         return False
+    return is_in_place((said.site, said.key), fault, training)
+
+
+def is_in_place(names: Sequence[str], fault: Fault, training: Training) -> bool:
+    """Whether a site or key is where the fault is; all are, where it is of the whole model."""
     if fault.places is None:
         return True
-    names = (said.site, said.key)
     return any(
         name == place or name.startswith((f"{place}.", f"{place}/", f"{place}["))
         for place in fault.places(training)

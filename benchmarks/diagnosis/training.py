@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,26 +65,45 @@ def _diagnosis(spec: tmm.Spec) -> dict[str, bool]:
     return {"diagnosis": True} if getattr(spec, "diagnosis", False) else {}
 
 
-def train(training: Training, root: Path) -> Path:
-    """Train, recorded by tmm; gives the folder of the run."""
+@dataclass(frozen=True)
+class Part:
+    """The steps from ``first`` to before ``last``, and what they are taken with."""
+
+    first: int
+    last: int
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    fixed: list[Batch]
+    lr: float
+
+
+def parts(training: Training) -> Iterator[Part]:
+    """One part, two where the training is resumed."""
     model = training.task.model
     named = [(name, p) for name, p in model.named_parameters() if not training.left_out(name)]
     lr = training.lr or training.task.lr
     optimizer = training.optimize([p for _, p in named], lr)
     generator = torch.Generator().manual_seed(10 + training.seed)
     begun = generator.get_state()
-    parts = [(0, training.steps)]
+    stretches = [(0, training.steps)]
     if training.resumes_at is not None:
-        parts = [(0, training.resumes_at), (training.resumes_at, training.steps)]
-    path: Path | None = None
+        stretches = [(0, training.resumes_at), (training.resumes_at, training.steps)]
     fixed = [training.task.batch(generator) for _ in range(training.data)]
-    for first, last in parts:
-        if path is not None:
+    for first, last in stretches:
+        if first > 0:
             training.on_resume()
             if training.loses_state:
                 optimizer = training.optimize([p for _, p in named], lr)
             if training.repeats_data:
                 generator.set_state(begun)
+        yield Part(first, last, optimizer, generator, fixed, lr)
+
+
+def train(training: Training, root: Path) -> Path:
+    """Train, recorded by tmm; gives the folder of the run."""
+    model = training.task.model
+    path: Path | None = None
+    for part in parts(training):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run = tmm.start_run(
@@ -94,31 +113,25 @@ def train(training: Training, root: Path) -> Path:
                 resume=None if path is None else path.name,
             )
             with run:
-                run.watch(model, training.spec(), optimizer=optimizer, scaler=training.scaler)
-                for step in range(first, last):
-                    _step(training, optimizer, generator, fixed, step, lr, run)
+                run.watch(model, training.spec(), optimizer=part.optimizer, scaler=training.scaler)
+                for step in range(part.first, part.last):
+                    run.log({"loss": take_step(training, part, step)})
                     run.step()
         path = run.path
     assert path is not None
     return path
 
 
-def _step(
-    training: Training,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    fixed: list[Batch],
-    step: int,
-    lr: float,
-    run: tmm.LiveRun,
-) -> None:
+def take_step(training: Training, part: Part, step: int) -> float:
+    """Take a step; gives its loss, as it was before a fault weighed it."""
     if step in training.at:
         training.at[step]()
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("factor", 1.0) * training.schedule(step)
+    for group in part.optimizer.param_groups:
+        group["lr"] = part.lr * group.get("factor", 1.0) * training.schedule(step)
     total = 0.0
     for _ in range(count := training.accumulate(step)):
-        batch = fixed[step % len(fixed)] if fixed else training.task.batch(generator)
+        fixed = part.fixed
+        batch = fixed[step % len(fixed)] if fixed else training.task.batch(part.generator)
         for change in training.batches:
             batch = change(step, batch)
         inputs, targets = batch
@@ -130,9 +143,9 @@ def _step(
     for touch in training.gradients:
         touch(step)
     if training.scaler is None:
-        optimizer.step()
+        part.optimizer.step()
     else:
-        training.scaler.step(optimizer)
+        training.scaler.step(part.optimizer)
         training.scaler.update()
-    optimizer.zero_grad()
-    run.log({"loss": total})
+    part.optimizer.zero_grad()
+    return total

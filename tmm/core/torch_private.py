@@ -51,6 +51,11 @@ enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
 exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
 """What Dynamo writes into graphs where ``torch.inference_mode`` ends."""
 
+# Modules
+
+call_impl = torch.nn.Module._call_impl
+"""What a call of a module comes to: its hooks and its forward."""
+
 # Tensors and operators
 
 FakeTensor = torch._subclasses.fake_tensor.FakeTensor

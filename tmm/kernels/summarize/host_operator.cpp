@@ -76,14 +76,18 @@ void write_row(const Tensor& given, const std::vector<int64_t>& order, double* r
                      torch::stable::get_num_threads(), row);
 }
 
-// Whether there is a kernel for the type of the elements.
-bool write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row) {
+bool has_kernel(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
+         type == ScalarType::BFloat16;
+}
+
+void write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: write_row<double>(tensor, order, row); return true;
-    case ScalarType::Float: write_row<float>(tensor, order, row); return true;
-    case ScalarType::Half: write_row<Float16>(tensor, order, row); return true;
-    case ScalarType::BFloat16: write_row<BFloat16>(tensor, order, row); return true;
-    default: return false;
+    case ScalarType::Double: return write_row<double>(tensor, order, row);
+    case ScalarType::Float: return write_row<float>(tensor, order, row);
+    case ScalarType::Half: return write_row<Float16>(tensor, order, row);
+    default: return write_row<BFloat16>(tensor, order, row);
   }
 }
 
@@ -97,9 +101,11 @@ Tensor row_of_any(const Tensor& tensor, const std::string& columns) {
 }
 
 Tensor summarize_on_cpu(const Tensor& tensor, const std::string& columns) {
+  if (!has_kernel(tensor)) return row_of_any(tensor, columns);
   const std::vector<int64_t> order = order_of(columns);
   const Tensor row = new_row(order.size());
-  return write_row_of(tensor, order, numbers_of(row)) ? row : row_of_any(tensor, columns);
+  write_row_of(tensor, order, numbers_of(row));
+  return row;
 }
 
 void summarize_into_on_cpu(const Tensor& rows, int64_t start, const Tensor& tensor,
@@ -110,7 +116,7 @@ void summarize_into_on_cpu(const Tensor& rows, int64_t start, const Tensor& tens
                       start + width <= rows.numel(),
                   "rows: no place for ", width, " numbers at ", start);
   double* row = numbers_of(rows) + start;
-  if (write_row_of(tensor, order, row)) return;
+  if (has_kernel(tensor)) return write_row_of(tensor, order, row);
   const Tensor given = row_of_any(tensor, columns);
   std::copy_n(numbers_of(given), width, row);
 }
