@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
