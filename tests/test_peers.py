@@ -119,6 +119,6 @@ def test_a_tool_that_is_not_installed_is_left_out_with_the_reason(toy: type[Toy]
 
 def test_the_reduced_set_has_all_faults_and_ten_healthy_trainings() -> None:
     assert {fault.name for fault, _ in plantings()} == set(FAULTS)
-    assert len(list(plantings())) == 65
+    assert len(list(plantings())) == 66
     assert len(list(in_peace())) == 10
     assert set(CLIPS_AT) <= set(FAULTS)
