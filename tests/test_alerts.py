@@ -471,3 +471,50 @@ def test_the_training_is_not_disturbed(tmp_path: Path, watched: bool) -> None:
 def test_wrong_settings_are_refused(alerts: object, on_alert: object, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         tmm.Spec(tmm.activation("rms"), alerts=alerts, on_alert=on_alert)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        ("requires_grad", "parameter_frozen"),
+        ("optimizer", "parameter_without_optimizer"),
+        ("detach", "parameter_without_gradient"),
+    ],
+)
+def test_what_nothing_trains_is_told_at_the_first_monitored_step(
+    tmp_path: Path, spoil: str, kind: str
+) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            result: torch.Tensor = self.last(x.detach() if spoil == "detach" else x)
+            return result
+
+    net, told = Net(), []
+    if spoil == "requires_grad":
+        net.first.requires_grad_(False)
+    part = net.last if spoil == "optimizer" else net
+    optimizer = torch.optim.Adam(part.parameters(), lr=1e-3)
+    spec = tmm.Spec(
+        *(tmm.activation("rms"), tmm.gradient("norm"), tmm.parameter("rms")),
+        diagnosis=True,
+        alerts="low",
+        on_alert=told.append,
+    )
+    with (
+        tmm.start_run("a", root=tmp_path, system_seconds=None) as run,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        model = run.watch(net, spec, optimizer=optimizer)
+        for _ in range(2):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step()
+    ((found, *_), *_) = told
+    assert (found.kind, found.site, found.step) == (kind, "first", 0)

@@ -650,7 +650,8 @@ def check_two_processes(tmp_path: Path, run: Distributed, backend: str) -> None:
         torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=2e-5)
     found, expected = recorded(tmp_path / "two"), recorded(tmp_path / "one")
     for key in expected:
-        if not key.startswith(("update/", "parameter/")):  # Adam, as above
+        # Adam, as above; and some rows of each call, which are others.
+        if not key.startswith(("update/", "parameter/")) and not key.endswith("/spread"):
             assert list(found[key]) == list(expected[key])
             values = list(expected[key].values())
             assert list(found[key].values()) == pytest.approx(values, rel=2e-3, abs=1e-4), key

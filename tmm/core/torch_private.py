@@ -22,6 +22,11 @@ import torch.utils._device
 import torch.utils._python_dispatch
 import torch.utils._pytree
 
+# Modules
+
+module_call = torch.nn.Module._call_impl
+"""What calling a module runs: its hooks and its forward."""
+
 # Autograd
 
 current_graph_task_id = torch._C._current_graph_task_id

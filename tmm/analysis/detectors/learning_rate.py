@@ -76,7 +76,7 @@ def large_rates(
 
 
 def small_rates(
-    recorded: Recorded, *, travel: float = 0.01, least: int = 20, never: float = 1e-6
+    recorded: Recorded, *, travel: float = 0.001, least: int = 20, never: float = 1e-6
 ) -> Iterator[Anomaly]:
     """Weights that hardly move while the loss does not fall: medium.
 
