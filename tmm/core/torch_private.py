@@ -22,11 +22,6 @@ import torch.utils._device
 import torch.utils._python_dispatch
 import torch.utils._pytree
 
-# Modules
-
-module_call = torch.nn.Module._call_impl
-"""What calling a module runs: its hooks and its forward."""
-
 # Autograd
 
 current_graph_task_id = torch._C._current_graph_task_id
@@ -55,11 +50,6 @@ enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
 
 exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
 """What Dynamo writes into graphs where ``torch.inference_mode`` ends."""
-
-# Modules
-
-call_impl = torch.nn.Module._call_impl
-"""What a call of a module comes to: its hooks and its forward."""
 
 # Tensors and operators
 

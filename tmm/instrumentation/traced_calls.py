@@ -25,7 +25,7 @@ from tmm.core.dynamo_private import (
     module_variables,
 )
 from tmm.core.replacement import Replacement
-from tmm.core.torch_private import call_impl
+from tmm.core.torch_private import module_call
 from tmm.instrumentation.compile_settings import HAS_ISOLATION
 from tmm.instrumentation.outputs import mark_outputs
 from tmm.kernels.ops import tap
@@ -49,7 +49,7 @@ def _is_plain(module: torch.nn.Module) -> bool:
     kind = type(module)
     return (
         kind.__call__ is torch.nn.Module.__call__
-        and inspect.getattr_static(kind, "_call_impl") is call_impl
+        and inspect.getattr_static(kind, "_call_impl") is module_call
         and isinstance(inspect.getattr_static(kind, "forward"), FunctionType)
         and not {"forward", "_call_impl", "__call__"} & module.__dict__.keys()
     )
@@ -121,7 +121,7 @@ class TracedCalls:
             variable: Any, tracer: Any, arguments: Sequence[Any], keywords: dict[str, Any]
         ) -> Any:
             module = variable.obj
-            is_call = variable.fn is call_impl and isinstance(module, ModuleVariable)
+            is_call = variable.fn is module_call and isinstance(module, ModuleVariable)
             if not is_call or not module.source:
                 return own(variable, tracer, arguments, keywords)
             call = _Call(id(module.value))
