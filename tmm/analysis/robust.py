@@ -155,5 +155,6 @@ def _median(windows: FloatArray, least: int) -> FloatArray:
     counts = windows.shape[1] - np.isnan(windows).sum(axis=1)
     rows = np.arange(len(windows))
     low, high = np.maximum(counts - 1, 0) // 2, np.minimum(counts // 2, windows.shape[1] - 1)
-    medians = 0.5 * ordered[rows, low] + 0.5 * ordered[rows, high]
+    with np.errstate(invalid="ignore"):  # between infinities of both signs there is none
+        medians = 0.5 * ordered[rows, low] + 0.5 * ordered[rows, high]
     return np.where(counts >= max(least, 1), medians, np.nan)
