@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TypeAlias
 
+import numpy as np
+
 from tmm.analysis.anomaly import SEVERITIES, Anomaly
 from tmm.analysis.detectors import (
     activations,
@@ -124,7 +126,8 @@ def find_anomalies(
 def found_by(name: str, detector: Detector, recorded: Recorded) -> list[Anomaly]:
     """What one detector finds; nothing, with a warning, if it raises."""
     try:
-        return list(detector(recorded))
+        with np.errstate(all="ignore"):  # the numbers of a sick run overflow
+            return list(detector(recorded))
     except (Exception, SystemExit) as error:  # the others have something to say, too
         _warn(f"the detector {name!r} failed and is left out", error)
         return []
