@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -73,6 +74,15 @@ class Refusing(Wide):
         if x.shape[0] == 7:
             raise ArithmeticError("seven")
         return super().forward(x)
+
+
+class RefusingLate(nn.Module):
+    """Raises an error of its own for batches of 7, behind what has been computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 7:
+            raise ArithmeticError("seven")
+        return x * 2
 
 
 def whole(net: nn.Module) -> nn.Module:
@@ -347,6 +357,48 @@ def test_errors_of_the_model_are_its_own() -> None:
         with pytest.raises(ArithmeticError, match="seven"), tmm.monitor(model).step(1):
             model(torch.randn(7, 16))
     assert steps_of(model).recorder.shared.is_used
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_step_function_that_raises_has_trained_once(programs: Programs) -> None:
+    """Its optimizer has stepped: whether the step is monitored or not, it is not run again."""
+    net, steps = Wide(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def step(x: Tensor, is_refused: bool) -> Tensor:
+        loss = net(x).square().mean()
+        loss.backward()
+        torch._dynamo.graph_break()
+        optimizer.step()
+        steps.append(1)
+        torch._dynamo.graph_break()
+        if is_refused:
+            raise ArithmeticError("such a batch is left out")
+        return loss.detach()
+
+    compiled = torch.compile(step, backend="aot_eager")
+    spec = tmm.Spec(tmm.activation("rms"), every=2)
+    model = tmm.instrument(compiled, spec, module=net, programs=programs)
+    for number, is_refused in enumerate((False, False, False, True, True)):
+        try:
+            with tmm.monitor(model).step(number):
+                model(torch.randn(160, 16), is_refused)
+        except ArithmeticError:
+            assert is_refused
+        assert len(steps) == number + 1
+
+
+def test_module_that_raises_has_written_once() -> None:
+    net = nn.Sequential(nn.Linear(16, 512), nn.BatchNorm1d(512), RefusingLate())
+    model = tmm.instrument(
+        torch.compile(net, backend="aot_eager"),
+        tmm.Spec(tmm.activation("rms"), every=4),
+        programs=1,
+    )
+    for number, size in enumerate((160, 160, 7)):
+        with contextlib.suppress(ArithmeticError), tmm.monitor(model).step(number):
+            model(torch.randn(size, 16))
+    assert net[1].num_batches_tracked == 3
 
 
 def test_scaler_may_be_watched_after_steps_that_were_not_monitored() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.kernels.ops import summarize_into
+from tmm.kernels.ops import REDUCTIONS, summarize_into
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import probe
@@ -33,5 +33,4 @@ def _reduced(node: Node) -> object:
     """The tensor that a node reduces, if it does."""
     if node.target is summarize_into:
         return node.args[2]
-    is_reduction = node.target is probe or str(node.target).startswith("tmm.summarize")
-    return node.args[0] if is_reduction else None
+    return node.args[0] if node.target is probe or node.target in REDUCTIONS else None

@@ -171,7 +171,7 @@ class Draft:
         if not known.spreads:
             members = (cause, *self.consequences)
             is_near = any(
-                later.site.startswith(member.site) or member.site.startswith(later.site)
+                _lies_in(later.site, member.site) or _lies_in(member.site, later.site)
                 for member in members
             )
             is_named = later.kind in known.consequences
@@ -235,6 +235,11 @@ def _shown_key(recorded: Recorded, cause: Anomaly) -> str:
         if len(values):
             distances[series.key] = abs(float(values.max()) - cause.value)
     return min(distances, key=distances.__getitem__, default=cause.key)
+
+
+def _lies_in(site: str, other: str) -> bool:
+    """Whether a site is another one, or a part of it."""
+    return f"{site}.".startswith(f"{other}.")
 
 
 def _order(anomaly: Anomaly, ranks: Mapping[str, Rank]) -> tuple[int, int, Rank, int, str]:

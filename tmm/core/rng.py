@@ -56,19 +56,33 @@ class RandomState:
 
 
 @dataclass(frozen=True, eq=False)
-class BufferVersions:
-    """How often each buffer of a module had been written to."""
+class PassState:
+    """What tells whether a pass that has failed can be run once more, and lets it.
 
+    ``versions`` are how often tensors had been written to: buffers, and of a pass that trains
+    parameters and gradients, too. ``without_gradient`` are the parameters that had none.
+    """
+
+    random: RandomState
     versions: tuple[tuple[torch.Tensor, int], ...]
+    without_gradient: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
-    def capture(module: torch.nn.Module) -> BufferVersions:
-        """The versions now."""
-        return BufferVersions(tuple((b, b._version) for b in module.buffers()))
+    def capture(module: torch.nn.Module, *, trains: bool, of_torch_only: bool = False) -> PassState:
+        """The state now; ``of_torch_only`` leaves out the generators of Python and NumPy."""
+        parameters = tuple(module.parameters()) if trains else ()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return PassState(
+            RandomState.capture(of_torch_only=of_torch_only),
+            tuple((t, t._version) for t in (*module.buffers(), *parameters, *gradients)),
+            tuple(parameter for parameter in parameters if parameter.grad is None),
+        )
 
-    def changed(self) -> bool:
-        """Whether any buffer has been written to since."""
-        return any(buffer._version != version for buffer, version in self.versions)
+    def is_written_to(self) -> bool:
+        """Whether the pass has begun to write, so that it cannot be run once more."""
+        return any(tensor._version != version for tensor, version in self.versions) or any(
+            parameter.grad is not None for parameter in self.without_gradient
+        )
 
 
 @contextmanager

@@ -283,8 +283,9 @@ class Twin:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that ran so far ran inside of graphs, of which there are some."""
-        return bool(self.graphs) and not self.eager_modules
+        """Whether all that ran so far ran inside of graphs, none of which a break has ended."""
+        is_broken = any(graph.report.ended_by for graph in self.graphs)
+        return bool(self.graphs) and not is_broken and not self.eager_modules
 
     @property
     def is_tracing(self) -> bool:

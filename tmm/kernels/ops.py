@@ -268,6 +268,8 @@ summarize_difference: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] 
 histogram: Callable[[torch.Tensor], torch.Tensor] = torch.ops.tmm.histogram.default
 summarize_heads: Callable[[torch.Tensor, str], torch.Tensor] = torch.ops.tmm.summarize_heads.default
 summarize_attention: Callable[..., torch.Tensor] = torch.ops.tmm.summarize_attention.default
+REDUCTIONS = (summarize, summarize_difference, summarize_heads, summarize_attention)
+"""Those that read their first argument, and give a row of it."""
 summarize_into: Callable[[torch.Tensor, int, torch.Tensor, str], None] = (
     torch.ops.tmm.summarize_into.default
 )

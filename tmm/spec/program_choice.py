@@ -60,12 +60,13 @@ def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> Pr
         return ProgramChoice(asked, "as programs= asks for")
     if not own_is_compiled:
         return ProgramChoice(2, "as the model's own is not compiled")
-    if (dear := next(_dear(spec), None)) is not None:
-        return ProgramChoice(2, f"as {dear}")
-    return ProgramChoice(1, "as reading what is there costs less than compiling twice", True)
+    if (further := next(_further_work(spec), None)) is not None:
+        return ProgramChoice(2, f"as {further}")
+    why = "as reading what is there costs less than compiling twice"
+    return ProgramChoice(1, why, is_open=True)
 
 
-def _dear(spec: Spec) -> Iterator[str]:
+def _further_work(spec: Spec) -> Iterator[str]:
     """What a measured program does besides reading tensors that are there."""
     for family in BRANCH_FAMILIES:
         if spec.measures(family):

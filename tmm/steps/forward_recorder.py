@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import FAULT_OF_COMPILING, Gaps
 from tmm.core.module_names import unwrapped
-from tmm.core.rng import BufferVersions, RandomState
+from tmm.core.rng import PassState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
 from tmm.instrumentation.regions import Region
@@ -192,32 +193,32 @@ class ForwardRecorder:
             self.pass_by(foreign)
             with self.no_monitor():  # nor the modules that it calls
                 return plain(*args, **kwargs)
+        run = partial(self._run_forward, collector, twin, region, plain, args, kwargs)
         if not self.keeps_evaluations_apart:
-            return self._between_ends(collector, twin, region, plain, args, kwargs)
+            return self._between_ends(twin, region, run, args, kwargs)
         if passes.is_surely_evaluation(module, opened_by_run=self.timeline.is_opened_by_run):
             with self.no_monitor():  # nor the parts that are compiled on their own
                 return plain(*args, **kwargs)
         with passes.running(module, (args, kwargs)):
-            output = self._between_ends(collector, twin, region, plain, args, kwargs)
+            output = self._between_ends(twin, region, run, args, kwargs)
             passes.end(output)
             return output
 
     def _between_ends(
         self,
-        collector: StepCollector,
         twin: Twin,
         region: Region,
-        plain: Forward,
+        run: Callable[[], Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         """Run a forward pass, with the inputs and the output of the model if they are asked for."""
         if not twin.plan.spec.diagnosis or region is not twin.root:
-            return self._run_forward(collector, twin, region, plain, args, kwargs)
+            return run()
         module = region.module
         forward = region.callee if module is None else unwrapped(module).forward
         self._measure(measure_inputs, twin.attribution, forward, args, kwargs)
-        output = self._run_forward(collector, twin, region, plain, args, kwargs)
+        output = run()
         self._measure(measure_output, twin.attribution, output)
         return output
 
@@ -252,13 +253,13 @@ class ForwardRecorder:
             except (TorchDynamoException, PassError) as error:
                 error.add_note(FAULT_OF_COMPILING)
                 raise
-        random_state, buffers = RandomState.capture(), BufferVersions.capture(self._module)
+        before = PassState.capture(self._module, trains=region.module is None)
         try:
             return twin.run(region, *args, **kwargs)
         except Exception as error:
-            if buffers.changed():
-                raise  # a forward pass that has begun to write cannot be repeated
-            random_state.restore()
+            if before.is_written_to():
+                raise
+            before.random.restore()
             with self.no_monitor():
                 output = plain(*args, **kwargs)  # an error of the model itself is raised here
             self.note_failure(error)

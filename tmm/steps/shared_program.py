@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tmm.core.failures import Gaps, words
-from tmm.core.rng import BufferVersions, RandomState
+from tmm.core.rng import PassState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import foreign_inputs
 from tmm.instrumentation.regions import Region
@@ -63,15 +63,14 @@ class SharedProgram:
             is_foreign = foreign_inputs(args, kwargs) is not None
         if is_foreign or self._gaps.are_certain:
             return plain(*args, **kwargs)
-        # A program of one graph fails, if at all, where it is compiled: before it has run.
-        random_state = RandomState.capture(of_torch_only=twin.is_whole)
-        buffers = None if twin.is_whole else BufferVersions.capture(self._module)
+        is_function = region.module is None
+        before = PassState.capture(self._module, trains=is_function, of_torch_only=twin.is_whole)
         try:
             return twin.run_unrecorded(region, *args, **kwargs)
         except Exception as error:
-            if buffers is not None and buffers.changed():
-                raise  # a forward pass that has begun to write cannot be repeated
-            random_state.restore()
+            if before.is_written_to():
+                raise
+            before.random.restore()
             output = plain(*args, **kwargs)  # an error of the model itself is raised here
             self.choice = ProgramChoice(2, "as the measured one failed")
             fault = NOT_SHARED.format(fault=words(error))
