@@ -30,6 +30,7 @@ import tmm
 from docs.make import messages
 from docs.make.pages import NOTEBOOK, pages
 from docs.make.tutorial import executed
+from tests.private_wandb import private_wandb
 from tmm.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,6 @@ def commands_of(block: Block) -> Iterator[str]:
 
 def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     bins = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     monkeypatch.setenv("PATH", bins)
@@ -92,14 +92,15 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow:
     monkeypatch.setitem(sys.modules, "__main__", program)
     namespace = vars(program)
     try:
-        for block in blocks(page):
-            if block.language == "python":
-                name = f"{page.name}:{block.line}"
-                lines = block.text.splitlines(keepends=True)
-                linecache.cache[name] = (len(block.text), None, lines, name)
-                exec(compile(block.text, name, "exec"), namespace)
-            else:
-                run_commands(block, slow=slow)
+        with private_wandb(folder):
+            for block in blocks(page):
+                if block.language == "python":
+                    name = f"{page.name}:{block.line}"
+                    lines = block.text.splitlines(keepends=True)
+                    linecache.cache[name] = (len(block.text), None, lines, name)
+                    exec(compile(block.text, name, "exec"), namespace)
+                else:
+                    run_commands(block, slow=slow)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -313,7 +313,7 @@ print(*(str(warning.message) for warning in caught))
 def test_a_later_process_asks_no_compiler(tmp_path: Path) -> None:
     """It finds the kernel, unless that is damaged or somebody else could have written it."""
     assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
-    text = build._text(host.SOURCES)
+    text = build.text_of(host.SOURCES)
     (known,) = kept_library._places(cache_folder(), text)
     kept = tmp_path / "cache" / "tmm" / known.name
     kept.parent.mkdir(parents=True)
@@ -339,7 +339,7 @@ def test_a_later_process_asks_no_compiler(tmp_path: Path) -> None:
 
 def test_what_is_kept_is_found_by_its_sources(tmp_path: Path) -> None:
     assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
-    (known,) = kept_library._places(cache_folder(), build._text(host.SOURCES))
+    (known,) = kept_library._places(cache_folder(), build.text_of(host.SOURCES))
     assert not kept_library.is_kept(tmp_path, "a")
     kept_library.keep_library(tmp_path, "a", known)
     kept_library.keep_library(tmp_path, "a", known)
@@ -353,7 +353,7 @@ def test_machines_that_share_a_folder_find_each_its_own(
 ) -> None:
     """Which instructions there are is in the name, and in the text that torch's cache knows."""
     assert summarize_on_host([torch.ones(2)], ("sum",)) is not None
-    (known,) = kept_library._places(cache_folder(), build._text(host.SOURCES))
+    (known,) = kept_library._places(cache_folder(), build.text_of(host.SOURCES))
     texts = set()
 
     def is_another_machine() -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 
 import tmm
 from tests.interpreters import Interpreters
+from tests.private_wandb import private_wandb
 from tmm.core.records import KeyInfo, StepRecord, Table
 from tmm.runs.delivery import RunInfo, RunSink, Sinks, Value
 from tmm.runs.live import LiveRun
@@ -40,12 +41,9 @@ ODD_KEYS = ("loss (nats), 50 %", 'a"b', "a//b", "ünï", "line\nbreak", "../up",
 
 @pytest.fixture(scope="module", autouse=True)
 def private_backends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Places of this module's own; backends take long to set up one, and W&B looks once for it."""
+    """Places of this module's own; backends take long to set up one."""
     folder = tmp_path_factory.mktemp("backends")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("WANDB_SILENT", "true")
-        patch.setenv("WANDB_DIR", str(folder))
+    with private_wandb(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.chdir(folder)
         yield

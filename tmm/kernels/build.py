@@ -1,4 +1,4 @@
-"""Compile the kernels of a CPU, once per machine."""
+"""The kernels of a CPU: from the wheel, or compiled once per machine."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tmm.core.inductor_private import (
     is_failed_compiler,
     is_missing_compiler,
 )
+from tmm.kernels.ahead import find_ahead, is_ahead
 from tmm.kernels.kept_library import find_library, is_kept, keep_library, machine
 from tmm.kernels.trusted_files import UntrustedFileError, check_file, check_folder
 
@@ -55,8 +56,8 @@ def start_compiling(*sources: str) -> None:
     """
     compiler = ThreadPoolExecutor(1, thread_name_prefix="tmm-compiler")
     with suppress(Exception):
-        text = _text(sources)
-        if not is_kept(cache_folder(), text):
+        text = text_of(sources)
+        if not is_ahead(text) and not is_kept(cache_folder(), text):
             _trusted_cache().load_async(
                 _of_this_machine(text), submit_fn=lambda work: _Started(compiler.submit(work))
             )
@@ -68,15 +69,15 @@ def load_kernels(
 ) -> dict[torch.dtype, Callable[..., None]]:
     """The functions ``summarize_{dtype}`` of C++ files beside this one, by dtype.
 
-    The files are compiled as one, and may register operators.
+    The files are one library, which may register operators. A wheel may bring it along.
 
     There are none where no C++ compiler works, and where others than this user can write to the
     folder of compiled kernels; a warning then tells that what ``measures`` says is done by plain
     torch operations.
     """
-    text = _text(sources)
+    text = text_of(sources)
     try:
-        library = find_library(cache_folder(), text) or _compiled(text)
+        library = _found(text) or _compiled(text)
     except UntrustedFileError as error:
         _warn_of_others(str(error))
         return {}
@@ -109,7 +110,7 @@ def kernels_of(
 def instruction_set(sources: Sequence[str]) -> str | None:
     """The vectors that the compiled kernel of these files uses; None before it is compiled."""
     try:
-        library = find_library(cache_folder(), _text(sources))
+        library = _found(text_of(sources))
     except UntrustedFileError:
         return None
     return None if library is None else instruction_set_of(library)
@@ -128,7 +129,7 @@ def compile_variant(sources: Sequence[str], vector_bytes: int) -> ctypes.CDLL:
     For tests and benchmarks; it is in torch's cache afterwards. The files must register nothing.
     """
     definition = f"#define TMM_VECTOR_BYTES {vector_bytes}\n"
-    library: ctypes.CDLL = _trusted_cache().load(_of_this_machine(definition + _text(sources)))
+    library: ctypes.CDLL = _trusted_cache().load(_of_this_machine(definition + text_of(sources)))
     return library
 
 
@@ -137,15 +138,26 @@ def why_not_compiled(sources: Sequence[str]) -> str | None:
 
     Nothing is compiled: a compiler that is there may still fail.
     """
+    text = text_of(sources)
+    if is_ahead(text):
+        return None
     try:
         check_folder(cache_folder())
-        if not is_kept(cache_folder(), _text(sources)):
+        if not is_kept(cache_folder(), text):
             find_compiler()
     except Exception as error:
         if not _is_of_compiler(error):
             raise
         return str(error).strip().splitlines()[0]
     return None
+
+
+def _found(text: str) -> ctypes.CDLL | None:
+    """The library of a text that came with the wheel, or that an earlier process has compiled.
+
+    Raises UntrustedFileError.
+    """
+    return find_ahead(text) or find_library(cache_folder(), text)
 
 
 def _compiled(text: str) -> ctypes.CDLL:
@@ -184,7 +196,8 @@ def _warn_of_others(reason: str) -> None:
     )
 
 
-def _text(sources: Sequence[str]) -> str:
+def text_of(sources: Sequence[str]) -> str:
+    """C++ files beside this one, as one text."""
     return "".join((Path(__file__).parent / source).read_text() for source in sources)
 
 
