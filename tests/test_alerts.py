@@ -21,7 +21,8 @@ from tmm.analysis.recent import RecentSeries
 from tmm.analysis.registry import ENDINGS
 from tmm.core.keys import info_of
 from tmm.core.records import StepRecord, Table
-from tmm.spec.alerts import Alerts, AlertSettings
+from tmm.spec.alert_settings import AlertSettings
+from tmm.spec.alerts import Alerts
 
 
 def records(series: dict[str, Sequence[float]]) -> list[StepRecord]:

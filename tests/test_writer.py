@@ -255,10 +255,11 @@ def test_what_still_waits_after_a_failure_is_let_go(tmp_path):
 
 
 def test_a_writer_that_is_dropped_writes_everything_and_ends_its_thread(tmp_path):
+    before = threading.enumerate()
     writer = RunWriter(tmp_path, info={})
     for step in range(50):
         writer.submit(record(step))
-    (thread,) = [each for each in threading.enumerate() if each.name == "tmm-writer"]
+    (thread,) = [each for each in threading.enumerate() if each not in before]
     del writer
     gc.collect()
     thread.join(LONG)

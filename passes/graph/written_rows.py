@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import Argument
 
 from tmm.kernels.ops import put, summarize, summarize_into
 from tmm.passes.graph.provenance import copy_sites
@@ -32,7 +33,8 @@ def write_rows(module: GraphModule, rows: Sequence[Node]) -> Node:
     for row, value in zip(rows, values, strict=True):
         if row.target is summarize and not row.users:
             waiting.put()
-            copy_sites(row, Rewriter(graph, row).call(summarize_into, together, start, *row.args))
+            arguments = (together, start, *row.args)
+            copy_sites(row, _call_nothing(graph, row, summarize_into, arguments))
             graph.erase_node(row)
         else:
             waiting.add(start, row)
@@ -59,6 +61,13 @@ class _Waiting:
     def put(self) -> None:
         """Put them where they belong."""
         if self._rows:
-            at = Rewriter(self._graph, self._graph.output_node().prev)
-            at.call(put, self._together, self._start, self._rows)
+            arguments = (self._together, self._start, self._rows)
+            _call_nothing(self._graph, self._graph.output_node().prev, put, arguments)
             self._rows = []
+
+
+def _call_nothing(
+    graph: Graph, place: Node, target: Callable[..., None], arguments: Sequence[Argument]
+) -> Node:
+    """Call what gives nothing, so that nothing need be computed to know it."""
+    return Rewriter(graph, place).add("call_function", target, arguments, {}, None)

@@ -16,13 +16,15 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from traceback import clear_frames
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tmm.core.atomic_file import replace_text
 from tmm.core.metrics import FloatArray
 from tmm.core.records import StepRecord
 from tmm.runtime.store.run_file import INFO_NAME, info_text, read_info
-from tmm.runtime.store.segment_writer import SegmentWriter
+
+if TYPE_CHECKING:
+    from tmm.runtime.store.segment_writer import SegmentWriter
 
 try:
     import fcntl
@@ -72,6 +74,8 @@ class RunWriter:
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
+        import h5py  # noqa: F401 - here, so that its exit handler runs after that of the writer
+
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         _add_start(self.path, info)
@@ -349,6 +353,8 @@ def _built(submission: Submission) -> StepRecord:
 def _segment_for(
     channel: _Channel, record: StepRecord, edges: FloatArray | None, replaces_from: int | None
 ) -> SegmentWriter:
+    from tmm.runtime.store.segment_writer import SegmentWriter
+
     keys = sum(len(table.infos) for table in record.scalars)
     widths = [table.values.shape[-1] for table in record.histograms]
     bins = widths[0] if widths else 64 if edges is None else len(edges) - 1

@@ -6,13 +6,12 @@ import atexit
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from tmm.analysis.story import Story, find_stories
 from tmm.core.failures import UserLine, warn, words
 from tmm.core.metrics import HISTOGRAM_EDGES
 from tmm.core.records import Event, StepRecord
@@ -37,6 +36,9 @@ from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
 from tmm.steps.monitored_model import MonitoredModel, Recording
 from tmm.steps.timeline import StepTimeline, checked_step
+
+if TYPE_CHECKING:
+    from tmm.analysis.story import Story
 
 Model = TypeVar("Model", bound=Callable[..., Any])
 
@@ -204,6 +206,8 @@ class LiveRun:
             return ()
         if not self.is_finished:
             self.writer.flush()
+        from tmm.analysis.story import find_stories
+
         with RunReader(self.path) as recorded:
             return find_stories(recorded)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,7 +14,6 @@ from tmm.analysis.registry import (
     ENDINGS,
     JOINT_ENDINGS,
     Detector,
-    all_detectors,
     find_anomalies,
     found_by,
     in_order,
@@ -26,11 +22,8 @@ from tmm.analysis.story import Draft, in_causal_order, link
 from tmm.core.failures import levels_to_user
 from tmm.core.records import Event, StepRecord, Table
 from tmm.runtime.store.run_reader import RunReader
+from tmm.spec.alert_settings import AlertSettings
 
-Alarms: TypeAlias = bool | Severity | Iterable[str | Detector]
-OnAlert: TypeAlias = Literal["warn", "raise"] | Callable[[tuple[Anomaly, ...]], object]
-
-_LEAST: Severity = "medium"
 _SPREADS = "nonfinite"  # from tensor to tensor, which is no news
 _TOLD = 5  # stories in one message
 _ALL_ENDINGS = {**ENDINGS, **JOINT_ENDINGS}
@@ -53,53 +46,6 @@ class AlertError(RuntimeError):
     def __init__(self, step: int, stories: tuple[Draft, ...]) -> None:
         super().__init__(_message(step, stories))
         self.step, self.anomalies = step, _anomalies_of(stories)
-
-
-@dataclass(frozen=True)
-class AlertSettings:
-    """Which detectors look at each step, the least severity that counts, and what is done."""
-
-    detectors: tuple[tuple[str, Detector], ...]
-    least: Severity
-    action: OnAlert
-
-    def __str__(self) -> str:
-        names = [name for name, _ in self.detectors]
-        action = "<function>" if callable(self.action) else repr(self.action)
-        return f"alerts={names}, on_alert={action}"
-
-    @classmethod
-    def build(cls, alerts: Alarms, on_alert: OnAlert) -> AlertSettings | None:
-        """What ``alerts=`` and ``on_alert=`` of a spec mean; None for no alerts.
-
-        Raises:
-            ValueError: for a detector or a severity that does not exist, no detectors, or an
-                ``on_alert`` without alerts.
-            TypeError: for what is none of them, or an ``on_alert`` that cannot be done.
-        """
-        if on_alert not in ("warn", "raise") and not callable(on_alert):
-            raise TypeError(f"on_alert={on_alert!r} is neither 'warn', 'raise' nor a function")
-        if alerts is False and on_alert != "warn":
-            raise ValueError(
-                f"on_alert={on_alert!r} does nothing without alerts; give alerts=True, too"
-            )
-        if isinstance(alerts, bool):
-            return cls(all_detectors(), _LEAST, on_alert) if alerts else None
-        if isinstance(alerts, str):
-            if alerts not in SEVERITIES:
-                raise ValueError(
-                    f"alerts={alerts!r} is no severity ({', '.join(get_args(Severity))}); give"
-                    " detectors as a list"
-                )
-            return cls(all_detectors(), alerts, on_alert)
-        if not isinstance(alerts, Iterable):
-            raise TypeError(
-                f"alerts={alerts!r} is neither True, a severity nor a list of detectors"
-            )
-        chosen = tuple(map(_detector, alerts))
-        if not chosen:
-            raise ValueError("alerts=[] has no detectors; give True for all, False for none")
-        return cls(chosen, _LEAST, on_alert)
 
 
 class Alerts:
@@ -211,6 +157,11 @@ class Alerts:
     def _counts(self, severity: Severity) -> bool:
         return SEVERITIES.index(severity) >= SEVERITIES.index(self.settings.least)
 
+    def events(self, step: int, anomalies: tuple[Anomaly, ...]) -> tuple[Event, ...]:
+        """What the run keeps of what was found in a step."""
+        kept = anomalies[:_KEPT]
+        return tuple(Event(step, "alert", f"{one.severity}: {one.text}") for one in kept)
+
     def act(self, step: int, stories: tuple[Draft, ...]) -> None:
         """Do what the spec says about stories that begin; nothing where none does.
 
@@ -235,26 +186,10 @@ class Alerts:
         return known not in self._active and anomaly.step > self._seen.get(known, anomaly.step - 1)
 
 
-def alert_events(step: int, anomalies: tuple[Anomaly, ...]) -> tuple[Event, ...]:
-    """What the run keeps of it."""
-    return tuple(
-        Event(step, "alert", f"{anomaly.severity}: {anomaly.text}") for anomaly in anomalies[:_KEPT]
-    )
-
-
 def _record(run: RunReader, step: int) -> StepRecord:
     numbers = {key: value for key, value in run.at(step).items() if np.ndim(value) == 0}
     infos = tuple(map(run.key_info, numbers))
     return StepRecord(step, (Table(infos, np.array(list(numbers.values()), dtype=np.float64)),))
-
-
-def _detector(chosen: str | Detector) -> tuple[str, Detector]:
-    if callable(chosen):
-        return getattr(chosen, "__name__", type(chosen).__name__), chosen
-    known = dict(all_detectors())
-    if chosen not in known:
-        raise ValueError(f"alerts: no detector {chosen!r}; there are {', '.join(known)}")
-    return chosen, known[chosen]
 
 
 def _anomalies_of(stories: tuple[Draft, ...]) -> tuple[Anomaly, ...]:

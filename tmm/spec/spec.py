@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -22,8 +22,11 @@ from tmm.core.metrics import (
     function_reduction,
 )
 from tmm.core.records import AttentionRequest, Site
-from tmm.spec.alerts import Alarms, AlertSettings, OnAlert
+from tmm.spec.alert_settings import AlertSettings
 from tmm.spec.rules import AttentionRule, CoordinateCheckRule, Rule, check_pattern, takes_one
+
+if TYPE_CHECKING:
+    from tmm.spec.alert_settings import Alarms, OnAlert
 
 StepPredicate: TypeAlias = Callable[[int], bool]
 ReferenceSource: TypeAlias = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tmm.core.failures import Gaps
 from tmm.core.metrics import FloatArray
@@ -17,9 +17,11 @@ from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_file import EXPLANATION_NAME
 from tmm.runtime.store.run_reader import RunReader
 from tmm.runtime.store.run_writer import RunWriter
-from tmm.spec.alerts import Alerts, alert_events
 from tmm.steps.earlier import Earlier, differences
 from tmm.steps.timeline import StepTimeline
+
+if TYPE_CHECKING:
+    from tmm.spec.alerts import Alerts
 
 Value: TypeAlias = float | FloatArray
 Evaluate: TypeAlias = Callable[[StepCollector], StepRecord]
@@ -136,7 +138,7 @@ class StepArchive:
         found = self._alerts.look_at(finished.record())
         if found:
             if self._writer is not None:
-                events = alert_events(finished.step, found)
+                events = self._alerts.events(finished.step, found)
                 self._writer.submit(StepRecord(finished.step, events=events))
             self._alerts.act(finished.step, self._alerts.begun(finished.step, found))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,11 +17,10 @@ from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
-from tmm.spec.alerts import Alerts
 from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.ranks import Ranks
 from tmm.spec.reference import Reference
-from tmm.spec.spec import Plan
+from tmm.spec.spec import Plan, Spec
 from tmm.steps.archive import Evaluate, StepArchive
 from tmm.steps.earlier import Earlier
 from tmm.steps.forgotten import Forgotten
@@ -32,6 +32,9 @@ from tmm.steps.optimizer_hooks import Watch
 from tmm.steps.parameters import ParameterMonitor
 from tmm.steps.shared_program import SharedProgram
 from tmm.steps.timeline import StepTimeline
+
+if TYPE_CHECKING:
+    from tmm.spec.alerts import Alerts
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class MonitoredModel:
             *(timeline, gaps, recording.writer),
             evaluate=recording.evaluate,
             earlier=recording.earlier,
-            alerts=None if spec.alerts is None else Alerts(spec.alerts),
+            alerts=_alerts(spec),
             joins_ranks=ranks is not None,
         )
         shared = SharedProgram(module, timeline, gaps, programs)
@@ -122,3 +125,12 @@ class MonitoredModel:
             end_run=recording.end or archive.close,
         )
         return MonitoredModel(steps, Monitor(steps), recording.finish_run)
+
+
+def _alerts(spec: Spec) -> Alerts | None:
+    """What looks at each step; the detectors are imported where a spec asks for them."""
+    if spec.alerts is None:
+        return None
+    from tmm.spec.alerts import Alerts
+
+    return Alerts(spec.alerts)
