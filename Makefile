@@ -1,7 +1,7 @@
 PYTHON ?= python
 STORAGE = runtime/store/*.py,tmm/runs/recorded_run.py
 
-.PHONY: test test-all test-matrix lint format faults docs pages tutorial pictures
+.PHONY: test test-all test-matrix lint format faults docs pages tutorial pictures packages
 
 test:
 	$(PYTHON) -m pytest
@@ -36,6 +36,15 @@ faults:
 format:
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+# What is published, into dist/: the sources, a wheel of pure Python, whose kernels are compiled
+# where it is used, and one that brings those of this type of machine. Needs the extra "package".
+packages:
+	rm -rf dist build/machine
+	$(PYTHON) -m build
+	TMM_KERNELS=ahead $(PYTHON) -m build --wheel --no-isolation --outdir build/machine
+	$(PYTHON) -m auditwheel repair --exclude 'libtorch*' --wheel-dir dist build/machine/*.whl
+	$(PYTHON) -m twine check --strict dist/*
 
 # The site, into build/site, without the network; whatever is not in order fails.
 docs:

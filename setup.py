@@ -7,8 +7,9 @@ kernels are compiled where they are first used. All else is in ``pyproject.toml`
 import os
 import sys
 from pathlib import Path
+from shutil import rmtree
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -21,6 +22,8 @@ class BuildWithKernels(build_py):
     def run(self) -> None:
         """Do both."""
         super().run()
+        folder = Path(self.build_lib, "tmm", "kernels", "built")
+        rmtree(folder, ignore_errors=True)  # of an earlier build
         if not AHEAD:
             return
         sys.path.insert(0, str(Path(__file__).parent))
@@ -29,16 +32,19 @@ class BuildWithKernels(build_py):
         from tmm.kernels.kernel_registry import KERNELS
 
         texts = {text_of(kernel.sources) for kernel in KERNELS if kernel.sources}
-        build_ahead(texts, Path(self.build_lib, "tmm", "kernels", "built"))
+        build_ahead(texts, folder)
+
+
+class OfAMachine(Distribution):
+    """What has libraries lies where those of a machine lie."""
+
+    def has_ext_modules(self) -> bool:
+        """Whether there are any."""
+        return AHEAD
 
 
 class WheelOfAMachine(bdist_wheel):
     """A wheel with libraries is of a type of machine, and of any Python."""
-
-    def finalize_options(self) -> None:
-        """Say that it is not of Python alone."""
-        super().finalize_options()
-        self.root_is_pure = not AHEAD
 
     def get_tag(self) -> tuple[str, str, str]:
         """Libraries use nothing of Python."""
@@ -46,4 +52,7 @@ class WheelOfAMachine(bdist_wheel):
         return ("py3", "none", platform) if AHEAD else (python, abi, platform)
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfAMachine})
+setup(
+    cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfAMachine},
+    distclass=OfAMachine,
+)

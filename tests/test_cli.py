@@ -115,10 +115,22 @@ def test_demo_never_mixes_two_runs(tmp_path: Path) -> None:
 def test_demo_without_a_compiler_names_a_backend_that_needs_none(tmp_path: Path) -> None:
     cpp_builder.cpp_compiler_search.cache_clear()
     with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
-        result = CliRunner().invoke(app, ["demo", "--run", str(tmp_path / "run"), "--steps", "1"])
+        arguments = ["demo", "--run", str(tmp_path / "run"), "--steps", "1"]
+        result = CliRunner().invoke(app, [*arguments, "--backend", "inductor"])
     assert result.exit_code == 1
     assert "found none" in result.stderr
     assert "tmm demo --backend aot_eager" in result.stderr
+
+
+@pytest.mark.usefixtures("small_gpt")
+def test_demo_without_a_compiler_runs_as_it_was_traced(tmp_path: Path) -> None:
+    cpp_builder.cpp_compiler_search.cache_clear()
+    run = tmp_path / "run"
+    with fresh_cache(), torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")}):
+        output = demo(run, "--steps", "1", "--every", "1")
+    assert "There is no C++ compiler" in " ".join(output.split())
+    assert "aot_eager" in output
+    assert tmm.open_run(run).steps.tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,11 @@ def demo(
     ] = Path("runs/demo"),
     every: Annotated[int, typer.Option(min=1, help="Monitor each step divisible by this.")] = 10,
     backend: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Backend of torch.compile. inductor needs a C++ compiler; aot_eager and eager"
-            " do without."
+            help="Backend of torch.compile: inductor, or aot_eager where there is no C++ compiler."
         ),
-    ] = "inductor",
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, batches and dropout.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train, such as cpu or cuda.")] = "cpu",
     as_json: AsJson = False,
@@ -50,7 +49,7 @@ def demo(
     from tmm.cli.training_progress import TrainingProgress
     from tmm.core.dynamo_private import BackendCompilerFailed
 
-    if backend not in torch.compiler.list_backends(exclude_tags=()):
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise typer.BadParameter(
             f"torch.compile knows no {backend!r}; try inductor, aot_eager or eager",
             param_hint="--backend",
@@ -61,6 +60,14 @@ def demo(
         reason = str(error).splitlines()[0]
         raise typer.BadParameter(f"{device!r}: {reason}", param_hint="--device") from None
     console = Console(stderr=as_json)
+    if backend is None:
+        backend = "inductor" if device != "cpu" or _has_compiler() else "aot_eager"
+        if backend != "inductor":
+            console.print(
+                "There is no C++ compiler (g++ or clang), which Inductor needs: the training runs"
+                " with the backend aot_eager, which is slower.",
+                highlight=False,
+            )
     settings = TrainingSettings(_unused(run), steps, every, backend, seed, device)
     try:
         with TrainingProgress(console, settings) as progress:
@@ -126,6 +133,18 @@ def _show(
 def _unused(path: Path) -> Path:
     candidates = (path.with_name(f"{path.name}-{number}") for number in count(2))
     return path if not path.exists() else next(c for c in candidates if not c.exists())
+
+
+def _has_compiler() -> bool:
+    from tmm.core.inductor_private import find_compiler, is_missing_compiler
+
+    try:
+        find_compiler()
+    except Exception as error:
+        if not is_missing_compiler(error):
+            raise
+        return False
+    return True
 
 
 def _compiler_problem(error: Exception) -> str | None:
