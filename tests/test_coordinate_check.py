@@ -45,6 +45,16 @@ def check(**changes: Any) -> tmm.CoordinateCheck:
     return tmm.coord_check(**(arguments | changes))
 
 
+def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    found = check(seeds=2)
+    assert capsys.readouterr() == ("", "")
+    assert check(seeds=2, progress=True) == found
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "coordinate check" in shown.err
+    assert "100%" in shown.err
+
+
 def of_example(example: Example, widths: tuple[int, ...], seeds: int) -> tmm.CoordinateCheck:
     return tmm.coord_check(example.make_model, widths, example.batches, example.loss, seeds=seeds)
 

@@ -54,10 +54,11 @@ def coord_check(
         highlight=False,
     )
     for example in examples():
-        with console.status(f"training: {example.name}"):
-            found = check_coordinates(
-                example.make_model, widths, example.batches, example.loss, seeds=seeds
-            )
+        found = check_coordinates(
+            *(example.make_model, widths, example.batches, example.loss),
+            seeds=seeds,
+            progress=True,
+        )
         results[example.name] = [asdict(growth) for growth in found.growths]
         console.print(exponent_table(found, example.name))
         console.print(_verdict(found), highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,6 +43,7 @@ def coord_check(
     seeds: int = 3,
     modules: str | None = None,
     backend: str | CompilerFunction | None = None,
+    progress: bool = False,
 ) -> CoordinateCheck:
     """Fit how updates and activations of each layer grow with the width of a model.
 
@@ -68,6 +69,7 @@ def coord_check(
         modules: regular expression for the layers to measure, as in ``tmm.activation``. By
             default all modules with parameters of their own.
         backend: compiles the model with ``torch.compile``; it runs uncompiled without.
+        progress: show a bar of the trainings on standard error while they run.
 
     Raises:
         ValueError: for an argument that is out of range, no batch, layers that differ between
@@ -85,26 +87,25 @@ def coord_check(
     expected: list[str] | None = None
     unmeasured: dict[str, str] = {}
     points: dict[tuple[str, Term], list[float]] = {}
-    for width in widths:
-        for seed in range(seeds):
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                module, optimizer = _make(make_model, width)
-                layers = _layers(module, modules)
-                if expected is None:
-                    expected = layers
-                _check_layers(expected, layers, widths[0], width)
-                callee = module if backend is None else torch.compile(module, backend=backend)
-                instrument(callee, _spec(layers))
-                _train(callee, optimizer, data[seed][:steps], loss)
-                sizes = _measure(callee, data[seed][steps][0], steps)
-            if not points:
-                unmeasured = _unmeasured(callee, layers, sizes)
-                points = {key: [] for key in sizes}
-            _check_layers(_names(points), _names(sizes), widths[0], width)
-            for key, size in sizes.items():
-                points[key].append(size)
-            remove(callee)
+    for width, seed in _shown(list(product(widths, range(seeds))), progress):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            module, optimizer = _make(make_model, width)
+            layers = _layers(module, modules)
+            if expected is None:
+                expected = layers
+            _check_layers(expected, layers, widths[0], width)
+            callee = module if backend is None else torch.compile(module, backend=backend)
+            instrument(callee, _spec(layers))
+            _train(callee, optimizer, data[seed][:steps], loss)
+            sizes = _measure(callee, data[seed][steps][0], steps)
+        if not points:
+            unmeasured = _unmeasured(callee, layers, sizes)
+            points = {key: [] for key in sizes}
+        _check_layers(_names(points), _names(sizes), widths[0], width)
+        for key, size in sizes.items():
+            points[key].append(size)
+        remove(callee)
     growths = [
         Growth.of(layer, term, widths, np.reshape(sizes_of, (len(widths), seeds)))
         for term in TERMS
@@ -112,6 +113,18 @@ def coord_check(
         if own == term
     ]
     return CoordinateCheck(widths, seeds, steps, tuple(growths), unmeasured)
+
+
+def _shown(trainings: list[tuple[int, int]], progress: bool) -> Iterable[tuple[int, int]]:
+    """The trainings, one by one; a bar shows how many are done."""
+    if not progress:
+        return trainings
+    from rich.console import Console
+    from rich.progress import track
+
+    # A notebook shows what a terminal shows; what rich has for notebooks needs ipywidgets.
+    console = Console(stderr=True, force_jupyter=False)
+    return track(trainings, "coordinate check", console=console)
 
 
 def _check_arguments(widths: Sequence[int], steps: int, seeds: int, modules: str | None) -> None:
