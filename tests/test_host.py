@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,7 @@ from tmm.core.inductor_private import cache_folder
 from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.kernels import build, kept_library
 from tmm.kernels.build import _Started
+from tmm.kernels.dropped_rows import rows_dropped
 from tmm.kernels.ops import summarize, summarize_difference
 from tmm.kernels.summarize import host
 from tmm.kernels.summarize.group import summarize_group
@@ -386,6 +387,28 @@ def test_the_library_says_which_vectors_it_uses() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     known = {"AVX2": "AVX2", "AVX512": "AVX-512", "NEON": "NEON", "SVE256": "NEON"}
     assert build.instruction_set(host.SOURCES) == known.get(capability, mock.ANY)
+
+
+def test_rows_that_are_dropped_are_not_computed() -> None:
+    """In this thread, and nowhere else; what others measure meanwhile counts."""
+    x, columns = torch.arange(6.0).reshape(2, 3).T, "sum,absmax"
+    into = torch.ops.tmm.summarize_into
+    known = summarize(x, columns)
+    assert known.tolist() == [15, 5]
+    rows = torch.zeros(4, dtype=torch.float64)
+    with pytest.raises(KeyError), rows_dropped(True):
+        assert summarize(x, columns).isnan().all()
+        assert summarize(x.half(), columns).shape == (2,)
+        assert summarize(x.to(torch.complex64), columns).isnan().all()
+        into(rows, 1, x, columns)
+        assert rows.isnan().tolist() == [False, True, True, False]
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(summarize, x, columns).result().equal(known)
+        with rows_dropped(False):
+            assert summarize(x, columns).equal(known)
+        assert summarize(x, columns).isnan().all()
+        raise KeyError
+    assert summarize(x, columns).equal(known)
 
 
 def test_without_a_compiler_plain_operations_serve(tmp_path: Path) -> None:

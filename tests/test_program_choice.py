@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ import tmm
 from tests.eager_hooks import assert_agrees, backward, record_calls, tolerance
 from tests.model_zoo import BREAKING, PAUSES, noise
 from tmm.core.failures import MonitoringWarning
+from tmm.kernels.dropped_rows import rows_dropped
 from tmm.runs.instrument import steps_of
 from tmm.spec.program_choice import LARGE, Programs, choose_programs
 
@@ -211,6 +212,22 @@ def test_nothing_is_gathered_of_other_steps() -> None:
     assert collector is not None
     assert not collector.holds_values
     steps.end_step()
+
+
+def test_tensors_are_read_in_monitored_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[bool] = []
+
+    @contextlib.contextmanager
+    def noted(drops: bool) -> Iterator[None]:
+        dropped.append(drops)
+        with rows_dropped(drops):
+            yield
+            x = torch.ones(2)
+            assert bool(torch.ops.tmm.summarize(x, "sum").isnan()) == drops
+
+    monkeypatch.setattr("tmm.instrumentation.twin.rows_dropped", noted)
+    train(*WAYS["whole"], 1)
+    assert dropped == [False, True, False, True, False]
 
 
 def test_passes_without_gradients_run_the_models_own_program() -> None:

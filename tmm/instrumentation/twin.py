@@ -54,6 +54,7 @@ from tmm.instrumentation.reference.comparison import Comparing
 from tmm.instrumentation.regions import COMPILED_CALL, Region
 from tmm.instrumentation.untraced import Untraced
 from tmm.kernels.dense import packed_dtype
+from tmm.kernels.dropped_rows import rows_dropped
 from tmm.kernels.ops import summarize_attention
 from tmm.passes.findings import RowInput
 from tmm.passes.graph.sharding import why_unsummed
@@ -212,7 +213,13 @@ class Twin:
             if comparing.inputs.pairs and not comparing.inputs.are_traced:
                 comparing.inputs.are_traced = True
                 self.close()  # the graphs have no place for inputs of the reference
-        with self._hooked(), comparing.forward((args, kwargs)) if comparing else nullcontext():
+        # A function may hold the backward passes of others, whose rows count.
+        drops_rows = self._is_unrecorded and region.module is not None
+        with (
+            self._hooked(),
+            rows_dropped(drops_rows),
+            comparing.forward((args, kwargs)) if comparing else nullcontext(),
+        ):
             return self._run(region, *args, **kwargs)
 
     def watch(

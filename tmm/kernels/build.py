@@ -50,7 +50,7 @@ class _Started:
 
 @functools.cache
 def start_compiling(*sources: str) -> None:
-    """Run the compiler in the background, while torch compiles, for ``load_kernels``.
+    """Run the compiler in the background, while torch compiles, for ``load_library``.
 
     What goes wrong is left to that. An interpreter that exits waits for the compiler.
     """
@@ -64,23 +64,19 @@ def start_compiling(*sources: str) -> None:
     compiler.shutdown(wait=False)
 
 
-def load_kernels(
-    sources: Sequence[str], argument_types: Sequence[Any], measures: str
-) -> dict[torch.dtype, Callable[..., None]]:
-    """The functions ``summarize_{dtype}`` of C++ files beside this one, by dtype.
+def load_library(sources: Sequence[str], measures: str) -> ctypes.CDLL | None:
+    """The library of C++ files beside this one, which may register operators.
 
-    The files are one library, which may register operators. A wheel may bring it along.
-
-    There are none where no C++ compiler works, and where others than this user can write to the
-    folder of compiled kernels; a warning then tells that what ``measures`` says is done by plain
-    torch operations.
+    A wheel may bring it along. There is none where no C++ compiler works, and where others than
+    this user can write to the folder of compiled kernels; a warning then tells that what
+    ``measures`` says is done by plain torch operations.
     """
     text = text_of(sources)
     try:
-        library = _found(text) or _compiled(text)
+        return _found(text) or _compiled(text)
     except UntrustedFileError as error:
         _warn_of_others(str(error))
-        return {}
+        return None
     except Exception as error:
         if not _is_of_compiler(error):
             raise
@@ -89,14 +85,15 @@ def load_kernels(
             f"kernel could not be compiled: {str(error).strip().splitlines()[0]}",
             stacklevel=levels_to_user(),
         )
-        return {}
-    return kernels_of(library, argument_types)
+        return None
 
 
 def kernels_of(
-    library: ctypes.CDLL, argument_types: Sequence[Any]
+    library: ctypes.CDLL | None, argument_types: Sequence[Any]
 ) -> dict[torch.dtype, Callable[..., None]]:
-    """The functions of a library, by dtype."""
+    """The functions ``summarize_{dtype}`` of a library, by dtype; none of no library."""
+    if library is None:
+        return {}
     kernels = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ a pair and its difference without writing that down, ``tmm::summarize_heads`` ea
 ``tmm::summarize_attention`` the distributions of an attention; ``tmm::pack`` joins rows,
 ``tmm::copy`` keeps a whole tensor. ``tmm::summarize_into`` and ``tmm::put`` write rows into a
 tensor that a graph hands on from one to the next, so that nobody joins them.
+``tmm::drop_rows`` tells those in C++ whether anybody wants their rows.
 They are opaque to the compiler: kernels that are compiled once, for all shapes, serve every site of
 every graph (``tmm.kernels``), so that watching a module adds one node to a graph and next to
 nothing to its compile time. ``tap`` marks a module's output while Dynamo traces.
@@ -94,6 +95,7 @@ _library.define(
     "summarize_into(Tensor(a!) rows, int start, Tensor x, str columns) -> ()", tags=_tags
 )
 _library.define("put(Tensor(a!) rows, int start, Tensor[] given) -> ()", tags=_tags)
+_library.define("drop_rows(bool drops) -> bool")
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 _library.define("copy(Tensor x) -> Tensor", tags=_tags)
 
@@ -246,6 +248,12 @@ def _copy_shape(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
+def _drop_rows(drops: bool) -> bool:
+    return False
+
+
+_library.impl("drop_rows", _drop_rows, "CompositeImplicitAutograd")  # in C++, once that is loaded
+
 for _name, _implementation, _shape in (
     ("summarize", _summarize, _summarize_shape),  # of a CPU in C++, once that is loaded
     ("summarize_any", _summarize, _summarize_shape),  # what that leaves to Python
@@ -273,6 +281,8 @@ REDUCTIONS = (summarize, summarize_difference, summarize_heads, summarize_attent
 summarize_into: Callable[[torch.Tensor, int, torch.Tensor, str], None] = (
     torch.ops.tmm.summarize_into.default
 )
+drop_rows: Callable[[bool], bool] = torch.ops.tmm.drop_rows.default
+"""Gives what it was before; see ``tmm.kernels.dropped_rows``."""
 put: Callable[[torch.Tensor, int, list[torch.Tensor]], None] = torch.ops.tmm.put.default
 pack: Callable[[list[torch.Tensor]], torch.Tensor] = torch.ops.tmm.pack.default
 # Unlike a clone, which Inductor takes for an alias of a graph's input even where that is

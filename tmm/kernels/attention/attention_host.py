@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall
-from tmm.kernels.build import DTYPES, VECTORS, load_kernels
+from tmm.kernels.build import DTYPES, VECTORS, kernels_of, load_library
 
 SOURCES = (VECTORS, "attention/attention_host.cpp")
 _MASK_TYPES = (None, torch.bool, *DTYPES)  # in the order of `mask_reader` in the source
@@ -97,4 +97,4 @@ def _geometry(
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    return load_kernels(SOURCES, ARGUMENTS, "measures attention")
+    return kernels_of(load_library(SOURCES, "measures attention"), ARGUMENTS)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tmm.core.metrics import COLUMN_ORDER
-from tmm.kernels.build import VECTORS, load_kernels
+from tmm.kernels.build import VECTORS, kernels_of, load_library
 from tmm.kernels.dense import flatten
 
 SOURCES = (VECTORS, "summarize/host.cpp", "summarize/host_operator.cpp")
@@ -79,4 +79,4 @@ def _order(columns: tuple[str, ...]) -> ctypes.Array[ctypes.c_int64]:
 @functools.cache
 def _kernels() -> dict[torch.dtype, Callable[..., None]]:
     """The kernel of each dtype; none at all without a compiler."""
-    return load_kernels(SOURCES, ARGUMENTS, "measures")
+    return kernels_of(load_library(SOURCES, "measures"), ARGUMENTS)

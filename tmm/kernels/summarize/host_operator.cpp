@@ -56,6 +56,9 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// Whether rows that this thread computes are dropped.
+thread_local bool drops_rows = false;
+
 Tensor new_row(int64_t width) {
   const int64_t step = 1;
   AtenTensorHandle row;
@@ -65,6 +68,9 @@ Tensor new_row(int64_t width) {
 }
 
 double* numbers_of(const Tensor& row) { return static_cast<double*>(row.mutable_data_ptr()); }
+
+// What nobody is to take for a row.
+void write_nothing(int64_t width, double* row) { std::fill_n(row, width, UNDEFINED); }
 
 // Writes a row of as many numbers as there are columns.
 template <class Element>
@@ -101,10 +107,11 @@ Tensor row_of_any(const Tensor& tensor, const std::string& columns) {
 }
 
 Tensor summarize_on_cpu(const Tensor& tensor, const std::string& columns) {
-  if (!has_kernel(tensor)) return row_of_any(tensor, columns);
+  if (!drops_rows && !has_kernel(tensor)) return row_of_any(tensor, columns);
   const std::vector<int64_t> order = order_of(columns);
   const Tensor row = new_row(order.size());
-  write_row_of(tensor, order, numbers_of(row));
+  if (drops_rows) write_nothing(order.size(), numbers_of(row));
+  else write_row_of(tensor, order, numbers_of(row));
   return row;
 }
 
@@ -116,9 +123,16 @@ void summarize_into_on_cpu(const Tensor& rows, int64_t start, const Tensor& tens
                       start + width <= rows.numel(),
                   "rows: no place for ", width, " numbers at ", start);
   double* row = numbers_of(rows) + start;
+  if (drops_rows) return write_nothing(width, row);
   if (has_kernel(tensor)) return write_row_of(tensor, order, row);
   const Tensor given = row_of_any(tensor, columns);
   std::copy_n(numbers_of(given), width, row);
+}
+
+bool drop_rows(bool drops) { return std::exchange(drops_rows, drops); }
+
+STABLE_TORCH_LIBRARY_IMPL(tmm, CompositeExplicitAutograd, library) {
+  library.impl("drop_rows", TORCH_BOX(&drop_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tmm, CPU, library) {
