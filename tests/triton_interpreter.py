@@ -1,4 +1,4 @@
-"""Kernels for a GPU, run on a CPU by Triton's interpreter."""
+"""Kernels for a GPU without one: run by Triton's interpreter, or planned for mocked devices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ def check_in_the_interpreter(module: str) -> None:
 
     In a process of its own: whether Triton interprets is decided when it is imported.
     """
+    printed_by(module, "check_triton", TRITON_INTERPRET="1")
+
+
+def printed_by(module: str, function: str, **environment: str) -> str:
+    """What a function of a module of tests prints in a process of its own, which needs Triton."""
     if importlib.util.find_spec("triton") is None and not os.environ.get(REQUIRED):
         pytest.skip("triton is not installed; the extra `test` brings it")
-    code = f"from {module} import check_triton; check_triton()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    code = f"from {module} import {function}; {function}()"
+    variables = {**os.environ, **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=variables, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout

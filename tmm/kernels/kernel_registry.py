@@ -56,7 +56,7 @@ KERNELS = (
         "summarize.host:summarize_one_on_host",
         sources=HOST_SOURCES,
     ),
-    Kernel("summarize", "cuda", "Inductor", "summarize.torch_rows:summarize_with_inductor"),
+    Kernel("summarize", "cuda", "Inductor", "summarize.inductor_rows:summarize_with_inductor"),
     Kernel("summarize", ANY, "torch", "summarize.torch_rows:summarize_with_torch"),
     Kernel(
         "summarize_group",
