@@ -13,14 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.parameters import peak_memory
 from tests.triton_interpreter import check_in_the_interpreter
 from tmm.kernels import ops as operators
+from tmm.kernels.attention import attention_torch
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
 from tmm.kernels.attention.attention_host import summarize_attention_on_host
 from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
 from tmm.kernels.attention.choose import summarize_attention
+from tmm.kernels.attention.exact_products import exact_products
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MASKS = [
@@ -360,6 +363,41 @@ def test_gradients_and_autocast_do_not_matter() -> None:
     check(plain, case)
     assert not rows.requires_grad
     assert not plain.requires_grad
+
+
+def test_products_are_exact_whatever_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose setting a CPU does not heed."""
+    settings, seen = torch.backends.cuda.matmul, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            if "mm" in str(function):
+                seen.append(settings.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    as_on_a_gpu = lambda device: exact_products(torch.device("cuda"))  # noqa: E731
+    monkeypatch.setattr(attention_torch, "exact_products", as_on_a_gpu)
+    call = Case(torch.randn(2, 50, 8), torch.randn(2, 60, 8)).arranged()
+
+    def check_products() -> None:
+        seen.clear()
+        with Watch():
+            summarize_attention_with_torch(call)
+        assert seen
+        assert set(seen) == {"ieee"}
+        assert settings.fp32_precision == "tf32"
+
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            check_products()
+            assert torch.get_float32_matmul_precision() == precision
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = "tf32"  # the newer way
+        check_products()
+    finally:
+        settings.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_calls_that_need_no_arrangement() -> None:
