@@ -14,6 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ENVIRONMENT = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Settings that Inductor reads when it is imported, those of every thread."""
@@ -164,6 +167,42 @@ def plan_of(compile_graph: Callable[[], object]) -> Plan:
     except Planned as planned:
         return planned.plan
     raise AssertionError("nothing was compiled")
+
+
+def blocking_calls(call: Callable[[], object]) -> list[str]:
+    """The operations of a call that wait for a device, on tensors that are fake.
+
+    Needs no mock; the call makes its tensors, ``device="cuda"``.
+    """
+    watcher = _Watcher()
+    with FakeTensorMode(), watcher:
+        call()
+    return watcher.found
+
+
+class _Watcher(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = str(function).removeprefix("aten.").split(".")[0]
+        result = function(*args, **kwargs)
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = {x.device.type for x in tree_leaves(result) if isinstance(x, torch.Tensor)}
+        copies = name in ("_to_copy", "copy_") and len(given | made) > 1
+        waits = name in _WAITING and "cuda" in given
+        overlaps = kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))
+        if waits or (copies and not overlaps):
+            self.found.append(name)
+        return result
+
+
+_WAITING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal")
+"""Operations whose results the CPU must know."""
 
 
 def _always(value: Any) -> Callable[..., Any]:

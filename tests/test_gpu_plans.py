@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from benchmarks import mocked_gpu
-from benchmarks.mocked_gpu import Plan, mock_gpus, plan_of
+from benchmarks.mocked_gpu import Plan, blocking_calls, mock_gpus, plan_of
 from tests.triton_interpreter import printed_by
-from tmm.core.metrics import builtin_reductions
+from tmm.core.metrics import HISTOGRAM_EDGES, builtin_reductions
+from tmm.core.torch_private import FakeTensorMode
+from tmm.instrumentation import kernels_ahead
+from tmm.kernels.attention.attention_call import AttentionCall
+from tmm.kernels.ops import _histogram, inner_edges, summarize, summarize_difference, summarize_into
+from tmm.kernels.summarize.inductor_rows import _kernel
+from tmm.kernels.summarize.torch_rows import summarize_with_torch
+from tmm.passes.graph.values import set_value
+from tmm.passes.metrics.gradient_probe import probe
 
 (FIVE,) = builtin_reductions(("mean", "std", "rms", "absmax", "zero_fraction"), is_complex=False)
 KERNELS = {
@@ -23,8 +33,6 @@ KERNELS = {
 
 def print_plans() -> None:
     """In a process that takes itself for one with two GPUs, the first of which is current."""
-    from tmm.kernels.summarize.inductor_rows import _kernel
-
     mock_gpus()
     plans = {}
     for name, (columns, dtype, index, several_rows) in KERNELS.items():
@@ -64,3 +72,93 @@ def test_settings_of_programs_do_not_reach_the_kernel(plans: dict[str, Plan]) ->
     for plan in plans.values():
         assert not plan.has_cuda_graphs
         assert not plan.is_cpp
+
+
+def test_a_histogram_waits_for_nothing() -> None:
+    def call() -> None:
+        assert _histogram(torch.empty(8, 100, device="cuda")).device.type == "cuda"
+
+    assert blocking_calls(call) == []
+
+
+def test_edges_are_the_same_without_a_copy() -> None:
+    for dtype in (torch.float64, torch.float32):
+        made = inner_edges(dtype, torch.device("meta"))  # as on any device but a CPU
+        assert (made.dtype, len(made)) == (dtype, len(HISTOGRAM_EDGES) - 2)
+        with _on_the_cpu():
+            made = inner_edges(dtype, torch.device("meta"))
+        assert torch.equal(made, torch.from_numpy(HISTOGRAM_EDGES[1:-1].copy()).to(dtype))
+
+
+class _on_the_cpu(TorchFunctionMode):  # noqa: N801
+    """Makes on a CPU what is to be made elsewhere."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("columns", [FIVE.columns, ("maximum", "minimum", "count")])
+def test_rows_of_empty_tensors_wait_for_nothing(columns: tuple[str, ...]) -> None:
+    def call() -> None:
+        assert summarize_with_torch(torch.empty(0, 3, device="cuda"), columns).is_cuda
+        query = torch.empty(1, 2, 0, 8, device="cuda")
+        assert AttentionCall(query, query, None, 1, True, 1.0).empty_rows().is_cuda
+
+    assert blocking_calls(call) == []
+
+
+def test_what_waits_is_found() -> None:
+    def call() -> None:
+        x, of_cpu = torch.ones(3, device="cuda"), torch.ones(3)
+        x.copy_(of_cpu)
+        of_cpu.copy_(x)
+        x.copy_(of_cpu, non_blocking=True)
+        x.copy_(x)
+
+    assert blocking_calls(call) == ["copy_", "copy_"]
+
+
+def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(kernels_ahead, "compile_ahead", lambda *given: asked.append(given))
+    graph = torch.fx.Graph()
+    nodes = {}
+    with FakeTensorMode():
+        for name, dtype in {"half": torch.bfloat16, "complex": torch.complex64}.items():
+            nodes[name] = graph.placeholder(name)
+            set_value(nodes[name], torch.empty(30, 100, dtype=dtype, device="cuda:1"))
+    row = graph.placeholder("row")
+    graph.call_function(summarize, (nodes["half"], "count,sum"))
+    graph.call_function(summarize_into, (row, 0, nodes["complex"], "absmax"))
+    graph.call_function(summarize_difference, (nodes["half"], nodes["half"], "sum_squares,dot"))
+    graph.call_function(probe, (nodes["half"], row, ("sum", ""), False, True))
+    graph.output(())
+    kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
+    device = torch.device("cuda", 1)
+    assert asked == [
+        (3000, ("count", "sum"), torch.bfloat16, device),
+        (3000, ("absmax",), torch.float32, device),
+        (3000, ("sum_squares",), torch.float32, device),
+        (3000, ("sum",), torch.float32, device),
+    ]
+
+
+def test_a_kernel_is_compiled_while_a_graph_is() -> None:
+    """For a CPU, as there is no GPU, and under autocast."""
+    kernels, x = [], torch.randn(8, 2560)
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        kernels.append(_kernel(("sum", "absmax"), torch.float32, torch.device("cpu"), True))
+        return module.forward
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.compile(torch.sin, backend=backend)(x), x.sin())
+    (kernel,) = kernels
+    assert kernel is not None
+    for rows in (x, x[:3]):
+        torch.testing.assert_close(kernel(rows), summarize_with_torch(rows, ("sum", "absmax")))

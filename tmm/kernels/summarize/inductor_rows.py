@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.core.inductor_private import compile_fx
 from tmm.kernels.dense import flatten
+from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize.group import merge_rows
 from tmm.kernels.summarize.torch_rows import summarize_rows
 
@@ -27,25 +28,51 @@ programs, some of which record CUDA graphs, with sizes that change."""
 
 
 def summarize_with_inductor(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor | None:
-    """The row of a real tensor on an accelerator, by a compiled kernel; None without elements."""
+    """The row of a real tensor on an accelerator, by a compiled kernel.
+
+    None without elements, and where the kernel could not be compiled, which is warned of once.
+    """
     elements = x.numel()
     if not elements:
         return None
-    flat, (rows, length) = flatten(x), _row_shape(elements)
-    if rows > 1 or length <= _ONE_PROGRAM:
-        return _kernel(columns, x.dtype, x.device, rows > 1)(flat.view(rows, length))
-    # No divisor is a good length: the last elements are a row of their own.
-    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
-    whole = elements - elements % _ROW_LIMIT
-    parts = [
-        _kernel(needed, x.dtype, x.device, True)(flat[:whole].view(-1, _ROW_LIMIT)),
-        _kernel(needed, x.dtype, x.device, False)(flat[whole:].view(1, -1)),
-    ]
+    needed, shapes = _kernels_for(elements, columns)
+    kernels = [_kernel(needed, x.dtype, x.device, rows > 1) for rows, _ in shapes]
+    flat, parts, start = flatten(x), [], 0
+    for kernel, (rows, length) in zip(kernels, shapes, strict=True):
+        if kernel is None:
+            return None
+        parts.append(kernel(flat.narrow(0, start, rows * length).view(rows, length)))
+        start += rows * length
+    if len(parts) == 1:
+        return parts[0]
     owner = torch.zeros(2, dtype=torch.int64, device=x.device)
     return merge_rows(torch.stack(parts), owner, 1, needed)[0, len(needed) - len(columns) :]
 
 
+def compile_ahead(
+    elements: int, columns: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile what ``summarize_with_inductor`` needs for such a tensor, if it serves its device."""
+    if elements and device.type == "cuda" and why_no_triton(device) is None:
+        needed, shapes = _kernels_for(elements, columns)
+        for rows, _ in shapes:
+            _kernel(needed, dtype, device, rows > 1)
+
+
 @functools.lru_cache(maxsize=4096)
+def _kernels_for(
+    elements: int, columns: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """The columns of the kernels, and the shapes (rows, length) that they are called with."""
+    rows, length = _row_shape(elements)
+    if rows > 1 or length <= _ONE_PROGRAM:
+        return columns, ((rows, length),)
+    # No divisor is a good length: the last elements are a row of their own.
+    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
+    rows, rest = divmod(elements, _ROW_LIMIT)
+    return needed, ((rows, _ROW_LIMIT), (1, rest))
+
+
 def _row_shape(elements: int) -> tuple[int, int]:
     """Equal rows of at most ``_ROW_LIMIT`` elements where a divisor allows, else one long row."""
     limit = min(elements, _ROW_LIMIT)
@@ -58,9 +85,10 @@ def _row_shape(elements: int) -> tuple[int, int]:
 @functools.cache
 def _kernel(
     columns: tuple[str, ...], dtype: torch.dtype, device: torch.device, several_rows: bool
-) -> Kernel:
+) -> Kernel | None:
     """The kernel for tensors of shape (rows, length) of one dtype; both are dynamic, 1 is not.
 
+    None where it cannot be compiled: for a dtype that the device has not, or for want of a tool.
     Its text names the device. Of a graph that is being traced, or runs, nothing reaches it: it is
     compiled in a thread of its own, without the modes and contexts of this one.
     """
@@ -77,6 +105,10 @@ def _kernel(
         thread.start()
         thread.join()
     (result,) = found
+    if isinstance(result, Exception):
+        words = str(result).strip() or type(result).__name__
+        warn_of_plain_operations(device, f"a kernel was not compiled: {words.splitlines()[0]}")
+        return None
     if isinstance(result, BaseException):
         raise result
     return result

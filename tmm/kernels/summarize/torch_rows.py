@@ -15,8 +15,11 @@ IDENTITIES = {"minimum": float("inf"), "maximum": float("-inf"), "absmax": 0.0}
 def summarize_with_torch(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:
     """The row of a real tensor of any shape by plain operations: what other kernels must equal."""
     if x.numel() == 0:
-        values = [IDENTITIES.get(name, 0.0) for name in columns]
-        return torch.tensor(values, dtype=packed_dtype(x.device), device=x.device)
+        row = torch.zeros(len(columns), dtype=packed_dtype(x.device), device=x.device)
+        for name, value in IDENTITIES.items():
+            if value and name in columns:
+                row.select(0, columns.index(name)).fill_(value)  # unlike a copy, waits for nothing
+        return row
     return summarize_rows(columns, x.reshape(1, -1))
 
 
