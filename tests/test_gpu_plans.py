@@ -115,10 +115,8 @@ def test_rows_of_empty_tensors_wait_for_nothing(columns: tuple[str, ...]) -> Non
 def test_what_waits_is_found() -> None:
     def call() -> None:
         x, of_cpu = torch.ones(3, device="cuda"), torch.ones(3)
-        x.copy_(of_cpu)
-        of_cpu.copy_(x)
-        x.copy_(of_cpu, non_blocking=True)
-        x.copy_(x)
+        for pair in ((x, of_cpu), (of_cpu, x), (x, of_cpu, True), (x, x)):
+            torch.ops.aten.copy_.default(*pair)
 
     assert blocking_calls(call) == ["copy_", "copy_"]
 
@@ -161,4 +159,5 @@ def test_a_kernel_is_compiled_while_a_graph_is() -> None:
     (kernel,) = kernels
     assert kernel is not None
     for rows in (x, x[:3]):
-        torch.testing.assert_close(kernel(rows), summarize_with_torch(rows, ("sum", "absmax")))
+        expected = summarize_with_torch(rows.double(), ("sum", "absmax"))
+        torch.testing.assert_close(kernel(rows), expected, rtol=1e-5, atol=1e-3)
