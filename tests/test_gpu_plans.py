@@ -146,6 +146,7 @@ def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_while_a_graph_is() -> None:
     """For a CPU, as there is no GPU, and under autocast."""
     kernels, x = [], torch.randn(8, 2560)
