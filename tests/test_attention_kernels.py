@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import resource
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
@@ -16,13 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.parameters import peak_memory
+from tests.triton_interpreter import check_in_the_interpreter
 from tmm.kernels import ops as operators
+from tmm.kernels.attention import attention_torch
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall, arrange
 from tmm.kernels.attention.attention_host import summarize_attention_on_host
 from tmm.kernels.attention.attention_torch import summarize_attention_with_torch
 from tmm.kernels.attention.choose import summarize_attention
+from tmm.kernels.attention.exact_products import exact_products
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 MASKS = [
@@ -364,6 +365,41 @@ def test_gradients_and_autocast_do_not_matter() -> None:
     assert not plain.requires_grad
 
 
+def test_products_are_exact_whatever_programs_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose setting a CPU does not heed."""
+    settings, seen = torch.backends.cuda.matmul, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            if "mm" in str(function):
+                seen.append(settings.fp32_precision)
+            return function(*args, **(kwargs or {}))
+
+    as_on_a_gpu = lambda device: exact_products(torch.device("cuda"))  # noqa: E731
+    monkeypatch.setattr(attention_torch, "exact_products", as_on_a_gpu)
+    call = Case(torch.randn(2, 50, 8), torch.randn(2, 60, 8)).arranged()
+
+    def check_products() -> None:
+        seen.clear()
+        with Watch():
+            summarize_attention_with_torch(call)
+        assert seen
+        assert set(seen) == {"ieee"}
+        assert settings.fp32_precision == "tf32"
+
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            check_products()
+            assert torch.get_float32_matmul_precision() == precision
+        torch.set_float32_matmul_precision("highest")
+        settings.fp32_precision = "tf32"  # the newer way
+        check_products()
+    finally:
+        settings.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_calls_that_need_no_arrangement() -> None:
     """Most need none; the rows are the same as after it."""
     fused = torch.randn(2, 70, 8 * 16, requires_grad=True).unflatten(-1, (8, 16)).transpose(1, 2)
@@ -498,18 +534,8 @@ def growth_of_a_child(
     return grown
 
 
-TRITON = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: it comes with torch for CUDA",
-)
-
-
-@TRITON
 def test_triton_kernel_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets is decided when it is imported."""
-    code = "from tests.test_attention_kernels import check_triton; check_triton()"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    check_in_the_interpreter("tests.test_attention_kernels")
 
 
 def varied(dtype: torch.dtype) -> list[Case]:
@@ -528,8 +554,9 @@ def check_triton() -> None:
     from tmm.kernels.attention.attention_triton import summarize_attention_with_triton
 
     torch.manual_seed(0)
-    # The interpreter multiplies the bits of bfloat16.
-    for case in varied(torch.float32) + varied(torch.float16)[::5] + varied(torch.float64)[:1]:
+    # The interpreter takes a second for each, and multiplies the bits of bfloat16.
+    cases = [case for i, case in enumerate(varied(torch.float32)) if i % 4 in (0, 3) or i == 18]
+    for case in [*cases, *varied(torch.float16)[::5], *varied(torch.float64)[:1]]:
         check(summarize_attention_with_triton(case.arranged()), case)
     for value in (math.nan, math.inf):
         query, key = sample(torch.float32, 3, 70, 16), sample(torch.float32, 3, 70, 16)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from benchmarks.parameters import peak_memory
+from tests.triton_interpreter import check_in_the_interpreter
 from tmm.core.merging import merge
 from tmm.core.metrics import METRIC_NAMES, builtin_reductions
 from tmm.kernels.dense import real
@@ -198,29 +195,25 @@ def test_no_large_temporaries() -> None:
     assert 0 < extra < 0.1 * sum(tensor.nbytes for tensor in tensors)
 
 
-TRITON = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: it comes with torch for CUDA",
-)
-
-
-@TRITON
 def test_triton_kernel_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets is decided when it is imported."""
-    subprocess.run(
-        [sys.executable, "-c", "from tests.test_group import check_triton; check_triton()"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        check=True,
-    )
+    check_in_the_interpreter("tests.test_group")
 
 
 def check_triton() -> None:
     from tmm.kernels.summarize.group_triton import summarize_chunks
 
     torch.manual_seed(0)
-    for columns in (ALL.columns, EIGHT.columns):
-        for tensors in (mixed(), with_extremes()[::3], awkward(), [torch.empty(0)]):
-            check(summarize_chunks(tensors, columns), tensors, columns)
+    for tensors in (mixed(), few_extremes(), awkward(), [torch.empty(0)]):
+        check(summarize_chunks(tensors, ALL.columns), tensors, ALL.columns)
+    tensors = [*mixed()[::3], *few_extremes()[::2], *awkward()[1:3]]
+    check(summarize_chunks(tensors, EIGHT.columns), tensors, EIGHT.columns)
+
+
+def few_extremes() -> list[torch.Tensor]:
+    """Those of several chunks take the interpreter long."""
+    tensors = with_extremes()
+    large = [tensor for tensor in tensors if len(tensor) > 10_000]
+    return [*(tensor for tensor in tensors[::3] if len(tensor) <= 10_000), *large[::9]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

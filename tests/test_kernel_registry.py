@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from tmm.kernels.kernel_registry import (
     chosen,
     function_of,
 )
+from tmm.kernels.plain_operations import warn_of_plain_operations
+from tmm.kernels.summarize import inductor_rows
+from tmm.kernels.summarize.inductor_rows import summarize_with_inductor
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
 LANGUAGES = {
@@ -38,7 +42,7 @@ def test_the_first_that_is_available_is_chosen(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_triton else None)
     found = [chosen(operation, device).language for operation in OPERATIONS]
     expected = [
-        "torch" if language == "Triton" and not has_triton else language
+        "torch" if language in ("Triton", "Inductor") and not has_triton else language
         for language in LANGUAGES[device]
     ]
     assert found == expected
@@ -85,3 +89,42 @@ print(*(chosen(operation, "cpu").language for operation in OPERATIONS))
     assert run() == "torch torch torch"
     folder.chmod(0o777)  # others could put a kernel there
     assert run() == "torch torch torch"
+
+
+@pytest.fixture
+def untold() -> Iterator[None]:
+    """Nothing was chosen yet, and no warning given."""
+    caches = kernel_registry._functions, warn_of_plain_operations, inductor_rows._kernel
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("untold")
+@pytest.mark.parametrize("reason", ["triton is not installed", "not 6.1"])
+def test_a_gpu_without_triton_is_served_by_plain_operations(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_old = reason == "not 6.1"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if is_old else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with pytest.warns(UserWarning, match=f"cuda:1 with plain torch operations.*{reason}") as told:
+        for operation in OPERATIONS:
+            (function,) = kernel_registry._functions(operation, torch.device("cuda", 1))
+            assert function.__name__.endswith("_with_torch")
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_kernel_that_is_not_compiled_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("type fp8e4nv not supported in this architecture\nand more")
+
+    monkeypatch.setattr(inductor_rows, "_compile", fail)
+    with pytest.warns(UserWarning, match="plain torch operations.*: type fp8e4nv") as told:
+        for size in (5, 8192, 7):
+            assert summarize_with_inductor(torch.ones(size), ("sum",)) is None
+    assert len(told) == 1

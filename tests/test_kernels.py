@@ -12,8 +12,10 @@ import torch
 from tmm.core.metrics import METRIC_NAMES, builtin_reductions, finalize
 from tmm.kernels.dense import flatten
 from tmm.kernels.ops import histogram, pack, summarize
+from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.host import summarize_on_host
-from tmm.kernels.summarize.torch_rows import summarize_with_torch
+from tmm.kernels.summarize.inductor_rows import summarize_with_inductor
+from tmm.kernels.summarize.torch_rows import summarize_rows, summarize_with_torch
 
 SCALARS, _ = builtin_reductions(METRIC_NAMES, is_complex=False)
 SHAPES = [(4,), (8, 64, 128), (1001, 4), (3, 5, 7), (2, 3, 50257), (1, 1), ()]
@@ -105,6 +107,37 @@ def test_no_elements_add_nothing(kernel: Kernel) -> None:
     expected = {"minimum": np.inf, "maximum": -np.inf}
     assert row.tolist() == [expected.get(name, 0.0) for name in SCALARS.columns]
     assert histogram(torch.empty(0)).sum() == 0
+
+
+@pytest.mark.parametrize("columns", [SCALARS.columns, ("absmax", "sum"), ("mean", "moment2")])
+def test_rows_as_a_gpu_cuts_them(columns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By plain operations, which Inductor compiles there; 10,007 has no divisor."""
+    shapes = []
+
+    def kernel(columns: tuple[str, ...], *rest: object) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(x.shape))
+            return summarize_rows(columns, x)
+
+        return run
+
+    monkeypatch.setattr(inductor_rows, "_kernel", kernel)
+    monkeypatch.setattr(inductor_rows, "_ONE_PROGRAM", 10_000)
+    for size, expected in (
+        (4095, [(1, 4095)]),
+        (9001, [(1, 9001)]),
+        (10_240, [(4, 2560)]),
+        (10_007, [(2, 4096), (1, 1815)]),
+    ):
+        x = sample((size,), torch.float32, 3.0)
+        for bad in (1.0, float("nan"), float("-inf")):
+            x[-2] = bad
+            shapes.clear()
+            got = summarize_with_inductor(x, columns)
+            assert got is not None
+            want = summarize_with_torch(x.double(), columns)
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6, equal_nan=True)
+            assert shapes == expected
 
 
 def test_counts_above_the_precision_of_float32() -> None:

@@ -20,6 +20,7 @@ from tmm.core.records import OUTSIDE, AttentionRequest, Measurement, Site
 from tmm.core.torch_private import FakeTensor
 from tmm.instrumentation.compile_settings import CompileSettings
 from tmm.instrumentation.graph_breaks import begins_forward, end_of_graph, is_whole
+from tmm.instrumentation.kernels_ahead import compile_kernels
 from tmm.instrumentation.notes import Notes
 from tmm.instrumentation.pass_trace import TraceFolder
 from tmm.instrumentation.reference.batch_prefix import LOST_ITEMS, Sampling
@@ -391,6 +392,7 @@ class MeasuringBackend:
         ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
         ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
+        notes.attempt(subject, partial(compile_kernels, rewritten.module), None)
         with inductor_config().patch(unsafe_marked_cacheable_functions=cacheable):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
         own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)

@@ -17,6 +17,7 @@ import torch
 
 from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
 from tmm.kernels.build import instruction_set, why_not_compiled
+from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 
 Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention"]
@@ -56,7 +57,13 @@ KERNELS = (
         "summarize.host:summarize_one_on_host",
         sources=HOST_SOURCES,
     ),
-    Kernel("summarize", "cuda", "Inductor", "summarize.torch_rows:summarize_with_inductor"),
+    Kernel(
+        "summarize",
+        "cuda",
+        "Inductor",
+        "summarize.inductor_rows:summarize_with_inductor",
+        package="triton",
+    ),
     Kernel("summarize", ANY, "torch", "summarize.torch_rows:summarize_with_torch"),
     Kernel(
         "summarize_group",
@@ -99,7 +106,7 @@ KERNELS = (
 
 def run(operation: Operation, device: torch.device, *arguments: Any) -> torch.Tensor:
     """What the first kernel that serves these arguments gives."""
-    for function in _functions(operation, device.type):
+    for function in _functions(operation, device):
         rows = function(*arguments)
         if rows is not None:
             return rows
@@ -144,6 +151,18 @@ def function_of(kernel: Kernel) -> Callable[..., torch.Tensor | None]:
 
 @functools.cache
 def _functions(
-    operation: Operation, device_type: str
+    operation: Operation, device: torch.device
 ) -> tuple[Callable[..., torch.Tensor | None], ...]:
-    return tuple(function_of(kernel) for kernel in candidates(operation, device_type))
+    reason = why_no_triton(device)
+    needs_triton = any(_needs_triton(kernel) and kernel.device == device.type for kernel in KERNELS)
+    if reason is not None and needs_triton:
+        warn_of_plain_operations(device, reason)
+    return tuple(
+        function_of(kernel)
+        for kernel in candidates(operation, device.type)
+        if reason is None or not _needs_triton(kernel)
+    )
+
+
+def _needs_triton(kernel: Kernel) -> bool:
+    return kernel.package == "triton"

@@ -13,6 +13,7 @@ nothing to its compile time. ``tap`` marks a module's output while Dynamo traces
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -146,15 +147,32 @@ def _difference_shape(own: torch.Tensor, other: torch.Tensor, columns: str) -> t
     return _summarize_shape(own, columns)
 
 
+def inner_edges(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The finite edges of the bins of a histogram."""
+    if device.type == "cpu":
+        return torch.as_tensor(HISTOGRAM_EDGES[1:-1].copy(), dtype=dtype)
+    # A copy from the CPU would wait for the device, and cannot be recorded in a CUDA graph: powers
+    # of two are made of the bits of their exponents.
+    bits, digits, bias = _BITS[dtype]
+    lowest, highest = (round(math.log2(edge)) for edge in (_POSITIVE[0], _POSITIVE[-1]))
+    exponents = torch.arange(lowest + bias, highest + bias + 1, dtype=bits, device=device)
+    powers = (exponents << digits).view(dtype)
+    return torch.cat([-powers.flip(0), powers])
+
+
+_POSITIVE = HISTOGRAM_EDGES[len(HISTOGRAM_EDGES) // 2 : -1].tolist()
+_BITS = {torch.float64: (torch.int64, 52, 1023), torch.float32: (torch.int32, 23, 127)}
+"""The integer of as many bits, the digits behind the exponent, and what the exponent 0 is there."""
+
+
 def _histogram(x: torch.Tensor) -> torch.Tensor:
     flat = real(x).reshape(-1).to(packed_dtype(x.device))
-    edges = torch.as_tensor(HISTOGRAM_EDGES.copy(), dtype=flat.dtype, device=flat.device)
-    inner = edges[1:-1]
+    inner = inner_edges(flat.dtype, flat.device)
     # NaN is sorted behind every edge and dropped with the extra bin.
     bins = torch.where(flat.isnan(), len(inner) + 1, torch.bucketize(flat, inner, right=True))
     row = torch.zeros(len(inner) + 2, dtype=flat.dtype, device=flat.device)
     row.scatter_add_(0, bins, torch.ones_like(flat))
-    return torch.cat([row.new_full((1,), flat.numel()), row[:-1]])
+    return torch.cat([row.new_full((1,), flat.numel()), row.narrow(0, 0, len(inner) + 1)])
 
 
 def _histogram_shape(x: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ def forbidden_up_to(dtype: torch.dtype) -> float:
 
     Models write -inf, finfo.min or -10000, which bfloat16 rounds to -9984.
     """
-    return float(torch.tensor(-9999.0, dtype=dtype))
+    return float(torch.tensor(-9999.0, dtype=dtype, device="cpu"))
 
 
 def chosen_columns(statistics: Sequence[str]) -> list[int]:
@@ -70,7 +70,7 @@ class AttentionCall:
         """The rows where no query sees a key."""
         device = self.query.device
         row = torch.zeros(len(ATTENTION_COLUMNS), dtype=packed_dtype(device), device=device)
-        row[ATTENTION_COLUMNS.index("max_logit")] = -math.inf
+        row.select(0, ATTENTION_COLUMNS.index("max_logit")).fill_(-math.inf)
         return row.repeat(self.query.shape[1], 1)
 
     @property

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, AttentionCall, forbidden_up_to
+from tmm.kernels.attention.exact_products import exact_products
 from tmm.kernels.dense import accumulation_dtype, packed_dtype
 
 Modify: TypeAlias = Callable[
@@ -49,8 +50,9 @@ def summarize_attention_with_torch(
     if most_blocks is not None:
         size = max(size, -(-queries // most_blocks))
         width = max(width, -(-call.key.shape[2] // most_blocks))
-    # Autocast would multiply in a shorter dtype.
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    # Autocast would multiply in a shorter dtype, and TF32 has the digits of one.
+    exact = exact_products(device)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact:
         blocks = [
             _summarize_queries(call, start, min(start + size, queries), width, modify)
             for start in range(0, queries, size)

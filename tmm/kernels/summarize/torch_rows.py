@@ -2,69 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TypeAlias, cast
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from tmm.core.inductor_private import compile_fx
-from tmm.kernels.dense import accumulation_dtype, flatten, packed_dtype
-
-Kernel: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+from tmm.kernels.dense import accumulation_dtype, packed_dtype
 
 IDENTITIES = {"minimum": float("inf"), "maximum": float("-inf"), "absmax": 0.0}
 """Columns that do not add up, and what a tensor without elements has there."""
-
-_ROW_LIMIT = 4096  # elements per row: keeps rounding small
 
 
 def summarize_with_torch(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor:
     """The row of a real tensor of any shape by plain operations: what other kernels must equal."""
     if x.numel() == 0:
-        values = [IDENTITIES.get(name, 0.0) for name in columns]
-        return torch.tensor(values, dtype=packed_dtype(x.device), device=x.device)
-    return _summarize_rows(columns, x.reshape(1, -1))
+        row = torch.zeros(len(columns), dtype=packed_dtype(x.device), device=x.device)
+        for name, value in IDENTITIES.items():
+            if value and name in columns:
+                row.select(0, columns.index(name)).fill_(value)  # unlike a copy, waits for nothing
+        return row
+    return summarize_rows(columns, x.reshape(1, -1))
 
 
-def summarize_with_inductor(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Tensor | None:
-    """The row of a real tensor on an accelerator, by a compiled kernel; None without elements."""
-    if not x.numel():
-        return None
-    shape = _row_shape(x.numel())
-    kernel = _compile(columns, x.dtype, x.device.type, shape[0] > 1)
-    return kernel(flatten(x).view(shape))
-
-
-@functools.lru_cache(maxsize=4096)
-def _row_shape(elements: int) -> tuple[int, int]:
-    """Equal rows of at most ``_ROW_LIMIT`` elements where a divisor allows, else one long row."""
-    limit = min(elements, _ROW_LIMIT)
-    for length in range(limit, limit // 16, -1):
-        if elements % length == 0:
-            return elements // length, length
-    return 1, elements
-
-
-@functools.cache
-def _compile(
-    columns: tuple[str, ...], dtype: torch.dtype, device_type: str, several_rows: bool
-) -> Kernel:
-    """The kernel for tensors of shape (rows, length) of one dtype; both are dynamic, 1 is not."""
-    body = functools.partial(_summarize_rows, columns)
-    with torch.no_grad():
-        rows = 128 if several_rows else 1
-        example = torch.empty(rows, _ROW_LIMIT, dtype=dtype, device=device_type)
-        graph = make_fx(body, tracing_mode="symbolic")(example)
-        (placeholder,) = graph.graph.find_nodes(op="placeholder")
-        return cast("Kernel", compile_fx()(graph, [placeholder.meta["val"]]))
-
-
-def _summarize_rows(columns: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+def summarize_rows(columns: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     """The row of ``x``, of shape (rows, length), by one reduction per row and column.
 
-    Rows are reduced in the accumulation dtype, and merged in float64.
+    Rows are reduced in the accumulation dtype, and merged in float64. Extremes as well, though
+    they do not need it: Inductor cuts the reduction of a whole tensor into pieces that it counts in
+    32 bits, and that read the tensor once more.
     """
     rows, length = x.shape
     wide = packed_dtype(x.device)
@@ -73,14 +37,22 @@ def _summarize_rows(columns: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
     def total(per_element: torch.Tensor) -> torch.Tensor:
         return per_element.sum(1).to(wide).sum()
 
+    is_whole = x.is_cpu and rows == 1  # one reduction is faster there
+
+    def largest(per_element: torch.Tensor) -> torch.Tensor:
+        return (per_element if is_whole else per_element.amax(1)).amax()
+
+    def least(per_element: torch.Tensor) -> torch.Tensor:
+        return (per_element if is_whole else per_element.amin(1)).amin()
+
     reductions: dict[str, Callable[[], torch.Tensor]] = {
         "count": lambda: torch.full((), rows * length, dtype=wide, device=x.device),
         "sum": lambda: total(values),
         "sum_squares": lambda: total(values * values),
         "sum_absolute": lambda: total(values.abs()),
-        "absmax": lambda: values.abs().amax(),
-        "minimum": lambda: values.amin(),
-        "maximum": lambda: values.amax(),
+        "absmax": lambda: largest(values.abs()),
+        "minimum": lambda: least(values),
+        "maximum": lambda: largest(values),
         "zeros": lambda: total(values == 0),
         "nans": lambda: total(values.isnan()),
         "infinities": lambda: total(values.isinf()),
@@ -102,12 +74,12 @@ def _central_moments(values: torch.Tensor, highest: int) -> dict[str, torch.Tens
     wide = packed_dtype(values.device)
     length = values.shape[1]
     centre = values.mean(1)
-    deviation = values - centre[:, None]
+    deviation = values - centre.unsqueeze(1)
     unit = torch.ones_like(centre)
     if highest == 4:
         unit = deviation.abs().amax(1)
         unit = torch.where(unit == 0, torch.ones_like(unit), unit)
-        deviation = deviation / unit[:, None]
+        deviation = deviation / unit.unsqueeze(1)
     power, sums = deviation, []
     for _ in range(highest):
         sums.append(power.sum(1).to(wide) / length)

@@ -1,0 +1,164 @@
+"""What GPUs are given to do: the text that Inductor generates for mocked ones."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import mocked_gpu
+from benchmarks.mocked_gpu import Plan, blocking_calls, mock_gpus, plan_of
+from tests.triton_interpreter import printed_by
+from tmm.core.metrics import HISTOGRAM_EDGES, builtin_reductions
+from tmm.core.torch_private import FakeTensorMode
+from tmm.instrumentation import kernels_ahead
+from tmm.kernels.attention.attention_call import AttentionCall
+from tmm.kernels.ops import _histogram, inner_edges, summarize, summarize_difference, summarize_into
+from tmm.kernels.summarize.inductor_rows import _kernel
+from tmm.kernels.summarize.torch_rows import summarize_with_torch
+from tmm.passes.graph.values import set_value
+from tmm.passes.metrics.gradient_probe import probe
+
+(FIVE,) = builtin_reductions(("mean", "std", "rms", "absmax", "zero_fraction"), is_complex=False)
+KERNELS = {
+    "five": (FIVE.columns, torch.bfloat16, 1, True),
+    "extremes": (("absmax", "minimum", "maximum"), torch.float32, 0, True),
+    "one row": (("sum_squares", "absmax"), torch.float16, 1, False),
+}
+"""Columns, dtype, index of the device, and whether there are several rows."""
+
+
+def print_plans() -> None:
+    """In a process that takes itself for one with two GPUs, the first of which is current."""
+    mock_gpus()
+    plans = {}
+    for name, (columns, dtype, index, several_rows) in KERNELS.items():
+        kernel = columns, dtype, torch.device("cuda", index), several_rows
+        plans[name] = vars(plan_of(lambda kernel=kernel: _kernel(*kernel)))
+    print(json.dumps(plans))
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    of_users = {"TORCHINDUCTOR_CUDAGRAPHS": "1", "TORCHINDUCTOR_CPP_WRAPPER": "1"}
+    found = json.loads(
+        printed_by("tests.test_gpu_plans", "print_plans", **mocked_gpu.ENVIRONMENT, **of_users)
+    )
+    return {name: Plan(**plan) for name, plan in found.items()}
+
+
+def test_a_site_is_read_once(plans: dict[str, Plan]) -> None:
+    assert plans["five"].readings == 1
+    assert (plans["five"].triton_launches, plans["five"].other_launches) == (7, 0)
+    assert (plans["one row"].triton_launches, plans["one row"].readings) == (1, 1)
+
+
+def test_sizes_are_not_counted_in_32_bits(plans: dict[str, Plan]) -> None:
+    for name in ("five", "extremes"):
+        assert not plans[name].counts_in_32_bits
+        assert "'ks0': 'i64'" in plans[name].text  # what the number of a row is multiplied with
+
+
+def test_each_device_has_a_kernel_of_its_own(plans: dict[str, Plan]) -> None:
+    assert {name: plan.device_indices for name, plan in plans.items()} == {
+        name: {index} for name, (_, _, index, _) in KERNELS.items()
+    }
+
+
+def test_settings_of_programs_do_not_reach_the_kernel(plans: dict[str, Plan]) -> None:
+    for plan in plans.values():
+        assert not plan.has_cuda_graphs
+        assert not plan.is_cpp
+
+
+def test_a_histogram_waits_for_nothing() -> None:
+    def call() -> None:
+        assert _histogram(torch.empty(8, 100, device="cuda")).device.type == "cuda"
+
+    assert blocking_calls(call) == []
+
+
+def test_edges_are_the_same_without_a_copy() -> None:
+    for dtype in (torch.float64, torch.float32):
+        made = inner_edges(dtype, torch.device("meta"))  # as on any device but a CPU
+        assert (made.dtype, len(made)) == (dtype, len(HISTOGRAM_EDGES) - 2)
+        with _on_the_cpu():
+            made = inner_edges(dtype, torch.device("meta"))
+        assert torch.equal(made, torch.from_numpy(HISTOGRAM_EDGES[1:-1].copy()).to(dtype))
+
+
+class _on_the_cpu(TorchFunctionMode):  # noqa: N801
+    """Makes on a CPU what is to be made elsewhere."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("columns", [FIVE.columns, ("maximum", "minimum", "count")])
+def test_rows_of_empty_tensors_wait_for_nothing(columns: tuple[str, ...]) -> None:
+    def call() -> None:
+        assert summarize_with_torch(torch.empty(0, 3, device="cuda"), columns).is_cuda
+        query = torch.empty(1, 2, 0, 8, device="cuda")
+        assert AttentionCall(query, query, None, 1, True, 1.0).empty_rows().is_cuda
+
+    assert blocking_calls(call) == []
+
+
+def test_what_waits_is_found() -> None:
+    def call() -> None:
+        x, of_cpu = torch.ones(3, device="cuda"), torch.ones(3)
+        for pair in ((x, of_cpu), (of_cpu, x), (x, of_cpu, True), (x, x)):
+            torch.ops.aten.copy_.default(*pair)
+
+    assert blocking_calls(call) == ["copy_", "copy_"]
+
+
+def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(kernels_ahead, "compile_ahead", lambda *given: asked.append(given))
+    graph = torch.fx.Graph()
+    nodes = {}
+    with FakeTensorMode():
+        for name, dtype in {"half": torch.bfloat16, "complex": torch.complex64}.items():
+            nodes[name] = graph.placeholder(name)
+            set_value(nodes[name], torch.empty(30, 100, dtype=dtype, device="cuda:1"))
+    row = graph.placeholder("row")
+    graph.call_function(summarize, (nodes["half"], "count,sum"))
+    graph.call_function(summarize_into, (row, 0, nodes["complex"], "absmax"))
+    graph.call_function(summarize_difference, (nodes["half"], nodes["half"], "sum_squares,dot"))
+    graph.call_function(probe, (nodes["half"], row, ("sum", ""), False, True))
+    graph.output(())
+    kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
+    device = torch.device("cuda", 1)
+    assert asked == [
+        (3000, ("count", "sum"), torch.bfloat16, device),
+        (3000, ("absmax",), torch.float32, device),
+        (3000, ("sum_squares",), torch.float32, device),
+        (3000, ("sum",), torch.float32, device),
+    ]
+
+
+@pytest.mark.slow
+def test_a_kernel_is_compiled_while_a_graph_is() -> None:
+    """For a CPU, as there is no GPU, and under autocast."""
+    kernels, x = [], torch.randn(8, 2560)
+
+    def backend(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        kernels.append(_kernel(("sum", "absmax"), torch.float32, torch.device("cpu"), True))
+        return module.forward
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.compile(torch.sin, backend=backend)(x), x.sin())
+    (kernel,) = kernels
+    assert kernel is not None
+    for rows in (x, x[:3]):
+        expected = summarize_with_torch(rows.double(), ("sum", "absmax"))
+        torch.testing.assert_close(kernel(rows), expected, rtol=1e-5, atol=1e-3)

@@ -1,0 +1,64 @@
+"""Kernels of a GPU, compiled when a graph is, and not inside of the first step that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tmm.core.metrics import COLUMN_SEPARATOR
+from tmm.kernels.dense import packed_dtype
+from tmm.kernels.ops import summarize, summarize_difference, summarize_into
+from tmm.kernels.summarize.differences import columns_of_difference
+from tmm.kernels.summarize.inductor_rows import compile_ahead
+from tmm.passes.graph.provenance import all_nodes
+from tmm.passes.graph.readings import hinted_elements
+from tmm.passes.graph.values import value_of
+from tmm.passes.metrics.gradient_probe import probe
+
+
+def compile_kernels(module: GraphModule) -> None:
+    """Compile what the sites of a rewritten graph need of a GPU, those of gradients included.
+
+    The running graph would compile it otherwise: in the thread of the backward pass, or while a
+    CUDA graph is warmed up.
+    """
+    for node in all_nodes(module):
+        for tensor, columns, dtype in _needs(node):
+            elements = hinted_elements(tensor)
+            compile_ahead(elements, tuple(columns.split(COLUMN_SEPARATOR)), dtype, tensor.device)
+
+
+def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:
+    """The tensors that a node reduces, the columns, and the dtype in which it does."""
+    if node.target in (summarize, summarize_into):
+        tensor, columns = _example(node.args[0 if node.target is summarize else 2]), node.args[-1]
+        if tensor is not None:
+            yield tensor, str(columns), _real(tensor)
+    elif node.target is summarize_difference:
+        own, other = map(_example, node.args[:2])
+        columns = columns_of_difference(str(node.args[2]).split(COLUMN_SEPARATOR))
+        if own is not None and other is not None and columns:
+            wide = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
+            yield own, COLUMN_SEPARATOR.join(columns), wide.to_real()
+    elif node.target is probe:
+        tensor = _example(node.args[0])
+        is_scaled = (len(node.args) > 4 and bool(node.args[4])) or bool(node.kwargs.get("scaled"))
+        given = node.args[2]
+        if tensor is not None and isinstance(given, (tuple, list)):
+            dtype = _real(tensor)
+            dtype = torch.promote_types(dtype, torch.float32) if is_scaled else dtype
+            yield from ((tensor, str(columns), dtype) for columns in given if columns)
+
+
+def _example(argument: object) -> torch.Tensor | None:
+    value = value_of(argument) if isinstance(argument, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _real(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of ``tmm.kernels.dense.real`` of a tensor."""
+    if tensor.dtype.is_complex or tensor.dtype.is_floating_point:
+        return tensor.dtype.to_real()
+    return packed_dtype(tensor.device)
