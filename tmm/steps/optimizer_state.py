@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from tmm.core.metrics import STATE_METRICS, Reduction
+from tmm.kernels.dense import packed_dtype
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.nested_optimizers import inner_optimizers
 from tmm.steps.parameters import ParameterMonitor, Tensors
@@ -29,7 +30,7 @@ def age_of(optimizer: Optimizer) -> torch.Tensor | None:
         if isinstance(state, dict) and state:
             step = state.get("step")
             if isinstance(step, torch.Tensor):
-                return step.detach().reshape(-1)[:1].double()
+                return step.detach().reshape(-1)[:1].to(packed_dtype(step.device), copy=True)
             return None if step is None else torch.tensor([float(step)], dtype=torch.float64)
     return None
 
@@ -107,13 +108,27 @@ def state_value(
 
 def _effective_rate(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
     """What each element of ``exp_avg`` is multiplied with in a step of Adam."""
-    first, second = group["betas"]
-    step = torch.as_tensor(state["step"], dtype=torch.float64)
     squares: torch.Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    rate = torch.as_tensor(group["lr"], dtype=torch.float64) / (1 - first**step)
-    root = (squares / (1 - second**step).to(squares)).sqrt_().add_(group["eps"])
-    result: torch.Tensor = rate.to(squares) / root
+    first, second, step, lr = map(_number, (*group["betas"], state["step"], group["lr"]))
+    root = (squares / _like(1 - second**step, squares)).sqrt_().add_(group["eps"])
+    result: torch.Tensor = _like(lr / (1 - first**step), squares) / root
     return result
+
+
+def _number(value: Any) -> Any:
+    """A number, or what a device knows only: float64 where that has it."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.is_cpu:
+        return value.double().item()  # which nobody waits for; a copy to a device would
+    return value.to(packed_dtype(value.device))
+
+
+def _like(value: float | torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """One element to compute with ``tensor``: of the host, a kernel is handed it as a number."""
+    if isinstance(value, torch.Tensor):
+        return value.to(tensor)
+    return torch.tensor(value, dtype=tensor.dtype, device="cpu")
 
 
 def _is_distributed(optimizer: Optimizer) -> bool:

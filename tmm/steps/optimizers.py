@@ -11,7 +11,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from tmm.core.keys import GRAD_SCALE, SKIPPED
-from tmm.runtime.step_collector import StepCollector, copy_to_host
+from tmm.runtime.step_collector import StepCollector
 from tmm.steps.nested_optimizers import inner_optimizers, own_parameters
 
 OpenCollector = Callable[[], StepCollector | None]
@@ -117,7 +117,7 @@ class WatchedScaler:
         if collector is not None and scale is not None:
             found = self.scaler._found_inf_per_device(optimizer).values()
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
-            collector.skipped.append(copy_to_host(skipped))
+            collector.note_skipped(skipped)
             noted = torch.stack([(skipped > 0).to(scale.dtype), scale.detach()]).reshape(-1)
             collector.add_numbers((SKIPPED, GRAD_SCALE), noted, "max")
 
