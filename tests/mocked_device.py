@@ -126,6 +126,7 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self.device = device
         self.pins: set[int] = set()
+        self.users: dict[int, int] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -175,16 +176,17 @@ class _Mode(TorchDispatchMode):
         return OnDevice(held, device, self)
 
     def _count(self, held: torch.Tensor) -> None:
-        storage = held.untyped_storage()
-        if getattr(storage, "_is_counted", False) or held._is_view():
-            return
-        size = storage.nbytes()
-        self.device.allocated += size
-        self.device.peak = max(self.device.peak, self.device.allocated)
-        weakref.finalize(held, self._freed, size)
+        key, size = _storage(held), held.untyped_storage().nbytes()
+        self.users[key] = self.users.get(key, 0) + 1
+        if self.users[key] == 1:
+            self.device.allocated += size
+            self.device.peak = max(self.device.peak, self.device.allocated)
+        weakref.finalize(held, self._freed, key, size)
 
-    def _freed(self, size: int) -> None:
-        self.device.allocated -= size
+    def _freed(self, key: int, size: int) -> None:
+        self.users[key] -= 1
+        if self.users[key] == 0:
+            self.device.allocated -= size
 
     def _check(self, function: Any, args: Any, devices: set[Any], hosts: list[Any]) -> None:
         if len(devices) > 1:

@@ -11,6 +11,7 @@ from torch import nn
 
 import tmm
 from tests.mocked_device import Device, mocked_device, to_device
+from tmm.instrumentation.reference.inputs import ReferenceInputs
 from tmm.runs.instrument import steps_of
 
 EVERYTHING = tmm.Spec(
@@ -160,3 +161,93 @@ def test_a_skipped_step_may_be_known_on_another_device(device: Device) -> None:
     assert second["step/gradient_norm"] == 0
     assert "gradient/0.weight/norm" in first
     assert "gradient/0.weight/norm" not in second
+
+
+class Many(nn.Module):
+    """64 parameters that are alike, and one that is larger than what is measured at a time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.all = nn.ParameterList(torch.randn(32, 32, dtype=dtype) for _ in range(64))
+        self.large = nn.Parameter(torch.randn(40, 64, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.large[0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rule", [tmm.update("relative_norm", "rms", "kurtosis"), tmm.optimizer_state("effective_lr")]
+)
+def test_what_is_made_of_all_parameters_takes_little_memory(
+    device: Device, monkeypatch: pytest.MonkeyPatch, rule: tmm.spec.rules.Rule, dtype: torch.dtype
+) -> None:
+    """Beyond the copy before the step: what is measured at a time, not as much as the model."""
+    for place in ("tmm.kernels.summarize.differences._MOST", "tmm.runtime.tensor_copies._MOST"):
+        monkeypatch.setattr(place, 2048)
+    found = {}
+    for where in ("cpu", "cuda:0"):
+        model = to_device(Many(dtype), where)
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        tmm.instrument(model, tmm.Spec(tmm.activation("rms"), rule))
+        monitor = tmm.monitor(model)
+        monitor.watch(optimizer)
+        for step in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            with monitor.step(step):
+                model(torch.ones(1).to(where, non_blocking=True))
+                before = device.peak = device.allocated
+                optimizer.step()
+        if where != "cpu":
+            copy = size if rule.subject == "parameters" and "relative_norm" in rule.metrics else 0
+            assert device.peak - before - copy < 0.75 * size
+        found[where] = monitor.get_all_metrics()
+        tmm.remove(model)
+    assert found["cpu"].keys() == found["cuda:0"].keys()
+    for step, expected in found["cpu"].items():
+        for key, value in expected.items():
+            np.testing.assert_allclose(found["cuda:0"][step][key], value, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("failing", ["_begin", "_end"])
+def test_a_device_without_memory_ends_no_training(
+    device: Device, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Also not in the first step, in which other faults are raised."""
+
+    def lacks(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    model = to_device(network())
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    tmm.instrument(model, tmm.Spec(tmm.activation("rms"), tmm.update("norm")))
+    monitor = tmm.monitor(model)
+    monitor.watch(optimizer)
+    with monkeypatch.context() as context:
+        context.setattr(f"tmm.steps.watched_optimizer.WatchedOptimizer.{failing}", lacks)
+        with (
+            pytest.warns(tmm.MonitoringWarning, match="step 0.*tried to allocate"),
+            monitor.step(0),
+        ):
+            step_of(model, optimizer, 0)
+    with monitor.step(1):
+        step_of(model, optimizer, 1)
+    assert list(monitor.get_all_metrics()) == [1]
+
+
+def test_reference_inputs_are_compared_without_waiting(device: Device) -> None:
+    """On a device they are taken to differ; whether they did is known later."""
+    own, same, other = (
+        x.to("cuda:0", non_blocking=True) for x in (torch.ones(3), torch.ones(3), torch.zeros(3))
+    )
+    for given, remarks in ((own, 0), (same, 0), (other, 1)):
+        inputs = ReferenceInputs()
+        inputs.give((given,), {})
+        inputs.match(nn.Linear(1, 1).forward, (own,), {})
+        assert not device.waits
+        assert len(inputs.pairs) == (given is not own)
+        device.run()
+        assert len(list(inputs.remarks())) == remarks

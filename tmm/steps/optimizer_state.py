@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tmm.core.metrics import STATE_METRICS, Reduction
 from tmm.kernels.dense import packed_dtype
 from tmm.runtime.step_collector import StepCollector
+from tmm.runtime.tensor_copies import bounded_parts
 from tmm.steps.nested_optimizers import inner_optimizers
 from tmm.steps.parameters import ParameterMonitor, Tensors
 
@@ -56,19 +57,6 @@ def add_states(
                 state = optimizer.state.get(parameter, {})
                 if parameter in names and (state or parameter.grad is not None):
                     kept.setdefault(parameter, []).append((optimizer, group, state))
-    tensors: dict[str, Tensors] = {}
-    for parameter, places in kept.items():
-        name = names[parameter]
-        for metric in parameters.plan.metrics(name, "optimizer_state"):
-            found = (state_value(metric, *place) for place in places)
-            value = next(filter(torch.is_tensor, found), None)
-            if value is not None:
-                tensors.setdefault(metric, {})[name] = value
-            else:
-                kind = type(optimizers[0]).__name__
-                parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
-                    "it is not known how this optimizer keeps it"
-                )
     is_distributed = any(map(_is_distributed, optimizers))
     if parameters.ranks.size > 1 and not is_distributed:
         for parameter in names.keys() - kept.keys():
@@ -76,13 +64,27 @@ def add_states(
             if parameters.plan.metrics(name, "optimizer_state"):
                 reason = "this rank keeps none, and that of other ranks is not looked for"
                 parameters.unmeasured[f"optimizer_state of {name}"] = reason
-    for metric, by_name in tensors.items():
-        parameters.add(
-            *(collector, "optimizer_state", by_name),
-            unless=unless,
-            choose=_Computes(metric),
-            is_own=is_distributed,
-        )
+    by_name = {names[parameter]: parameter for parameter in kept}
+    for part in bounded_parts(by_name):
+        tensors: dict[str, Tensors] = {}
+        for name in part:
+            for metric in parameters.plan.metrics(name, "optimizer_state"):
+                found = (state_value(metric, *place) for place in kept[by_name[name]])
+                value = next(filter(torch.is_tensor, found), None)
+                if value is not None:
+                    tensors.setdefault(metric, {})[name] = value
+                else:
+                    kind = type(optimizers[0]).__name__
+                    parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
+                        "it is not known how this optimizer keeps it"
+                    )
+        for metric, own in tensors.items():
+            parameters.add(
+                *(collector, "optimizer_state", own),
+                unless=unless,
+                choose=_Computes(metric),
+                is_own=is_distributed,
+            )
 
 
 @dataclass(frozen=True)
