@@ -115,7 +115,7 @@ class NamedStatistics:
             return None
         _, reduction, known = measured.group
         others = tuple(measured.names[place] for place in kept)
-        rows = measured.outputs[0].view(len(measured.names), -1)[kept].reshape(-1)
+        rows = rows_at(measured.outputs[0].view(len(measured.names), -1), kept).reshape(-1)
         binding = self._bind(measured.family, reduction, others, known)
         return replace(measured, binding=binding, outputs=(rows,), names=others)
 
@@ -163,6 +163,16 @@ def _rows_of_pairs(
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of the squares of each tensor, float64, on their common device; shape ``(tensors,)``."""
     return summarize_group([dense_part(tensor) for tensor in tensors], ("sum_squares",))[:, 0]
+
+
+def rows_at(values: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """``values[places]`` of one place or more, which increase.
+
+    A list of indices would be copied to a device, and waited for.
+    """
+    starts = [p for i, p in enumerate(places) if i == 0 or places[i - 1] != p - 1]
+    ends = [p + 1 for i, p in enumerate(places) if i == len(places) - 1 or places[i + 1] != p + 1]
+    return torch.cat([values[start:end] for start, end in zip(starts, ends, strict=True)])
 
 
 def dense_part(tensor: torch.Tensor) -> torch.Tensor:

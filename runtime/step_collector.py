@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.records import ALONE, Event, KeyInfo, StepRecord, Table
 from tmm.runtime.aggregate import join
 from tmm.runtime.eager_functions import apply_function
+from tmm.runtime.host_copies import HostCopies, HostCopy, are_ready
 from tmm.runtime.key_binding import Binding, KeyRegistry
 from tmm.runtime.key_owners import LOGGED_BY_HAND, LOGGED_FOR_RUN, MEASURED
 from tmm.runtime.partials import Logged, Partials, Rows
@@ -28,39 +28,10 @@ from tmm.runtime.ranks.protocol import (
 from tmm.runtime.ranks.replica_rows import REPLICAS
 from tmm.runtime.ranks.wire import exchange_of, of_all_ranks
 
-Copies = tuple[Aggregate, list["HostCopy"]]
+Copies = tuple[Aggregate, list[HostCopy]]
 """How the values of a key are joined, and the values on their way."""
 
 _LATE_SECONDS = 60.0  # that other ranks may be behind before a step is recorded without them
-
-
-@dataclass(frozen=True, eq=False)
-class HostCopy:
-    """A tensor on its way to the host; reading it waits for that, making it does not."""
-
-    tensor: torch.Tensor
-    ready: torch.Event | None
-
-    def read(self) -> torch.Tensor:
-        """The tensor in host memory."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.tensor
-
-    def elements(self) -> list[HostCopy]:
-        """Each element of a one-dimensional tensor, on the same way."""
-        return [HostCopy(element, self.ready) for element in self.tensor.split(1)]
-
-
-def copy_to_host(tensor: torch.Tensor) -> HostCopy:
-    """Start to copy ``tensor`` to pinned host memory, in stream order and without waiting."""
-    if tensor.device.type == "cpu":
-        return HostCopy(tensor, None)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    host.copy_(tensor, non_blocking=True)
-    ready = torch.Event(device=tensor.device)
-    ready.record(torch.accelerator.current_stream(tensor.device))
-    return HostCopy(host, ready)
 
 
 class _Arrival(NamedTuple):
@@ -68,8 +39,14 @@ class _Arrival(NamedTuple):
 
     binding: Binding
     copies: list[HostCopy]
-    unless: Callable[[], bool] | None
+    unless: HostCopy | Callable[[], bool] | None
     source: object
+
+    def counts(self) -> bool:
+        """Whether it belongs to the step; waits for the copy that tells."""
+        if isinstance(self.unless, HostCopy):
+            return not _is_nonzero(self.unless)
+        return self.unless is None or not self.unless()
 
     def partials(self) -> Partials:
         """What the call has measured; waits for copies that are under way."""
@@ -112,6 +89,7 @@ class StepCollector:
         self.has_watched_gradients = False
         self.has_stepped = False  # an optimizer that is watched
         self.skipped: list[HostCopy] = []
+        self._copies = HostCopies()
         self._arrivals: list[_Arrival] = []
         self._logged: dict[str, Copies] = {}
         self._measured: dict[str, Copies] = {}
@@ -140,15 +118,18 @@ class StepCollector:
         # What leaves a reentrant checkpoint requires a gradient, even a row. Others are kept as
         # they are: autograd adds later gradients in place to one that nobody else refers to.
         outputs = [output.detach() if output.requires_grad else output for output in outputs]
-        arrived = [copy_to_host(output) for output in outputs]
+        arrived = [self._copies.copy(output) for output in outputs]
         for whole in binding.whole:
             if not whole.reduction.trace:
                 output = outputs[whole.output]
                 tensors = output.unbind() if whole.is_pair else (output,)
-                arrived[whole.output] = copy_to_host(apply_function(whole.reduction, *tensors))
+                applied = apply_function(whole.reduction, *tensors)
+                arrived[whole.output] = self._copies.copy(applied)
         if isinstance(unless, torch.Tensor):
-            unless = partial(_is_nonzero, copy_to_host(unless.detach().clone()))
-        self._arrivals.append(_Arrival(binding, arrived, unless, source))
+            test: HostCopy | Callable[[], bool] | None = self._copies.copy(unless.detach().clone())
+        else:
+            test = unless
+        self._arrivals.append(_Arrival(binding, arrived, test, source))
 
     def leave_out(self, sources: Collection[object]) -> None:
         """Forget what came from any of ``sources``."""
@@ -161,7 +142,7 @@ class StepCollector:
 
         Those of other ranks are not, without ``of_all_ranks``.
         """
-        copied = copy_to_host(values.detach().reshape(-1).clone())
+        copied = self._copies.copy(values.detach().reshape(-1).clone())
         logged = self._logged if of_all_ranks else self._own
         logged.setdefault(key, (aggregate, []))[1].append(copied)
 
@@ -174,8 +155,16 @@ class StepCollector:
 
         Nobody changes ``values`` afterwards.
         """
-        for key, copied in zip(keys, copy_to_host(values).elements(), strict=True):
+        for key, copied in zip(keys, self._copies.copy(values).elements(), strict=True):
             self._measured.setdefault(key, (aggregate, []))[1].append(copied)
+
+    def note_skipped(self, skipped: torch.Tensor) -> None:
+        """An optimizer has stepped, or skipped its step where the element is not zero."""
+        self.skipped.append(self._copies.copy(skipped))
+
+    def end(self) -> None:
+        """Nothing of the step follows: no copy of it waits for what a device does from now on."""
+        self._copies.end()
 
     def take_logged(self, other: StepCollector) -> None:
         """Take what was logged in ``other``, of the same step, which is given up."""
@@ -218,10 +207,22 @@ class StepCollector:
     @property
     def is_on_host(self) -> bool:
         """Whether everything can be read without waiting for an accelerator or other ranks."""
-        copies = [arrival.copies for arrival in self._arrivals]
-        for logged in (self._logged, self._measured, self._own):
-            copies += [values for _, values in logged.values()]
-        return self._turn is None and all(copy.ready is None for some in copies for copy in some)
+        return self._turn is None and all(copy.ready is None for copy in self._all_copies())
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether everything has arrived on the host; waits for nothing."""
+        if not self._lock.acquire(blocking=False):
+            return False  # another thread evaluates it, and may wait
+        try:
+            return self._record is not None or are_ready(self._all_copies())
+        finally:
+            self._lock.release()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the step, which has ended, can be evaluated without waiting."""
+        return self.is_copied and (self._turn is None or self._turn.is_over)
 
     def join_ranks(self, ranks: CrossRank) -> None:
         """Join the step, which has ended, with those of other ranks; waits for nothing."""
@@ -246,11 +247,23 @@ class StepCollector:
                 self._logged.clear()
                 self._measured.clear()
                 self._own.clear()
+                self.skipped.clear()
+                self._copies = HostCopies()
             return self._record
+
+    def _all_copies(self) -> Iterator[HostCopy]:
+        for arrival in self._arrivals:
+            yield from arrival.copies
+            if isinstance(arrival.unless, HostCopy):
+                yield arrival.unless
+        for logged in (self._logged, self._measured, self._own):
+            for _, values in logged.values():
+                yield from values
+        yield from self.skipped
 
     def _gathered(self) -> Partials:
         partials = Partials.merged(
-            [some.partials() for some in self._arrivals if some.unless is None or not some.unless()]
+            [arrival.partials() for arrival in self._arrivals if arrival.counts()]
         )
         logged = self._claimed(self._measured, MEASURED)
         # That of the run counts, should a key be in both.

@@ -96,3 +96,14 @@ def parts_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Te
         size += tensor.numel()
     if part:
         yield part
+
+
+def bounded_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of a CPU together; of another device groups that are not large together.
+
+    There what is made of each is as large as they are, and memory that lacks ends the training.
+    """
+    if all(tensor.is_cpu for tensor in tensors.values()):
+        yield dict(tensors)
+    else:
+        yield from parts_of(tensors)

@@ -6,6 +6,7 @@ import copy
 
 from torch.fx import GraphModule
 
+from tmm.core.torch_private import keep_sources
 from tmm.passes.graph.subgraphs import nested_calls
 
 
@@ -17,6 +18,7 @@ def copy_graph(module: GraphModule) -> GraphModule:
     """
     copied = GraphModule(module, copy.deepcopy(module.graph), type(module).__name__)
     copied.meta = dict(module.meta)
+    keep_sources(module, copied)
     for call, body in list(nested_calls(copied)):
         for argument in call.all_input_nodes:
             if argument.op == "get_attr" and getattr(copied, str(argument.target)) is body:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.core.torch_private import FakeTensor
+from tmm.core.torch_private import FakeTensor, without_source
 from tmm.passes.graph.values import set_value, value_of
 
 SHARED_MEMORY = "tmm_shared_memory"
@@ -36,6 +36,7 @@ def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
     first = next(node for node in module.graph.nodes if node.op != "placeholder")
     with module.graph.inserting_before(first):
         node = module.graph.placeholder(name)
+    without_source(node)
     set_value(node, example)
     return node
 

@@ -95,6 +95,12 @@ class Turn(Generic[Step]):
                 self._contribution = (self.measured.contribution(),)
             return self._contribution[0]
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it is known what became of it."""
+        with self._changed:
+            return self._outcome is not None
+
     def end(self, outcome: Exchange | NotJoinedError) -> None:
         """It is joined, or will never be; what it was told first counts."""
         with self._changed:

@@ -17,17 +17,16 @@ class RandomState:
     """The states of all random generators that a model may draw from."""
 
     cpu: torch.Tensor
-    accelerators: tuple[torch.Tensor, ...]
+    accelerators: tuple[tuple[str, tuple[torch.Tensor, ...]], ...]
     python: object
     numpy: dict[str, Any] | None
 
     @staticmethod
     def capture(*, of_torch_only: bool = False) -> RandomState:
         """The states now. Does not start an accelerator that is not in use."""
-        started = torch.cuda.is_initialized()
         return RandomState(
             torch.get_rng_state(),
-            tuple(torch.cuda.get_rng_state_all()) if started else (),
+            tuple(_states_of_accelerators()),
             None if of_torch_only else random.getstate(),
             None if of_torch_only else np.random.get_state(legacy=False),
         )
@@ -48,11 +47,23 @@ class RandomState:
     def restore(self) -> None:
         """Make them the states again."""
         torch.set_rng_state(self.cpu)
-        if self.accelerators:
-            torch.cuda.set_rng_state_all(list(self.accelerators))
+        for kind, states in self.accelerators:
+            if kind == "mps":
+                torch.mps.set_rng_state(states[0])
+            else:
+                getattr(torch, kind).set_rng_state_all(list(states))
         if self.numpy is not None:
             random.setstate(self.python)  # type: ignore[arg-type]
             np.random.set_state(self.numpy)
+
+
+def _states_of_accelerators() -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """The generators of each kind of accelerator that is in use, of all its devices."""
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_initialized():
+            yield kind, tuple(module.get_rng_state_all())
+    if torch.backends.mps.is_available():
+        yield "mps", (torch.mps.get_rng_state(),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -183,6 +183,25 @@ def without_transforms(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def keep_sources(traced: torch.fx.GraphModule, copied: torch.fx.GraphModule) -> None:
+    """Tell a copy of a graph where the inputs come from, as Dynamo told of the graph.
+
+    Without that AOTAutograd takes no input for one whose memory stays, and CUDA graphs copy each
+    parameter whenever they run.
+    """
+    if not hasattr(traced, "_param_name_to_source"):
+        return
+    copied._param_name_to_source = traced._param_name_to_source
+    inputs = (graph.find_nodes(op="placeholder") for graph in (traced.graph, copied.graph))
+    for own, node in zip(*inputs, strict=True):
+        node._dynamo_source = getattr(own, "_dynamo_source", None)
+
+
+def without_source(node: torch.fx.Node) -> None:
+    """Tell that an input of a graph was added to what Dynamo traced."""
+    node._dynamo_source = None
+
+
 def graph_sources() -> dict[str, str]:
     """The source of each graph that runs, by the name of the file that it pretends to be in.
 

@@ -67,6 +67,17 @@ class CompileSettings:
         return self.uses_inductor and not inductor_config().fallback_random
 
     @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether a run may overwrite the outputs of the one before: its options say so, or all."""
+        if getattr(self.backend, "compiler_name", None) == "cudagraphs":
+            return True
+        config = getattr(self.backend, "config", None)
+        own = config.get("triton.cudagraphs") if isinstance(config, dict) else None
+        if own is None:
+            return self.uses_inductor and bool(inductor_config().triton.cudagraphs)
+        return bool(own)
+
+    @property
     def keeps_unused_operations(self) -> bool:
         """Whether a graph surely runs as it was traced, with what nobody uses."""
         compiler = getattr(self.backend, "compiler_fn", self.backend)

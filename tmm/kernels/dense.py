@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
 def packed_dtype(device: torch.device) -> torch.dtype:
     """Float64, which keeps counts above 2**24 exact, or float32 on a device without it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    lacks = device.type == "mps" or (device.type == "xpu" and not _has_float64(device))
+    return torch.float32 if lacks else torch.float64
+
+
+@functools.cache
+def _has_float64(device: torch.device) -> bool:
+    """Whether a GPU of Intel computes in float64, as those of laptops do not."""
+    if not torch.xpu.is_available():
+        return True
+    return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", True))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,8 +53,7 @@ class Program:
     def uses_cuda_graphs(self) -> bool:
         """Whether a run of the user's program overwrites the outputs of the one before."""
         compiled = [self.settings, *(region.settings for region in self.regions)]
-        configs = (getattr(s.backend, "config", None) for s in compiled if s is not None)
-        return any(c.get("triton.cudagraphs", False) for c in configs if isinstance(c, dict))
+        return any(settings.uses_cuda_graphs for settings in compiled if settings is not None)
 
 
 def program_of(model: object, module: torch.nn.Module | None) -> Program:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -60,6 +61,9 @@ class StepArchive:
         self._alerts = alerts
         self._joins_ranks = joins_ranks
         self._history: dict[int, StepCollector] = {}
+        self._kept = 0
+        self._unread: deque[tuple[StepCollector, bool]] = deque()  # those on an accelerator
+        self._unseen: deque[StepCollector] = deque()  # by alerts
         if alerts is not None and earlier is not None and writer is not None:
             with RunReader(writer.path) as recorded:
                 alerts.recall(recorded)
@@ -78,7 +82,7 @@ class StepArchive:
     @property
     def count(self) -> int:
         """How many steps are in the hands of the run, or in memory."""
-        return len(self._history) if self._writer is None else self._writer.submitted
+        return self._kept if self._writer is None else self._writer.submitted
 
     def prepare(self, step: int, *, is_first: bool) -> None:
         """A step is about to begin, the first one of the monitor or another.
@@ -113,6 +117,10 @@ class StepArchive:
         self.latest = finished
         if self.keeps_history:
             self._history[finished.step] = finished
+            self._kept += 1
+            self._read_history()
+            if not finished.is_on_host:
+                self._unread.append((finished, self._gaps.are_raised))
         if self._writer is not None:
             wait = WAIT_FOR_DISK if finished.is_on_host else 0.0
             if self._joins_ranks and not self._gaps.has_recorded:
@@ -130,21 +138,36 @@ class StepArchive:
     def look_at(self, finished: StepCollector) -> None:
         """Give alerts of what has begun in a step, which is handed over to the run by now.
 
+        Of one that is on an accelerator still when a later one has ended: nobody waits for it.
+
         Raises:
             tmm.AlertError: where the spec says so.
         """
         if self._alerts is None:
             return
-        found = self._alerts.look_at(finished.record())
+        self._unseen.append(finished)
+        while self._unseen and self._unseen[0].is_copied:
+            self._look_at(self._alerts, self._unseen.popleft())
+
+    def _look_at(self, alerts: Alerts, finished: StepCollector) -> None:
+        try:
+            record = finished.record()
+        except Exception:
+            if finished.is_on_host:
+                raise
+            return  # the run, or the history, tells of it
+        found = alerts.look_at(record)
         if found:
             if self._writer is not None:
-                events = self._alerts.events(finished.step, found)
+                events = alerts.events(finished.step, found)
                 self._writer.submit(StepRecord(finished.step, events=events))
-            self._alerts.act(finished.step, self._alerts.begun(finished.step, found))
+            alerts.act(finished.step, alerts.begun(finished.step, found))
 
     def all_metrics(self) -> dict[int, dict[str, Value]]:
         """Step to key to value of all steps so far; empty where another process records them."""
         if self._writer is None or isinstance(self._writer, SilentWriter):
+            self._read_history(is_waiting=True)
+            self._gaps.tell_late_failures()
             return {step: collector.record().by_key() for step, collector in self._history.items()}
         self._writer.flush()
         with RunReader(self._writer.path) as run:
@@ -175,7 +198,9 @@ class StepArchive:
             self._writer.flush()
 
     def finish(self) -> None:
-        """Hand over the events that no step has taken."""
+        """Hand over the events that no step has taken, and look at the last steps."""
+        while self._alerts is not None and self._unseen:
+            self._look_at(self._alerts, self._unseen.popleft())
         if self._writer is not None and (events := self._gaps.take_events()):
             self._writer.submit(StepRecord(events[-1].step, events=events))
 
@@ -183,6 +208,18 @@ class StepArchive:
         """Close the files of the run."""
         if self._writer is not None:
             self._writer.close()
+
+    def _read_history(self, *, is_waiting: bool = False) -> None:
+        """Evaluate the steps in memory that are ready: their pinned rows and events are let go."""
+        while self._unread and (is_waiting or self._unread[0][0].is_ready):
+            finished, is_raised = self._unread.popleft()
+            try:
+                finished.record()
+            except Exception as error:
+                if self._history.get(finished.step) is finished:
+                    del self._history[finished.step]
+                event = self._gaps.add_late_failure(finished.step, error, is_raised=is_raised)
+                self._gaps.give_back((*finished.events, event))
 
     def _can_be_evaluated(self, finished: StepCollector) -> bool:
         """Whether a step can be turned into values; a first one that cannot raises."""

@@ -282,9 +282,10 @@ class ForwardRecorder:
     def note_failure(self, error: Exception) -> None:
         """Something of the open step could not be measured: the step is dropped, with a warning.
 
-        Raises ``error`` until a first step has succeeded (unless ``on_error="warn"``).
+        Raises ``error`` until a first step has succeeded (unless ``on_error="warn"``), but where
+        measuring has lacked memory: the program itself may have enough.
         """
-        if self._gaps.are_raised:
+        if self._gaps.are_raised and not isinstance(error, torch.OutOfMemoryError):
             raise error
         self.bear(error)
 

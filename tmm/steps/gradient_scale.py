@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.amp.grad_scaler import GradScaler
 
+from tmm.kernels.dense import packed_dtype
 from tmm.steps.optimizers import OpenCollector, WatchedScaler
 
 
@@ -24,12 +25,12 @@ class GradientScale:
         return bool(self.scalers) or self._averaged != 1.0
 
     def factor(self, device: torch.device) -> torch.Tensor | None:
-        """What to multiply gradients with, one element of float64; None for 1."""
+        """What to multiply gradients with, one element of ``packed_dtype``; None for 1."""
         factor = self.scalers[0].factor(device) if self.scalers else None
         if self._averaged == 1.0:
             return factor
         if factor is None:
-            factor = torch.ones((), dtype=torch.float64, device=device)
+            factor = torch.ones((), dtype=packed_dtype(device), device=device)
         return factor / self._averaged
 
     def knows(self, scaler: GradScaler) -> bool:

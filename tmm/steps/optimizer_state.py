@@ -11,7 +11,9 @@ import torch
 from torch.optim import Optimizer
 
 from tmm.core.metrics import STATE_METRICS, Reduction
+from tmm.kernels.dense import packed_dtype
 from tmm.runtime.step_collector import StepCollector
+from tmm.runtime.tensor_copies import bounded_parts
 from tmm.steps.nested_optimizers import inner_optimizers
 from tmm.steps.parameters import ParameterMonitor, Tensors
 
@@ -29,7 +31,7 @@ def age_of(optimizer: Optimizer) -> torch.Tensor | None:
         if isinstance(state, dict) and state:
             step = state.get("step")
             if isinstance(step, torch.Tensor):
-                return step.detach().reshape(-1)[:1].double()
+                return step.detach().reshape(-1)[:1].to(packed_dtype(step.device), copy=True)
             return None if step is None else torch.tensor([float(step)], dtype=torch.float64)
     return None
 
@@ -55,19 +57,6 @@ def add_states(
                 state = optimizer.state.get(parameter, {})
                 if parameter in names and (state or parameter.grad is not None):
                     kept.setdefault(parameter, []).append((optimizer, group, state))
-    tensors: dict[str, Tensors] = {}
-    for parameter, places in kept.items():
-        name = names[parameter]
-        for metric in parameters.plan.metrics(name, "optimizer_state"):
-            found = (state_value(metric, *place) for place in places)
-            value = next(filter(torch.is_tensor, found), None)
-            if value is not None:
-                tensors.setdefault(metric, {})[name] = value
-            else:
-                kind = type(optimizers[0]).__name__
-                parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
-                    "it is not known how this optimizer keeps it"
-                )
     is_distributed = any(map(_is_distributed, optimizers))
     if parameters.ranks.size > 1 and not is_distributed:
         for parameter in names.keys() - kept.keys():
@@ -75,13 +64,27 @@ def add_states(
             if parameters.plan.metrics(name, "optimizer_state"):
                 reason = "this rank keeps none, and that of other ranks is not looked for"
                 parameters.unmeasured[f"optimizer_state of {name}"] = reason
-    for metric, by_name in tensors.items():
-        parameters.add(
-            *(collector, "optimizer_state", by_name),
-            unless=unless,
-            choose=_Computes(metric),
-            is_own=is_distributed,
-        )
+    by_name = {names[parameter]: parameter for parameter in kept}
+    for part in bounded_parts(by_name):
+        tensors: dict[str, Tensors] = {}
+        for name in part:
+            for metric in parameters.plan.metrics(name, "optimizer_state"):
+                found = (state_value(metric, *place) for place in kept[by_name[name]])
+                value = next(filter(torch.is_tensor, found), None)
+                if value is not None:
+                    tensors.setdefault(metric, {})[name] = value
+                else:
+                    kind = type(optimizers[0]).__name__
+                    parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
+                        "it is not known how this optimizer keeps it"
+                    )
+        for metric, own in tensors.items():
+            parameters.add(
+                *(collector, "optimizer_state", own),
+                unless=unless,
+                choose=_Computes(metric),
+                is_own=is_distributed,
+            )
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,27 @@ def state_value(
 
 def _effective_rate(group: dict[str, Any], state: dict[str, Any]) -> torch.Tensor:
     """What each element of ``exp_avg`` is multiplied with in a step of Adam."""
-    first, second = group["betas"]
-    step = torch.as_tensor(state["step"], dtype=torch.float64)
     squares: torch.Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])
-    rate = torch.as_tensor(group["lr"], dtype=torch.float64) / (1 - first**step)
-    root = (squares / (1 - second**step).to(squares)).sqrt_().add_(group["eps"])
-    result: torch.Tensor = rate.to(squares) / root
+    first, second, step, lr = map(_number, (*group["betas"], state["step"], group["lr"]))
+    root = (squares / _like(1 - second**step, squares)).sqrt_().add_(group["eps"])
+    result: torch.Tensor = _like(lr / (1 - first**step), squares) / root
     return result
+
+
+def _number(value: Any) -> Any:
+    """A number, or what a device knows only: float64 where that has it."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value.is_cpu:
+        return value.double().item()  # which nobody waits for; a copy to a device would
+    return value.to(packed_dtype(value.device))
+
+
+def _like(value: float | torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """One element to compute with ``tensor``: of the host, a kernel is handed it as a number."""
+    if isinstance(value, torch.Tensor):
+        return value.to(tensor)
+    return torch.tensor(value, dtype=tensor.dtype, device="cpu")
 
 
 def _is_distributed(optimizer: Optimizer) -> bool:

@@ -11,7 +11,8 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from tmm.core.keys import GRAD_SCALE, SKIPPED
-from tmm.runtime.step_collector import StepCollector, copy_to_host
+from tmm.kernels.dense import packed_dtype
+from tmm.runtime.step_collector import StepCollector
 from tmm.steps.nested_optimizers import inner_optimizers, own_parameters
 
 OpenCollector = Callable[[], StepCollector | None]
@@ -79,14 +80,15 @@ class WatchedScaler:
         stop_observing(self.scaler, self.note_step)
 
     def factor(self, device: torch.device) -> torch.Tensor:
-        """What to multiply the gradients of a scaled loss with, float64."""
+        """What to multiply the gradients of a scaled loss with, in ``packed_dtype``."""
         if not self.scaler.is_enabled():
-            return torch.ones((), dtype=torch.float64, device=device)
+            return torch.ones((), dtype=packed_dtype(device), device=device)
         scale = self.scaler._scale
         if scale is None:  # it is made when a loss is scaled for the first time
             initial = self.scaler._init_scale
-            return torch.tensor(1.0 / initial, dtype=torch.float64, device=device)
-        return scale.double().reciprocal().to(device, non_blocking=True)
+            return torch.full((), 1.0 / initial, dtype=packed_dtype(device), device=device)
+        wide = scale.to(packed_dtype(scale.device)).reciprocal()
+        return wide.to(device, packed_dtype(device), non_blocking=True)
 
     def inverse_scale(self, optimizers: Iterable[Optimizer]) -> torch.Tensor | None:
         """What to multiply gradients with that these optimizers hold; None if they are unscaled.
@@ -102,7 +104,7 @@ class WatchedScaler:
                 return None
             if self._holds_old_gradients(optimizer):
                 return None
-        return scale.double().reciprocal().float()
+        return scale.to(packed_dtype(scale.device)).reciprocal().float()
 
     def note_step(self, optimizer: Optimizer, scale: torch.Tensor | None) -> None:
         """Record a step of a watched optimizer that the scaler has just taken or skipped."""
@@ -117,7 +119,7 @@ class WatchedScaler:
         if collector is not None and scale is not None:
             found = self.scaler._found_inf_per_device(optimizer).values()
             skipped = sum((flag.to(scale.device) for flag in found), torch.zeros_like(scale))
-            collector.skipped.append(copy_to_host(skipped))
+            collector.note_skipped(skipped)
             noted = torch.stack([(skipped > 0).to(scale.dtype), scale.detach()]).reshape(-1)
             collector.add_numbers((SKIPPED, GRAD_SCALE), noted, "max")
 

@@ -19,7 +19,8 @@ from tmm.core.keys import key_of, total_norm
 from tmm.core.metrics import HISTOGRAM, Reduction
 from tmm.core.module_names import ParameterNames, unwrapped
 from tmm.passes.metrics.recognize_eager import KnownFunctions
-from tmm.runtime.grouped_statistics import Measured, NamedStatistics
+from tmm.runtime.grouped_statistics import Measured, NamedStatistics, rows_at
+from tmm.runtime.host_copies import on_device
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.replica_rows import FOLLOWING
 from tmm.runtime.step_collector import StepCollector
@@ -176,7 +177,8 @@ class ParameterMonitor:
             self.replicas.add(collector, family, names, numbers, unless)
         for names, values in gradients.squares:
             if unless is not None:
-                values = torch.where(unless > 0, torch.zeros_like(values), values)
+                skipped = unless.to(values.device, non_blocking=True) > 0
+                values = torch.where(skipped, torch.zeros_like(values), values)
             self._squares.setdefault(family, []).append((names, values))
 
     def compare_ranks(self, collector: StepCollector) -> None:
@@ -285,7 +287,7 @@ class ParameterMonitor:
             known = _Norms(
                 names,
                 tuple(total_norm(family, block) for block in ("", *blocks)),
-                torch.tensor(places, device=device),
+                on_device(torch.tensor(places), device),
             )
             self._norms[family] = known
         return known
@@ -299,7 +301,7 @@ def _of_new_names(
     if len(places) == len(names):
         yield names, values
     elif places:
-        yield tuple(names[place] for place in places), values[places]
+        yield tuple(names[place] for place in places), rows_at(values, places)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from tmm.core.keys import key_of
-from tmm.runtime.grouped_statistics import dense_part, sum_of_squares
+from tmm.runtime.grouped_statistics import dense_part, rows_at, sum_of_squares
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.ranks.replica_rows import binding_of, numbers_of, rows_of
 from tmm.runtime.step_collector import StepCollector
@@ -42,7 +42,10 @@ class Replicas:
             places = [place for place, name in enumerate(names) if name in plain]
             if places:
                 held = tuple(names[place] for place in places)
-                yield held, numbers_of([dense_part(plain[n]) for n in held], values[places])
+                yield (
+                    held,
+                    numbers_of([dense_part(plain[n]) for n in held], rows_at(values, places)),
+                )
 
     def add(
         self,

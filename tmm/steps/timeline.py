@@ -123,6 +123,7 @@ class StepTimeline:
         assert collector is not None
         if not collector.failed and (collector.monitored or collector.holds_values):
             self._complete(collector)
+            collector.end()
             self._ended = EndedStep(collector.step, (collector,))
         else:
             if self._listener is not None:
@@ -177,6 +178,7 @@ class StepTimeline:
         collector, self._between = self._between, None
         if collector is None:
             return
+        collector.end()
         if self._ended is None:
             self._complete(collector)
             ended = EndedStep(collector.step, (collector,))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from tmm.core.keys import OPTIMIZER_AGE
 from tmm.runtime.step_collector import StepCollector
-from tmm.runtime.tensor_copies import Copies
+from tmm.runtime.tensor_copies import Copies, bounded_parts
 from tmm.steps.nested_optimizers import (
     OpenStep,
     OpenSteps,
@@ -39,6 +39,13 @@ class GatheredStep:
     before: Tensors = field(default_factory=dict)
     stepped: set[str] = field(default_factory=set)
     copies: list[Copies] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Give the memory back: nothing of the step will be measured."""
+        self.gradients = Gradients()
+        self.parameters.clear()
+        self.before.clear()
+        self.copies.clear()
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -107,30 +114,35 @@ class WatchedOptimizer:
         return self._gradients_of(self._named(own_parameters(self.optimizer)))
 
     def _gradients_of(self, own: Mapping[torch.nn.Parameter, str]) -> Tensors:
+        return {name: tensor for part in self._gradients_in_parts(own) for name, tensor in part}
+
+    def _gradients_in_parts(
+        self, own: Mapping[torch.nn.Parameter, str]
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The same, such that what is unscaled takes little memory on an accelerator."""
         inverse = None if self.scaler is None else self.scaler.inverse_scale(self._sharing(own))
-        return {
-            name: _unscaled(parameter.grad.detach(), inverse)
-            for parameter, name in own.items()
-            if parameter.grad is not None
-        }
+        scaled = {n: p.grad.detach() for p, n in own.items() if p.grad is not None}
+        for part in (scaled,) if inverse is None else bounded_parts(scaled):
+            yield [(name, _unscaled(gradient, inverse)) for name, gradient in part.items()]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
-        if collector is None:
+        if collector is None or collector.failed:
             return
         step = self._steps.begin(self, GatheredStep)
         with self._steps.lock:
             try:
                 self._begin(collector, step, has_closure=_has_closure(args, kwargs))
             except Exception as error:
+                step.gathered.forget()  # the step itself needs memory
                 self._note_failure(error)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         step = None if collector is None else self._steps.end(self)
-        if collector is None or step is None:
+        if collector is None or step is None or collector.failed:
             return
         with self._steps.lock:
             try:
@@ -178,11 +190,13 @@ class WatchedOptimizer:
         """Measure gradients, in the place of earlier ones of the same parameters."""
         if collector.has_gradients or not self._parameters.wants("gradient"):
             return  # somebody measured them in this step by an explicit call, or nobody asks
-        gathered, gradients = step.gathered, self._gradients_of(own)
-        if not gathered.taken.keys().isdisjoint(gradients):
-            gathered.gradients = self._parameters.without(gathered.gradients, gradients)
-        gathered.gradients += self._parameters.measure_gradients(gradients)
-        gathered.taken |= dict.fromkeys(gradients, step.place)
+        gathered = step.gathered
+        for part in self._gradients_in_parts(own):
+            gradients = dict(part)
+            if not gathered.taken.keys().isdisjoint(gradients):
+                gathered.gradients = self._parameters.without(gathered.gradients, gradients)
+            gathered.gradients += self._parameters.measure_gradients(gradients)
+            gathered.taken |= dict.fromkeys(gradients, step.place)
 
     def _record(
         self, collector: StepCollector, gathered: GatheredStep, optimizers: Sequence[Optimizer]

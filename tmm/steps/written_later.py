@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tmm.runtime.step_collector import HostCopy, copy_to_host
+from tmm.runtime.host_copies import HostCopies, HostCopy, are_ready
 from tmm.spec.ranks import is_distributed
 
 _TENSORS = 4
@@ -23,7 +23,7 @@ class WrittenLater:
     def __init__(self) -> None:
         self._versions: dict[str, tuple[torch.Tensor, int]] = {}
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pending: dict[str, HostCopy] = {}
+        self._pending: list[tuple[str, HostCopy]] = []
 
     def note(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """These are as an optimizer has left them."""
@@ -40,19 +40,23 @@ class WrittenLater:
     def found(self) -> str | None:
         """The name of one that was written to; None if nobody knows of any. Begins anew.
 
-        On an accelerator a write that versions do not tell is known one call later.
+        On an accelerator a write that versions do not tell is known some calls later: nobody waits.
         """
         found = [
             name for name, (tensor, known) in self._versions.items() if tensor._version != known
         ]
-        found += [name for name, copy in self._pending.items() if copy.read().item()]
-        self._pending = {}
+        while self._pending and are_ready([self._pending[0][1]]):
+            name, copy = self._pending.pop(0)
+            if copy.read().item():
+                found.append(name)
+        copies = HostCopies()
         for name, (tensor, known) in self._samples.items():
             differs = (_beginning(tensor) != known).any()
             if tensor.device.type != "cpu":
-                self._pending[name] = copy_to_host(differs)
+                self._pending.append((name, copies.copy(differs)))
             elif differs.item():
                 found.append(name)
+        copies.end()
         self.forget()
         return found[0] if found else None
 

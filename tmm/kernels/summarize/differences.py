@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from tmm.core.metrics import PAIR_COLUMNS
 from tmm.kernels.dense import flatten
+
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+_MOST = 1 << 24  # elements whose differences are written down together: 64 MiB in float32
 
 
 def difference(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -52,3 +56,25 @@ def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, 
     if own.stride() != other.stride():
         own, other = own.contiguous(), other.contiguous()
     return flatten(own), flatten(other)
+
+
+def pieces_of_pairs(pairs: Pairs) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """Pairs with their places, in parts that are not large; large ones come in pieces.
+
+    On a CPU each is whole, as the pieces of sums would be rounded otherwise.
+    """
+    part: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    size = 0
+    for place, (own, other) in enumerate(pairs):
+        pieces = [(own, other)]
+        if own.device.type != "cpu" and own.numel() > _MOST:
+            flat = flatten_pair(own.detach(), other.detach())
+            pieces = list(zip(*(x.reshape(-1).split(_MOST) for x in flat), strict=True))
+        for piece in pieces:
+            if part and size + piece[0].numel() > _MOST:
+                yield part
+                part, size = [], 0
+            part.append((place, *piece))
+            size += piece[0].numel()
+    if part:
+        yield part

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import torch
 
 from tmm.kernels import kernel_registry
-from tmm.kernels.summarize.differences import columns_of_difference, difference, further_terms
+from tmm.kernels.summarize.differences import (
+    Pairs,
+    columns_of_difference,
+    difference,
+    further_terms,
+    pieces_of_pairs,
+)
 from tmm.kernels.summarize.group_host import summarize_pairs_on_host
 from tmm.kernels.summarize.torch_rows import IDENTITIES
 
@@ -60,12 +66,30 @@ def _summarize_pairs(
     rows = summarize_pairs_on_host(pairs, columns)
     if rows is not None:
         return rows
+    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
+    owners: list[int] = []
+    parts: list[torch.Tensor] = []
+    for part in pieces_of_pairs(pairs):
+        owners += [owner for owner, _, _ in part]
+        parts.append(_rows_of_part([(a, b) for _, a, b in part], needed))
+    joined = torch.cat(parts)
+    if len(owners) > len(pairs):
+        owner = torch.tensor(owners, device="cpu")
+        if joined.device.type == "cuda":
+            owner = owner.pin_memory()
+        joined = merge_rows(joined, owner.to(joined.device, non_blocking=True), len(pairs), needed)
+    return joined[:, len(needed) - len(columns) :]
+
+
+def _rows_of_part(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor:
+    """The rows of pairs whose differences may be written down together."""
     differences = [difference(a, b) for a, b in pairs]
-    parts = [summarize_group(differences, columns_of_difference(columns))]
+    rows = [summarize_group(differences, columns_of_difference(columns))]
+    del differences
     for term in zip(*(further_terms(a, b, columns) for a, b in pairs), strict=True):
         tensors, needed = zip(*term, strict=True)
-        parts.append(summarize_group(tensors, needed[0]))
-    return torch.cat(parts, 1)
+        rows.append(summarize_group(tensors, needed[0]))
+    return torch.cat(rows, 1)
 
 
 def merge_rows(
