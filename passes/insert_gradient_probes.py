@@ -14,7 +14,8 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
 from tmm.core.torch_private import FakeTensor
 from tmm.kernels.dense import packed_dtype
-from tmm.kernels.ops import tap, why_unmeasurable
+from tmm.kernels.ops import tap
+from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput
 from tmm.passes.graph.edits import add_placeholder, storages
 from tmm.passes.graph.provenance import sites_of

@@ -19,9 +19,8 @@ from tmm.kernels.ops import (
     tap_attention,
     tap_input,
     tap_value,
-    why_unmeasurable,
-    why_unreadable,
 )
+from tmm.kernels.unreadable import why_unmeasurable, why_unreadable
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.provenance import add_site
 from tmm.passes.graph.rewriter import Rewriter

@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tmm.core.records import Site
-from tmm.kernels.ops import tap, tap_input, tap_shown, why_unmeasurable
+from tmm.kernels.ops import tap, tap_input, tap_shown
+from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings, ReferenceEnds
 from tmm.passes.graph.edits import add_placeholder, example_like, storages
 from tmm.passes.graph.mutation import overwritten_by

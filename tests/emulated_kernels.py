@@ -19,7 +19,7 @@ import torch
 
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS
 from tmm.kernels.attention.attention_host import _MASK_TYPES, SOURCES
-from tmm.kernels.build import DTYPES, VECTORS, _text
+from tmm.kernels.build import DTYPES, VECTORS, text_of
 
 Kernels: TypeAlias = dict[torch.dtype, Callable[..., None]]
 
@@ -112,7 +112,7 @@ def emulated(folder: Path) -> Iterator[tuple[Kernels, Kernels]]:
 class _Process:
     def __init__(self, folder: Path, sources: Sequence[str], program: str) -> None:
         source = folder / f"{Path(sources[-1]).stem}_emulated.cpp"
-        source.write_text(_text(sources) + _READING + program)
+        source.write_text(text_of(sources) + _READING + program)
         binary = source.with_suffix("")
         flags = ("-O3", "-std=c++20", "-ffp-contract=off", "-static", "-w")
         subprocess.run([COMPILER, *flags, str(source), "-o", str(binary)], check=True)

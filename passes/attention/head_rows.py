@@ -22,8 +22,8 @@ from tmm.kernels.ops import (
     summarize,
     summarize_attention,
     summarize_heads,
-    why_unmeasurable,
 )
+from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.attention.found import FoundAttention
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import Placements, is_distributed

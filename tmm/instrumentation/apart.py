@@ -20,7 +20,7 @@ from tmm.core.torch_private import (
     temporarily_clear_interpreter_stack,
     without_transforms,
 )
-from tmm.kernels.ops import why_unmeasurable
+from tmm.kernels.unreadable import why_unmeasurable
 
 
 def runs_under_modes() -> bool:

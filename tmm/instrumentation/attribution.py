@@ -35,8 +35,8 @@ from tmm.core.records import (
 )
 from tmm.instrumentation.backend import Comparison, MeasuredGraph, Scope
 from tmm.instrumentation.outputs import tensors_in
-from tmm.kernels.ops import why_unmeasurable
 from tmm.kernels.pairs import Normalization
+from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.graph.sharding import Placed, why_unsummed
 from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
 from tmm.passes.reference.clone_nodes import BRANCH

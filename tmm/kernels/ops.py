@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, HISTOGRAM_EDGES
-from tmm.core.torch_private import is_batched
 from tmm.kernels import kernel_registry
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, chosen_columns, chosen_elements
 from tmm.kernels.attention.choose import summarize_attention as summarize_attention_of
@@ -99,28 +98,6 @@ _library.define("put(Tensor(a!) rows, int start, Tensor[] given) -> ()", tags=_t
 _library.define("drop_rows(bool drops) -> bool")
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
 _library.define("copy(Tensor x) -> Tensor", tags=_tags)
-
-
-def why_unmeasurable(tensor: torch.Tensor) -> str | None:
-    """Why an output has no rows, in a few words; None for one that has.
-
-    Of a nested tensor with jagged layout the values are measured.
-    """
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return f"{str(tensor.dtype).removeprefix('torch.')} output"
-    return why_unreadable(tensor)
-
-
-def why_unreadable(tensor: torch.Tensor) -> str | None:
-    """Why the elements of a tensor of any dtype cannot be reduced; None if they can."""
-    if is_batched(tensor):
-        return "inside torch.func.vmap"
-    if tensor.layout not in (torch.strided, torch.jagged) or (
-        tensor.is_nested and tensor.layout is torch.strided
-    ):
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        return f"{kind} output"
-    return None
 
 
 def _summarize(x: torch.Tensor, columns: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tmm.core.torch_private import tree_map
 from tmm.instrumentation.attribution import Attribution, checked_module
 from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.reference.follower import Follower
-from tmm.kernels.ops import why_unmeasurable
+from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.reference.comparison_rows import Operand, Term, comparison_rows, input_rows
 from tmm.passes.request import CheckedModule
 from tmm.runtime.eager_functions import apply_function

@@ -1,0 +1,29 @@
+"""Which tensors the reductions cannot read, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from tmm.core.torch_private import is_batched
+
+
+def why_unmeasurable(tensor: torch.Tensor) -> str | None:
+    """Why an output has no rows, in a few words; None for one that has.
+
+    Of a nested tensor with jagged layout the values are measured.
+    """
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return f"{str(tensor.dtype).removeprefix('torch.')} output"
+    return why_unreadable(tensor)
+
+
+def why_unreadable(tensor: torch.Tensor) -> str | None:
+    """Why the elements of a tensor of any dtype cannot be reduced; None if they can."""
+    if is_batched(tensor):
+        return "inside torch.func.vmap"
+    if tensor.layout not in (torch.strided, torch.jagged) or (
+        tensor.is_nested and tensor.layout is torch.strided
+    ):
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        return f"{kind} output"
+    return None
