@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-_PINNED = ("cuda", "xpu")  # Metal shares its memory with the host, and others may have no such
+from tmm.kernels.dense import PINNED
+
 _BLOCK = 1 << 16  # bytes; a step of many models fits in
 _ALIGNMENT = 16  # bytes
 
@@ -98,7 +99,7 @@ class HostCopies:
             mark.set()
 
     def _memory(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type not in _PINNED:
+        if tensor.device.type not in PINNED:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         size = tensor.numel() * tensor.element_size()
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
@@ -108,13 +109,6 @@ class HostCopies:
                 self._block = torch.empty(length, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._used = start + size
         return self._block[start : self._used].view(tensor.dtype).view(tensor.shape)
-
-
-def on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Numbers of the host on a device, without waiting for what it does until then."""
-    if device.type not in _PINNED:
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def are_ready(copies: Iterable[HostCopy]) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import COLUMN_SEPARATOR
-from tmm.kernels.dense import packed_dtype
+from tmm.kernels.dense import real_dtype
 from tmm.kernels.ops import summarize, summarize_difference, summarize_into
 from tmm.kernels.summarize.differences import columns_of_difference
 from tmm.kernels.summarize.inductor_rows import compile_ahead
@@ -35,7 +35,7 @@ def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:
     if node.target in (summarize, summarize_into):
         tensor, columns = _example(node.args[0 if node.target is summarize else 2]), node.args[-1]
         if tensor is not None:
-            yield tensor, str(columns), _real(tensor)
+            yield tensor, str(columns), real_dtype(tensor)
     elif node.target is summarize_difference:
         own, other = map(_example, node.args[:2])
         columns = columns_of_difference(str(node.args[2]).split(COLUMN_SEPARATOR))
@@ -47,7 +47,7 @@ def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:
         is_scaled = (len(node.args) > 4 and bool(node.args[4])) or bool(node.kwargs.get("scaled"))
         given = node.args[2]
         if tensor is not None and isinstance(given, (tuple, list)):
-            dtype = _real(tensor)
+            dtype = real_dtype(tensor)
             dtype = torch.promote_types(dtype, torch.float32) if is_scaled else dtype
             yield from ((tensor, str(columns), dtype) for columns in given if columns)
 
@@ -55,10 +55,3 @@ def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:
 def _example(argument: object) -> torch.Tensor | None:
     value = value_of(argument) if isinstance(argument, Node) else None
     return value if isinstance(value, torch.Tensor) else None
-
-
-def _real(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of ``tmm.kernels.dense.real`` of a tensor."""
-    if tensor.dtype.is_complex or tensor.dtype.is_floating_point:
-        return tensor.dtype.to_real()
-    return packed_dtype(tensor.device)

@@ -6,6 +6,10 @@ import functools
 
 import torch
 
+PINNED = ("cuda", "xpu")
+"""Devices that read the host's memory where that is pinned, without anybody waiting. Metal shares
+its memory with the host, and others may have no such."""
+
 
 def packed_dtype(device: torch.device) -> torch.dtype:
     """Float64, which keeps counts above 2**24 exact, or float32 on a device without it."""
@@ -28,9 +32,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def real(x: torch.Tensor) -> torch.Tensor:
     """The real floating-point tensor that is measured: magnitudes of complex numbers."""
-    if x.is_complex():
-        return x.abs()
-    return x if x.is_floating_point() else x.to(packed_dtype(x.device))
+    return x.abs() if x.is_complex() else x.to(real_dtype(x))
+
+
+def real_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of ``real``."""
+    if x.is_complex() or x.is_floating_point():
+        return x.dtype.to_real()
+    return packed_dtype(x.device)
+
+
+def on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers of the host on a device, without waiting for what it does until then."""
+    if device.type not in PINNED:
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:

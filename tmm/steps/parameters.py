@@ -18,9 +18,9 @@ from tmm.core.families import (
 from tmm.core.keys import key_of, total_norm
 from tmm.core.metrics import HISTOGRAM, Reduction
 from tmm.core.module_names import ParameterNames, unwrapped
+from tmm.kernels.dense import on_device
 from tmm.passes.metrics.recognize_eager import KnownFunctions
 from tmm.runtime.grouped_statistics import Measured, NamedStatistics, rows_at
-from tmm.runtime.host_copies import on_device
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.replica_rows import FOLLOWING
 from tmm.runtime.step_collector import StepCollector

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from tmm.kernels import kernel_registry
+from tmm.kernels.dense import on_device
 from tmm.kernels.summarize.differences import (
     Pairs,
     columns_of_difference,
@@ -74,10 +75,8 @@ def _summarize_pairs(
         parts.append(_rows_of_part([(a, b) for _, a, b in part], needed))
     joined = torch.cat(parts)
     if len(owners) > len(pairs):
-        owner = torch.tensor(owners, device="cpu")
-        if joined.device.type == "cuda":
-            owner = owner.pin_memory()
-        joined = merge_rows(joined, owner.to(joined.device, non_blocking=True), len(pairs), needed)
+        owner = on_device(torch.tensor(owners, device="cpu"), joined.device)
+        joined = merge_rows(joined, owner, len(pairs), needed)
     return joined[:, len(needed) - len(columns) :]
 
 
