@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tmm.core.metrics import TENSOR_COLUMNS
-from tmm.kernels.dense import flatten, real
+from tmm.kernels.dense import flatten, on_device, real
 from tmm.kernels.optional_triton import tl, triton
 from tmm.kernels.summarize.group import merge_rows
 
@@ -61,9 +61,8 @@ def summarize_chunks(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) 
         first[members] = np.cumsum(chunks[members]) - chunks[members]
         owners.append(np.repeat(members, chunks[members]))
     addresses = np.array([x.data_ptr() for x in flat], dtype=np.int64)
-    table = torch.from_numpy(np.concatenate([addresses, elements, first, *owners]))
-    if device.type == "cuda":  # not so in the interpreter
-        table = table.pin_memory().to(device, non_blocking=True)
+    numbers = torch.from_numpy(np.concatenate([addresses, elements, first, *owners]))
+    table = on_device(numbers, device)
     total = len(table) - 3 * len(flat)
     all_addresses, all_elements, all_first, owner = table.split([len(flat)] * 3 + [total])
     rows = torch.empty(total, len(_WRITTEN), dtype=torch.float64, device=device)
