@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch.fx import Node
@@ -41,6 +42,10 @@ class ReferenceEnds:
         return len(self.outputs) + len(self.overwritten)
 
 
+Lowered: TypeAlias = tuple[str, Site, str]
+"""Family and site of a row, and why an operator computes it; empty where the compiler fuses it."""
+
+
 @dataclass(frozen=True)
 class RowInput:
     """An extra input of a graph: after a backward pass, its gradient holds rows.
@@ -57,14 +62,16 @@ class RowInput:
 class GraphFindings:
     """What passes leave for those that come later, and for whoever runs the graph.
 
-    ``unmeasured`` are the sites that were asked for and have no rows, with the reason. ``layout``
-    tells where the rows lie in the extra outputs, ``row_inputs`` and ``reference`` what further
-    inputs and outputs there are. ``evaluations`` is how many calls of the model were left out as
-    those of an evaluation. ``placements`` and ``gradient_shares`` tell what this rank has of marked
-    tensors and of their gradients, where ranks share them.
+    ``unmeasured`` are the sites that were asked for and have no rows, with the reason.
+    ``lowerings`` tell how each row is computed that the compiler might fuse. ``layout`` tells where
+    the rows lie in the extra outputs, ``row_inputs`` and ``reference`` what further inputs and
+    outputs there are. ``evaluations`` is how many calls of the model were left out as those of an
+    evaluation. ``placements`` and ``gradient_shares`` tell what this rank has of marked tensors and
+    of their gradients, where ranks share them.
     """
 
     unmeasured: list[tuple[Site, str]] = field(default_factory=list)
+    lowerings: list[Lowered] = field(default_factory=list)
     evaluations: int = 0
     placements: Placements | None = None
     gradient_shares: Mapping[Node, Share] | None = None

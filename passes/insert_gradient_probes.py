@@ -14,6 +14,8 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
 from tmm.core.torch_private import FakeTensor
 from tmm.kernels.dense import packed_dtype
+from tmm.kernels.fused.choose_lowering import fused_row
+from tmm.kernels.fused.row_partials import FusedRow, Rows
 from tmm.kernels.ops import tap
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput
@@ -24,7 +26,12 @@ from tmm.passes.graph.sharding import is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
 from tmm.passes.graph.values import value_of
-from tmm.passes.metrics.gradient_probe import FunctionProbe, columns_of, probe
+from tmm.passes.metrics.gradient_probe import (
+    FunctionProbe,
+    columns_of,
+    probe,
+    spread_rows,
+)
 from tmm.passes.metrics.trace import trace_function
 from tmm.passes.request import GraphRequest
 
@@ -38,13 +45,17 @@ _PROBED = "tmm_probed"
 
 @dataclass
 class _Place:
-    """A probe to be inserted: after which tap of which tensor, inside of which calls."""
+    """A probe to be inserted: after which tap of which tensor, inside of which calls.
+
+    ``fused`` says how the rows of the reductions are fused, or why they are not.
+    """
 
     module: GraphModule
     calls: tuple[tuple[GraphModule, Node], ...]
     mark: Node
     tensor: Node
     reductions: tuple[Reduction, ...]
+    fused: tuple[tuple[Rows, FusedRow] | str, ...] = ()
     sites: list[Site] = field(default_factory=list)
     copies: bool = False
     refusal: str = ""
@@ -56,8 +67,8 @@ class _Place:
         return device
 
     @property
-    def width(self) -> int:
-        return sum(reduction.width for reduction in self.reductions)
+    def is_fused(self) -> bool:
+        return any(not isinstance(fused, str) for fused in self.fused)
 
 
 def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
@@ -75,8 +86,20 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
         here = [place for place in places if place.device == device]
         row_input = _row_input(device, here)
         found.row_inputs += (row_input,)
-        for place, row in zip(here, _row_nodes(module, row_input, here), strict=True):
-            _insert(place, _inside(place.calls, row), scaled=request.scales_gradients)
+        rows = _add_input(module, row_input, value_of(here[0].tensor))
+        factor = None
+        if request.scales_gradients:
+            factor = Rewriter(module.graph, rows).call(_first, rows)
+        parts = iter(_part_nodes(module, rows, factor or rows, here))
+        for place in here:
+            own = [_inside(place.calls, next(parts)) for _ in place.reductions]
+            _insert(place, own, None if factor is None else _inside(place.calls, factor))
+            if request.fuses:
+                found.lowerings += (
+                    (FAMILY, site, fused if isinstance(fused, str) else "")
+                    for fused in place.fused
+                    for site in place.sites
+                )
     found.unmeasured += (
         (site, f"gradient: {place.refusal}")
         for place in all_places
@@ -137,7 +160,8 @@ def _place(
     if not reductions:
         return None
     mark.meta[_PROBED] = True
-    place = _Place(module, calls, mark, tensor, reductions, [site])
+    fused = tuple(_fused(example, reduction, request) for reduction in reductions)
+    place = _Place(module, calls, mark, tensor, reductions, fused, [site])
     place.share = None if shares is None else shares[mark]
     if not is_grad_enabled:
         place.refusal = WITHOUT_GRADIENT
@@ -214,23 +238,62 @@ def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
     return RowInput(device, start, PackedLayout(tuple(slots), 1))
 
 
-def _row_nodes(
-    module: GraphModule, row_input: RowInput, places: Sequence[_Place]
-) -> Sequence[Node]:
-    """The extra input, cut into the rows of the probes: one operation, and one in the backward."""
-    example = value_of(places[0].tensor)
-    with example.fake_mode, torch.enable_grad():
+def _add_input(module: GraphModule, row_input: RowInput, like: FakeTensor) -> Node:
+    """The extra input, whose gradient will be the rows of all probes."""
+    with like.fake_mode, torch.enable_grad():
         value = torch.zeros(
             row_input.length,
             dtype=packed_dtype(row_input.device),
             device=row_input.device,
             requires_grad=True,
         )
-    rows = add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
-    widths = [place.width for place in places]
-    at, parts = Rewriter(module.graph, rows), torch.split(value, widths)
-    split = at.add("call_function", torch.split, (rows, widths), {}, parts)
-    return [at.call(operator.getitem, split, index) for index in range(len(parts))]
+    return add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
+
+
+def _part_nodes(
+    module: GraphModule, rows: Node, place: Node, places: Sequence[_Place]
+) -> Sequence[Node]:
+    """The extra input, cut into a part for each reduction, after the node ``place``.
+
+    One operation, and one in the backward pass, which joins what comes back.
+    """
+    widths = [reduction.width for each in places for reduction in each.reductions]
+    at, value = Rewriter(module.graph, place), value_of(rows)
+    if any(each.is_fused for each in places):
+        fused = [_part(each.tensor, how) for each in places for how in each.fused]
+        parts = spread_rows(value, widths, fused)
+        cut = at.add("call_function", spread_rows, (rows, widths, fused), {}, parts)
+    else:
+        parts = torch.split(value, widths)
+        cut = at.add("call_function", torch.split, (rows, widths), {}, parts)
+    return [at.call(operator.getitem, cut, index) for index in range(len(parts))]
+
+
+def _part(tensor: Node, how: tuple[Rows, FusedRow] | str) -> tuple[list[int], list[int], bool]:
+    """Layout, shape and width of what a part becomes of, as ``spread_rows`` takes them."""
+    if isinstance(how, str):
+        return [], [], True
+    _, row = how
+    return row.layout, [len(row.partials), value_of(tensor).numel() // row.length], row.is_wide
+
+
+def _fused(
+    example: torch.Tensor, reduction: Reduction, request: GraphRequest
+) -> tuple[Rows, FusedRow] | str:
+    if not request.fuses:
+        return "the backend fuses nothing"
+    if reduction.function is not None:
+        return "a function of the user"
+    if reduction.is_histogram:
+        return "a histogram"
+    if any(not isinstance(size, int) for size in example.shape):
+        return "its sizes change"  # the stand-ins for its partials are made before it is
+    return fused_row(example, reduction.columns, example.numel(), request.lowering)
+
+
+def _first(rows: torch.Tensor) -> torch.Tensor:
+    """What gradients are multiplied with: each element of the extra input."""
+    return rows.detach().narrow(0, 0, 1)
 
 
 def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
@@ -242,7 +305,7 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
     return row
 
 
-def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
+def _insert(place: _Place, rows: list[Node], factor: Node | None) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
@@ -251,16 +314,17 @@ def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]
-    flags = {"copies": place.copies, "scaled": scaled}
+    fused = [None if isinstance(how, str) else how[1].arguments(how[0]) for how in place.fused]
     later = {user for user in tensor.users if mark < user}
     at = Rewriter(module.graph, mark)
     if any(functions):
-        name = f"probe_{row.name}"
-        module.add_submodule(name, FunctionProbe(columns, functions, **flags))
-        node = at.add("call_module", name, (tensor, row), {}, example, stands_for=mark)
+        name = f"probe_{rows[0].name}"
+        module.add_submodule(name, FunctionProbe(columns, fused, functions, copies=place.copies))
+        given = (tensor, rows, factor)
+        node = at.add("call_module", name, given, {}, example, stands_for=mark)
     else:
-        given, chosen = (tensor, row, columns), {flag: True for flag, on in flags.items() if on}
-        node = at.add("call_function", probe, given, chosen, example, stands_for=mark)
+        all_given = (tensor, rows, columns, fused, place.copies, factor)
+        node = at.add("call_function", probe, all_given, {}, example, stands_for=mark)
     for site in place.sites:
         at.credit(FAMILY, site)
     tensor.replace_all_uses_with(node, delete_user_cb=later.__contains__)

@@ -7,6 +7,7 @@ import operator
 from torch.fx import GraphModule
 
 from tmm.passes.findings import GraphFindings
+from tmm.passes.graph.fused_rows import fused_of, set_fused
 from tmm.passes.graph.provenance import copy_sites
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.slots import add_slots, slots_of, take_slots
@@ -37,4 +38,5 @@ def lift_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
         for index, row in enumerate(rows, start=len(returned)):
             position = at.call(operator.getitem, call, index)
             add_slots(position, *take_slots(row))
+            set_fused(position, fused_of(row))
             copy_sites(row, position)

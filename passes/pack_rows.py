@@ -7,8 +7,10 @@ from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import Reduction
 from tmm.core.records import PackedLayout, Site, Slot
+from tmm.kernels.fused.merge_operator import merge
 from tmm.kernels.ops import pack
 from tmm.passes.findings import GraphFindings
+from tmm.passes.graph.fused_rows import fused_of
 from tmm.passes.graph.slots import slots_of, take_slots
 from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.graph.written_rows import write_rows
@@ -21,7 +23,8 @@ def pack_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
     Tensors that leave whole (for callable aggregates and functions that are not traced) are
     appended after the packed ones. The graph's own outputs stay first and unchanged. Finds
     where each measurement lies; a graph without measurements is left as it is. Where operators
-    write in place, the rows of a CPU are written into the tensor that would join them.
+    write in place, the rows of a CPU are written into the tensor that would join them. Partials are
+    merged by one operator, into a tensor of their own.
     """
     found.layout = _packed(module, tuple(found.unmeasured), writes_in_place=request.writes_in_place)
 
@@ -29,14 +32,15 @@ def pack_rows(module: GraphModule, request: GraphRequest, found: GraphFindings) 
 def _packed(
     module: GraphModule, unmeasured: tuple[tuple[Site, str], ...], *, writes_in_place: bool
 ) -> PackedLayout:
-    packed: dict[torch.device, list[Node]] = {}
+    packed: dict[tuple[torch.device, bool], list[Node]] = {}
     whole: list[Node] = []
     for node in module.graph.nodes:
         if slots_of(node):
             if _reduction(node).leaves_whole:
                 whole.append(node)
             else:
-                packed.setdefault(value_of(node).device, []).append(node)
+                kind = value_of(node).device, fused_of(node) is not None
+                packed.setdefault(kind, []).append(node)
     if not packed and not whole:
         return PackedLayout((), 0, unmeasured)
 
@@ -46,14 +50,18 @@ def _packed(
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     slots: list[tuple[Node, Slot]] = []
     extra: list[Node] = []
-    for device, nodes in packed.items():
+    for (device, is_fused), nodes in packed.items():
         _group_by_reduction(nodes)
         start = 0
         for node in nodes:
             slots += [(node, slot.at(len(extra), start)) for slot in slots_of(node)]
-            start += int(value_of(node).numel())
-        in_place = writes_in_place and device.type == "cpu"
-        extra.append((write_rows if in_place else _join)(module, nodes))
+            row = fused_of(node)
+            start += int(value_of(node).numel()) if row is None else row.width
+        if is_fused:
+            extra.append(_merge(module, nodes))
+        else:
+            in_place = writes_in_place and device.type == "cpu"
+            extra.append((write_rows if in_place else _join)(module, nodes))
     for node in whole:
         slots += [(node, slot.at(len(extra))) for slot in slots_of(node)]
         extra.append(node)
@@ -70,6 +78,14 @@ def _join(module: GraphModule, rows: list[Node]) -> Node:
         joined = module.graph.call_function(pack, (rows,))
     set_value(joined, pack([value_of(row) for row in rows]))
     return joined
+
+
+def _merge(module: GraphModule, rows: list[Node]) -> Node:
+    layout = [number for row in map(fused_of, rows) if row is not None for number in row.layout]
+    with module.graph.inserting_before(module.graph.output_node()):
+        merged = module.graph.call_function(merge, (rows, layout))
+    set_value(merged, merge([value_of(row) for row in rows], layout))
+    return merged
 
 
 def _group_by_reduction(nodes: list[Node]) -> None:

@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 from tmm.core.records import PackedLayout
 from tmm.passes.find_gradient_placements import find_gradient_placements
 from tmm.passes.find_placements import find_placements
-from tmm.passes.findings import GraphFindings, ReferenceEnds, RowInput
+from tmm.passes.findings import GraphFindings, Lowered, ReferenceEnds, RowInput
+from tmm.passes.fuse_reductions import fuse_reductions
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.provenance import all_nodes, sign_new_nodes
 from tmm.passes.insert_attention import asks_attention, insert_attention
@@ -55,6 +56,7 @@ PASSES = (
     Pass(insert_reference, lambda request, _: request.comparison is not None),
     Pass(insert_probes, lambda request, _: request.select_gradient is not None),
     Pass(remove_taps),
+    Pass(fuse_reductions, lambda request, _: request.fuses),
     Pass(lift_rows),
     Pass(pack_rows),
 )
@@ -75,7 +77,8 @@ class PassError(RuntimeError):
 class Rewritten:
     """A rewritten graph, what its extra inputs and outputs hold, and the seconds of each pass.
 
-    ``evaluations`` is how many calls of the model were left out as those of an evaluation.
+    ``evaluations`` is how many calls of the model were left out as those of an evaluation;
+    ``lowerings`` tell how sites are measured, where the compiler fuses.
 
     Extra inputs are those of the reference, then ``row_inputs``; extra outputs those of the
     reference, then those of ``layout``.
@@ -85,6 +88,7 @@ class Rewritten:
     layout: PackedLayout
     reference: ReferenceEnds
     row_inputs: tuple[RowInput, ...]
+    lowerings: tuple[Lowered, ...]
     seconds: dict[str, float]
     evaluations: int = 0
 
@@ -130,7 +134,7 @@ def rewrite(
             watch(name, rewritten, seconds[name])
     rewritten.recompile()
     return Rewritten(
-        *(rewritten, found.layout, found.reference, found.row_inputs),
+        *(rewritten, found.layout, found.reference, found.row_inputs, tuple(found.lowerings)),
         seconds=seconds,
         evaluations=found.evaluations,
     )

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from tmm.core.metrics import Reduction
 from tmm.core.records import AttentionRequest, Site
+from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.kernels.pairs import Normalization
 from tmm.passes.reference.prefix_branch import Samples
 
@@ -85,7 +86,8 @@ class GraphRequest:
     ``placements`` says how ranks share the model, if they do. ``begins_forward`` tells that the
     graph is the beginning of a module's forward, ``is_step_function`` that it is that of a step
     function, ``keeps_unused`` that it will run as it stands, unused operations and all,
-    ``writes_in_place`` that operators which write into a tensor do so without a copy of it.
+    ``writes_in_place`` that operators which write into a tensor do so without a copy of it,
+    ``fuses`` that the compiler fuses operations, where ``lowering`` says what it is to fuse.
     """
 
     modules: Mapping[int, str]
@@ -101,3 +103,5 @@ class GraphRequest:
     is_step_function: bool = False
     keeps_unused: bool = True
     writes_in_place: bool = False
+    fuses: bool = False
+    lowering: Lowering = "auto"

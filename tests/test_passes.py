@@ -18,6 +18,7 @@ from tests.graphs import NOTHING, applied, check_golden, measure, text, trace
 from tmm.core.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
 from tmm.kernels.ops import tap, tap_value
 from tmm.passes.findings import GraphFindings
+from tmm.passes.fuse_reductions import fuse_reductions
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.printer import node_lines
 from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
@@ -170,6 +171,46 @@ def test_lift_rows_golden() -> None:
     assert sites == ["fc", ""]
     applied(lift_rows, graph)
     assert text(graph) == after
+
+
+@pytest.mark.parametrize("module", [in_place(), Checkpointed()], ids=["plain", "nested"])
+def test_fuse_reductions_golden(module: torch.nn.Module) -> None:
+    graph = trace(module, X)
+    asked = replace(measure(module, "std", "absmax"), fuses=True)
+    applied(insert_reductions, graph, asked)
+    applied(remove_taps, graph)
+    before = text(graph)
+    found = applied(fuse_reductions, graph, asked)
+    after = text(graph)
+    check_golden(
+        f"fuse_reductions_{type(module).__name__.lower()}", before + "\n# becomes\n\n" + after
+    )
+    assert found.lowerings
+    assert not any(why for *_, why in found.lowerings)
+    assert not applied(fuse_reductions, graph, asked).lowerings
+    assert text(graph) == after
+
+
+@pytest.mark.parametrize("module", [in_place(), Checkpointed()], ids=["plain", "nested"])
+def test_rows_that_are_fused_are_those_of_operators(module: torch.nn.Module) -> None:
+    asked = measure(module, "std", "min", own=lambda x: x.abs().sum())
+    numbers = []
+    for lowering in ("operator", "fused"):
+        graph = trace(module, X)
+        rewritten = rewrite(graph, replace(asked, fuses=True, lowering=lowering))
+        outputs = rewritten.module(X, *module.parameters())[-rewritten.layout.outputs :]
+        numbers.append(
+            {
+                (slot.measurement.site, slot.measurement.reduction): outputs[slot.output][
+                    list(slot.indices)
+                ]
+                for slot in rewritten.layout.slots
+            }
+        )
+    operators, fused = numbers
+    assert operators.keys() == fused.keys()
+    for key, row in operators.items():
+        torch.testing.assert_close(fused[key], row, rtol=1e-6, atol=1e-9)
 
 
 def test_pack_rows_golden() -> None:

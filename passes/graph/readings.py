@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -33,4 +36,7 @@ def _reduced(node: Node) -> object:
     """The tensor that a node reduces, if it does."""
     if node.target is summarize_into:
         return node.args[2]
-    return node.args[0] if node.target is probe or node.target in REDUCTIONS else None
+    if node.target is probe:
+        rides = [how is not None for how in cast("Sequence[object]", node.args[3])]
+        return None if all(rides) else node.args[0]
+    return node.args[0] if node.target in REDUCTIONS else None

@@ -26,10 +26,12 @@ from tmm.instrumentation.pass_trace import TraceFolder
 from tmm.instrumentation.reference.batch_prefix import LOST_ITEMS, Sampling
 from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
 from tmm.kernels.build import start_compiling
+from tmm.kernels.fused.choose_lowering import Lowering
+from tmm.kernels.fused.row_partials import register_lowering
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 from tmm.passes.attention.multi_head import VERSION as MULTI_HEAD_VERSION
 from tmm.passes.attention.multi_head import parts_of_multi_head
-from tmm.passes.findings import RowInput
+from tmm.passes.findings import Lowered, RowInput
 from tmm.passes.graph.dropout_functions import FUNCTIONS as MASKED
 from tmm.passes.graph.dropout_functions import VERSION as MASKED_VERSION
 from tmm.passes.graph.dropout_functions import draws_random_numbers
@@ -37,7 +39,7 @@ from tmm.passes.graph.printer import NodeLine, node_lines, runnable_code
 from tmm.passes.graph.readings import hinted_elements, readings
 from tmm.passes.graph.values import argument_of, value_of
 from tmm.passes.metrics.gradient_probe import VERSION as PROBE_VERSION
-from tmm.passes.metrics.gradient_probe import probe
+from tmm.passes.metrics.gradient_probe import probe, spread_rows
 from tmm.passes.pipeline import Rewritten, rewrite
 from tmm.passes.remove_evaluations import runs_without_gradients
 from tmm.passes.request import CheckedModule, ComparisonRequest, GraphRequest, PlacementRequest
@@ -88,6 +90,7 @@ class Host(Protocol):
     graphs: list[MeasuredGraph]
     trace: TraceFolder | None
     notes: Notes
+    lowering: Lowering
 
     @property
     def comparing(self) -> Comparing | None:
@@ -149,7 +152,8 @@ class GraphReport:
     ``before`` and ``after`` are its nodes, ``code`` Python that runs by itself, ``bytes`` the size
     of the extra outputs for the batch that was traced, ``seconds`` the time of each pass,
     ``ended_by`` where and why a graph break ended it (empty where none did), ``readings`` how many
-    elements each tensor has that is read once more.
+    elements each tensor has that is read once more, ``lowerings`` how rows are computed that the
+    compiler might fuse.
     """
 
     owner: str
@@ -164,6 +168,7 @@ class GraphReport:
     ended_by: str = ""
     index: int = 0
     readings: tuple[int, ...] = ()
+    lowerings: tuple[Lowered, ...] = ()
 
     @property
     def diff(self) -> str:
@@ -348,6 +353,8 @@ class MeasuringBackend:
             is_step_function=scope.is_step_function,
             keeps_unused=self.settings.keeps_unused_operations,
             writes_in_place=self.settings.uses_inductor,
+            fuses=self.settings.uses_inductor and self.host.lowering != "operator",
+            lowering=self.host.lowering,
         )
         index = len(self.host.graphs)
         notes, subject = self.host.notes, f"graph {index}, of {scope.owner_name}"
@@ -356,6 +363,8 @@ class MeasuringBackend:
             folder = f"{trace.path}, {subject}"
             begun = notes.attempt(folder, lambda: trace.begin(index, module, scope.modules), None)
             watch = None if begun is None else notes.guarded(folder, begun)
+        if request.fuses:
+            register_lowering()
         rewritten = rewrite(module, request, watch=watch)
         if rewritten.evaluations:
             self.host.leave_out_evaluations(rewritten.evaluations)
@@ -383,6 +392,7 @@ class MeasuringBackend:
             ended_by=notes.attempt(subject, partial(end_of_graph, module), ""),
             index=index,
             readings=readings(rewritten.module),
+            lowerings=rewritten.lowerings,
         )
         witness = _find_witness(module, scope.owner)
         added = list(rewritten.module.graph.find_nodes(op="placeholder"))[len(inputs) :]
@@ -390,6 +400,7 @@ class MeasuringBackend:
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
         known = inductor_config().unsafe_marked_cacheable_functions
         ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
+        ours[spread_rows] = PROBE_VERSION
         ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         notes.attempt(subject, partial(compile_kernels, rewritten.module), None)

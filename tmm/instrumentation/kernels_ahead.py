@@ -44,12 +44,15 @@ def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:
             yield own, COLUMN_SEPARATOR.join(columns), wide.to_real()
     elif node.target is probe:
         tensor = _example(node.args[0])
-        is_scaled = (len(node.args) > 4 and bool(node.args[4])) or bool(node.kwargs.get("scaled"))
-        given = node.args[2]
+        _, _, given, fused, _, factor = node.args
         if tensor is not None and isinstance(given, (tuple, list)):
             dtype = real_dtype(tensor)
-            dtype = torch.promote_types(dtype, torch.float32) if is_scaled else dtype
-            yield from ((tensor, str(columns), dtype) for columns in given if columns)
+            if factor is not None:
+                dtype = torch.promote_types(dtype, torch.float32)
+            assert isinstance(fused, (tuple, list))
+            for columns, how in zip(given, fused, strict=True):
+                if columns and how is None:
+                    yield tensor, str(columns), dtype
 
 
 def _example(argument: object) -> torch.Tensor | None:

@@ -55,6 +55,7 @@ from tmm.instrumentation.regions import COMPILED_CALL, Region
 from tmm.instrumentation.untraced import Untraced
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.dropped_rows import rows_dropped
+from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.kernels.ops import summarize_attention
 from tmm.passes.findings import RowInput
 from tmm.passes.graph.sharding import why_unsummed
@@ -134,7 +135,8 @@ class Twin:
     which module the running frame belongs to. Outside of both, no hook exists.
 
     Where no region is to be traced there is no second program: the user's own one runs, and
-    ``untraced`` measures it. ``own_programs`` are those of the regions.
+    ``untraced`` measures it. ``own_programs`` are those of the regions. ``lowering`` says what the
+    compiler is to fuse.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Twin:
         attribution: Attribution,
         recorder: Recorder,
         trace: TraceFolder | None = None,
+        lowering: Lowering = "auto",
     ) -> None:
         self.root = root
         self.regions = tuple(regions)
@@ -153,6 +156,7 @@ class Twin:
         self.plan = plan = attribution.plan
         self.recorder = recorder
         self.trace = trace
+        self.lowering: Lowering = lowering
         self.comparing: Comparing | None = None
         self.values = RecordedValues()
         self.breaks = GraphBreaks()

@@ -20,9 +20,10 @@ from tmm.kernels.build import instruction_set, why_not_compiled
 from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 
-Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention"]
+Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention", "merge"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-"""One tensor, many tensors at once, and the distributions of an attention."""
+"""One tensor, many tensors at once, the distributions of an attention, and partial sums that the
+compiler has fused."""
 
 ANY = "any"
 """Stands for every type of device."""
@@ -100,6 +101,9 @@ KERNELS = (
         "torch",
         "attention.attention_torch:summarize_attention_with_torch",
     ),
+    Kernel("merge", "cpu", "C++", "fused.merge_host:merge_on_host", sources=HOST_SOURCES),
+    Kernel("merge", "cuda", "Triton", "fused.merge_triton:merge_with_triton", package="triton"),
+    Kernel("merge", ANY, "torch", "fused.merge_operator:merge_with_torch"),
 )
 """In the order of preference, the plain torch operations of each operation last."""
 

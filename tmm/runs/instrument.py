@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from tmm.instrumentation.switch import (
     is_bypassed,
     root_switch,
 )
+from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.runs.at_path import PathRun
 from tmm.runs.instrumented_again import make_room, take_off
 from tmm.runs.live import LiveRun
@@ -63,6 +64,7 @@ def instrument(
     per_rank: bool = False,
     placements: Mapping[str, str] | None = None,
     programs: Programs = "auto",
+    lowering: Lowering = "auto",
 ) -> Model:
     """Measure what ``spec`` asks for in the monitored steps of a model.
 
@@ -106,6 +108,11 @@ def instrument(
             ``"auto"`` is 1 where these only read tensors that are there, and 2 with a reference,
             attention, histograms or functions of the user. What has no gradients runs the user's
             own program in either case. ``tmm.explain`` says which it is, and why.
+        lowering: what becomes of a reduction in a program that Inductor compiles. ``"operator"``
+            reads the tensor once more. ``"fused"`` gives the compiler partial sums, which it fuses
+            into the kernels that write or read the tensor; what cannot be fused stays an operator.
+            ``"auto"`` fuses all that can be on a GPU, and small tensors on a CPU. ``tmm.explain``
+            says of each site which it got, and why.
 
     Returns:
         The same object, monitored; for a function, a new one to call in its place.
@@ -117,9 +124,9 @@ def instrument(
         ValueError: if the model is instrumented already (in a notebook this call replaces the
             earlier one, and a warning says so) or has nothing to measure, a rule matches nothing,
             the reference does not fit, ``module`` or ``backend`` does not go with ``model``,
-            ``programs`` is none of these, ``placements`` is not as it should be, ``run`` holds
-            something that is not a run, the run to resume is running, or the model is distributed
-            in a way that is not supported.
+            ``programs`` or ``lowering`` is none of these, ``placements`` is not as it should be,
+            ``run`` holds something that is not a run, the run to resume is running, or the model is
+            distributed in a way that is not supported.
         RuntimeError: if not all processes call this.
         OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
@@ -132,6 +139,8 @@ def instrument(
     if resume and (run is None or isinstance(run, LiveRun)):
         raise ValueError("resume=True goes with the path of a run; tmm.start_run(resume=...) else")
     check_programs(programs)
+    if lowering not in get_args(Lowering):
+        raise ValueError(f"lowering={lowering!r} is neither 'auto', 'fused' nor 'operator'")
     measured = _measured_module(model, module, parts)
     live = run if isinstance(run, LiveRun) else None
     model = make_room(model, measured, live)  # type: ignore[assignment]
@@ -185,6 +194,7 @@ def instrument(
             on_error=on_error,
             place=place,
             programs=choice,
+            lowering=lowering,
             ranks=ranks,
             take_off=partial(take_off, siblings, is_mark_left=live is not None),
             is_bypassed=lambda: any(map(is_bypassed, siblings)),

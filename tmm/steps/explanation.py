@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tmm.core.module_names import display_name
 from tmm.instrumentation.backend import GraphReport
 from tmm.instrumentation.compile_settings import settings_of
 from tmm.instrumentation.twin import Twin
+from tmm.passes.graph.printer import site_label
 from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.rules import Rule
 from tmm.steps.own_functions import own_functions
@@ -209,13 +211,9 @@ class Explanation:
             else:
                 lines += [f"    {name}" for name in rule.matched]
             if rule.silent and rule.subject == "modules":
-                rest = len(rule.silent) - _SHOWN
-                more = f" and {rest} more" if rest > 0 else ""
-                lines.append(f"    matched, no call seen: {', '.join(rule.silent[:_SHOWN])}{more}")
+                lines.append(f"    matched, no call seen: {_some(rule.silent)}")
             if rule.others:
-                rest = len(rule.others) - _SHOWN
-                more = f" and {rest} more" if rest > 0 else ""
-                lines.append(f"    not matched: {', '.join(rule.others[:_SHOWN])}{more}")
+                lines.append(f"    not matched: {_some(rule.others)}")
         return lines
 
     def _without_rows(self, rule: RuleReport) -> list[str]:
@@ -253,7 +251,24 @@ class Explanation:
             )
             if graph.ended_by:
                 lines.append(f"    ended by a graph break at {graph.ended_by}")
+            lines += _lowerings(graph)
         return lines
+
+
+def _lowerings(graph: GraphReport) -> list[str]:
+    """Which sites of a graph ride in kernels that are there, and which have an operator, why."""
+    by_reason: dict[str, list[str]] = {}
+    for family, site, why in graph.lowerings:
+        by_reason.setdefault(why, []).append(site_label(family, site))
+    lines = []
+    if fused := by_reason.pop("", []):
+        lines.append(f"    fused into other kernels: {_some(fused)}")
+    return [*lines, *(f"    by an operator, {why}: {_some(x)}" for why, x in by_reason.items())]
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _silent(
@@ -273,12 +288,7 @@ def _together(notes: dict[str, str]) -> dict[str, str]:
     names: dict[str, list[str]] = {}
     for name, text in notes.items():
         names.setdefault(text, []).append(name)
-    joined = {}
-    for text, some in names.items():
-        rest = len(some) - _SHOWN
-        more = f" and {rest} more" if rest > 0 else ""
-        joined[f"{', '.join(some[:_SHOWN])}{more}"] = text
-    return joined
+    return {_some(some): text for text, some in names.items()}
 
 
 def _traced_modules(twin: Twin) -> set[torch.nn.Module]:
@@ -316,9 +326,8 @@ def _eager_attention(twin: Twin) -> dict[str, str]:
     asked = [name for name in names if twin.plan.attention(name)]
     if not asked:
         return {}
-    more = f" and {len(asked) - _SHOWN} more" if len(asked) > _SHOWN else ""
-    listed = f"{', '.join(asked[:_SHOWN])}{more}"
-    return {"attention outside of graphs": f"it is looked for in graphs only; outside ran {listed}"}
+    why = f"it is looked for in graphs only; outside ran {_some(asked)}"
+    return {"attention outside of graphs": why}
 
 
 def _regions(twin: Twin) -> dict[str, str]:

@@ -13,6 +13,7 @@ from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.pass_trace import TraceFolder
 from tmm.instrumentation.regions import Region
 from tmm.instrumentation.twin import Twin
+from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
@@ -81,6 +82,7 @@ class MonitoredModel:
         on_error: OnError,
         place: Ranks,
         programs: ProgramChoice,
+        lowering: Lowering,
         ranks: CrossRank | None,
         take_off: Callable[[], None],
         is_bypassed: Callable[[], bool],
@@ -88,7 +90,8 @@ class MonitoredModel:
         """All that monitors ``module`` as ``plan`` says, and compares it with ``reference``.
 
         The user calls ``root``; ``regions`` are parts of it that are compiled on their own.
-        ``programs`` tells what steps that are not monitored run. ``ranks`` joins the steps of all
+        ``programs`` tells what steps that are not monitored run, ``lowering`` what the compiler is
+        to fuse. ``ranks`` joins the steps of all
         processes, of which this one has its ``place``.
         ``take_off`` lets the model run its own program again; ``is_bypassed`` tells whether calls
         of it no longer come here.
@@ -108,7 +111,7 @@ class MonitoredModel:
         )
         shared = SharedProgram(module, timeline, gaps, programs)
         recorder = ForwardRecorder(module, timeline, gaps, forgotten, scale, unmeasured, shared)
-        twin = Twin(root, regions, module, attribution, recorder, trace)
+        twin = Twin(root, regions, module, attribution, recorder, trace, lowering)
         twin.compare_with(reference)
         parameters = ParameterMonitor(
             *(module, plan, timeline.registry, unmeasured, reference, place, attribution.remarks)

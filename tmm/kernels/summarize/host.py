@@ -1,6 +1,6 @@
 """Rows of partial sums on a CPU, by ``host.cpp``, compiled once per machine.
 
-Loading it also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``.
+Loading it also registers ``tmm::summarize`` of a CPU, by ``host_operator.cpp``, and ``tmm::merge``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tmm.core.metrics import COLUMN_ORDER
 from tmm.kernels.build import VECTORS, kernels_of, load_library
 from tmm.kernels.dense import flatten
 
-SOURCES = (VECTORS, "summarize/host.cpp", "summarize/host_operator.cpp")
+SOURCES = (VECTORS, "summarize/host.cpp", "summarize/host_operator.cpp", "fused/merge.cpp")
 
 _Pointer, _Integer = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = (_Integer, *[_Pointer] * 3, _Integer, _Pointer, _Integer, _Pointer)
@@ -69,6 +69,11 @@ def summarize_one_on_host(x: torch.Tensor, columns: tuple[str, ...]) -> torch.Te
     """The row of a real tensor of the CPU, of any strides; None as in ``summarize_on_host``."""
     rows = summarize_on_host([flatten(x)], columns)
     return None if rows is None else rows[0]
+
+
+def load_operators() -> bool:
+    """Register the operators of a CPU that are written in C++; whether there are any."""
+    return bool(_kernels())
 
 
 @functools.cache

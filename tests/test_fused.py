@@ -1,0 +1,306 @@
+"""Statistics that the compiler fuses: every number as by the operator, as memory holds it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tmm
+from tests.eager_hooks import BUILTIN, assert_agrees, record_calls, run_calls, tolerance
+from tests.test_host import check_row, expected
+from tests.triton_interpreter import check_in_the_interpreter
+from tmm.core.metrics import TENSOR_COLUMNS, builtin_reductions
+from tmm.kernels.fused.choose_lowering import fused_row, rows_of
+from tmm.kernels.fused.merge_operator import merge, merge_with_torch
+from tmm.kernels.fused.row_partials import FusedRow, Rows, layout_of_row, partials_of
+
+ALL = TENSOR_COLUMNS
+FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
+COLUMN_SETS = (
+    ALL,
+    FIVE,
+    ("count", "sum"),
+    ("count", "sum_squares"),
+    ("count", "mean", "moment2"),
+    ("count", "sum", "sum_squares", "mean", "moment2"),
+    ("count", "sum_absolute", "minimum", "maximum", "nans", "infinities"),
+    ("count", "mean", "moment2", "moment3", "moment4"),
+)
+SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf]
+
+
+def row_of(
+    x: torch.Tensor,
+    columns: tuple[str, ...],
+    length: int,
+    *,
+    is_wide: bool = True,
+    order: tuple[int, ...] | None = None,
+    by: Callable[..., torch.Tensor] = merge,
+) -> dict[str, float]:
+    """The row of a tensor by its partials, by column."""
+    row = FusedRow(columns, length, is_wide)
+    order = tuple(range(x.dim())) if order is None else order
+    partials = partials_of(x, *row.arguments(Rows(order, length)))
+    assert partials.shape == (len(row.partials), x.numel() // length)
+    return dict(zip(columns, by([partials], row.layout).tolist(), strict=True))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    rows=st.integers(1, 40),
+    length=st.integers(1, 300),
+    exponent=st.floats(-30, 30),
+    offset=st.sampled_from([0.0, 1.0, -100.0]),
+    special=st.lists(st.tuples(st.integers(0, 11999), st.sampled_from(SPECIAL)), max_size=3),
+    columns=st.sampled_from(COLUMN_SETS),
+    seed=st.integers(0, 100),
+)
+def test_any_scale_and_any_special_value(
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    exponent: float,
+    offset: float,
+    special: list[tuple[int, float]],
+    columns: tuple[str, ...],
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, length, generator=generator, dtype=torch.float64)
+    x = (x + offset) * 10.0**exponent
+    for where, value in special:
+        x.view(-1)[where % x.numel()] = value
+    x = x.to(dtype)
+    for by in (merge, merge_with_torch):
+        check_row(row_of(x, columns, length, by=by), x)
+
+
+@pytest.mark.parametrize("is_wide", [True, False])
+@pytest.mark.parametrize("columns", COLUMN_SETS)
+def test_in_cpp_as_by_torch(columns: tuple[str, ...], *, is_wide: bool) -> None:
+    torch.manual_seed(0)
+    for scale, offset in ((1.0, 0.0), (1e-3, 1e3), (1e15, 0.0), (0.0, 7.5), (0.0, 0.0)):
+        x = torch.randn(37, 96) * scale + offset
+        for special in (None, *SPECIAL):
+            if special is not None:
+                x[5, 7] = special
+            own = row_of(x, columns, 96, is_wide=is_wide)
+            right = row_of(x, columns, 96, is_wide=is_wide, by=merge_with_torch)
+            for name in columns:
+                near = 0.0
+                if name == "moment3":  # deviations are of a mean that is rounded
+                    near = 1e-14 * abs(right["mean"]) * right["moment2"]
+                about = pytest.approx(right[name], rel=1e-9, abs=near, nan_ok=True)
+                assert own[name] == about, (name, scale, special)
+
+
+def test_float32_partials_do_not_cancel() -> None:
+    """As on a GPU, where deviations are of float32."""
+    torch.manual_seed(0)
+    for mean, deviation in ((1e6, 1.0), (1e3, 1e-3), (-1e4, 0.1), (1.0, 1e-5)):
+        x = torch.randn(64, 512) * deviation + mean
+        got, want = row_of(x, ALL, 512, is_wide=False), expected(x)
+        for name in ("sum", "sum_squares", "mean", "moment2", "moment4"):
+            assert got[name] == pytest.approx(want[name], rel=3e-6), (name, mean, deviation)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6, 3e38, 1e-40])
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_constants_have_no_deviation(value: float, *, is_wide: bool) -> None:
+    x = torch.full((50, 700), value)
+    row = row_of(x, ("count", "mean", "moment2"), 700, is_wide=is_wide)
+    if is_wide or value < 1e38:  # whose sum is beyond float32, as for the operator of a GPU
+        assert row["moment2"] == 0.0
+        assert row["mean"] == pytest.approx(float(x[0, 0]), rel=1e-6, abs=1e-44)
+
+
+def test_rows_that_are_taken_as_they_are() -> None:
+    x, row = torch.randn(4, 8), FusedRow(("count", "sum"), 8, is_wide=True)
+    own = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    layout = [*layout_of_row(3), *row.layout, *layout_of_row(3)]
+    partials = partials_of(x, *row.arguments(Rows((0, 1), 8)))
+    for by in (merge, merge_with_torch):
+        got = by([own, partials, own], layout)
+        want = [1, 2, 3, 32, float(x.double().sum()), 1, 2, 3]
+        assert got.tolist() == pytest.approx(want)
+
+
+def test_layouts_that_do_not_fit_are_refused() -> None:
+    x = torch.ones(3, 4, dtype=torch.float64)
+    for parts, layout in (
+        ([x], [8, 2, 6, 7, 1, 0]),  # three partials, two told
+        ([x], [8, 3, 6, 7]),  # too short
+        ([x], [*FusedRow(FIVE, 8, is_wide=True).layout, 0, 1]),  # too long
+        ([x], [8, 3, 6, 7, 99, 1, 0]),  # an unknown one
+    ):
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            merge(parts, layout)
+
+
+LAYOUTS: dict[str, tuple[torch.Tensor, Rows | str]] = {
+    "sequence": (torch.empty(4, 16, 256), Rows((0, 1, 2), 256)),
+    "images": (torch.empty(2, 3, 16, 16), Rows((0, 1, 2, 3), 256)),
+    "channels last": (
+        torch.empty(2, 256, 5, 5).to(memory_format=torch.channels_last),
+        Rows((0, 2, 3, 1), 256),
+    ),
+    "heads": (torch.empty(2, 64, 4, 32).transpose(1, 2), Rows((0, 2, 1, 3), 128)),
+    "heads apart": (torch.empty(2, 4, 64, 32), Rows((0, 1, 2, 3), 32)),
+    "transposed": (torch.empty(256, 64).t(), Rows((1, 0), 64)),
+    "small": (torch.empty(3, 5), Rows((0, 1), 15)),
+    "scalar": (torch.empty(()), Rows((), 1)),
+    "one long": (torch.empty(1 << 16), Rows((0,), 4096)),
+    "prime": (torch.empty(65537), "it is one row of 65537 elements"),
+    "expanded": (torch.empty(9000, 1).expand(9000, 64), "its rows are 1 elements long"),
+    "every other": (torch.empty(900, 64)[:, ::2], "its rows are 1 elements long"),
+    "narrow": (torch.empty(9000, 3), Rows((0, 1), 3375)),
+    "narrow and long": (torch.empty(9001, 3), "its rows are 3 elements long"),
+    "empty": (torch.empty(0, 4), "it has no elements"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_those_of_memory(name: str) -> None:
+    x, rows = LAYOUTS[name]
+    assert rows_of(x) == rows
+    if isinstance(rows, Rows):
+        x.normal_()
+        check_row(row_of(x, FIVE, rows.length, order=rows.order), x)
+
+
+def test_why_an_operator_stays() -> None:
+    x = torch.empty(8, 256)
+
+    def why(x: torch.Tensor, lowering: str, columns: tuple[str, ...] = FIVE) -> str:
+        found = fused_row(x, columns, x.numel(), lowering)  # type: ignore[arg-type]
+        return found if isinstance(found, str) else ""
+
+    assert not why(x, "fused")
+    assert not why(x, "auto")
+    assert why(x, "operator") == "as lowering= asks for"
+    assert "large" in why(torch.empty(1024, 256), "auto")
+    assert not why(torch.empty(1024, 256), "fused")
+    for dtype in (torch.float64, torch.complex64, torch.int64):
+        assert str(dtype).removeprefix("torch.") in why(x.to(dtype), "fused")
+    on_gpu = torch.empty(8, 4096, device="meta")
+    assert not why(on_gpu, "auto")
+    assert "fourth" in why(on_gpu, "fused", ALL)
+    with pytest.raises(ValueError, match="lowering='fast' is neither"):
+        tmm.instrument(nn.Linear(2, 2), tmm.Spec(tmm.activation("rms")), lowering="fast")  # type: ignore[arg-type]
+
+
+class Parts(nn.Module):
+    """Products beyond half precision: infinite, or zero, where they are stored."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        limits = torch.finfo(dtype)
+        self.large = Times(limits.max / 2)
+        self.small = Times(limits.smallest_normal * limits.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.large(x).sigmoid() + self.small(x).exp()).float().mean()
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_what_memory_would_hold(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = Parts(dtype), (torch.randn(64, 256) * 2).to(dtype)
+    names = ("absmax", "zero_fraction", "inf_count", "rms", "min", "max")
+    spec = tmm.Spec(tmm.activation(*names, modules="large|small"))
+    model = tmm.instrument(torch.compile(module), spec, lowering="fused")
+    with tmm.monitor(model).step(0):
+        model(x)
+    got = tmm.monitor(model).get_step_metrics()
+    large, small = (x * part.factor for part in (module.large, module.small))
+    assert int(large.isinf().sum()) > 100
+    assert 0.05 < float((small == 0).double().mean()) < 0.95
+    for name, right in (("large", large), ("small", small)):
+        assert got[f"activation/{name}/inf_count"] == int(right.isinf().sum())
+        assert got[f"activation/{name}/zero_fraction"] == float((right == 0).double().mean())
+        assert got[f"activation/{name}/max"] == float(right.max())
+        assert got[f"activation/{name}/absmax"] == float(right.abs().max())
+    assert all(not why for graph in tmm.explain(model).graphs for *_, why in graph.lowerings)
+
+
+def check_triton() -> None:
+    """The launch of a GPU, in Triton's interpreter."""
+    from tmm.kernels.fused import merge_triton
+
+    torch.manual_seed(0)
+    for columns in COLUMN_SETS:
+        parts, layout = [], []
+        kinds = ((1, 1.0, 0.0), (37, 1e-3, 1e3), (2100, 1.0, 0.0), (5, 0.0, 7.5))
+        for rows, scale, offset in kinds:
+            for special in (None, np.nan, np.inf, -np.inf):
+                x = torch.randn(rows, 64) * scale + offset
+                if special is not None:
+                    x[0, 7] = special
+                row = FusedRow(columns, 64, is_wide=False)
+                parts.append(partials_of(x, *row.arguments(Rows((0, 1), 64))))
+                layout += row.layout
+                parts.append(torch.tensor([3.0, 4.0], dtype=torch.float64))
+                layout += layout_of_row(2)
+        got = merge_triton.merge_with_triton(parts, layout)
+        assert got is not None
+        want = merge_with_torch(parts, layout)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)
+    assert merge_triton.merge_with_triton([parts[0].double(), parts[1]], layout) is None
+
+
+def test_the_launch_of_a_gpu() -> None:
+    check_in_the_interpreter("tests.test_fused")
+
+
+(WANTED,) = builtin_reductions(("mean", "std"), is_complex=False)
+
+
+def models() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    torch.manual_seed(0)
+    return {
+        "perceptron": (
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8)),
+            torch.randn(16, 32),
+        ),
+        "convolutions": (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2)),
+            torch.randn(4, 3, 14, 14),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions"])
+def test_activations_and_gradients_as_eager_hooks_see_them(name: str) -> None:
+    module, x = models()[name]
+    reference = copy.deepcopy(module)
+    spec = tmm.Spec(tmm.activation(*BUILTIN), tmm.activation_gradient(*BUILTIN))
+    model = tmm.instrument(torch.compile(module), spec, lowering="fused")
+    calls = [lambda model: model(x)]
+    for step in range(2):
+        with tmm.monitor(model).step(step):
+            run_calls(model, calls, seed=step)
+        recording = record_calls(reference, calls, seed=step)
+        got = tmm.monitor(model).get_step_metrics()
+        assert_agrees(
+            {key: value for key, value in got.items() if key.startswith("activation/")},
+            recording.expected(),
+            tolerance("inductor"),
+        )

@@ -1,0 +1,1 @@
+"""Private: statistics as operations that a compiler fuses into the kernels that exist already."""

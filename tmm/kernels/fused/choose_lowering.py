@@ -1,0 +1,98 @@
+"""Which tensors are reduced by operations that a compiler fuses, and which by an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+
+from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
+
+Lowering: TypeAlias = Literal["auto", "fused", "operator"]
+
+SHORT = 128
+"""Elements of a row below which it is joined with its neighbours, where these are whole rows of the
+next dimension: partials take memory, too."""
+
+_SHORTEST = 32
+_FEW = 4096  # elements of a tensor whose rows may be shorter
+_JOINED = 1024  # elements of a row that a GPU keeps in its registers
+_LONGEST = 1 << 18  # of a row: a vocabulary has no more
+_PIECE = 4096  # elements of a row of a tensor that has but one
+
+SMALL_ON_CPU = 1 << 15
+"""Elements of a tensor of which a call takes longer than reading it, on a CPU."""
+
+
+def fused_row(
+    example: torch.Tensor, columns: Sequence[str], elements: int, lowering: Lowering
+) -> tuple[Rows, FusedRow] | str:
+    """How the row of a tensor is fused; or why it is not, in a few words.
+
+    ``elements`` are those that it had when it was traced. No size is asked for that may change: a
+    graph would be compiled anew for another one.
+    """
+    if lowering == "operator":
+        return "as lowering= asks for"
+    is_wide = example.device.type == "cpu"
+    if lowering == "auto" and is_wide and elements > SMALL_ON_CPU:
+        return "a CPU reads large tensors faster by an operator"
+    if example.dtype not in (torch.float32, *HALF):
+        return f"its dtype is {str(example.dtype).removeprefix('torch.')}"
+    rows = rows_of(example)
+    if isinstance(rows, str):
+        return rows
+    if not is_wide and "moment4" in columns and rows.length > _JOINED:
+        return "fourth moments of long rows take several readings"
+    return rows, FusedRow(tuple(columns), rows.length, is_wide)
+
+
+def rows_of(example: torch.Tensor) -> Rows | str:
+    """The rows of a tensor in the order of its memory, or why it has none."""
+    if example.layout is not torch.strided or example.is_nested:
+        return "it has no strides"
+    sizes = [_known(size) for size in example.shape]
+    strides = [_known(stride) for stride in example.stride()]
+    if 0 in sizes:
+        return "it has no elements"
+    hints = [_hint(stride) for stride in example.stride()]
+    order = sorted(range(example.dim()), key=lambda place: -hints[place])
+    order.sort(key=lambda place: sizes[place] != 1)  # those of one element first
+    length = dense = 1
+    for place in reversed(order):
+        size = sizes[place]
+        if size == 1:
+            break
+        if size is None or strides[place] != dense:
+            break
+        if length == dense and length < SHORT and (length == 1 or length * size <= _JOINED):
+            length *= size
+        dense *= size
+    elements = _product(sizes)
+    is_large = elements is None or elements > _FEW
+    if is_large and (length < _SHORTEST or length == elements):
+        length = next((n for n in range(_PIECE, SHORT, -1) if dense % n == 0), length)
+        if length < _SHORTEST:
+            return f"its rows are {length} elements long"
+    if length > _LONGEST or (length == elements and length > _PIECE):
+        return f"it is one row of {length} elements"
+    return Rows(tuple(order), length)
+
+
+def _known(size: int | torch.SymInt) -> int | None:
+    """A size that cannot change."""
+    return size if isinstance(size, int) else None
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else size
+
+
+def _product(sizes: Sequence[int | None]) -> int | None:
+    product = 1
+    for size in sizes:
+        if size is None:
+            return None
+        product *= size
+    return product

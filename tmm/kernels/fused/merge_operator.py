@@ -1,0 +1,144 @@
+"""The operator ``tmm::merge``: the partials of many tensors become one row of float64 numbers.
+
+One call serves all that a graph measures on a device: in C++ on a CPU, one launch of Triton on a
+GPU, plain torch operations elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tmm.core.metrics import TENSOR_COLUMNS
+from tmm.kernels import kernel_registry
+from tmm.kernels.dense import packed_dtype
+from tmm.kernels.fused.row_partials import PARTIALS
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a layout: partials and columns, or neither of a row that is taken as it is."""
+
+    length: int
+    partials: tuple[str, ...]
+    columns: tuple[str, ...]
+    width: int
+
+
+def parts_of(layout: Sequence[int]) -> Iterator[Part]:
+    """The parts of a layout, which ``FusedRow.layout`` and ``layout_of_row`` give."""
+    numbers = iter(layout)
+
+    def names(known: Sequence[str]) -> tuple[str, ...]:
+        return tuple(known[next(numbers)] for _ in range(next(numbers)))
+
+    for length in numbers:
+        if length:
+            partials, columns = names(PARTIALS), names(TENSOR_COLUMNS)
+            yield Part(length, partials, columns, len(columns))
+        else:
+            yield Part(0, (), (), next(numbers))
+
+
+def merge_with_torch(parts: Sequence[torch.Tensor], layout: Sequence[int]) -> torch.Tensor:
+    """What ``merge`` gives, by plain operations: what its kernels must equal."""
+    wide = packed_dtype(parts[0].device)
+    return torch.cat(
+        [
+            _row(tensor.to(wide), part) if part.length else tensor.to(wide)
+            for tensor, part in zip(parts, parts_of(layout), strict=True)
+        ]
+    )
+
+
+def _row(partials: torch.Tensor, part: Part) -> torch.Tensor:
+    given = dict(zip(part.partials, partials, strict=True))
+    rows = partials.shape[1]
+    count = partials.new_full((), rows * part.length)
+    made = {"count": count}
+    for name in ("sum", "sum_squares", "sum_absolute", "zeros", "nans", "infinities"):
+        if name in given:
+            made[name] = given[name].sum()
+    for name in ("absmax", "maximum"):
+        if name in given:
+            made[name] = given[name].amax()
+    if "minimum" in given:
+        made["minimum"] = given["minimum"].amin()
+    if "centre" in given:
+        made |= _moments(given, part, made)
+    return torch.stack([made[name] for name in part.columns])
+
+
+def _moments(
+    given: dict[str, torch.Tensor], part: Part, made: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Mean and sums of powers of the deviation from it, by Pébay 2008, eq. 2.1, of equal counts."""
+    length, centre = part.length, given["centre"]
+    nothing = torch.zeros_like(centre)
+    unit = given.get("unit", nothing + 1)
+    ones, twos, threes, fours = (
+        given.get(f"power{power}", nothing) * unit**power / length for power in range(1, 5)
+    )
+    means = centre + ones
+    second = (twos - ones**2).clamp(min=0)
+    if "power1" in given:
+        # A constant row: what is left is the rounding of its centre.
+        second = torch.where((second <= 1e-5 * twos) & twos.isfinite(), nothing, second)
+    mean = means.mean()
+    delta = means - mean
+    is_finite = second.isfinite().all() & mean.isfinite()
+    nan = torch.full_like(mean, float("nan"))
+    total = torch.where(means.isfinite().all(), means.sum(), centre.sum()) * length
+    squares = (second + means**2).sum() * length
+    if "absmax" in made:
+        largest = made["absmax"]
+        unbounded = torch.where(largest.isnan(), nan, torch.full_like(mean, float("inf")))
+        squares = torch.where(is_finite, squares, unbounded)
+    found = {
+        "sum": total,
+        "sum_squares": made.get("sum_squares", squares),
+        "mean": torch.where(mean.isfinite(), mean, nan),
+        "moment2": length * (second + delta**2).sum(),
+    }
+    if "power4" in given:
+        third = threes - 3 * ones * twos + 2 * ones**3
+        fourth = fours - 4 * ones * threes + 6 * ones**2 * twos - 3 * ones**4
+        third, fourth = (torch.where(second == 0, nothing, x) for x in (third, fourth))
+        found["moment3"] = length * (third + 3 * delta * second + delta**3).sum()
+        found["moment4"] = (
+            length * (fourth + 4 * delta * third + 6 * delta**2 * second + delta**4).sum()
+        )
+    return found
+
+
+_library = torch.library.Library("tmm", "FRAGMENT")
+_library.define(
+    "merge(Tensor[] parts, int[] layout) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def _merge(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
+    return kernel_registry.run("merge", parts[0].device, parts, layout)
+
+
+def _merge_shape(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
+    width = sum(part.width for part in parts_of(layout))
+    return parts[0].new_empty(width, dtype=packed_dtype(parts[0].device))
+
+
+_library.impl("merge", _merge, "CompositeExplicitAutograd")  # of a CPU in C++, once it is loaded
+torch.library.register_fake("tmm::merge", _merge_shape, lib=_library)
+
+merge: Callable[[list[torch.Tensor], list[int]], torch.Tensor] = torch.ops.tmm.merge.default
+"""The rows of many tensors, one after the other.
+
+Args:
+    parts: Partials of shape ``(partials, rows)``, contiguous, or rows that are taken as they are.
+    layout: One after the other the layouts of the parts.
+
+Returns:
+    ``packed_dtype``, shape ``(sum of the widths,)``.
+"""
