@@ -1,16 +1,22 @@
-"""Let the compiler fuse reductions into the kernels that write or read what is measured."""
+"""Let the compiler fuse reductions into other kernels, or one operator reduce several tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import COLUMN_SEPARATOR
-from tmm.kernels.fused.choose_lowering import fused_row
+from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING, fused_row
 from tmm.kernels.fused.row_partials import partials_of
-from tmm.kernels.ops import summarize
+from tmm.kernels.ops import summarize, summarize_many
 from tmm.passes.findings import GraphFindings
+from tmm.passes.graph.edits import storages, written
 from tmm.passes.graph.fused_rows import set_fused
-from tmm.passes.graph.provenance import copy_sites, sites_of
+from tmm.passes.graph.mutation import overwritten_by
+from tmm.passes.graph.provenance import add_site, copy_sites, sites_of
 from tmm.passes.graph.readings import hinted_elements
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.slots import add_slots, take_slots
@@ -18,35 +24,89 @@ from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.values import value_of
 from tmm.passes.request import GraphRequest
 
+_OVERWRITTEN = "overwritten later"
+
 
 def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
-    """Make partial sums, which are plain operations, of each operator where that costs less.
+    """Make partial sums, which the compiler fuses, of each operator where that costs less.
 
     Afterwards such a node holds partials of a tensor instead of its row; ``pack_rows`` merges all
-    of them. Operators stay where the compiler could not fuse what they compute. Finds how each site
-    is measured.
+    of them. Small tensors of a CPU are reduced by one operator, several at a time, which comes
+    after the last of them. Other operators stay. Finds how each site is measured.
     """
-    for node in list(module.graph.nodes):
-        if node.target is summarize and not node.users:
-            _fuse(node, request, found)
+    writes = _writes(module)
+    together: list[Node] = []
+    for index, node in enumerate(list(module.graph.nodes)):
+        if node.target is not summarize or node.users:
+            continue
+        tensor, columns = node.args
+        assert isinstance(tensor, Node)
+        example = value_of(tensor)
+        names = str(columns).split(COLUMN_SEPARATOR)
+        fused = fused_row(example, names, hinted_elements(example), request.lowering)
+        if fused == TOGETHER and any(writes.get(s, -1) > index for s in storages([tensor])):
+            fused = _OVERWRITTEN
+        if fused == TOGETHER:
+            together.append(node)
+        why = fused if isinstance(fused, str) else ""
+        found.lowerings += [(*site, why) for site in sites_of(node)]
+        if not isinstance(fused, str):
+            rows, row = fused
+            partials = Rewriter(node.graph, node).call(partials_of, tensor, *row.arguments(rows))
+            set_fused(partials, row)
+            add_slots(partials, *take_slots(node))
+            copy_sites(node, partials)
+            node.graph.erase_node(node)
+    for group in _groups(together):
+        _join(group)
     for call, body in nested_calls(module):
         if returns_body_outputs(call):
             fuse_reductions(body, request, found)
 
 
-def _fuse(node: Node, request: GraphRequest, found: GraphFindings) -> None:
-    tensor, columns = node.args
-    assert isinstance(tensor, Node)
-    example = value_of(tensor)
-    names = str(columns).split(COLUMN_SEPARATOR)
-    fused = fused_row(example, names, hinted_elements(example), request.lowering)
-    why = fused if isinstance(fused, str) else ""
-    found.lowerings += [(*site, why) for site in sites_of(node)]
-    if isinstance(fused, str):
+def _writes(module: GraphModule) -> dict[int, int]:
+    """The number of the last node that writes to each memory, or one behind all where none tells."""
+    last: dict[int, int] = {}
+    for index, node in enumerate(module.graph.nodes):
+        if (tensor := overwritten_by(node)) is not None:
+            last |= dict.fromkeys(storages([tensor]), index)
+    return dict.fromkeys(written(module), len(module.graph.nodes)) | last
+
+
+@dataclass
+class _Group:
+    """Operators on tensors of a device that compute the same columns, until there are enough."""
+
+    nodes: list[Node] = field(default_factory=list)
+    elements: int = 0
+
+
+def _groups(nodes: list[Node]) -> Iterator[list[Node]]:
+    """Operators that may be one, each group in the order of the graph."""
+    open_groups: dict[tuple[torch.device, object], _Group] = {}
+    for node in nodes:
+        tensor, columns = node.args
+        assert isinstance(tensor, Node)
+        key = value_of(tensor).device, columns
+        group = open_groups.setdefault(key, _Group())
+        group.nodes.append(node)
+        group.elements += hinted_elements(value_of(tensor))
+        if group.elements >= WAITING:
+            yield open_groups.pop(key).nodes
+    for group in open_groups.values():
+        yield group.nodes
+
+
+def _join(nodes: list[Node]) -> None:
+    """Replace operators by one, after the last of them."""
+    if len(nodes) < 2:
         return
-    rows, row = fused
-    partials = Rewriter(node.graph, node).call(partials_of, tensor, *row.arguments(rows))
-    set_fused(partials, row)
-    add_slots(partials, *take_slots(node))
-    copy_sites(node, partials)
-    node.graph.erase_node(node)
+    graph, columns = nodes[0].graph, nodes[0].args[1]
+    tensors = [node.args[0] for node in nodes]
+    joined = Rewriter(graph, nodes[-1]).call(summarize_many, tensors, columns)
+    width = str(columns).count(COLUMN_SEPARATOR) + 1
+    for index, node in enumerate(nodes):
+        add_slots(joined, *(slot.at(slot.output, index * width) for slot in take_slots(node)))
+        for family, site in sites_of(node):
+            add_site(joined, family, site)
+        graph.erase_node(node)

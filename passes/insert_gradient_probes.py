@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,12 +15,12 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
 from tmm.core.torch_private import FakeTensor
 from tmm.kernels.dense import packed_dtype
-from tmm.kernels.fused.choose_lowering import fused_row
+from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING, fused_row
 from tmm.kernels.fused.row_partials import FusedRow, Rows
 from tmm.kernels.ops import tap
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings, RowInput
-from tmm.passes.graph.edits import add_placeholder, storages
+from tmm.passes.graph.edits import add_placeholder, storages, written
 from tmm.passes.graph.provenance import sites_of
 from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import is_distributed
@@ -28,6 +29,8 @@ from tmm.passes.graph.taps import is_mark, site_of
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import (
     FunctionProbe,
+    Fused,
+    Part,
     columns_of,
     probe,
     spread_rows,
@@ -43,7 +46,7 @@ WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_
 _PROBED = "tmm_probed"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Place:
     """A probe to be inserted: after which tap of which tensor, inside of which calls.
 
@@ -66,9 +69,9 @@ class _Place:
         device: torch.device = value_of(self.tensor).device
         return device
 
-    @property
-    def is_fused(self) -> bool:
-        return any(not isinstance(fused, str) for fused in self.fused)
+
+_Row: TypeAlias = tuple[_Place, int]
+"""A row of a place: that of the reduction of that number."""
 
 
 def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
@@ -84,15 +87,17 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
     places = [place for place in all_places if not place.refusal]
     for device in dict.fromkeys(place.device for place in places):
         here = [place for place in places if place.device == device]
-        row_input = _row_input(device, here)
+        rows = _ordered(here)
+        row_input = _row_input(device, rows)
         found.row_inputs += (row_input,)
-        rows = _add_input(module, row_input, value_of(here[0].tensor))
+        given = _add_input(module, row_input, value_of(here[0].tensor))
         factor = None
         if request.scales_gradients:
-            factor = Rewriter(module.graph, rows).call(_first, rows)
-        parts = iter(_part_nodes(module, rows, factor or rows, here))
+            factor = Rewriter(module.graph, given).call(_first, given)
+        parts = _part_nodes(module, given, factor or given, rows, scaled=factor is not None)
+        nodes = dict(zip(rows, parts, strict=True))
         for place in here:
-            own = [_inside(place.calls, next(parts)) for _ in place.reductions]
+            own = [_inside(place.calls, nodes[place, i]) for i in range(len(place.reductions))]
             _insert(place, own, None if factor is None else _inside(place.calls, factor))
             if request.fuses:
                 found.lowerings += (
@@ -117,7 +122,7 @@ def _places(
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
-    returned, overwritten = storages(module.graph.output_node().all_input_nodes), _written(module)
+    returned, overwritten = storages(module.graph.output_node().all_input_nodes), written(module)
     recent: dict[Node, _Place] = {}
     for node in module.graph.nodes:
         if is_mark(node):
@@ -188,15 +193,6 @@ def _place(
     return place
 
 
-def _written(module: GraphModule) -> set[int]:
-    """The memory that the graph writes to."""
-    return storages(
-        node
-        for node in module.graph.nodes
-        if isinstance(example := value_of(node), FakeTensor) and example._version
-    )
-
-
 def _has_other_names(module: GraphModule, tensor: Node, mark: Node, is_overwritten: bool) -> bool:
     """Whether something from before ``mark`` that shares the memory of ``tensor`` is used after.
 
@@ -226,15 +222,26 @@ def _computes(node: Node) -> bool:
     return node.op not in ("placeholder", "get_attr") and not sites_of(node)
 
 
-def _row_input(device: torch.device, places: Sequence[_Place]) -> RowInput:
+def _ordered(places: Sequence[_Place]) -> list[_Row]:
+    """The rows of places, in the order in which they lie: those that are read together last."""
+    rows = [(place, index) for place in places for index in range(len(place.reductions))]
+
+    def together(row: _Row) -> str:
+        place, index = row
+        return columns_of(place.reductions[index]) if place.fused[index] == TOGETHER else ""
+
+    return sorted(rows, key=together)
+
+
+def _row_input(device: torch.device, rows: Sequence[_Row]) -> RowInput:
     slots, start = [], 0
-    for place in places:
-        for reduction in place.reductions:
-            slots += [
-                Slot.of(Measurement(FAMILY, site, reduction, place.share), start)
-                for site in place.sites
-            ]
-            start += reduction.width
+    for place, index in rows:
+        reduction = place.reductions[index]
+        slots += [
+            Slot.of(Measurement(FAMILY, site, reduction, place.share), start)
+            for site in place.sites
+        ]
+        start += reduction.width
     return RowInput(device, start, PackedLayout(tuple(slots), 1))
 
 
@@ -251,30 +258,60 @@ def _add_input(module: GraphModule, row_input: RowInput, like: FakeTensor) -> No
 
 
 def _part_nodes(
-    module: GraphModule, rows: Node, place: Node, places: Sequence[_Place]
-) -> Sequence[Node]:
-    """The extra input, cut into a part for each reduction, after the node ``place``.
+    module: GraphModule, row_input: Node, place: Node, rows: Sequence[_Row], *, scaled: bool
+) -> list[Node]:
+    """The extra input, cut into its ``rows``, after the node ``place``.
 
-    One operation, and one in the backward pass, which joins what comes back.
+    Few operations, and as many in the backward pass, which join what comes back: gradients that are
+    read together wait for one another, until they are many elements.
     """
-    widths = [reduction.width for each in places for reduction in each.reductions]
-    at, value = Rewriter(module.graph, place), value_of(rows)
-    if any(each.is_fused for each in places):
-        fused = [_part(each.tensor, how) for each in places for how in each.fused]
-        parts = spread_rows(value, widths, fused)
-        cut = at.add("call_function", spread_rows, (rows, widths, fused), {}, parts)
-    else:
-        parts = torch.split(value, widths)
-        cut = at.add("call_function", torch.split, (rows, widths), {}, parts)
-    return [at.call(operator.getitem, cut, index) for index in range(len(parts))]
+    pieces: list[list[Part]] = [[]]
+    waiting = 0
+    for each, index in rows:
+        part = _part(each, index, scaled=scaled)
+        if part[2]:
+            elements = value_of(each.tensor).numel()
+            if not waiting or waiting + elements > WAITING:
+                pieces.append([])
+                waiting = 0
+            waiting += elements
+        pieces[-1].append(part)
+    pieces = [piece for piece in pieces if piece]
+    at = Rewriter(module.graph, place)
+    cut = [row_input]
+    if len(pieces) > 1:
+        cut = _cut(at, torch.split, row_input, [sum(part[0] for part in piece) for piece in pieces])
+    found = []
+    for node, piece in zip(cut, pieces, strict=True):
+        if any(dtype is not None for *_, dtype in piece):
+            found += _cut(at, spread_rows, node, piece)
+        else:
+            found += _cut(at, torch.split, node, [width for width, *_ in piece])
+    return found
 
 
-def _part(tensor: Node, how: tuple[Rows, FusedRow] | str) -> tuple[list[int], list[int], bool]:
-    """Layout, shape and width of what a part becomes of, as ``spread_rows`` takes them."""
-    if isinstance(how, str):
-        return [], [], True
-    _, row = how
-    return row.layout, [len(row.partials), value_of(tensor).numel() // row.length], row.is_wide
+def _cut(
+    at: Rewriter, function: Callable[..., Sequence[torch.Tensor]], node: Node, parts: Sequence[Any]
+) -> list[Node]:
+    values = function(value_of(node), parts)
+    cut = at.add("call_function", function, (node, parts), {}, values)
+    return [
+        at.add("call_function", operator.getitem, (cut, index), {}, value)
+        for index, value in enumerate(values)
+    ]
+
+
+def _part(place: _Place, index: int, *, scaled: bool) -> Part:
+    """What comes back as the gradient of a row of a place."""
+    reduction, fused, example = place.reductions[index], place.fused[index], value_of(place.tensor)
+    if fused == TOGETHER:
+        dtype = torch.promote_types(example.dtype, torch.float32) if scaled else example.dtype
+        return reduction.width, [], columns_of(reduction), list(example.shape), dtype
+    if isinstance(fused, str):
+        return reduction.width, [], "", [], None
+    _, row = fused
+    shape = [len(row.partials), example.numel() // row.length]
+    return reduction.width, row.layout, "", shape, row.dtype
 
 
 def _fused(
@@ -305,6 +342,14 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
     return row
 
 
+def _as_argument(fused: tuple[Rows, FusedRow] | str) -> Fused:
+    """How a row comes about, as a probe takes it."""
+    if isinstance(fused, str):
+        return "together" if fused == TOGETHER else None
+    rows, row = fused
+    return row.arguments(rows)
+
+
 def _insert(place: _Place, rows: list[Node], factor: Node | None) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
@@ -314,7 +359,7 @@ def _insert(place: _Place, rows: list[Node], factor: Node | None) -> None:
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]
-    fused = [None if isinstance(how, str) else how[1].arguments(how[0]) for how in place.fused]
+    fused = [_as_argument(how) for how in place.fused]
     later = {user for user in tensor.users if mark < user}
     at = Rewriter(module.graph, mark)
     if any(functions):

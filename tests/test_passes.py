@@ -176,7 +176,7 @@ def test_lift_rows_golden() -> None:
 @pytest.mark.parametrize("module", [in_place(), Checkpointed()], ids=["plain", "nested"])
 def test_fuse_reductions_golden(module: torch.nn.Module) -> None:
     graph = trace(module, X)
-    asked = replace(measure(module, "std", "absmax"), fuses=True)
+    asked = replace(measure(module, "std", "absmax"), fuses=True, lowering="fused")
     applied(insert_reductions, graph, asked)
     applied(remove_taps, graph)
     before = text(graph)
@@ -191,11 +191,25 @@ def test_fuse_reductions_golden(module: torch.nn.Module) -> None:
     assert text(graph) == after
 
 
+def test_small_tensors_are_read_together_but_what_is_overwritten_later() -> None:
+    module = in_place()
+    graph = trace(module, X)
+    asked = replace(measure(module, "std", "absmax"), fuses=True)
+    applied(insert_reductions, graph, asked)
+    applied(remove_taps, graph)
+    found = applied(fuse_reductions, graph, asked)
+    assert [(site.module, why.split(":")[0]) for _, site, why in found.lowerings] == [
+        ("0", "overwritten later"),
+        ("1", "small"),
+        ("", "small"),
+    ]
+
+
 @pytest.mark.parametrize("module", [in_place(), Checkpointed()], ids=["plain", "nested"])
 def test_rows_that_are_fused_are_those_of_operators(module: torch.nn.Module) -> None:
     asked = measure(module, "std", "min", own=lambda x: x.abs().sum())
     numbers = []
-    for lowering in ("operator", "fused"):
+    for lowering in ("operator", "fused", "auto"):
         graph = trace(module, X)
         rewritten = rewrite(graph, replace(asked, fuses=True, lowering=lowering))
         outputs = rewritten.module(X, *module.parameters())[-rewritten.layout.outputs :]
@@ -207,10 +221,11 @@ def test_rows_that_are_fused_are_those_of_operators(module: torch.nn.Module) -> 
                 for slot in rewritten.layout.slots
             }
         )
-    operators, fused = numbers
-    assert operators.keys() == fused.keys()
-    for key, row in operators.items():
-        torch.testing.assert_close(fused[key], row, rtol=1e-6, atol=1e-9)
+    operators, *others = numbers
+    for other in others:
+        assert operators.keys() == other.keys()
+        for key, row in operators.items():
+            torch.testing.assert_close(other[key], row, rtol=1e-6, atol=1e-9)
 
 
 def test_pack_rows_golden() -> None:
@@ -456,7 +471,7 @@ def test_insert_probes_copies_what_is_overwritten_or_returned() -> None:
     graph = copy_graph(trace(module, X.detach()))
     applied(insert_probes, graph, probes(module, "rms"))
     found = graph.graph.find_nodes(op="call_function", target=probe)
-    assert [node.kwargs.get("copies", False) for node in found] == [True, True, False, True]
+    assert [node.args[4] for node in found] == [True, True, False, True]
 
 
 def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:

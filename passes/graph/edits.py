@@ -49,6 +49,15 @@ def example_like(example: object) -> object:
         return torch.empty_like(example, requires_grad=False)
 
 
+def written(module: GraphModule) -> set[int]:
+    """The memory that a graph writes to."""
+    return storages(
+        node
+        for node in module.graph.nodes
+        if isinstance(example := value_of(node), FakeTensor) and example._version
+    )
+
+
 def storages(nodes: Iterable[Node]) -> set[int]:
     """The memory that traced tensors lie in."""
     found = set()

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.kernels.ops import REDUCTIONS, summarize_into
+from tmm.kernels.ops import REDUCTIONS, summarize_into, summarize_many
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import probe
@@ -27,16 +27,19 @@ def readings(module: GraphModule) -> tuple[int, ...]:
     """Elements of each tensor that is reduced to a row, in the order of the graph."""
     return tuple(
         hinted_elements(value_of(tensor))
-        for tensor in map(_reduced, all_nodes(module))
+        for node in all_nodes(module)
+        for tensor in _reduced(node)
         if isinstance(tensor, Node)
     )
 
 
-def _reduced(node: Node) -> object:
-    """The tensor that a node reduces, if it does."""
+def _reduced(node: Node) -> Sequence[object]:
+    """The tensors that a node reads once more, to reduce them."""
     if node.target is summarize_into:
-        return node.args[2]
+        return node.args[2:3]
+    if node.target is summarize_many:
+        return cast("Sequence[object]", node.args[0])
     if node.target is probe:
-        rides = [how is not None for how in cast("Sequence[object]", node.args[3])]
-        return None if all(rides) else node.args[0]
-    return node.args[0] if node.target in REDUCTIONS else None
+        fused = cast("Sequence[object]", node.args[3])
+        return () if all(isinstance(how, tuple) for how in fused) else node.args[:1]
+    return node.args[:1] if node.target in REDUCTIONS else ()

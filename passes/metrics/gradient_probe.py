@@ -4,36 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
-from tmm.kernels.dense import packed_dtype
 from tmm.kernels.fused.merge_operator import merge
 from tmm.kernels.fused.row_partials import layout_of_row, partials_of
-from tmm.kernels.ops import histogram, summarize
+from tmm.kernels.ops import histogram, summarize, summarize_many
 from tmm.passes.metrics.trace import TracedFunction
 
 VERSION = "4"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
-Fused: TypeAlias = tuple[list[int], int, str, bool]
-"""What ``partials_of`` takes besides a tensor, as a graph holds it."""
+Fused: TypeAlias = tuple[list[int], int, str, bool] | Literal["together"] | None
+"""How a row comes about: partials, by what ``partials_of`` takes besides the tensor; ``"together"``
+with those of others, by one operator; or by an operator for it alone."""
+
+Part: TypeAlias = tuple[int, list[int], str, list[int], torch.dtype | None]
+"""A part of the rows, for which a stand-in is made: its width; the layout of what comes back, if
+that is partials; the columns, if it is the gradient; and of both, shape and dtype."""
 
 
 def probe(
     x: torch.Tensor,
     rows: Sequence[torch.Tensor],
     columns: Sequence[str],
-    fused: Sequence[Fused | None],
+    fused: Sequence[Fused],
     copies: bool = False,
     factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x``; in the backward pass the "gradients" of ``rows`` are rows of the gradient of ``x``.
 
     There is a row of each reduction, which ``columns`` are of (empty for a histogram); where
-    ``fused`` says how, the gradient of the row is partials, and it must have their shape. With
+    ``fused`` says how, the gradient of the row is partials or the gradient of ``x`` itself, and it
+    must have their shape. With
     ``copies`` the result is a copy, for tensors that are overwritten later or leave the graph; a
     ``factor``, of one element, is what the gradient is multiplied with before it is measured.
     """
@@ -48,7 +53,7 @@ class FunctionProbe(torch.nn.Module):
     def __init__(
         self,
         columns: Sequence[str],
-        fused: Sequence[Fused | None],
+        fused: Sequence[Fused],
         functions: Sequence[TracedFunction | None],
         *,
         copies: bool,
@@ -70,23 +75,19 @@ def columns_of(reduction: Reduction) -> str:
     return COLUMN_SEPARATOR.join(reduction.columns)
 
 
-def spread_rows(
-    rows: torch.Tensor, widths: Sequence[int], fused: Sequence[tuple[list[int], list[int], bool]]
-) -> tuple[torch.Tensor, ...]:
-    """Stand-ins for parts of ``rows``; what comes back as their gradients is merged into its one.
+def spread_rows(rows: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
+    """Stand-ins for ``parts`` of ``rows``; what comes back as their gradients becomes its one.
 
-    A part has one of the ``widths``; or it becomes of partials, and ``fused`` holds their layout,
-    shape, and whether they are float64; the layout of others is empty.
+    Parts that are read together lie one after the other.
     """
-    parts: tuple[torch.Tensor, ...]
-    parts = _Spread.apply(rows, tuple(widths), tuple(fused))  # type: ignore[no-untyped-call]
-    return parts
+    given: tuple[torch.Tensor, ...] = _Spread.apply(rows, tuple(parts))  # type: ignore[no-untyped-call]
+    return given
 
 
 @dataclass(frozen=True, eq=False)
 class _Options:
     columns: tuple[str, ...]
-    fused: tuple[Fused | None, ...]
+    fused: tuple[Fused, ...]
     copies: bool
     functions: tuple[TracedFunction | None, ...] = ()
 
@@ -104,7 +105,9 @@ class _Options:
             value = measured
             if function is not None:
                 value = function.graph(measured.clone() if function.mutates else measured)
-            if fused is not None:
+            if fused == "together":
+                rows.append(value)
+            elif fused is not None:
                 rows.append(partials_of(value, *fused))
             else:
                 rows.append(summarize(value, columns) if columns else histogram(value))
@@ -136,33 +139,47 @@ class _Probe(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        widths: tuple[int, ...],
-        fused: tuple[tuple[list[int], list[int], bool], ...],
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, rows: torch.Tensor, parts: tuple[Part, ...]) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.widths, ctx.layouts = widths, [layout for layout, _, _ in fused]
-        parts = []
-        for width, (layout, shape, is_wide) in zip(widths, fused, strict=True):
-            dtype = (torch.float64 if is_wide else torch.float32) if layout else rows.dtype
-            nothing = rows.new_zeros((), dtype=dtype)
-            parts.append(nothing.expand(*shape) if layout else nothing.expand(width))
-        return tuple(parts)
+        ctx.parts, ctx.dtype = parts, rows.dtype
+        given = []
+        for width, _, _, shape, dtype in parts:
+            nothing = rows.new_zeros((), dtype=dtype or rows.dtype)
+            given.append(nothing.expand(width) if dtype is None else nothing.expand(shape))
+        return tuple(given)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         given = [gradient for gradient in gradients if gradient is not None]
         if not given:
-            return None, None, None
-        parts, layouts = [], []
-        for gradient, width, layout in zip(gradients, ctx.widths, ctx.layouts, strict=True):
-            if gradient is None:  # the backward pass did not come here: a row of no elements
-                parts.append(given[0].new_zeros(width, dtype=packed_dtype(given[0].device)))
-                layouts += layout_of_row(width)
-            else:
-                parts.append(gradient)
-                layouts += layout or layout_of_row(width)
+            return None, None
+        rows: list[torch.Tensor] = []
+        layouts: list[int] = []
+        read: dict[str, list[torch.Tensor]] = {}
+
+        def add(row: torch.Tensor, layout: list[int]) -> None:
+            rows.append(row)
+            layouts.extend(layout)
+
+        def read_together() -> None:
+            for columns, tensors in read.items():
+                row = summarize_many(tensors, columns)
+                add(row, layout_of_row(row.numel()))
+            read.clear()
+
         with torch.no_grad():
-            return merge(parts, layouts), None, None
+            for gradient, (width, layout, columns, *_) in zip(gradients, ctx.parts, strict=True):
+                if columns and gradient is not None:
+                    if columns not in read:
+                        read_together()
+                    read.setdefault(columns, []).append(gradient)
+                    continue
+                read_together()
+                if gradient is None:  # the backward pass did not come here: it is of no elements
+                    add(given[0].new_zeros(width, dtype=ctx.dtype), layout_of_row(width))
+                else:
+                    add(gradient, layout or layout_of_row(width))
+            read_together()
+            if any(layout for _, layout, *_ in ctx.parts):
+                return merge(rows, layouts), None
+            return torch.cat(rows), None

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from tmm.kernels.build import DTYPES
 from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
 
 Lowering: TypeAlias = Literal["auto", "fused", "operator"]
@@ -21,8 +22,14 @@ _JOINED = 1024  # elements of a row that a GPU keeps in its registers
 _LONGEST = 1 << 18  # of a row: a vocabulary has no more
 _PIECE = 4096  # elements of a row of a tensor that has but one
 
-SMALL_ON_CPU = 1 << 15
-"""Elements of a tensor of which a call takes longer than reading it, on a CPU."""
+SMALL = 1 << 15
+"""Elements of a tensor of which, on a CPU, a call takes longer than reading it."""
+
+TOGETHER = "small: one operator reads several of them"
+"""How such a tensor is reduced."""
+
+WAITING = 1 << 18
+"""Elements of tensors that wait at most to be reduced together: they are in a cache, and kept."""
 
 
 def fused_row(
@@ -36,8 +43,9 @@ def fused_row(
     if lowering == "operator":
         return "as lowering= asks for"
     is_wide = example.device.type == "cpu"
-    if lowering == "auto" and is_wide and elements > SMALL_ON_CPU:
-        return "a CPU reads large tensors faster by an operator"
+    if lowering == "auto" and is_wide:
+        is_small = elements <= SMALL and example.dtype in DTYPES and not example.is_nested
+        return TOGETHER if is_small else "large: on a CPU an operator reads it faster"
     if example.dtype not in (torch.float32, *HALF):
         return f"its dtype is {str(example.dtype).removeprefix('torch.')}"
     rows = rows_of(example)

@@ -78,6 +78,11 @@ class FusedRow:
         return list(rows.order), self.length, COLUMN_SEPARATOR.join(self.partials), self.is_wide
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the partials."""
+        return torch.float64 if self.is_wide else torch.float32
+
+    @property
     def width(self) -> int:
         """Numbers of the row that partials become."""
         return len(self.columns)
@@ -197,10 +202,11 @@ _library.define(
 def _eagerly(
     x: torch.Tensor, order: Sequence[int], length: int, partials: str, is_wide: bool
 ) -> torch.Tensor:
-    made: torch.Tensor = _partials(
-        *(lambda function, *arguments: function(*arguments), lambda x: x.to(torch.float32)),
-        *(x, order, length, partials, is_wide),
-    )
+    def apply(function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    made: torch.Tensor
+    made = _partials(apply, torch.Tensor.float, x, order, length, partials, is_wide)
     return made
 
 

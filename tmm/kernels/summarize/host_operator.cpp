@@ -74,12 +74,12 @@ void write_nothing(int64_t width, double* row) { std::fill_n(row, width, UNDEFIN
 
 // Writes a row of as many numbers as there are columns.
 template <class Element>
-void write_row(const Tensor& given, const std::vector<int64_t>& order, double* row) {
+void write_row(const Tensor& given, const std::vector<int64_t>& order, double* row,
+               int64_t threads) {
   const Tensor tensor = is_dense(given) ? given : torch::stable::contiguous(given);
   const int64_t elements = tensor.numel();
   const auto address = reinterpret_cast<int64_t>(tensor.const_data_ptr());
-  summarize<Element>(1, &address, nullptr, &elements, order.size(), order.data(),
-                     torch::stable::get_num_threads(), row);
+  summarize<Element>(1, &address, nullptr, &elements, order.size(), order.data(), threads, row);
 }
 
 bool has_kernel(const Tensor& tensor) {
@@ -88,13 +88,18 @@ bool has_kernel(const Tensor& tensor) {
          type == ScalarType::BFloat16;
 }
 
-void write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row) {
+void write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row,
+                  int64_t threads) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Double: return write_row<double>(tensor, order, row);
-    case ScalarType::Float: return write_row<float>(tensor, order, row);
-    case ScalarType::Half: return write_row<Float16>(tensor, order, row);
-    default: return write_row<BFloat16>(tensor, order, row);
+    case ScalarType::Double: return write_row<double>(tensor, order, row, threads);
+    case ScalarType::Float: return write_row<float>(tensor, order, row, threads);
+    case ScalarType::Half: return write_row<Float16>(tensor, order, row, threads);
+    default: return write_row<BFloat16>(tensor, order, row, threads);
   }
+}
+
+void write_row_of(const Tensor& tensor, const std::vector<int64_t>& order, double* row) {
+  write_row_of(tensor, order, row, torch::stable::get_num_threads());
 }
 
 // What there is no kernel for, from Python.
@@ -129,6 +134,36 @@ void summarize_into_on_cpu(const Tensor& rows, int64_t start, const Tensor& tens
   std::copy_n(numbers_of(given), width, row);
 }
 
+// The rows of small tensors, which threads share; what there is no kernel for comes from Python.
+Tensor summarize_many_on_cpu(const std::vector<Tensor>& tensors, const std::string& columns) {
+  const std::vector<int64_t> order = order_of(columns);
+  const int64_t width = order.size(), number = tensors.size();
+  const Tensor rows = new_row(width * number);
+  double* row = numbers_of(rows);
+  if (drops_rows) {
+    write_nothing(width * number, row);
+    return rows;
+  }
+  std::vector<Tensor> dense;
+  int64_t elements = 0;
+  for (const Tensor& tensor : tensors) {
+    const bool is_ready = !has_kernel(tensor) || is_dense(tensor);
+    dense.push_back(is_ready ? tensor : torch::stable::contiguous(tensor));
+    elements += tensor.numel();
+  }
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), number);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) \
+    if (threads > 1 && elements > CHUNK)
+  for (int64_t index = 0; index < number; index++)
+    if (has_kernel(dense[index])) write_row_of(dense[index], order, row + index * width, 1);
+  for (int64_t index = 0; index < number; index++)
+    if (!has_kernel(dense[index])) {
+      const Tensor given = row_of_any(dense[index], columns);
+      std::copy_n(numbers_of(given), width, row + index * width);
+    }
+  return rows;
+}
+
 bool drop_rows(bool drops) { return std::exchange(drops_rows, drops); }
 
 STABLE_TORCH_LIBRARY_IMPL(tmm, CompositeExplicitAutograd, library) {
@@ -138,6 +173,7 @@ STABLE_TORCH_LIBRARY_IMPL(tmm, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(tmm, CPU, library) {
   library.impl("summarize", TORCH_BOX(&summarize_on_cpu));
   library.impl("summarize_into", TORCH_BOX(&summarize_into_on_cpu));
+  library.impl("summarize_many", TORCH_BOX(&summarize_many_on_cpu));
 }
 
 }  // namespace
