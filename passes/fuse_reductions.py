@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from tmm.core.metrics import COLUMN_SEPARATOR
 from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING, fused_row
 from tmm.kernels.fused.row_partials import partials_of
-from tmm.kernels.ops import summarize, summarize_many
+from tmm.kernels.ops import summarize
+from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.edits import storages, written
 from tmm.passes.graph.fused_rows import set_fused
@@ -65,7 +66,7 @@ def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFind
 
 
 def _writes(module: GraphModule) -> dict[int, int]:
-    """The number of the last node that writes to each memory, or one behind all where none tells."""
+    """The last node that writes to each memory, by its number; one behind all if none tells."""
     last: dict[int, int] = {}
     for index, node in enumerate(module.graph.nodes):
         if (tensor := overwritten_by(node)) is not None:

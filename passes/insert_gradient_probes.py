@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.core.families import ACTIVATION_GRADIENT
 from tmm.core.metrics import Reduction
-from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
+from tmm.core.records import Share
 from tmm.core.torch_private import FakeTensor
-from tmm.kernels.dense import packed_dtype
-from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING, fused_row
+from tmm.kernels.fused.choose_lowering import fused_row
 from tmm.kernels.fused.row_partials import FusedRow, Rows
 from tmm.kernels.ops import tap
 from tmm.kernels.unreadable import why_unmeasurable
-from tmm.passes.findings import GraphFindings, RowInput
+from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.edits import add_placeholder, storages, written
 from tmm.passes.graph.provenance import sites_of
 from tmm.passes.graph.rewriter import Rewriter
@@ -29,49 +24,25 @@ from tmm.passes.graph.taps import is_mark, site_of
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import (
     FunctionProbe,
-    Fused,
-    Part,
     columns_of,
     probe,
-    spread_rows,
+)
+from tmm.passes.metrics.gradient_rows import (
+    FAMILY,
+    Place,
+    add_row_input,
+    as_argument,
+    ordered_rows,
+    part_nodes,
+    row_input_of,
 )
 from tmm.passes.metrics.trace import trace_function
 from tmm.passes.request import GraphRequest
-
-FAMILY = ACTIVATION_GRADIENT.name
 
 WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
 """Why a tensor that requires a gradient has no probe: it would hand on none."""
 
 _PROBED = "tmm_probed"
-
-
-@dataclass(eq=False)
-class _Place:
-    """A probe to be inserted: after which tap of which tensor, inside of which calls.
-
-    ``fused`` says how the rows of the reductions are fused, or why they are not.
-    """
-
-    module: GraphModule
-    calls: tuple[tuple[GraphModule, Node], ...]
-    mark: Node
-    tensor: Node
-    reductions: tuple[Reduction, ...]
-    fused: tuple[tuple[Rows, FusedRow] | str, ...] = ()
-    sites: list[Site] = field(default_factory=list)
-    copies: bool = False
-    refusal: str = ""
-    share: Share | None = None
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = value_of(self.tensor).device
-        return device
-
-
-_Row: TypeAlias = tuple[_Place, int]
-"""A row of a place: that of the reduction of that number."""
 
 
 def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
@@ -87,14 +58,14 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
     places = [place for place in all_places if not place.refusal]
     for device in dict.fromkeys(place.device for place in places):
         here = [place for place in places if place.device == device]
-        rows = _ordered(here)
-        row_input = _row_input(device, rows)
+        rows = ordered_rows(here)
+        row_input = row_input_of(device, rows)
         found.row_inputs += (row_input,)
-        given = _add_input(module, row_input, value_of(here[0].tensor))
+        given = add_row_input(module, row_input, value_of(here[0].tensor))
         factor = None
         if request.scales_gradients:
             factor = Rewriter(module.graph, given).call(_first, given)
-        parts = _part_nodes(module, given, factor or given, rows, scaled=factor is not None)
+        parts = part_nodes(module, given, factor or given, rows, scaled=factor is not None)
         nodes = dict(zip(rows, parts, strict=True))
         for place in here:
             own = [_inside(place.calls, nodes[place, i]) for i in range(len(place.reductions))]
@@ -118,12 +89,12 @@ def _places(
     request: GraphRequest,
     shares: Mapping[Node, Share] | None,
     calls: tuple[tuple[GraphModule, Node], ...],
-) -> Iterator[_Place]:
+) -> Iterator[Place]:
     bodies: dict[Node, list[GraphModule]] = {}
     for call, body in nested_calls(module):
         bodies.setdefault(call, []).append(body)
     returned, overwritten = storages(module.graph.output_node().all_input_nodes), written(module)
-    recent: dict[Node, _Place] = {}
+    recent: dict[Node, Place] = {}
     for node in module.graph.nodes:
         if is_mark(node):
             place = _place(module, request, shares, calls, node, returned, overwritten)
@@ -150,7 +121,7 @@ def _place(
     mark: Node,
     returned: set[int],
     overwritten: set[int],
-) -> _Place | None:
+) -> Place | None:
     tensor = mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
@@ -166,7 +137,7 @@ def _place(
         return None
     mark.meta[_PROBED] = True
     fused = tuple(_fused(example, reduction, request) for reduction in reductions)
-    place = _Place(module, calls, mark, tensor, reductions, fused, [site])
+    place = Place(module, calls, mark, tensor, reductions, fused, [site])
     place.share = None if shares is None else shares[mark]
     if not is_grad_enabled:
         place.refusal = WITHOUT_GRADIENT
@@ -222,98 +193,6 @@ def _computes(node: Node) -> bool:
     return node.op not in ("placeholder", "get_attr") and not sites_of(node)
 
 
-def _ordered(places: Sequence[_Place]) -> list[_Row]:
-    """The rows of places, in the order in which they lie: those that are read together last."""
-    rows = [(place, index) for place in places for index in range(len(place.reductions))]
-
-    def together(row: _Row) -> str:
-        place, index = row
-        return columns_of(place.reductions[index]) if place.fused[index] == TOGETHER else ""
-
-    return sorted(rows, key=together)
-
-
-def _row_input(device: torch.device, rows: Sequence[_Row]) -> RowInput:
-    slots, start = [], 0
-    for place, index in rows:
-        reduction = place.reductions[index]
-        slots += [
-            Slot.of(Measurement(FAMILY, site, reduction, place.share), start)
-            for site in place.sites
-        ]
-        start += reduction.width
-    return RowInput(device, start, PackedLayout(tuple(slots), 1))
-
-
-def _add_input(module: GraphModule, row_input: RowInput, like: FakeTensor) -> Node:
-    """The extra input, whose gradient will be the rows of all probes."""
-    with like.fake_mode, torch.enable_grad():
-        value = torch.zeros(
-            row_input.length,
-            dtype=packed_dtype(row_input.device),
-            device=row_input.device,
-            requires_grad=True,
-        )
-    return add_placeholder(module, f"tmm_gradient_rows_{row_input.device.type}", value)
-
-
-def _part_nodes(
-    module: GraphModule, row_input: Node, place: Node, rows: Sequence[_Row], *, scaled: bool
-) -> list[Node]:
-    """The extra input, cut into its ``rows``, after the node ``place``.
-
-    Few operations, and as many in the backward pass, which join what comes back: gradients that are
-    read together wait for one another, until they are many elements.
-    """
-    pieces: list[list[Part]] = [[]]
-    waiting = 0
-    for each, index in rows:
-        part = _part(each, index, scaled=scaled)
-        if part[2]:
-            elements = value_of(each.tensor).numel()
-            if not waiting or waiting + elements > WAITING:
-                pieces.append([])
-                waiting = 0
-            waiting += elements
-        pieces[-1].append(part)
-    pieces = [piece for piece in pieces if piece]
-    at = Rewriter(module.graph, place)
-    cut = [row_input]
-    if len(pieces) > 1:
-        cut = _cut(at, torch.split, row_input, [sum(part[0] for part in piece) for piece in pieces])
-    found = []
-    for node, piece in zip(cut, pieces, strict=True):
-        if any(dtype is not None for *_, dtype in piece):
-            found += _cut(at, spread_rows, node, piece)
-        else:
-            found += _cut(at, torch.split, node, [width for width, *_ in piece])
-    return found
-
-
-def _cut(
-    at: Rewriter, function: Callable[..., Sequence[torch.Tensor]], node: Node, parts: Sequence[Any]
-) -> list[Node]:
-    values = function(value_of(node), parts)
-    cut = at.add("call_function", function, (node, parts), {}, values)
-    return [
-        at.add("call_function", operator.getitem, (cut, index), {}, value)
-        for index, value in enumerate(values)
-    ]
-
-
-def _part(place: _Place, index: int, *, scaled: bool) -> Part:
-    """What comes back as the gradient of a row of a place."""
-    reduction, fused, example = place.reductions[index], place.fused[index], value_of(place.tensor)
-    if fused == TOGETHER:
-        dtype = torch.promote_types(example.dtype, torch.float32) if scaled else example.dtype
-        return reduction.width, [], columns_of(reduction), list(example.shape), dtype
-    if isinstance(fused, str):
-        return reduction.width, [], "", [], None
-    _, row = fused
-    shape = [len(row.partials), example.numel() // row.length]
-    return reduction.width, row.layout, "", shape, row.dtype
-
-
 def _fused(
     example: torch.Tensor, reduction: Reduction, request: GraphRequest
 ) -> tuple[Rows, FusedRow] | str:
@@ -342,15 +221,7 @@ def _inside(calls: tuple[tuple[GraphModule, Node], ...], row: Node) -> Node:
     return row
 
 
-def _as_argument(fused: tuple[Rows, FusedRow] | str) -> Fused:
-    """How a row comes about, as a probe takes it."""
-    if isinstance(fused, str):
-        return "together" if fused == TOGETHER else None
-    rows, row = fused
-    return row.arguments(rows)
-
-
-def _insert(place: _Place, rows: list[Node], factor: Node | None) -> None:
+def _insert(place: Place, rows: list[Node], factor: Node | None) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
@@ -359,7 +230,7 @@ def _insert(place: _Place, rows: list[Node], factor: Node | None) -> None:
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]
-    fused = [_as_argument(how) for how in place.fused]
+    fused = [as_argument(how) for how in place.fused]
     later = {user for user in tensor.users if mark < user}
     at = Rewriter(module.graph, mark)
     if any(functions):

@@ -134,9 +134,7 @@ def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) ->
     graph.call_function(summarize, (nodes["half"], "count,sum"))
     graph.call_function(summarize_into, (row, 0, nodes["complex"], "absmax"))
     graph.call_function(summarize_difference, (nodes["half"], nodes["half"], "sum_squares,dot"))
-    graph.call_function(
-        probe, (nodes["half"], (row, row), ("sum", ""), (None, None), False, row)
-    )
+    graph.call_function(probe, (nodes["half"], (row, row), ("sum", ""), (None, None), False, row))
     graph.output(())
     kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
     device = torch.device("cuda", 1)

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch.fx import GraphModule, Node
 
-from tmm.kernels.ops import REDUCTIONS, summarize_into, summarize_many
+from tmm.kernels.ops import REDUCTIONS, summarize_into
+from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.gradient_probe import probe

@@ -11,7 +11,8 @@ import torch
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.kernels.fused.merge_operator import merge
 from tmm.kernels.fused.row_partials import layout_of_row, partials_of
-from tmm.kernels.ops import histogram, summarize, summarize_many
+from tmm.kernels.ops import histogram, summarize
+from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.metrics.trace import TracedFunction
 
 VERSION = "4"

@@ -38,7 +38,7 @@ from tmm.instrumentation.outputs import tensors_in
 from tmm.kernels.pairs import Normalization
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.graph.sharding import Placed, why_unsummed
-from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
+from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.passes.reference.clone_nodes import BRANCH
 from tmm.passes.request import CheckedModule, PlacementRequest
 from tmm.runtime.key_binding import Binding, KeyRegistry, single_row

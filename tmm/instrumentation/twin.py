@@ -60,8 +60,8 @@ from tmm.kernels.ops import summarize_attention
 from tmm.passes.findings import RowInput
 from tmm.passes.graph.sharding import why_unsummed
 from tmm.passes.insert_attention import SHOWN
-from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
 from tmm.passes.insert_gradient_probes import WITHOUT_GRADIENT
+from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.passes.metrics.trace import MetricFunctionError
 from tmm.passes.reference.prefix_branch import SamplesError
 from tmm.runtime.eager_functions import reduce_eagerly

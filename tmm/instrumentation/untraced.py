@@ -27,7 +27,7 @@ from tmm.instrumentation.uncalled import Uncalled
 from tmm.kernels.build import start_compiling
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 from tmm.passes.graph.sharding import why_unsummed
-from tmm.passes.insert_gradient_probes import FAMILY as GRADIENT
+from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed, local_part
 

@@ -1,7 +1,6 @@
 """The operators that rewritten graphs call: tensors in, rows of partial sums out.
 
-``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_many``
-several to a row each, ``tmm::summarize_difference``
+``tmm::summarize`` and ``tmm::histogram`` reduce one tensor to a row, ``tmm::summarize_difference``
 a pair and its difference without writing that down, ``tmm::summarize_heads`` each head of one,
 ``tmm::summarize_attention`` the distributions of an attention; ``tmm::pack`` joins rows,
 ``tmm::copy`` keeps a whole tensor. ``tmm::summarize_into`` and ``tmm::put`` write rows into a
@@ -95,7 +94,6 @@ _library.define(
 _library.define(
     "summarize_into(Tensor(a!) rows, int start, Tensor x, str columns) -> ()", tags=_tags
 )
-_library.define("summarize_many(Tensor[] tensors, str columns) -> Tensor", tags=_tags)
 _library.define("put(Tensor(a!) rows, int start, Tensor[] given) -> ()", tags=_tags)
 _library.define("drop_rows(bool drops) -> bool")
 _library.define("pack(Tensor[] rows) -> Tensor", tags=_tags)
@@ -233,17 +231,6 @@ def _summarize_into(rows: torch.Tensor, start: int, x: torch.Tensor, columns: st
     _put(rows, start, [_summarize(x, columns)])
 
 
-def _summarize_many(tensors: list[torch.Tensor], columns: str) -> torch.Tensor:
-    names = tuple(columns.split(COLUMN_SEPARATOR))
-    return summarize_group([real(x) for x in tensors], names).reshape(-1)
-
-
-def _summarize_many_shape(tensors: list[torch.Tensor], columns: str) -> torch.Tensor:
-    width = columns.count(COLUMN_SEPARATOR) + 1
-    device = tensors[0].device
-    return tensors[0].new_empty(len(tensors) * width, dtype=packed_dtype(device))
-
-
 def _writes(rows: torch.Tensor, *rest: Any) -> None:
     return None
 
@@ -270,7 +257,6 @@ for _name, _implementation, _shape in (
     ("summarize_heads", _summarize_heads, _summarize_heads_shape),
     ("summarize_attention", _summarize_attention, _summarize_attention_shape),
     ("summarize_into", _summarize_into, _writes),  # of a CPU in C++, likewise
-    ("summarize_many", _summarize_many, _summarize_many_shape),  # of a CPU in C++, likewise
     ("put", _put, _writes),
     ("pack", _pack, _pack_shape),
     ("copy", _copy, _copy_shape),
@@ -290,10 +276,6 @@ REDUCTIONS = (summarize, summarize_difference, summarize_heads, summarize_attent
 summarize_into: Callable[[torch.Tensor, int, torch.Tensor, str], None] = (
     torch.ops.tmm.summarize_into.default
 )
-summarize_many: Callable[[list[torch.Tensor], str], torch.Tensor] = (
-    torch.ops.tmm.summarize_many.default
-)
-"""The rows of several tensors, one after the other, by one call."""
 drop_rows: Callable[[bool], bool] = torch.ops.tmm.drop_rows.default
 """Gives what it was before; see ``tmm.kernels.dropped_rows``."""
 put: Callable[[torch.Tensor, int, list[torch.Tensor]], None] = torch.ops.tmm.put.default
