@@ -7,15 +7,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -196,35 +190,6 @@ def mock_gpus(count: int = 2, chip: Chip = CHIPS[90]) -> None:
 
     GraphLowering.compile_to_module = end
     GraphLowering._compile_to_module = end
-
-
-_GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace {
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  c10::DeviceIndex deviceCount() const noexcept override { return 2; }
-};
-}
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Guard) }
-"""
-
-
-@functools.cache
-def load_guard() -> None:
-    """Give autograd what it asks for to set the device of a thread; a build for CPUs has none.
-
-    Raises ``FileNotFoundError`` without a C++ compiler.
-    """
-    if shutil.which("g++") is None:
-        raise FileNotFoundError("there is no C++ compiler, g++")
-    root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-shared", "-fPIC", "-O0", f"-I{root / 'include'}"]
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(_GUARD)
-        command = ["g++", *flags, str(source), "-o", str(library), f"-L{root / 'lib'}", "-lc10"]
-        subprocess.run(command, check=True)
-        ctypes.CDLL(str(library))
 
 
 def plan_of(compile_graph: Callable[[], object]) -> Plan:

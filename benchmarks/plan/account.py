@@ -27,15 +27,15 @@ Kind: TypeAlias = Literal["triton", "library", "tmm"]
 
 @dataclass(frozen=True)
 class Buffer:
-    """How large a tensor is."""
+    """A tensor: its sizes, and the bytes of an element."""
 
-    elements: int
+    shape: tuple[int, ...]
     item_size: int
 
     @property
     def bytes(self) -> int:
         """Of all elements."""
-        return self.elements * self.item_size
+        return math.prod(self.shape) * self.item_size
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class _Reader:
     inputs: list[Buffer | int]
     launches: list[Launch] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    """Names that were given to memory which has another name."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Names of the sizes of a tensor."""
 
     def read(self, statement: ast.stmt) -> None:
         if isinstance(statement, ast.Expr):
@@ -129,34 +129,38 @@ class _Reader:
         if not isinstance(target, ast.Name):
             return
         if isinstance(value, ast.Name) and value.id in self.known:
-            self._name(target.id, self.known[value.id], value.id)
+            self._name(target.id, self.known[value.id])
         elif isinstance(value, ast.Call) and _dotted(value.func).startswith("empty_strided"):
             self.known[target.id] = self._allocated(value)
         elif isinstance(value, ast.Call) and _dotted(value.func) == "reinterpret_tensor":
-            owner, view = self._view(value)
-            self._name(target.id, view, owner)
+            _, view = self._view(value)
+            self._name(target.id, view)
+        elif isinstance(value, ast.Call) and _dotted(value.func).endswith(".size"):
+            self.shapes[target.id] = self._buffer(_dotted(value.func).removesuffix(".size")).shape
         elif not self._launch(value) and not self._joins_pieces(target.id, value):
             number = self._number(value)
             if number is not None:
                 self.numbers[target.id] = number
 
-    def _name(self, name: str, buffer: Buffer, owner: str) -> None:
+    def _name(self, name: str, buffer: Buffer) -> None:
         """What the compiler says of a buffer goes before what a line of the text tells of it."""
         self.known.setdefault(name, buffer)
-        self.aliases[name] = owner
 
     def _allocated(self, call: ast.Call) -> Buffer:
         dtype = _dotted(call.args[2]).removeprefix("torch.")
-        return Buffer(self._elements(call.args[0]), ITEM_SIZES[dtype])
+        return Buffer(self._shape(call.args[0]), ITEM_SIZES[dtype])
 
-    def _elements(self, sizes: ast.expr) -> int:
+    def _shape(self, sizes: ast.expr) -> tuple[int, ...]:
         assert isinstance(sizes, ast.Tuple)
         found = [self._number(size) for size in sizes.elts]
         if None in found:
             raise UnknownSizeError(f"{ast.unparse(sizes)} holds a size that is not known")
-        return math.prod(number for number in found if number is not None)
+        return tuple(number for number in found if number is not None)
 
     def _number(self, expression: ast.expr) -> int | None:
+        if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
+            sizes = self.shapes.get(_dotted(expression.value))
+            return None if sizes is None else sizes[expression.slice.value]
         if any(
             not (
                 isinstance(node, (ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Constant))
@@ -179,7 +183,7 @@ class _Reader:
         else:
             assert isinstance(inner, ast.Name)
             name, base = inner.id, self._buffer(inner.id)
-        return name, Buffer(self._elements(call.args[1]), base.item_size)
+        return name, Buffer(self._shape(call.args[1]), base.item_size)
 
     def _buffer(self, name: str) -> Buffer:
         if name not in self.known:
@@ -194,7 +198,7 @@ class _Reader:
         kind = kind_of(name)
         if kind is None:
             return False
-        arguments = [*value.args, *(keyword.value for keyword in value.keywords)]
+        arguments = [*value.args, *(one.value for one in value.keywords if one.arg != "stream")]
         method = value.func
         if kind == "library" and isinstance(method, ast.Attribute) and name.count(".") == 1:
             owner = name.split(".")[0]
@@ -227,7 +231,7 @@ class _Reader:
         if None in ends:
             raise UnknownSizeError(f"{ast.unparse(piece)} holds a size that is not known")
         start, end = (end for end in ends if end is not None)
-        read = Buffer(end - start, self._buffer(workspace).item_size)
+        read = Buffer((end - start,), self._buffer(workspace).item_size)
         written = self._buffer(name)
         for call in reversed(calls):
             if call != "view":
@@ -245,7 +249,7 @@ class _Reader:
 
         def visit(argument: ast.expr) -> None:
             if isinstance(argument, ast.Name):
-                if argument.id in self.numbers or argument.id.startswith("stream"):
+                if argument.id in self.numbers:
                     return
                 owner, buffer = argument.id, self._buffer(argument.id)
             elif isinstance(argument, ast.Call) and _dotted(argument.func) == "reinterpret_tensor":

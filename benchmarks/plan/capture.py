@@ -2,13 +2,13 @@
 
 The real programs are planned: Dynamo traces the step, tmm rewrites its graph, AOTAutograd
 differentiates and splits it, and Inductor schedules and writes both halves. Only then does it end.
-Tensors are those of this machine; while a graph is traced they say that they lie on ``cuda:0``.
+Tensors are those of this machine. While graphs are made of them, fake tensors tell Python that they
+lie on ``cuda:0``; torch's own code in C++ takes them for what they are, as it has no GPUs here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,9 +16,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
-from benchmarks.mocked_gpu import load_guard
 from benchmarks.plan.account import Buffer
 from benchmarks.plan.identity import identities, identity, name_nodes
 
@@ -38,7 +39,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class OperatorCall:
-    """A call of one of tmm's operators in a graph; tensors are fake ones."""
+    """A call of one of tmm's operators in a graph; its tensors are on the meta device."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -70,7 +71,6 @@ def plans_of(step: Callable[[], object], names: Mapping[int, str]) -> list[Graph
     ``names`` are those of the tensors that the step reads, by their ``id``, so that the nodes of
     two programs can be told to be the same. In a process of its own, after ``mock_gpus``.
     """
-    load_guard()
     found: list[GraphPlan] = []
     with contextlib.suppress(_Planned), _captured(found, names):
         step()
@@ -85,21 +85,23 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
     from torch._inductor import compile_fx
     from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.graph import GraphLowering
-    from torch._subclasses.meta_utils import MetaTensorDescriber
+    from torch._subclasses.fake_tensor import FakeTensor
 
-    describe, compile_graph = MetaTensorDescriber.describe_tensor, compile_fx.compile_fx
+    compile_graph, device_of = compile_fx.compile_fx, FakeTensor._normalize_fake_device
     joint_passes, comment = (
         compile_fx._recursive_joint_graph_passes,
         TritonScheduling.codegen_comment,
     )
+    tells_device = FakeTensor.device.fget  # "meta" while an operation runs
     inputs: dict[str, str] = {}
     computed: list[Computed] = []
 
-    def described(self: Any, tensor: torch.Tensor, **options: Any) -> Any:
-        description = describe(self, tensor, **options)
-        if description.device.type == "cpu" and not _is_fake(tensor):
-            description = dataclasses.replace(description, device=GPU)
-        return description
+    def normalized(device: torch.device) -> torch.device:
+        return device_of(torch.device("cpu") if device.type == GPU.type else device)
+
+    def shown(self: Any) -> torch.device:
+        device: torch.device = tells_device(self)
+        return GPU if device.type == "cpu" else device
 
     def compiled(module: GraphModule, examples: Sequence[Any], *rest: Any, **options: Any) -> Any:
         inputs.update(_labels(examples, names))
@@ -107,6 +109,7 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
         return compile_graph(module, examples, *rest, **options)
 
     def passed(module: GraphModule, *rest: Any, **options: Any) -> Any:
+        _put_on_gpu(module)
         result = joint_passes(module, *rest, **options)
         name_nodes(result, inputs)
         return result
@@ -135,7 +138,8 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
 
     with contextlib.ExitStack() as stack:
         for owner, name, function in (
-            (MetaTensorDescriber, "describe_tensor", described),
+            (FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
+            (FakeTensor, "device", property(shown)),
             (compile_fx, "compile_fx", compiled),
             (compile_fx, "_recursive_joint_graph_passes", passed),
             (TritonScheduling, "codegen_comment", commented),
@@ -156,12 +160,6 @@ def _module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
 def _labels(examples: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]:
     """Names of the primals of a graph: of the tensor that is known, or of its kind and number."""
     found: dict[str, str] = {}
@@ -174,6 +172,17 @@ def _labels(examples: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]
             label = f"{kind} {seen[kind]}"
         found[f"primals_{index + 1}"] = label or str(index)
     return found
+
+
+def _put_on_gpu(module: GraphModule) -> None:
+    """Let tensors that operations in C++ make lie where what they are made from seems to lie."""
+
+    def moved(argument: Any) -> Any:
+        is_device = isinstance(argument, torch.device)
+        return GPU if is_device and argument.type == "cpu" else argument
+
+    for node in module.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(moved, (node.args, node.kwargs))
 
 
 def _choose_flash_attention(module: GraphModule) -> None:
@@ -234,18 +243,28 @@ def _inputs(graph: Any) -> list[Buffer | int]:
 
 
 def _buffer(size: Sequence[Any], dtype: torch.dtype) -> Buffer:
-    elements = 1
-    for length in size:
-        elements *= int(length)
-    return Buffer(elements, dtype.itemsize)
+    return Buffer(tuple(map(int, size)), dtype.itemsize)
 
 
 def _operators(graph: Any) -> list[OperatorCall]:
     found = []
     for node in graph.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tmm":
-            arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            arguments = torch.fx.node.map_arg((node.args, node.kwargs), _on_meta)
             (positional, named) = arguments
             name = node.target.overloadpacket.__name__
             found.append(OperatorCall(name, (*positional, *named.values())))
     return found
+
+
+def _on_meta(node: Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return value
+    with unset_fake_temporarily():
+        shape = torch.empty_strided(
+            *(tuple(map(int, sizes)) for sizes in (value.shape, value.stride())),
+            dtype=value.dtype,
+            device="meta",
+        )
+    return shape

@@ -12,12 +12,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.mocked_gpu import plan_of
 from benchmarks.plan.account import Buffer, Launch, launches_of
-from benchmarks.plan.capture import OperatorCall
+from benchmarks.plan.capture import GPU, OperatorCall
 from tmm.kernels import ops
 from tmm.kernels.summarize import inductor_rows
 
@@ -38,8 +39,7 @@ class OperatorLaunches:
     def of(self, call: OperatorCall) -> list[Launch] | None:
         """The launches of a call in their order; None for an operator that cannot be run so."""
         implementation = getattr(ops, f"_{call.name}", None)
-        fakes = [x for x in tree_leaves(call.arguments) if isinstance(x, torch.Tensor)]
-        if implementation is None or not fakes:
+        if implementation is None:
             return None
         counter = _Counter()
 
@@ -49,14 +49,16 @@ class OperatorLaunches:
             text = self._text(columns, dtype, device, several)
 
             def run(rows: torch.Tensor) -> torch.Tensor:
-                counter.launches += self._launches(text, rows, several=several)
+                given = Buffer(tuple(map(int, rows.shape)), rows.element_size())
+                counter.launches += launches_of(text, inputs=[given])
                 return rows.new_empty(len(columns), dtype=torch.float64)
 
             return run
 
-        mode = fakes[0].fake_mode  # type: ignore[attr-defined]
-        with mock.patch.object(inductor_rows, "_kernel", kernel), torch.no_grad(), mode, counter:
-            implementation(*call.arguments)
+        with mock.patch.object(inductor_rows, "_kernel", kernel), torch.no_grad(), FakeTensorMode():
+            arguments = tree_map_only(torch.Tensor, _on_gpu, call.arguments)
+            with counter:
+                implementation(*arguments)
         return counter.launches
 
     def _text(self, *key: Any) -> str:
@@ -64,11 +66,9 @@ class OperatorLaunches:
             self.texts[key] = plan_of(lambda: self._make(*key)).text
         return self.texts[key]
 
-    @staticmethod
-    def _launches(text: str, rows: torch.Tensor, *, several: bool) -> list[Launch]:
-        sizes = [int(length) for length in rows.shape][0 if several else 1 :]
-        given = Buffer(rows.numel(), rows.element_size())
-        return launches_of(text, inputs=[*sizes, given])
+
+def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
 
 
 class _Counter(TorchDispatchMode):
@@ -81,7 +81,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if not function.is_view and name not in _FREE:
+        if function.namespace == "aten" and not function.is_view and name not in _FREE:
             tensors = {
                 id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)
             }
