@@ -52,7 +52,9 @@ CAPABILITIES = (80, 90, 100)
 def run_part(*arguments: str, given: str = "") -> Any:
     """What a part of the plan prints, in a process of its own with caches of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        caches = {name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        caches = {
+            name: f"{folder}/{name}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        }
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.plan.process", *arguments],
             env={**os.environ, **ENVIRONMENT, **caches},
@@ -132,32 +134,43 @@ def totals_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def fused_rows(
+def changed_kernels(
     found: Mapping[str, Mapping[str, Any]], resources: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Of each plain kernel that has become another one: what both take."""
+    """Of each plain kernel that has become another one, and of each that was added: what they take.
+
+    An added one has no plain one.
+    """
     rows = []
     for name, variant in found.items():
         if name == PLAIN:
             continue
         for index, (own, other, comparison) in enumerate(comparisons(found[PLAIN], variant)):
-            for (plain, fused), times in comparison.pairs.items():
-                if _text(own["sources"], plain) == _text(other["sources"], fused):
-                    continue
-                kernels = [
-                    best(resources[source_name(program, index, kernel)])
-                    for program, kernel in ((PLAIN, plain), (name, fused))
-                ]
-                rows.append(
-                    {
-                        "program": name,
-                        "graph": "backward" if own["is_backward"] else "forward",
-                        "kernel": fused,
-                        "launches": times,
-                        "plain": kernels[0],
-                        "fused": kernels[1],
-                    }
-                )
+
+            def row(
+                plain: str | None,
+                kernel: str,
+                times: int,
+                name: str = name,
+                index: int = index,
+                backward: bool = own["is_backward"],
+            ) -> dict[str, Any]:
+                return {
+                    "program": name,
+                    "graph": "backward" if backward else "forward",
+                    "plain_kernel": plain,
+                    "kernel": kernel,
+                    "launches": times,
+                    "plain": plain and best(resources[source_name(PLAIN, index, plain)]),
+                    "now": best(resources[source_name(name, index, kernel)]),
+                }
+
+            rows += [
+                row(plain, kernel, times)
+                for (plain, kernel), times in comparison.pairs.items()
+                if _text(own["sources"], plain) != _text(other["sources"], kernel)
+            ]
+            rows += [row(None, kernel, times) for kernel, times in comparison.added.items()]
     return rows
 
 
@@ -190,13 +203,18 @@ def takes(numbers: Mapping[str, Any]) -> str:
     return f"{numbers['registers']}, {numbers['spilled']}, {numbers['occupancy']:.0%}"
 
 
-def fused_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The kernels of a plain program that are others now."""
-    title = "kernels that changed: registers, spilled bytes, occupancy on sm_90"
-    table = Table("program", "graph", "kernel", "launches", "plain", "with it", title=title)
+def changed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The kernels of the plain program that are others now, and those that were added."""
+    title = "changed and added kernels: registers, spilled bytes, occupancy on sm_90"
+    columns = ("program", "graph", "plain kernel", "kernel", "launches", "plain", "now")
+    table = Table(*columns, title=title)
     for row in rows:
-        cells = (row["program"], row["graph"], row["kernel"][:70], str(row["launches"]))
-        table.add_row(*cells, takes(row["plain"]), takes(row["fused"]))
+        names = (row["plain_kernel"] or "", row["kernel"])
+        cells = (row["program"], row["graph"], *(name[:50] for name in names))
+        table.add_row(
+            *(*cells, str(row["launches"])),
+            *("" if numbers is None else takes(numbers) for numbers in (row["plain"], row["now"])),
+        )
     return table
 
 
@@ -268,12 +286,12 @@ def main(
         found[name] = run_part("variant", name, size)
         print(f"{name}: planned", flush=True)
     resources = run_part("kernels", given=json.dumps(all_sources(found)))
-    rows = fused_rows(found, resources)
+    rows = changed_kernels(found, resources)
     splits = split_lines(found)
     console = Console(width=170)
     console.print(found[PLAIN]["workload"])
     console.print(totals_table(found))
-    console.print(fused_table(rows))
+    console.print(changed_table(rows))
     for name, pairs in splits.items():
         text = "; ".join(f"{plain} (a part became {part})" for plain, part in pairs)
         console.print(f"{name}: {text or 'no plain kernel was split in two'}")

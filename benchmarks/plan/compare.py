@@ -34,11 +34,13 @@ def compare(plain: Sequence[Kernel], other: Sequence[Kernel]) -> Comparison:
     """Tell the launches of one graph in two programs apart.
 
     A launch of the plain program is taken for that of the other one which stores most of what it
-    stores, and computes most of what it computes. A launch that is taken for none was added. Where
+    stores, and least else that the plain program knows, and then for that which computes most of
+    what it computes, and least else. A launch that is taken for none was added. Where
     it stores something that the plain program computed inside of a launch, and that launch's own
     successor no longer computes, the plain one was split.
     """
-    images = [_image(kernel, other) for kernel in plain]
+    known = frozenset[str]().union(*(kernel.origins | kernel.stored for kernel in plain))
+    images = [_image(kernel, other, known) for kernel in plain]
     new = [index for index in range(len(other)) if index not in images]
     pairs = Counter(
         (kernel.name, other[image].name)
@@ -54,15 +56,22 @@ def compare(plain: Sequence[Kernel], other: Sequence[Kernel]) -> Comparison:
     return Comparison(pairs, Counter(other[index].name for index in new), tuple(split))
 
 
-def _image(kernel: Kernel, other: Sequence[Kernel]) -> int | None:
-    def likeness(index: int) -> tuple[int, int, int]:
+def _image(kernel: Kernel, other: Sequence[Kernel], known: frozenset[str]) -> int | None:
+    def likeness(index: int) -> tuple[int, int, int, int]:
         candidate = other[index]
-        stored = len(kernel.stored & candidate.stored)
-        computed = len(kernel.origins & candidate.origins)
-        return stored, computed, -len(candidate.origins)
+        return (
+            len(kernel.stored & candidate.stored),
+            -len((candidate.stored & known) - kernel.stored),
+            len(kernel.origins & candidate.origins),
+            -len((candidate.origins & known) - kernel.origins),
+        )
 
     best = max(range(len(other)), key=likeness, default=None)
-    return None if best is None or likeness(best)[:2] == (0, 0) else best
+    if best is None or not (
+        kernel.stored & other[best].stored or kernel.origins & other[best].origins
+    ):
+        return None
+    return best
 
 
 def _is_part(added: Kernel, plain: Kernel, image: Kernel | None) -> bool:

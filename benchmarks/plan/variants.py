@@ -16,9 +16,7 @@ from benchmarks.workloads import FIVE_METRICS, GPT_124M, GPT_TOY, Workload
 
 PLAIN, HOOKS = "plain", "hooks before torch.compile"
 ACTIVATIONS = tmm.Spec(tmm.activation(*FIVE_METRICS))
-WITH_GRADIENTS = tmm.Spec(
-    tmm.activation(*FIVE_METRICS), tmm.activation_gradient(*FIVE_METRICS)
-)
+WITH_GRADIENTS = tmm.Spec(tmm.activation(*FIVE_METRICS), tmm.activation_gradient(*FIVE_METRICS))
 
 LOWERINGS: Mapping[str, Mapping[str, Any]] = {
     "operators": {},
