@@ -1,8 +1,8 @@
 """The launches of a text that Inductor generated, and the bytes of their arguments.
 
-Nothing here needs a device, Triton or torch: the text of ``call`` is read as Python. Bytes are those
-of the arguments of each launch. A buffer counts once per launch, by as much of it as the launch is
-given; what a kernel reads of an argument, and how often, its text does not tell.
+Nothing here needs a device, Triton or torch: the text of ``call`` is read as Python. Bytes are
+those of the arguments of each launch. A buffer counts once per launch, by as much of it as the
+launch is given; what a kernel reads of an argument, and how often, its text does not tell.
 """
 
 from __future__ import annotations
@@ -102,6 +102,13 @@ def _dotted(node: ast.expr) -> str:
     return ".".join([node.id, *parts]) if isinstance(node, ast.Name) else ""
 
 
+_ARITHMETIC = (
+    *(ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Constant),
+    *(ast.Name, ast.expr_context),
+)
+"""What a size may be computed with."""
+
+
 @dataclass
 class _Reader:
     known: dict[str, Buffer]
@@ -161,13 +168,7 @@ class _Reader:
         if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
             sizes = self.shapes.get(_dotted(expression.value))
             return None if sizes is None else sizes[expression.slice.value]
-        if any(
-            not (
-                isinstance(node, (ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Constant))
-                or isinstance(node, (ast.Name, ast.expr_context))
-            )
-            for node in ast.walk(expression)
-        ):
+        if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(expression)):
             return None
         names = [node.id for node in ast.walk(expression) if isinstance(node, ast.Name)]
         if any(name not in self.numbers for name in names):
@@ -212,7 +213,7 @@ class _Reader:
         return True
 
     def _joins_pieces(self, name: str, value: ast.expr) -> bool:
-        """Note ``workspace[start : end].view(rows, columns).sum(dim=0)`` and what is done behind it.
+        """Note ``workspace[start : end].view(rows, columns).sum(dim=0)`` and what follows it.
 
         That is how the second half of a reduction is written whose first half rode along with one
         in the other direction.

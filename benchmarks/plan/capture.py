@@ -49,8 +49,8 @@ class OperatorCall:
 class GraphPlan:
     """What Inductor generates for one graph.
 
-    ``sizes`` are those of its buffers by name, ``inputs`` those of its inputs in order, ``computed``
-    tells of each launch of a Triton kernel, ``operators`` are the calls of tmm's operators.
+    ``sizes`` are its buffers by name, ``inputs`` its inputs in order, ``computed`` tells of each
+    launch of a Triton kernel, ``operators`` are the calls of tmm's operators.
     """
 
     text: str
@@ -144,7 +144,7 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
             (compile_fx, "_recursive_joint_graph_passes", passed),
             (TritonScheduling, "codegen_comment", commented),
             (GraphLowering, "compile_to_module", ended),
-            # What sites need of a GPU is planned by itself, and what they need of a CPU is not built.
+            # What sites need of a GPU is planned by itself; what they need of a CPU is not built.
             ("tmm.instrumentation.backend", "compile_kernels", lambda module: None),
             ("tmm.instrumentation.backend", "start_compiling", lambda *sources: None),
         ):
@@ -262,9 +262,8 @@ def _on_meta(node: Node) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     with unset_fake_temporarily():
-        shape = torch.empty_strided(
+        return torch.empty_strided(
             *(tuple(map(int, sizes)) for sizes in (value.shape, value.stride())),
             dtype=value.dtype,
             device="meta",
         )
-    return shape

@@ -1,8 +1,8 @@
 """Names for the nodes of a graph that do not depend on what else stands in it.
 
-A node is what it computes: its operation, and what its inputs are. Two programs that compute the same
-value have nodes of one name for it, though one of them measures it as well and both number their
-nodes otherwise. Views that change nothing are what they view.
+A node is what it computes: its operation, and what its inputs are. Two programs that compute the
+same value have nodes of one name for it, though one of them measures it as well and both number
+their nodes otherwise. Views that change nothing are what they view.
 """
 
 from __future__ import annotations

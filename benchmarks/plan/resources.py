@@ -155,7 +155,7 @@ def _autotuner(source: str) -> Any:
     """What a generated text defines: a kernel with the configurations that are tried."""
     from torch._inductor.runtime import triton_helpers
 
-    with mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
+    with mock.patch.object(triton_helpers, "set_driver_to_gpu"):
         module = _load(source)
     (name,) = (n for n, value in vars(module).items() if hasattr(value, "configs"))
     return getattr(module, name)
