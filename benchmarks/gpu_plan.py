@@ -204,18 +204,25 @@ def takes(numbers: Mapping[str, Any]) -> str:
 
 
 def changed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The kernels of the plain program that are others now, and those that were added."""
-    title = "changed and added kernels: registers, spilled bytes, occupancy on sm_90"
+    """The kernels of the plain program that are others now."""
+    title = "kernels that are others now: registers, spilled bytes, occupancy on sm_90"
     columns = ("program", "graph", "plain kernel", "kernel", "launches", "plain", "now")
     table = Table(*columns, title=title)
     for row in rows:
-        names = (row["plain_kernel"] or "", row["kernel"])
-        cells = (row["program"], row["graph"], *(name[:50] for name in names))
-        table.add_row(
-            *(*cells, str(row["launches"])),
-            *("" if numbers is None else takes(numbers) for numbers in (row["plain"], row["now"])),
-        )
+        if row["plain_kernel"] is None:
+            continue
+        cells = (row["program"], row["graph"], row["plain_kernel"][:50], row["kernel"][:50])
+        table.add_row(*cells, str(row["launches"]), takes(row["plain"]), takes(row["now"]))
     return table
+
+
+def added_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What launches of Triton kernels a program has that do no work of the plain one."""
+    if not rows:
+        return "no launch of a Triton kernel was added"
+    launches = sum(row["launches"] for row in rows)
+    registers = max(row["now"]["registers"] for row in rows)
+    return f"{launches} launches of {len(rows)} Triton kernels added, {registers} registers at most"
 
 
 def split_lines(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[str]]]:
@@ -293,8 +300,10 @@ def main(
     console.print(totals_table(found))
     console.print(changed_table(rows))
     for name, pairs in splits.items():
+        added = [row for row in rows if row["program"] == name and row["plain_kernel"] is None]
         text = "; ".join(f"{plain} (a part became {part})" for plain, part in pairs)
-        console.print(f"{name}: {text or 'no plain kernel was split in two'}")
+        split = f"split: {text}" if text else "no plain kernel was split in two"
+        console.print(f"{name}: {added_line(added)}; {split}")
     spilling = [name for name, tried in resources.items() if best(tried)["spilled"]]
     console.print(f"kernels that spill: {', '.join(spilling) or 'none'}")
     own_found: dict[int, Any] = {}

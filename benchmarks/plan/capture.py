@@ -218,9 +218,10 @@ def _computed(schedule: Any) -> Computed:
     stored = {}
     for node in nodes:
         origins |= set(node.origins)
-        origin = node.get_origin_node()
-        if origin is not None:
-            stored[node.get_name()] = identity(origin)
+        origin = node.get_origin_node() or max(node.origins, default=None)
+        if origin is not None:  # it may write to a buffer that has another name
+            names = (node.get_name(), *node.get_mutation_names())
+            stored |= dict.fromkeys(names, identity(origin))
     return Computed(identities(origins), stored)
 
 

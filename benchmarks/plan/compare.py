@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
@@ -34,13 +34,15 @@ def compare(plain: Sequence[Kernel], other: Sequence[Kernel]) -> Comparison:
     """Tell the launches of one graph in two programs apart.
 
     A launch of the plain program is taken for that of the other one which stores most of what it
-    stores, and least else that the plain program knows, and then for that which computes most of
-    what it computes, and least else. A launch that is taken for none was added. Where
+    stores, and least of what others of the plain program store, and then for that which computes
+    most of what it computes, and least else. A launch that is taken for none was added. Where
     it stores something that the plain program computed inside of a launch, and that launch's own
     successor no longer computes, the plain one was split.
     """
-    known = frozenset[str]().union(*(kernel.origins | kernel.stored for kernel in plain))
-    images = [_image(kernel, other, known) for kernel in plain]
+    of_plain = frozenset[str]().union(*(kernel.stored for kernel in plain))
+    images: list[int | None] = []
+    for kernel in plain:
+        images.append(_image(kernel, other, of_plain, images))
     new = [index for index in range(len(other)) if index not in images]
     pairs = Counter(
         (kernel.name, other[image].name)
@@ -56,14 +58,17 @@ def compare(plain: Sequence[Kernel], other: Sequence[Kernel]) -> Comparison:
     return Comparison(pairs, Counter(other[index].name for index in new), tuple(split))
 
 
-def _image(kernel: Kernel, other: Sequence[Kernel], known: frozenset[str]) -> int | None:
-    def likeness(index: int) -> tuple[int, int, int, int]:
+def _image(
+    kernel: Kernel, other: Sequence[Kernel], of_plain: frozenset[str], taken: Container[int | None]
+) -> int | None:
+    def likeness(index: int) -> tuple[int, int, int, int, bool]:
         candidate = other[index]
         return (
             len(kernel.stored & candidate.stored),
-            -len((candidate.stored & known) - kernel.stored),
+            -len((candidate.stored & of_plain) - kernel.stored),
             len(kernel.origins & candidate.origins),
-            -len((candidate.origins & known) - kernel.origins),
+            -len(candidate.origins - kernel.origins),
+            index not in taken,  # of equal ones each is the image of one
         )
 
     best = max(range(len(other)), key=likeness, default=None)

@@ -2,7 +2,7 @@
 
 A node is what it computes: its operation, and what its inputs are. Two programs that compute the
 same value have nodes of one name for it, though one of them measures it as well and both number
-their nodes otherwise. Views that change nothing are what they view.
+their nodes otherwise. Views are one of what the first of them views, or that itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 _NAME = "benchmark_identity"
-_SAME = ("view", "reshape", "_unsafe_view", "alias", "detach")
+_VIEWS = ("view", "reshape", "_unsafe_view", "alias", "detach")
 
 
 def name_nodes(module: GraphModule, inputs: Mapping[str, str]) -> None:
@@ -40,12 +40,16 @@ def identities(nodes: Iterable[Node]) -> frozenset[str]:
 
 
 def _structure(node: Node) -> str:
-    if (viewed := _viewed(node)) is not None:
-        return identity(viewed)
     if node.op == "get_attr":
         return f"get_attr {node.target}"
+    if _is_view(node):
+        return _view(node)
     arguments = (*node.args, *sorted(node.kwargs.items()))
     parts = [str(node.target), *map(_text, arguments)]
+    return _hash(*parts)
+
+
+def _hash(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -59,15 +63,24 @@ def _text(argument: object) -> str:
     return repr(argument)
 
 
-def _viewed(node: Node) -> Node | None:
-    """What a view of the same sizes and strides views."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    if node.target.namespace != "aten" or node.target.overloadpacket.__name__ not in _SAME:
-        return None
-    (source, *_), value = node.args, node.meta.get("val")
-    seen = source.meta.get("val") if isinstance(source, Node) else None
-    if not (isinstance(value, torch.Tensor) and isinstance(seen, torch.Tensor)):
-        return None
-    is_same = value.shape == seen.shape and value.stride() == seen.stride()
-    return source if is_same and isinstance(source, Node) else None
+def _is_view(node: Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = node.target.overloadpacket.__name__
+    return node.target.namespace == "aten" and name in _VIEWS
+
+
+def _view(node: Node) -> str:
+    root = node
+    while _is_view(root):
+        (source, *_) = root.args
+        assert isinstance(source, Node)
+        root = source
+    layouts = [
+        (tuple(value.shape), value.stride())
+        for value in (each.meta.get("val") for each in (node, root))
+        if isinstance(value, torch.Tensor)
+    ]
+    if len(set(layouts)) == 1:
+        return identity(root)
+    return _hash("view", identity(root), str(layouts[0]))
