@@ -21,22 +21,48 @@ from torch.utils._pytree import tree_leaves
 ENVIRONMENT = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Settings that Inductor reads when it is imported, those of every thread."""
 
-PROPERTIES = SimpleNamespace(
-    name="NVIDIA H200",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=139 << 30,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    warp_size=32,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    L2_cache_size=50 << 20,
-    gcnArchName="",
-)
-"""Of each device."""
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of GPU, as far as kernels are chosen by it."""
+
+    name: str
+    capability: int
+    processors: int
+    shared_memory: int
+    """Bytes that the blocks of a multiprocessor have between them."""
+    memory: int
+    registers: int = 65536
+    threads: int = 2048
+    blocks: int = 32
+    """Of a multiprocessor, as are the two before: the most that it holds at a time."""
+
+    def properties(self) -> SimpleNamespace:
+        """What torch tells of such a device."""
+        major, minor = divmod(self.capability, 10)
+        return SimpleNamespace(
+            name=self.name,
+            major=major,
+            minor=minor,
+            multi_processor_count=self.processors,
+            total_memory=self.memory,
+            regs_per_multiprocessor=self.registers,
+            max_threads_per_multi_processor=self.threads,
+            max_threads_per_block=1024,
+            warp_size=32,
+            shared_memory_per_block_optin=self.shared_memory - 1024,
+            shared_memory_per_multiprocessor=self.shared_memory,
+            L2_cache_size=50 << 20,
+            gcnArchName="",
+        )
+
+
+CHIPS = {
+    80: Chip("NVIDIA A100", 80, 108, 164 << 10, 80 << 30),
+    90: Chip("NVIDIA H200", 90, 132, 228 << 10, 139 << 30),
+    100: Chip("NVIDIA B200", 100, 148, 228 << 10, 180 << 30),
+}
+"""By compute capability."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,7 @@ class Planned(BaseException):
         self.plan = plan
 
 
-def mock_gpus(count: int = 2) -> None:
+def mock_gpus(count: int = 2, chip: Chip = CHIPS[90]) -> None:
     """Let torch take this machine for one with ``count`` GPUs; the first one is current."""
     from torch._dynamo import device_interface
     from torch._inductor import config
@@ -96,14 +122,15 @@ def mock_gpus(count: int = 2) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
+    properties = chip.properties()
     names = {
         "is_available": True,
         "is_initialized": False,
         "device_count": count,
         "current_device": 0,
-        "get_device_properties": PROPERTIES,
-        "get_device_capability": (9, 0),
-        "get_device_name": PROPERTIES.name,
+        "get_device_properties": properties,
+        "get_device_capability": (properties.major, properties.minor),
+        "get_device_name": chip.name,
         "is_bf16_supported": True,
         "_lazy_init": None,
         "_exchange_device": 0,
@@ -121,8 +148,8 @@ def mock_gpus(count: int = 2) -> None:
         "is_available": True,
         "current_device": 0,
         "device_count": count,
-        "get_compute_capability": 90,
-        "get_device_properties": PROPERTIES,
+        "get_compute_capability": chip.capability,
+        "get_device_properties": properties,
         "get_raw_stream": 0,
         "is_triton_capable": True,
         "raise_if_triton_unavailable": None,
@@ -130,13 +157,18 @@ def mock_gpus(count: int = 2) -> None:
     for name, value in of_interface.items():
         setattr(interface, name, staticmethod(_always(value)))
     interface.device = contextlib.nullcontext
-    interface.Worker.get_device_properties = staticmethod(_always(PROPERTIES))
+    interface.Worker.get_device_properties = staticmethod(_always(properties))
     interface.Worker.current_device = staticmethod(_always(0))
-    target = GPUTarget("cuda", 90, 32)
-    limits = {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+    target = GPUTarget("cuda", chip.capability, 32)
+    limits = {
+        "max_shared_mem": properties.shared_memory_per_block_optin,
+        "multiprocessor_count": chip.processors,
+        "warpSize": 32,
+        "max_num_regs": chip.registers,
+    }
     driver.set_active(
         SimpleNamespace(
-            utils=SimpleNamespace(get_device_properties=_always({**limits, "max_num_regs": 65536})),
+            utils=SimpleNamespace(get_device_properties=_always(limits)),
             get_current_target=lambda: target,
             get_current_device=lambda: 0,
             get_current_stream=lambda index=0: 0,

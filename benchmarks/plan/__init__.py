@@ -1,0 +1,1 @@
+"""What Inductor plans for a GPU: captured from real graphs, accounted, and assembled."""
