@@ -112,6 +112,9 @@ class OnDevice(torch.Tensor):
         mode = next(x.mode for x in tensors if isinstance(x, OnDevice))
         return mode.call(function, args, kwargs or {})
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, list):
             self.mode.device.wait("a list of indices")
@@ -272,16 +275,22 @@ class _Stream:
 
 
 @contextmanager
-def mocked_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Within the block ``cuda:0`` and ``cuda:1`` can be used, by plain torch operations."""
+def mocked_device(
+    monkeypatch: pytest.MonkeyPatch, languages: tuple[str, ...] = ("torch",)
+) -> Iterator[Device]:
+    """Within the block ``cuda:0`` and ``cuda:1`` can be used.
+
+    By kernels in these ``languages``: plain torch operations, and where Triton interprets those in
+    ``Triton``, see ``Interpreted``.
+    """
     device = Device()
 
-    def functions(operation: str, kind: str) -> Any:
+    def functions(operation: str, where: torch.device) -> Any:
         from tmm.kernels import kernel_registry
 
-        found = kernel_registry.candidates(operation, kind)  # type: ignore[arg-type]
-        plain = [kernel for kernel in found if kind == "cpu" or kernel.language == "torch"]
-        return tuple(map(kernel_registry.function_of, plain))
+        found = kernel_registry.candidates(operation, where.type)  # type: ignore[arg-type]
+        chosen = [k for k in found if where.type == "cpu" or k.language in languages]
+        return tuple(map(kernel_registry.function_of, chosen))
 
     def event(*_: object, **__: object) -> _Event:
         return _Event(device)
@@ -338,6 +347,22 @@ def _load_guard() -> None:
         command = ["g++", *flags, str(source), "-o", str(library), f"-L{root / 'lib'}", "-lc10"]
         subprocess.run(command, check=True)
         ctypes.CDLL(str(library))
+
+
+class Interpreted:
+    """A kernel of Triton that the interpreter runs on what tensors of the mocked device hold."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches += 1
+            with _without_modes():
+                self.kernel[grid](*map(_held, args), **kwargs)
+
+        return launch
 
 
 def to_device(module: torch.nn.Module, device: str = "cuda:0") -> torch.nn.Module:

@@ -20,9 +20,12 @@ from tmm.kernels.build import instruction_set, why_not_compiled
 from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 
-Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention"]
+Operation: TypeAlias = Literal[
+    "summarize", "summarize_group", "summarize_pairs", "summarize_attention"
+]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-"""One tensor, many tensors at once, and the distributions of an attention."""
+"""One tensor, many at once, many with what they are compared with, and the distributions of an
+attention."""
 
 ANY = "any"
 """Stands for every type of device."""
@@ -80,6 +83,21 @@ KERNELS = (
         package="triton",
     ),
     Kernel("summarize_group", ANY, "torch", "summarize.group_host:summarize_group_with_torch"),
+    Kernel(
+        "summarize_pairs",
+        "cpu",
+        "C++",
+        "summarize.group_host:summarize_pairs_on_host",
+        sources=HOST_SOURCES,
+    ),
+    Kernel(
+        "summarize_pairs",
+        "cuda",
+        "Triton",
+        "summarize.group_triton:summarize_pairs_with_triton",
+        package="triton",
+    ),
+    Kernel("summarize_pairs", ANY, "torch", "summarize.pair_rows:summarize_pairs_with_torch"),
     Kernel(
         "summarize_attention",
         "cpu",
