@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tmm
+from tests.mocked_device import load_guards
 from tests.test_floors import FILES
 from tmm.core.metrics import COLUMN_ORDER, METRIC_NAMES, PAIR_COLUMNS, builtin_reductions
 from tmm.core.torch_private import FakeTensor
@@ -84,6 +85,7 @@ class Without64(TorchDispatchMode):
 @contextmanager
 def without_float64(kind: str) -> Iterator[Without64]:
     mode = Without64(kind)
+    load_guards()
     with FakeTensorMode(allow_non_fake_inputs=True), mode:
         yield mode
 
@@ -117,9 +119,8 @@ def further_rows(kind: str) -> None:
 
 
 def scaler(kind: str) -> None:
-    of_user = torch.amp.GradScaler(kind, enabled=False)
+    of_user = torch.amp.GradScaler("cpu")
     watched = WatchedScaler(of_user, lambda: None)
-    of_user._enabled = True
     device = torch.device(kind)
     assert watched.factor(device).dtype is torch.float32  # before a loss was scaled
     of_user._scale = torch.full((), 1024.0, device=kind)
