@@ -72,17 +72,8 @@ def summarize_chunks(
         pairs = zip(tensors, subtracted, strict=True)
         together = [flatten_pair(own.detach(), other.detach()) for own, other in pairs]
         flat, others = ([flatten(pair[side]) for pair in together] for side in (0, 1))
-    written = TENSOR_COLUMNS if subtracted is None else COLUMN_ORDER
-    constants = {
-        "FOURTH": "moment4" in columns,
-        "CHUNK": _CHUNK,
-        "BLOCK": _BLOCK,
-        # All columns: reading the elements costs more than what is not asked for.
-        "WIDTH": len(written),
-        "IS_PAIR": subtracted is not None,
-        "BOTH": any(name in columns for name in PAIR_COLUMNS),
-        "num_warps": 8,  # few enough elements per thread to stay in registers
-    }
+    written = _written(is_pair=subtracted is not None)
+    constants = _constants(columns, is_pair=subtracted is not None)
     reduce = _rows_of_stack if _are_stacked(flat) and _are_stacked(others) else _rows_by_table
     device = flat[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -90,6 +81,47 @@ def summarize_chunks(
     if columns != written:
         rows = torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
     return merge_rows(rows, owner, len(flat), columns)
+
+
+def compile_pairs_ahead(
+    own: torch.dtype,
+    other: torch.dtype,
+    columns: tuple[str, ...],
+    elements: int,
+    device: torch.device,
+) -> None:
+    """Compile what ``summarize_pairs_with_triton`` needs for one such pair, if it can read it.
+
+    Unless its tensors come to lie at addresses that are not aligned.
+    """
+    if own not in _DTYPES or other not in _DTYPES or not elements:
+        return
+    with torch.cuda.device(device):
+        _reduce_stacked.warmup(
+            *(own, other, elements, -(-elements // _CHUNK), torch.float64),
+            WIDE=_wide(own, other),
+            ALIGNMENT=_ALIGNMENT,
+            grid=(1,),
+            **_constants(columns, is_pair=True),
+        )
+
+
+def _written(*, is_pair: bool) -> tuple[str, ...]:
+    """The row that kernels write: reading the elements costs more than what is not asked for."""
+    return COLUMN_ORDER if is_pair else TENSOR_COLUMNS
+
+
+def _constants(columns: tuple[str, ...], *, is_pair: bool) -> dict[str, Any]:
+    """What kernels are compiled for, besides dtypes and alignment."""
+    return {
+        "FOURTH": "moment4" in columns,
+        "CHUNK": _CHUNK,
+        "BLOCK": _BLOCK,
+        "WIDTH": len(_written(is_pair=is_pair)),
+        "IS_PAIR": is_pair,
+        "BOTH": any(name in columns for name in PAIR_COLUMNS),
+        "num_warps": 8,  # few enough elements per thread to stay in registers
+    }
 
 
 def _are_stacked(flat: Sequence[torch.Tensor]) -> bool:
@@ -117,7 +149,7 @@ def _rows_of_stack(
     )
     _reduce_stacked[(total,)](
         *(own, other, elements, chunks, rows),
-        WIDE=_wide(own, other),
+        WIDE=_wide(own.dtype, other.dtype),
         ALIGNMENT=_ALIGNMENT if is_aligned else 1,
         **constants,
     )
@@ -151,16 +183,13 @@ def _rows_by_table(
     all_elements, all_first, *all_addresses, owner = table.split([*sizes, total])
     rows = torch.empty(total, constants["WIDTH"], dtype=torch.float64, device=table.device)
     start = 0
-    for ((dtype, other_dtype, is_aligned), members), own_chunks in zip(
-        groups.items(), owners[1:], strict=True
-    ):
-        one = members[0]
+    for (dtype, other_dtype, is_aligned), own_chunks in zip(groups, owners[1:], strict=True):
         _reduce_chunks[(len(own_chunks),)](
             *(all_addresses[0], all_addresses[-1], all_elements, all_first),
             *(owner[start:], rows[start:]),
             DTYPE=_of_triton(dtype),
             OTHER=_of_triton(other_dtype),
-            WIDE=_wide(flat[one], others[one]),
+            WIDE=_wide(dtype, other_dtype),
             ALIGNMENT=_ALIGNMENT if is_aligned else 1,
             **constants,
         )
@@ -168,9 +197,9 @@ def _rows_by_table(
     return rows, owner
 
 
-def _wide(own: torch.Tensor, other: torch.Tensor) -> Any:
+def _wide(own: torch.dtype, other: torch.dtype) -> Any:
     """The dtype that elements are added up in."""
-    return tl.float64 if torch.float64 in (own.dtype, other.dtype) else tl.float32
+    return tl.float64 if torch.float64 in (own, other) else tl.float32
 
 
 def _of_triton(dtype: torch.dtype) -> Any:
