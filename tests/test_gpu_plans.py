@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import tmm
 from benchmarks import mocked_gpu
@@ -18,6 +19,7 @@ from tmm.core.torch_private import FakeTensorMode
 from tmm.instrumentation import backend, kernels_ahead
 from tmm.kernels.attention.attention_call import AttentionCall
 from tmm.kernels.ops import _histogram, inner_edges, summarize, summarize_difference, summarize_into
+from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.inductor_rows import _kernel
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 from tmm.passes.graph.values import set_value
@@ -206,6 +208,36 @@ def test_the_kernel_of_pairs_is_compiled_ahead() -> None:
     )
     # Of 2**31 elements and more another one is needed, whose sizes have 64 bits.
     assert found == [2, 4]
+
+
+def test_a_kernel_is_compiled_apart_from_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever modes and contexts there are: those of a fake tensor would end it."""
+    seen: list[bool] = []
+
+    def compile_kernel(*_: object) -> Any:
+        context = torch._guards.TracingContext.try_get()
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        modes = [context, fake, *torch.utils._python_dispatch._get_current_dispatch_mode_stack()]
+        kinds = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+        seen.append(all(mode is None for mode in modes) and not any(kinds))
+        return lambda x: x
+
+    monkeypatch.setattr(inductor_rows, "_compile", compile_kernel)
+    given = ("sum",), torch.float32, torch.device("cpu"), True
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        _kernel(*given)
+        return module.forward
+
+    contexts = FakeTensorMode(), torch.inference_mode(), FlopCounterMode(display=False)
+    for context in (*contexts, torch.autocast("cpu", dtype=torch.bfloat16)):
+        _kernel.cache_clear()
+        with context:
+            _kernel(*given)
+    _kernel.cache_clear()
+    torch.compile(torch.sin, backend=compile_graph)(torch.randn(3))
+    _kernel.cache_clear()
+    assert seen == [True] * 5
 
 
 @pytest.mark.slow

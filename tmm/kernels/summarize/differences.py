@@ -58,13 +58,8 @@ def lie_alike(own: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def is_read_as_it_lies(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a kernel can reduce the pair, and needs no copy for it on an accelerator.
-
-    That of a CPU reads one dtype.
-    """
-    if not can_be_read_together(own, other):
-        return False
-    return own.dtype == other.dtype if own.is_cpu else lie_alike(own, other)
+    """Whether a kernel of an accelerator can reduce the pair, and needs no copy for it."""
+    return can_be_read_together(own, other) and lie_alike(own, other)
 
 
 def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ def summarize_pairs(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor:
     """One row per pair of tensors of one shape, all of them on one device.
 
     Pairs that a kernel can read as they lie are reduced together, without their differences being
-    written down; a part of the others at a time.
+    written down; a part of the others at a time. That of a CPU reads all of them or none.
 
     Returns:
         Float64 (``packed_dtype``), shape ``(len(pairs), len(columns))``, on their device; columns
@@ -65,6 +65,8 @@ def summarize_pairs(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor:
     """
     device = pairs[0][0].device
     with torch.no_grad():
+        if device.type == "cpu":
+            return kernel_registry.run("summarize_pairs", device, pairs, columns)
         as_they_lie = [is_read_as_it_lies(*pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=as_they_lie.__getitem__)
         others = as_they_lie.count(False)

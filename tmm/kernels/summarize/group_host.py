@@ -8,7 +8,7 @@ import torch
 
 from tmm.kernels.build import DTYPES
 from tmm.kernels.dense import flatten, real
-from tmm.kernels.summarize.differences import Pairs, flatten_pair, is_read_as_it_lies
+from tmm.kernels.summarize.differences import Pairs, flatten_pair
 from tmm.kernels.summarize.host import summarize_on_host
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
@@ -32,10 +32,16 @@ def summarize_pairs_on_host(pairs: Pairs, columns: tuple[str, ...]) -> torch.Ten
 
     None where its kernel cannot read all of them pair by pair, and where there is none.
     """
-    if not all(own.is_cpu and is_read_as_it_lies(own, other) for own, other in pairs):
+    if not all(_can_be_read_together(own, other) for own, other in pairs):
         return None
     flat = [flatten_pair(own, other) for own, other in pairs]
     return _by_dtype([own for own, _ in flat], columns, [other for _, other in flat])
+
+
+def _can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the kernel knows both: it reads one dtype."""
+    is_known = own.dtype == other.dtype and own.dtype in DTYPES and own.shape == other.shape
+    return is_known and own.is_cpu and other.is_cpu
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
