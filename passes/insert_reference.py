@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from tmm.core.records import Site
+from tmm.core.torch_private import stays_in_memory
 from tmm.kernels.ops import tap, tap_input, tap_shown
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings, ReferenceEnds
@@ -99,6 +100,10 @@ def _compare(
     used = {node: substitute for node, substitute in substitutes.items() if substitute.users}
     for node in substitutes.keys() - used.keys():
         module.graph.erase_node(substitutes[node])
+    for node in compared:
+        # What a graph overwrites has another counterpart behind it, in the same forward pass.
+        if node in used and node not in written.values() and asked.stays(node):
+            stays_in_memory(used[node])
     return ReferenceEnds(
         tuple(i for i, node in enumerate(placeholders) if node in used and node in compared),
         tuple(i for i, node in enumerate(placeholders) if node in used and node in others),

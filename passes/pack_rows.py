@@ -7,10 +7,11 @@ from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import Reduction
 from tmm.core.records import PackedLayout, Site, Slot
-from tmm.kernels.fused.merge_operator import merge
+from tmm.kernels.fused.merge_operator import merge_parts
 from tmm.kernels.ops import pack
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.fused_rows import fused_of
+from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.slots import slots_of, take_slots
 from tmm.passes.graph.values import set_value, value_of
 from tmm.passes.graph.written_rows import write_rows
@@ -82,10 +83,8 @@ def _join(module: GraphModule, rows: list[Node]) -> Node:
 
 def _merge(module: GraphModule, rows: list[Node]) -> Node:
     layout = [number for row in map(fused_of, rows) if row is not None for number in row.layout]
-    with module.graph.inserting_before(module.graph.output_node()):
-        merged = module.graph.call_function(merge, (rows, layout))
-    set_value(merged, merge([value_of(row) for row in rows], layout))
-    return merged
+    at = Rewriter(module.graph, module.graph.output_node().prev)
+    return at.call(merge_parts, rows, layout)
 
 
 def _group_by_reduction(nodes: list[Node]) -> None:

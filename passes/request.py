@@ -36,6 +36,10 @@ class CheckedModule:
     normalization: Normalization | None = None
 
 
+def _never(node: Node) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class ComparisonRequest:
     """What is compared with the reference.
@@ -43,7 +47,8 @@ class ComparisonRequest:
     ``select`` gives the reductions of a module's output and its counterpart; ``check`` what the
     refined coordinate check asks of a module. ``parameter`` gives the ``id`` of the tensor that a
     placeholder is, for those that the model holds under a name (parameters, buffers and the like),
-    and None for others; ``is_part`` tells that the graph is not the whole model: other inputs may
+    and None for others; ``stays`` tells of those whether the counterpart lies in the same place in
+    each step; ``is_part`` tells that the graph is not the whole model: other inputs may
     have counterparts as well, and outputs and what is overwritten are to have them. With
     ``samples`` those items alone are compared. ``refusal`` says why nothing can be.
     """
@@ -54,6 +59,7 @@ class ComparisonRequest:
     is_part: bool = False
     samples: Samples | None = None
     refusal: str = ""
+    stays: Callable[[Node], bool] = _never
 
     def checked(self, site: Site) -> CheckedModule | None:
         """What the refined coordinate check asks of the module that a site is of."""

@@ -75,7 +75,7 @@ def apply_function(
         if not isinstance(result, torch.Tensor):
             if not isinstance(result, (Number, np.ndarray)):
                 raise TypeError(f"it gave {result!r}, which is neither a number nor a tensor")
-            result = torch.as_tensor(result, dtype=torch.float64)
+            result = torch.as_tensor(result, dtype=torch.float64, device="cpu")
     except Exception as error:
         raise RuntimeError(
             f"the metric {reduction.metrics[0]!r} failed on a tensor of shape"

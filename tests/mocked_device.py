@@ -8,23 +8,21 @@ that it is done, or is waited for; ``Device.run()`` lets the device come to the 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.device_interface  # which derives classes of its own from those of events
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests import device_hooks
 
 aten = torch.ops.aten
 
@@ -43,24 +41,21 @@ _INDEXING = {
 }
 
 
-_GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace {
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  c10::DeviceIndex deviceCount() const noexcept override { return 2; }
-};
-}
-namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Guard) }
-"""
-
-
 @dataclass
 class Device:
     """What was asked of the mocked device."""
 
     waits: list[str] = field(default_factory=list)
-    """Each wait of a thread for the device, with the line of tmm that led to it."""
+    """Each wait of the main thread for the device, with the line of tmm that led to it."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Those of other threads."""
     events: int = 0
+    busy: int = 0
+    """Events whose waiting keeps a core busy."""
+    asked: list[tuple[str, object, object]] = field(default_factory=list)
+    """The thread that asks an event, or waits for it; its device, and what the thread's own is."""
+    current: threading.local = field(default_factory=threading.local)
+    """``device`` of a thread, where somebody has said so."""
     pinned: int = 0
     copies: int = 0
     """Copies from the device to the host."""
@@ -82,7 +77,9 @@ class Device:
         frames = [f for f in traceback.extract_stack() if "/tests/" not in f.filename]
         own = [f for f in frames if "/tmm/" in f.filename or "/runtime/" in f.filename]
         where = own[-1] if own else None
-        self.waits.append(f"{what} by {where.filename}:{where.lineno}" if where else what)
+        is_main = threading.current_thread() is threading.main_thread()
+        waits = self.waits if is_main else self.elsewhere
+        waits.append(f"{what} by {where.filename}:{where.lineno}" if where else what)
         self.run()
 
 
@@ -111,6 +108,9 @@ class OnDevice(torch.Tensor):
         tensors = pytree.tree_leaves((args, kwargs))
         mode = next(x.mode for x in tensors if isinstance(x, OnDevice))
         return mode.call(function, args, kwargs or {})
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, list):
@@ -249,15 +249,20 @@ class _Mode(TorchDispatchMode):
 class _Event:
     """An event of the mocked device, recorded behind the work that it was told to do so far."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, blocking: bool) -> None:
         device.events += 1
+        device.busy += not blocking
         self._device = device
         self._behind = 0
+        self._of: object = None
 
-    def record(self, stream: object = None) -> None:
+    def record(self, stream: _Stream) -> None:
         self._behind = self._device.done + len(self._device.pending)
+        self._of = stream.device
 
     def query(self) -> bool:
+        current = getattr(self._device.current, "device", None)
+        self._device.asked.append((threading.current_thread().name, self._of, current))
         return self._device.done >= self._behind
 
     def synchronize(self) -> None:
@@ -272,22 +277,34 @@ class _Stream:
 
 
 @contextmanager
-def mocked_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """Within the block ``cuda:0`` and ``cuda:1`` can be used, by plain torch operations."""
+def mocked_device(
+    monkeypatch: pytest.MonkeyPatch, languages: tuple[str, ...] = ("torch",)
+) -> Iterator[Device]:
+    """Within the block ``cuda:0`` and ``cuda:1`` can be used.
+
+    By kernels in these ``languages``: plain torch operations, and where Triton interprets those in
+    ``Triton``, see ``Interpreted``.
+    """
     device = Device()
 
-    def functions(operation: str, kind: str) -> Any:
+    def functions(operation: str, where: torch.device) -> Any:
         from tmm.kernels import kernel_registry
 
-        found = kernel_registry.candidates(operation, kind)  # type: ignore[arg-type]
-        plain = [kernel for kernel in found if kind == "cpu" or kernel.language == "torch"]
-        return tuple(map(kernel_registry.function_of, plain))
+        found = kernel_registry.candidates(operation, where.type)  # type: ignore[arg-type]
+        chosen = [k for k in found if where.type == "cpu" or k.language in languages]
+        return tuple(map(kernel_registry.function_of, chosen))
 
-    def event(*_: object, **__: object) -> _Event:
-        return _Event(device)
+    def event(*_: object, blocking: bool = False, **__: object) -> _Event:
+        return _Event(device, blocking=blocking)
 
-    def on(_: object) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def on(where: Any) -> Iterator[None]:
+        before = getattr(device.current, "device", None)
+        device.current.device = torch.device(where)
+        try:
+            yield
+        finally:
+            device.current.device = before
 
     def stream(where: Any) -> _Stream:
         return _Stream(torch.device(where))
@@ -306,6 +323,19 @@ def mocked_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
 
         return made
 
+    def made_there(make: Any) -> Any:
+        """Also where modes are left, as around what is measured."""
+
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            where = torch.device(device or "cpu")
+            if where.type != "cuda":
+                return make(*args, device=device, **kwargs)
+            with _without_modes():
+                held = make(*args, device="cpu", **kwargs)
+            return mode.put(held, torch.device("cuda", where.index or 0))
+
+        return made
+
     def pin(tensor: torch.Tensor) -> torch.Tensor:
         return mode.pinned(tensor.clone())
 
@@ -313,31 +343,41 @@ def mocked_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch, "tensor", made_of_numbers(torch.tensor))
     monkeypatch.setattr(torch, "as_tensor", made_of_numbers(torch.as_tensor))
+    for name in ("arange", "full", "ones", "zeros"):
+        monkeypatch.setattr(torch, name, made_there(getattr(torch, name)))
     monkeypatch.setattr("tmm.kernels.kernel_registry._functions", functions)
-    monkeypatch.setattr(torch, "empty", pinning)  # which refuses without a device
+    monkeypatch.setattr(torch, "empty", made_there(pinning))  # which refuses without a device
     monkeypatch.setattr(torch, "Event", event)
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.accelerator, "current_stream", stream)
-    _load_guard()
+    load_guards()
     with mode:
         yield device
 
 
-@functools.cache
-def _load_guard() -> None:
-    """Autograd asks for what sets the device of a thread; this build of torch has none."""
-    if shutil.which("g++") is None:
+def load_guards() -> None:
+    """Autograd and indexing ask for what sets the device of a thread; this torch has none."""
+    if not device_hooks.HAS_COMPILER:
         pytest.skip("no C++ compiler")
-    root = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-shared", "-fPIC", "-O0", f"-I{root / 'include'}"]
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(_GUARD)
-        command = ["g++", *flags, str(source), "-o", str(library), f"-L{root / 'lib'}", "-lc10"]
-        subprocess.run(command, check=True)
-        ctypes.CDLL(str(library))
+    device_hooks.load(device_hooks.GUARDS)
+
+
+class Interpreted:
+    """A kernel of Triton that the interpreter runs on what tensors of the mocked device hold."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.launches = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches += 1
+            with _without_modes():
+                self.kernel[grid](*map(_held, args), **kwargs)
+
+        return launch
 
 
 def to_device(module: torch.nn.Module, device: str = "cuda:0") -> torch.nn.Module:

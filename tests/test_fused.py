@@ -18,8 +18,8 @@ from tests.test_host import check_row, expected
 from tests.triton_interpreter import check_in_the_interpreter
 from tmm.core.metrics import TENSOR_COLUMNS, builtin_reductions
 from tmm.kernels.fused.choose_lowering import fused_row, rows_of
-from tmm.kernels.fused.merge_operator import merge, merge_with_torch
-from tmm.kernels.fused.row_partials import FusedRow, Rows, layout_of_row, partials_of
+from tmm.kernels.fused.merge_operator import merge, merge_joined_with_torch, merge_with_torch
+from tmm.kernels.fused.row_partials import FusedRow, Rows, partials_of
 
 ALL = TENSOR_COLUMNS
 FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
@@ -123,23 +123,12 @@ def test_constants_have_no_deviation(value: float, *, is_wide: bool) -> None:
         assert row["mean"] == pytest.approx(float(x[0, 0]), rel=1e-6, abs=1e-44)
 
 
-def test_rows_that_are_taken_as_they_are() -> None:
-    x, row = torch.randn(4, 8), FusedRow(("count", "sum"), 8, is_wide=True)
-    own = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    layout = [*layout_of_row(3), *row.layout, *layout_of_row(3)]
-    partials = partials_of(x, *row.arguments(Rows((0, 1), 8)))
-    for by in (merge, merge_with_torch):
-        got = by([own, partials, own], layout)
-        want = [1, 2, 3, 32, float(x.double().sum()), 1, 2, 3]
-        assert got.tolist() == pytest.approx(want)
-
-
 def test_layouts_that_do_not_fit_are_refused() -> None:
     x = torch.ones(3, 4, dtype=torch.float64)
     for parts, layout in (
         ([x], [8, 2, 6, 7, 1, 0]),  # three partials, two told
         ([x], [8, 3, 6, 7]),  # too short
-        ([x], [*FusedRow(FIVE, 8, is_wide=True).layout, 0, 1]),  # too long
+        ([x], [*FusedRow(FIVE, 8, is_wide=True).layout, 1]),  # too long
         ([x], [8, 3, 6, 7, 99, 1, 0]),  # an unknown one
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
@@ -257,13 +246,15 @@ def check_triton() -> None:
                 row = FusedRow(columns, 64, is_wide=False)
                 parts.append(partials_of(x, *row.arguments(Rows((0, 1), 64))))
                 layout += row.layout
-                parts.append(torch.tensor([3.0, 4.0], dtype=torch.float64))
-                layout += layout_of_row(2)
-        got = merge_triton.merge_with_triton(parts, layout)
+        joined = torch.cat([part.reshape(-1) for part in parts])
+        number = [part.shape[1] for part in parts]
+        got = merge_triton.merge_joined_with_triton(joined, number, layout)
         assert got is not None
         want = merge_with_torch(parts, layout)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)
-    assert merge_triton.merge_with_triton([parts[0].double(), parts[1]], layout) is None
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14, equal_nan=True)
+        plain = merge_joined_with_torch(joined, number, layout)
+        torch.testing.assert_close(plain, want, rtol=0, atol=0, equal_nan=True)
+    assert merge_triton.merge_joined_with_triton(joined.double(), number, layout) is None
 
 
 def test_the_launch_of_a_gpu() -> None:

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import tmm
 from benchmarks import mocked_gpu
 from benchmarks.mocked_gpu import Plan, blocking_calls, mock_gpus, plan_of
 from tests.triton_interpreter import printed_by
 from tmm.core.metrics import HISTOGRAM_EDGES, builtin_reductions
 from tmm.core.torch_private import FakeTensorMode
-from tmm.instrumentation import kernels_ahead
+from tmm.instrumentation import backend, kernels_ahead
 from tmm.kernels.attention.attention_call import AttentionCall
 from tmm.kernels.ops import _histogram, inner_edges, summarize, summarize_difference, summarize_into
+from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.inductor_rows import _kernel
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 from tmm.passes.graph.values import set_value
@@ -124,6 +127,10 @@ def test_what_waits_is_found() -> None:
 def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(kernels_ahead, "compile_ahead", lambda *given: asked.append(given))
+    monkeypatch.setattr(
+        *(kernels_ahead, "compile_pairs"),
+        lambda own, other, columns: asked.append((own.dtype, other.dtype, columns, own.device)),
+    )
     graph = torch.fx.Graph()
     nodes = {}
     with FakeTensorMode():
@@ -134,6 +141,7 @@ def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) ->
     graph.call_function(summarize, (nodes["half"], "count,sum"))
     graph.call_function(summarize_into, (row, 0, nodes["complex"], "absmax"))
     graph.call_function(summarize_difference, (nodes["half"], nodes["half"], "sum_squares,dot"))
+    graph.call_function(summarize_difference, (nodes["complex"], nodes["complex"], "sum_squares"))
     graph.call_function(probe, (nodes["half"], (row, row), ("sum", ""), (None, None), False, row))
     graph.output(())
     kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
@@ -141,9 +149,95 @@ def test_kernels_are_compiled_with_the_graph(monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [
         (3000, ("count", "sum"), torch.bfloat16, device),
         (3000, ("absmax",), torch.float32, device),
+        (torch.bfloat16, torch.bfloat16, ("sum_squares", "dot"), device),
         (3000, ("sum_squares",), torch.float32, device),
         (3000, ("sum",), torch.float32, device),
     ]
+
+
+def test_kernels_are_compiled_before_the_graph_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each graph that is measured, and not when it runs first."""
+    order: list[str] = []
+    monkeypatch.setattr(backend, "compile_kernels", lambda module: order.append("kernels"))
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        order.append("graph")
+        return module.forward
+
+    compiled = torch.compile(torch.nn.Linear(3, 3), backend=compile_graph)
+    tmm.instrument(compiled, tmm.Spec(tmm.activation("rms")))
+    with tmm.monitor(compiled).step(0):
+        compiled(torch.randn(2, 3))
+    tmm.remove(compiled)
+    assert order == ["kernels", "graph"]
+
+
+def print_pairs_ahead() -> None:
+    """What is compiled ahead for sm_90, and again for a call with tensors that are aligned."""
+    mock_gpus()
+    from tmm.kernels.summarize import group_triton
+
+    given = []
+    for columns, own, other in (
+        (("count", "sum_squares", "dot"), torch.bfloat16, torch.float32),
+        (("count", "mean", "moment2"), torch.float32, torch.float32),
+    ):
+        device = torch.device("cuda", 0)
+        group_triton.compile_pairs_ahead(own, other, columns, 70_000, device)
+        given.append((own, other, columns))
+    kernel = group_triton._reduce_stacked
+    compiled = len(kernel.device_caches[0][0])
+    for own, other, columns in given:
+        for elements in (1, 16, 70_000, 1 << 32):
+            tensors = (torch.empty(elements % 100_000, dtype=dtype) for dtype in (own, other))
+            kernel.run(
+                *(*tensors, elements, -(-elements // (1 << 15))),
+                torch.empty(3, 17, dtype=torch.float64),
+                WIDE=group_triton._wide(own, other),
+                ALIGNMENT=16,
+                grid=(1,),
+                warmup=True,
+                **group_triton._constants(columns, is_pair=True),
+            )
+    print(json.dumps([compiled, len(kernel.device_caches[0][0])]))
+
+
+def test_the_kernel_of_pairs_is_compiled_ahead() -> None:
+    found = json.loads(
+        printed_by("tests.test_gpu_plans", "print_pairs_ahead", **mocked_gpu.ENVIRONMENT)
+    )
+    # Of 2**31 elements and more another one is needed, whose sizes have 64 bits.
+    assert found == [2, 4]
+
+
+def test_a_kernel_is_compiled_apart_from_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever modes and contexts there are: those of a fake tensor would end it."""
+    seen: list[bool] = []
+
+    def compile_kernel(*_: object) -> Any:
+        context = torch._guards.TracingContext.try_get()
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        modes = [context, fake, *torch.utils._python_dispatch._get_current_dispatch_mode_stack()]
+        kinds = torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled()
+        seen.append(all(mode is None for mode in modes) and not any(kinds))
+        return lambda x: x
+
+    monkeypatch.setattr(inductor_rows, "_compile", compile_kernel)
+    given = ("sum",), torch.float32, torch.device("cpu"), True
+
+    def compile_graph(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        _kernel(*given)
+        return module.forward
+
+    contexts = FakeTensorMode(), torch.inference_mode(), FlopCounterMode(display=False)
+    for context in (*contexts, torch.autocast("cpu", dtype=torch.bfloat16)):
+        _kernel.cache_clear()
+        with context:
+            _kernel(*given)
+    _kernel.cache_clear()
+    torch.compile(torch.sin, backend=compile_graph)(torch.randn(3))
+    _kernel.cache_clear()
+    assert seen == [True] * 5
 
 
 @pytest.mark.slow

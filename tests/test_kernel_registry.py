@@ -28,9 +28,9 @@ from tmm.kernels.summarize.inductor_rows import summarize_with_inductor
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
 LANGUAGES = {
-    "cpu": ("C++", "C++", "C++", "C++"),
-    "cuda": ("Inductor", "Triton", "Triton", "Triton"),
-    "mps": ("torch", "torch", "torch", "torch"),
+    "cpu": ("C++", "C++", "C++", "C++", "C++", "torch"),
+    "cuda": ("Inductor", "Triton", "Triton", "Triton", "torch", "Triton"),
+    "mps": ("torch",) * 6,
 }
 
 
@@ -86,9 +86,9 @@ print(*(chosen(operation, "cpu").language for operation in OPERATIONS))
         done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
         return done.stdout.strip()
 
-    assert run() == "torch torch torch torch"
+    assert run() == "torch torch torch torch torch torch"
     folder.chmod(0o777)  # others could put a kernel there
-    assert run() == "torch torch torch torch"
+    assert run() == "torch torch torch torch torch torch"
 
 
 @pytest.fixture

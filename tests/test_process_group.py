@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.interpreters import ROOT, Interpreters
+from tmm.runtime.ranks import gloo
 from tmm.runtime.ranks.gloo import ProcessGroup
 
 SIZES = (0, 1, 1000, 40_000)
@@ -20,6 +21,18 @@ def values_of(rank: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.float6
     values = random.normal(size=size) * 10.0 ** random.uniform(-300, 300, size)
     values[random.random(size) < 0.01] = -np.inf
     return values
+
+
+def test_ranks_that_do_not_reach_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection refused, remote=[127.0.0.1]:29400")
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "new_group", fails)
+    monkeypatch.setattr(gloo, "default_patience", lambda: 60.0)
+    with pytest.raises(RuntimeError, match="not all 2 ranks.*set GLOO_SOCKET_IFNAME to the net"):
+        ProcessGroup(start_seconds=1.0)
 
 
 def reduce(folder: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.registry import lookup_backend
 
 import tmm
-from tmm.instrumentation.compile_settings import settings_for, settings_of
+from tmm.instrumentation.compile_settings import settings_of
 
 
 def counting(counts: list[tuple[int, int]]) -> Callable[..., Any]:
@@ -49,24 +50,70 @@ def test_parameters_are_static_inputs(rules: tuple[tmm.spec.rules.Rule, ...]) ->
 
 
 @pytest.mark.parametrize(
-    ("backend", "options", "is_global", "expected"),
+    ("options", "differ"),
     [
-        ("inductor", {}, False, False),
-        ("inductor", {}, True, True),
-        ("inductor", {"triton.cudagraphs": True}, False, True),
-        ("inductor", {"triton.cudagraphs": False}, True, False),
-        ("cudagraphs", None, False, True),
-        ("eager", None, True, False),
+        ({}, 0),
+        ({"reference_dtype": torch.float64}, 6),  # brought over anew in each step
+        ({"reference_samples": 3}, 0),
+    ],
+)
+def test_what_a_reference_keeps_in_place_is_static(options: dict[str, Any], differ: int) -> None:
+    """Those of both layers and of the normalization; its statistics are kept in place as well."""
+    counts: list[tuple[int, int]] = []
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    compiled = torch.compile(model, backend=counting(counts))
+    spec = tmm.Spec(tmm.activation_difference("rms"), reference="init", **options)
+    tmm.instrument(compiled, spec)
+    monitor = tmm.monitor(compiled)
+    for step in range(3):
+        with monitor.step(step):
+            compiled(torch.randn(5, 4)).sum().backward()
+    (monitored,) = counts
+    static, inputs = monitored
+    assert inputs >= 6 + 1 + 6
+    assert static == 6 + 6 - differ
+    assert all(len(values) for values in monitor.get_all_metrics().values())
+    tmm.remove(compiled)
+
+
+def test_what_lies_elsewhere_moves() -> None:
+    from tmm.spec.module_state import ModelState
+    from tmm.spec.reference import Reference
+
+    module = nn.Linear(2, 3)
+    own = dict(module.named_parameters())
+    kept = {"weight": own["weight"].detach().clone(), "bias": torch.ones(3, device="meta")}
+    reference = Reference(ModelState(module, everything=False), kept)
+    assert reference.stays(own["weight"])
+    assert not reference.stays(own["bias"])  # as with reference_device="cpu" of a model on a GPU
+    assert not reference.stays(torch.ones(3))
+    assert not reference.stays(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_global", "expected"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"mode": "reduce-overhead"}, False, True),
+        ({"mode": "max-autotune"}, False, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False, False),
+        ({"options": {"triton.cudagraphs": True}}, False, True),
+        ({"options": {"triton.cudagraphs": False}}, True, False),
+        ({"backend": "cudagraphs"}, False, True),
+        ({"backend": lookup_backend("cudagraphs")}, False, True),
+        ({"backend": "eager"}, True, False),
+        ({"backend": "aot_eager"}, True, False),
     ],
 )
 def test_programs_whose_outputs_are_overwritten(
-    backend: str, options: dict[str, Any] | None, is_global: bool, expected: bool
+    given: dict[str, Any], is_global: bool, expected: bool
 ) -> None:
     from torch._inductor import config
 
     with config.patch({"triton.cudagraphs": is_global}):
-        compiled = torch.compile(nn.Linear(1, 1), backend=backend, options=options)
-        settings = settings_of(compiled) if options else settings_for(backend)
+        settings = settings_of(torch.compile(nn.Linear(1, 1), **given))
         assert settings is not None
         assert settings.uses_cuda_graphs is expected
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
-from tmm.kernels.fused.merge_operator import merge
-from tmm.kernels.fused.row_partials import layout_of_row, partials_of
+from tmm.kernels.fused.merge_operator import merge_parts
+from tmm.kernels.fused.row_partials import partials_of
 from tmm.kernels.ops import histogram, summarize
 from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.metrics.trace import TracedFunction
@@ -155,32 +155,34 @@ class _Spread(torch.autograd.Function):
         if not given:
             return None, None
         rows: list[torch.Tensor] = []
-        layouts: list[int] = []
         read: dict[str, list[torch.Tensor]] = {}
+        partials: list[torch.Tensor] = []
+        layouts: list[int] = []
 
-        def add(row: torch.Tensor, layout: list[int]) -> None:
-            rows.append(row)
-            layouts.extend(layout)
-
-        def read_together() -> None:
-            for columns, tensors in read.items():
-                row = summarize_many(tensors, columns)
-                add(row, layout_of_row(row.numel()))
-            read.clear()
+        def finish() -> None:
+            """Read what waits, before something else comes."""
+            rows.extend(summarize_many(tensors, columns) for columns, tensors in read.items())
+            if partials:
+                rows.append(merge_parts(partials, layouts))
+            for waiting in (read, partials, layouts):
+                waiting.clear()
 
         with torch.no_grad():
             for gradient, (width, layout, columns, *_) in zip(gradients, ctx.parts, strict=True):
-                if columns and gradient is not None:
-                    if columns not in read:
-                        read_together()
-                    read.setdefault(columns, []).append(gradient)
-                    continue
-                read_together()
                 if gradient is None:  # the backward pass did not come here: it is of no elements
-                    add(given[0].new_zeros(width, dtype=ctx.dtype), layout_of_row(width))
+                    finish()
+                    rows.append(given[0].new_zeros(width, dtype=ctx.dtype))
+                elif columns:
+                    if columns not in read:
+                        finish()
+                    read.setdefault(columns, []).append(gradient)
+                elif layout:
+                    if read:
+                        finish()
+                    partials.append(gradient)
+                    layouts.extend(layout)
                 else:
-                    add(gradient, layout or layout_of_row(width))
-            read_together()
-            if any(layout for _, layout, *_ in ctx.parts):
-                return merge(rows, layouts), None
+                    finish()
+                    rows.append(gradient)
+            finish()
             return torch.cat(rows), None

@@ -56,14 +56,17 @@ Row: TypeAlias = tuple[Place, int]
 
 
 def ordered_rows(places: Sequence[Place]) -> list[Row]:
-    """The rows of places, in the order in which they lie: those that are read together last."""
+    """The rows of places, in the order in which they lie: by how they are computed."""
     rows = [(place, index) for place in places for index in range(len(place.reductions))]
 
-    def together(row: Row) -> str:
+    def kind(row: Row) -> tuple[int, str]:
         place, index = row
-        return columns_of(place.reductions[index]) if place.fused[index] == TOGETHER else ""
+        fused = place.fused[index]
+        if fused == TOGETHER:
+            return 2, columns_of(place.reductions[index])
+        return int(not isinstance(fused, str)), ""
 
-    return sorted(rows, key=together)
+    return sorted(rows, key=kind)
 
 
 def row_input_of(device: torch.device, rows: Sequence[Row]) -> RowInput:

@@ -34,7 +34,9 @@ class ProcessGroup:
         except Exception as error:
             raise RuntimeError(
                 f"not all {self._size} ranks called tmm.instrument within {start_seconds:.0f} s;"
-                " call it on every rank, or give distributed=False to measure each rank by itself"
+                " call it on every rank, or give distributed=False to measure each rank by itself."
+                " If all did, they do not reach one another over gloo, as where the name of a host"
+                " resolves to 127.0.0.1: set GLOO_SOCKET_IFNAME to the network interface"
             ) from error
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
@@ -56,7 +58,7 @@ class ProcessGroup:
 
     def payloads(self, value: bytes, size: int) -> list[bytes]:
         """On rank 0 the bytes of all ranks, in order, each padded to ``size``; else nothing."""
-        own = torch.zeros(size, dtype=torch.uint8)
+        own = torch.zeros(size, dtype=torch.uint8, device="cpu")
         own[: len(value)] = (
             torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else own[:0]
         )

@@ -100,4 +100,4 @@ def _numbers(
         if count > 0:
             number = value / count if kind.aggregate == "mean" else value
             number = np.sqrt(number) if kind.aggregate == "norm" else number
-            yield site, (kind.aggregate, [torch.tensor(number, dtype=torch.float64)])
+            yield site, (kind.aggregate, [torch.tensor(number, dtype=torch.float64, device="cpu")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +52,33 @@ def fuse_operator(operator: Callable[..., Any], body: Callable[..., Any]) -> Non
         return body(apply, as_stored, *arguments)
 
     register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+@contextmanager
+def pending_backwards_as_before() -> Iterator[None]:
+    """Forward passes in the block wait for no backward pass, where CUDA graphs are recorded.
+
+    One whose backward never comes would keep the graphs of later steps from beginning anew until
+    some other backward has run: they would be taken for what follows it.
+    """
+    before = {id(m): m.running_forwards_with_pending_backwards for m in _recorders()}
+    try:
+        yield
+    finally:
+        for recorder in _recorders():
+            pending = before.get(id(recorder), False)
+            recorder.running_forwards_with_pending_backwards = pending
+
+
+def _recorders() -> list[Any]:
+    """What records the CUDA graphs of each device, as far as there are any."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None:
+        return []
+    containers = trees.get_obj(trees.local, "tree_manager_containers").values()
+    managers = (getattr(container, "tree_manager", None) for container in containers)
+    name = "running_forwards_with_pending_backwards"
+    return [manager for manager in managers if hasattr(manager, name)]
 
 
 def find_compiler() -> None:

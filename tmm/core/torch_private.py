@@ -202,6 +202,14 @@ def without_source(node: torch.fx.Node) -> None:
     node._dynamo_source = None
 
 
+def stays_in_memory(node: torch.fx.Node) -> None:
+    """Tell that an input of a graph lies in the same place whenever the graph runs.
+
+    CUDA graphs copy what may not, and are recorded anew where it does not.
+    """
+    node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
+
+
 def graph_sources() -> dict[str, str]:
     """The source of each graph that runs, by the name of the file that it pretends to be in.
 

@@ -337,9 +337,10 @@ class MeasuringBackend:
                 samples = self.sampling.samples(module, comparing.batch)
             is_part = samples is None and (not whole or comparing.inputs.are_traced)
             parameter = partial(_id_of_held, comparing.reference)
+            stays = partial(_counterpart_stays, comparing.reference)
             asked = scope.comparison
             comparison = ComparisonRequest(
-                *(asked.select, asked.check, parameter, is_part, samples, refusal)
+                *(asked.select, asked.check, parameter, is_part, samples, refusal, stays)
             )
         request = GraphRequest(
             *(scope.modules, scope.select, scope.values),
@@ -432,6 +433,12 @@ def _id_of_held(reference: Reference, node: Node) -> int | None:
     if argument is None or not reference.holds(argument.example):
         return None
     return id(argument.example)
+
+
+def _counterpart_stays(reference: Reference, node: Node) -> bool:
+    """Whether what a graph is given as the counterpart of an input lies where it lay before."""
+    argument = argument_of(node)
+    return argument is not None and reference.stays(argument.example)
 
 
 def _nothing() -> None:

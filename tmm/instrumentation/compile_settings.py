@@ -69,7 +69,8 @@ class CompileSettings:
     @property
     def uses_cuda_graphs(self) -> bool:
         """Whether a run may overwrite the outputs of the one before: its options say so, or all."""
-        if getattr(self.backend, "compiler_name", None) == "cudagraphs":
+        given = self.backend, getattr(self.backend, "compiler_fn", None)
+        if any(getattr(each, "compiler_name", None) == "cudagraphs" for each in given):
             return True
         config = getattr(self.backend, "config", None)
         own = config.get("triton.cudagraphs") if isinstance(config, dict) else None

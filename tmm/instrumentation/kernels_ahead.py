@@ -10,7 +10,8 @@ from torch.fx import GraphModule, Node
 from tmm.core.metrics import COLUMN_SEPARATOR
 from tmm.kernels.dense import real_dtype
 from tmm.kernels.ops import summarize, summarize_difference, summarize_into
-from tmm.kernels.summarize.differences import columns_of_difference
+from tmm.kernels.plain_operations import why_no_triton
+from tmm.kernels.summarize.differences import can_be_read_together, columns_of_difference
 from tmm.kernels.summarize.inductor_rows import compile_ahead
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.readings import hinted_elements
@@ -25,9 +26,24 @@ def compile_kernels(module: GraphModule) -> None:
     CUDA graph is warmed up.
     """
     for node in all_nodes(module):
+        if node.target is summarize_difference:
+            own, other = map(_example, node.args[:2])
+            if own is not None and other is not None and can_be_read_together(own, other):
+                names = tuple(str(node.args[2]).split(COLUMN_SEPARATOR))
+                compile_pairs(own, other, names)
+                continue
         for tensor, columns, dtype in _needs(node):
             elements = hinted_elements(tensor)
             compile_ahead(elements, tuple(columns.split(COLUMN_SEPARATOR)), dtype, tensor.device)
+
+
+def compile_pairs(own: torch.Tensor, other: torch.Tensor, columns: tuple[str, ...]) -> None:
+    """Compile the kernel that reads both, if it serves their device."""
+    if own.device.type == "cuda" and why_no_triton(own.device) is None:
+        from tmm.kernels.summarize.group_triton import compile_pairs_ahead
+
+        elements = hinted_elements(own)
+        compile_pairs_ahead(own.dtype, other.dtype, columns, elements, own.device)
 
 
 def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:

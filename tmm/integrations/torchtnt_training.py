@@ -225,7 +225,7 @@ class Outputs:
             output = {"loss": output} if may_be_loss else {}
         for key, value in output.items():
             if isinstance(value, (int, float)):
-                value = torch.tensor(value, dtype=torch.float64)
+                value = torch.tensor(value, dtype=torch.float64, device="cpu")
             if isinstance(key, str) and isinstance(value, torch.Tensor) and value.ndim == 0:
                 wide = torch.promote_types(value.dtype, torch.float32)
                 self._values.setdefault(key, []).append(value.detach().to(wide))

@@ -20,10 +20,17 @@ from tmm.kernels.build import instruction_set, why_not_compiled
 from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 
-Operation: TypeAlias = Literal["summarize", "summarize_group", "summarize_attention", "merge"]
+Operation: TypeAlias = Literal[
+    "summarize",
+    "summarize_group",
+    "summarize_pairs",
+    "summarize_attention",
+    "merge",
+    "merge_joined",
+]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
-"""One tensor, many tensors at once, the distributions of an attention, and partial sums that the
-compiler has fused."""
+"""One tensor, many at once, many with what they are compared with, the distributions of an
+attention, and partial sums that the compiler has fused, of tensors of their own or in one."""
 
 ANY = "any"
 """Stands for every type of device."""
@@ -82,6 +89,21 @@ KERNELS = (
     ),
     Kernel("summarize_group", ANY, "torch", "summarize.group_host:summarize_group_with_torch"),
     Kernel(
+        "summarize_pairs",
+        "cpu",
+        "C++",
+        "summarize.group_host:summarize_pairs_on_host",
+        sources=HOST_SOURCES,
+    ),
+    Kernel(
+        "summarize_pairs",
+        "cuda",
+        "Triton",
+        "summarize.group_triton:summarize_pairs_with_triton",
+        package="triton",
+    ),
+    Kernel("summarize_pairs", ANY, "torch", "summarize.pair_rows:summarize_pairs_with_torch"),
+    Kernel(
         "summarize_attention",
         "cpu",
         "C++",
@@ -102,8 +124,15 @@ KERNELS = (
         "attention.attention_torch:summarize_attention_with_torch",
     ),
     Kernel("merge", "cpu", "C++", "fused.merge_host:merge_on_host", sources=HOST_SOURCES),
-    Kernel("merge", "cuda", "Triton", "fused.merge_triton:merge_with_triton", package="triton"),
     Kernel("merge", ANY, "torch", "fused.merge_operator:merge_with_torch"),
+    Kernel(
+        "merge_joined",
+        "cuda",
+        "Triton",
+        "fused.merge_triton:merge_joined_with_triton",
+        package="triton",
+    ),
+    Kernel("merge_joined", ANY, "torch", "fused.merge_operator:merge_joined_with_torch"),
 )
 """In the order of preference, the plain torch operations of each operation last."""
 

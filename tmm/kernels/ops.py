@@ -24,9 +24,13 @@ from tmm.kernels import kernel_registry
 from tmm.kernels.attention.attention_call import ATTENTION_COLUMNS, chosen_columns, chosen_elements
 from tmm.kernels.attention.choose import summarize_attention as summarize_attention_of
 from tmm.kernels.dense import packed_dtype, real
-from tmm.kernels.summarize.differences import columns_of_difference, difference, further_terms
+from tmm.kernels.summarize.differences import (
+    can_be_read_together,
+    columns_of_difference,
+    difference,
+    further_terms,
+)
 from tmm.kernels.summarize.group import summarize_group
-from tmm.kernels.summarize.group_host import summarize_pairs_on_host
 
 
 def tap(
@@ -112,9 +116,8 @@ def _summarize_shape(x: torch.Tensor, columns: str) -> torch.Tensor:
 
 def _summarize_difference(own: torch.Tensor, other: torch.Tensor, columns: str) -> torch.Tensor:
     names = tuple(columns.split(COLUMN_SEPARATOR))
-    rows = summarize_pairs_on_host([(own, other)], names)
-    if rows is not None:
-        return rows[0]
+    if can_be_read_together(own, other):
+        return kernel_registry.run("summarize_pairs", own.device, [(own, other)], names)[0]
     terms = [(difference(own, other), columns_of_difference(names))]
     terms += further_terms(own, other, names)
     return torch.cat([summarize(term, COLUMN_SEPARATOR.join(needed)) for term, needed in terms])
@@ -127,7 +130,7 @@ def _difference_shape(own: torch.Tensor, other: torch.Tensor, columns: str) -> t
 def inner_edges(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The finite edges of the bins of a histogram."""
     if device.type == "cpu":
-        return torch.as_tensor(HISTOGRAM_EDGES[1:-1].copy(), dtype=dtype)
+        return torch.as_tensor(HISTOGRAM_EDGES[1:-1].copy(), dtype=dtype, device=device)
     # A copy from the CPU would wait for the device, and cannot be recorded in a CUDA graph: powers
     # of two are made of the bits of their exponents.
     bits, digits, bias = _BITS[dtype]

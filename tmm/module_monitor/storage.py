@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tmm.kernels.dense import packed_dtype
 from tmm.runs import keyed_files as files
 from tmm.runs.keyed_files import FileName, as_float
 from tmm.runtime.aggregate import join
@@ -181,7 +182,7 @@ class StorageManager:
             return {}
         if not _holds_tensors(values):
             numbers = [_number(step, key, value) for value in values]
-            parts = [torch.tensor(numbers, dtype=torch.float64)]
+            parts = [torch.tensor(numbers, dtype=torch.float64, device="cpu")]
             return join(key, "mean" if function is None else lambda _: function(values), parts)
         if function is None and any(part.is_complex() for part in values):
             raise ValueError(
@@ -189,7 +190,7 @@ class StorageManager:
                 " gives a real one"
             )
         device = values[0].device
-        if function is None and device.type == "mps":  # has no float64
+        if function is None and packed_dtype(device) is not torch.float64:
             device = torch.device("cpu")
         return join(key, function or "mean", [part.to(device) for part in values])
 

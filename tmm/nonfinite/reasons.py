@@ -201,13 +201,13 @@ def _overflow(call: Call) -> str:
         or not dtype.is_floating_point
     ):
         return ""
-    args, kwargs = tree_map(_widened, (call.args, dict(call.operation.kwargs)))
     if dtype is torch.float64:
         return _too_large_for_float64(call)
     try:
+        args, kwargs = tree_map(_widened, (call.args, dict(call.operation.kwargs)))
         wide = tree_flatten(call.operation.function(*args, **kwargs))[0][position]
     except (RuntimeError, NotImplementedError, TypeError):
-        return ""  # the operation does not exist in float64, or memory is short
+        return ""  # the operation or the device does not know float64, or memory is short
     if wide.dtype is not torch.float64 or wide.shape != call.fresh.shape:
         return ""
     exact = wide[call.fresh].abs()

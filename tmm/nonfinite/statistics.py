@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tmm.kernels.dense import packed_dtype
+
 _NARROW_BYTES = 1  # what is narrower than float16 has hardly any operation of its own
 
 
@@ -66,6 +68,8 @@ def statistics_of(tensor: torch.Tensor, name: str, comes_from: str = "") -> Tens
     """The statistics of a dense tensor; see ``TensorStatistics``."""
     with torch.no_grad():
         values = real_values(tensor.detach())
+        if packed_dtype(values.device) is not torch.float64:
+            values = values.cpu()  # the device has none
         nans = positive = negative = 0
         finite = values
         if values.is_floating_point():

@@ -35,7 +35,7 @@ def numbers_in(
         if isinstance(value, torch.Tensor):
             number = value.detach()
         else:
-            number = torch.tensor(_number(name, value), dtype=torch.float64)
+            number = torch.tensor(_number(name, value), dtype=torch.float64, device="cpu")
         if number.numel() != 1 or number.is_complex():
             raise ValueError(
                 f"log: {name!r} has shape {tuple(number.shape)} and dtype {number.dtype}, and is"

@@ -50,7 +50,7 @@ class RunSteps:
         if self._system is not None:
             values |= self._system.latest()
         for key, value in values.items():
-            number = torch.tensor(value, dtype=torch.float64)
+            number = torch.tensor(value, dtype=torch.float64, device="cpu")
             collector.log(key, number, last, of_all_ranks=False)
 
     def passes(self) -> None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tmm.core.keys import key_of
 from tmm.core.module_names import parameter_names
 from tmm.core.records import Measurement, Site
+from tmm.kernels.dense import packed_dtype
 from tmm.spec.reference import Reference
 
 Placement = Literal["shard", "replicate"]
@@ -283,8 +284,8 @@ def _fingerprint(parameter: torch.Tensor) -> object:
         return None
     sums = []
     for part in local_part(parameter).detach().flatten().split(_AT_ONCE):
-        values = part.to(torch.float64)
-        weights = torch.linspace(1, 2, len(part), dtype=torch.float64, device=part.device)
+        values = part.to(packed_dtype(part.device))
+        weights = torch.linspace(1, 2, len(part), dtype=values.dtype, device=part.device)
         sums += [values.sum(), values @ weights]
     found: list[float] = torch.stack(sums).tolist() if sums else []
     return tuple(parameter.shape), tuple(found)

@@ -63,11 +63,18 @@ class Reference:
         if kept is None or kept.shape != own.shape:
             shared, version = self._shared.get(key, (None, 0))
             return shared.detach() if shared is own and own._version == version else None
-        if kept.device == own.device and kept.dtype == own.dtype:
+        if _serves(kept, own):
             return kept
         self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
         self._memory.add(_memory(self._here[key]))
         return self._here[key]
+
+    def stays(self, own: object) -> bool:
+        """Whether the counterpart of a tensor is kept as it is asked for, in the same place."""
+        if id(own) not in self._names or not isinstance(own, torch.Tensor):
+            return False
+        kept = self._kept.get(self._names[id(own)][0])
+        return kept is not None and kept.shape == own.shape and _serves(kept, own)
 
     def holds(self, own: object) -> bool:
         """Whether the model holds a tensor under a name, with a counterpart or without."""
@@ -108,6 +115,11 @@ class Reference:
         """Give up what was brought over."""
         self._memory -= {_memory(tensor) for tensor in self._here.values()}
         self._here.clear()
+
+
+def _serves(kept: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a counterpart is asked for as it is kept."""
+    return kept.device == own.device and kept.dtype == own.dtype
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ from tmm.core.records import Measurement, Site
 from tmm.instrumentation.apart import why_no_values
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.outputs import tensors_in
+from tmm.kernels.dense import packed_dtype
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed
@@ -33,7 +34,7 @@ def spread(output: torch.Tensor) -> torch.Tensor:
     evenly spaced: 0 where all are equal, about 1 where they have nothing in common.
     """
     rows = output.detach().flatten(0, -2)
-    rows = rows[:: -(-len(rows) // _ROWS)].double()
+    rows = rows[:: -(-len(rows) // _ROWS)].to(packed_dtype(rows.device))
     return (rows - rows.mean(0)).square().mean().sqrt() / rows.square().mean().sqrt()
 
 

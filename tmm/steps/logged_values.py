@@ -21,7 +21,11 @@ def check_logged(caller: str, key: object, aggregate: object) -> None:
 def one_number(caller: str, key: str, value: object) -> torch.Tensor:
     """``value`` as a tensor of one element; raises ``TypeError`` or ``ValueError`` for others."""
     try:
-        number = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+        number = (
+            value
+            if isinstance(value, torch.Tensor)
+            else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        )
     except (TypeError, ValueError) as error:
         raise TypeError(f"{caller}({key!r}): {value!r} is not a number") from error
     if number.numel() != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tmm.core.failures import CALL_THE_MODEL, Gaps, words
+from tmm.core.inductor_private import pending_backwards_as_before
 from tmm.core.rng import unchanged
 from tmm.instrumentation.twin import Twin
 from tmm.runtime.ranks.protocol import CrossRank
@@ -266,7 +267,7 @@ class ModelSteps:
         """One forward pass that compiles the monitored program, and leaves no other trace."""
         self.recorder.recording = True  # of the parts, too
         try:
-            with unchanged(self.twin.module):
+            with unchanged(self.twin.module), pending_backwards_as_before():
                 self.twin.repeat(self.twin.root, *args, **kwargs)
         finally:
             self.recorder.recording = False

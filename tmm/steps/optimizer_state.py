@@ -32,7 +32,11 @@ def age_of(optimizer: Optimizer) -> torch.Tensor | None:
             step = state.get("step")
             if isinstance(step, torch.Tensor):
                 return step.detach().reshape(-1)[:1].to(packed_dtype(step.device), copy=True)
-            return None if step is None else torch.tensor([float(step)], dtype=torch.float64)
+            return (
+                None
+                if step is None
+                else torch.tensor([float(step)], dtype=torch.float64, device="cpu")
+            )
     return None
 
 

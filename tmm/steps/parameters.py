@@ -287,7 +287,7 @@ class ParameterMonitor:
             known = _Norms(
                 names,
                 tuple(total_norm(family, block) for block in ("", *blocks)),
-                on_device(torch.tensor(places), device),
+                on_device(torch.tensor(places, device="cpu"), device),
             )
             self._norms[family] = known
         return known

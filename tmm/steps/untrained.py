@@ -50,5 +50,5 @@ class Untrained:
         keys |= {untrained_key(reason, name): 1.0 for name, reason in found.items()}
         self._told = found
         if keys:
-            values = torch.tensor(list(keys.values()), dtype=torch.float64)
+            values = torch.tensor(list(keys.values()), dtype=torch.float64, device="cpu")
             collector.add_numbers(tuple(keys), values, "max")

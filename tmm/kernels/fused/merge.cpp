@@ -155,15 +155,8 @@ Tensor merge_on_cpu(const std::vector<Tensor>& parts, const std::vector<int64_t>
   Layout numbers(layout);
   for (const Tensor& part : parts) {
     const int64_t length = numbers.next(ANY);
+    STD_TORCH_CHECK(length > 0, "layout: rows have no elements");
     const Tensor tensor = part.is_contiguous() ? part : torch::stable::contiguous(part);
-    if (length == 0) {
-      const int64_t width = numbers.next(ANY);
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.numel() == width,
-                      "parts: not a row of ", width, " numbers");
-      const double* row = static_cast<const double*>(tensor.const_data_ptr());
-      found.insert(found.end(), row, row + width);
-      continue;
-    }
     const std::vector<int64_t> partials = numbers.list(PARTIALS);
     const std::vector<int64_t> columns = numbers.list(WIDTH_OF_ROW);
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == int64_t(partials.size()) &&

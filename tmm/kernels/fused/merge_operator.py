@@ -1,7 +1,9 @@
-"""The operator ``tmm::merge``: the partials of many tensors become one row of float64 numbers.
+"""The operators ``tmm::merge`` and ``tmm::merge_joined``: partials become rows of float64 numbers.
 
 One call serves all that a graph measures on a device: in C++ on a CPU, one launch of Triton on a
-GPU, plain torch operations elsewhere.
+GPU, plain torch operations elsewhere. On a GPU the partials of all tensors lie one after the other
+in one tensor, into which Inductor lets kernels write: no addresses need to be copied there, which
+a CUDA graph would do with those of its recording.
 """
 
 from __future__ import annotations
@@ -19,37 +21,41 @@ from tmm.kernels.fused.row_partials import PARTIALS
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a layout: partials and columns, or neither of a row that is taken as it is."""
+    """One part of a layout: what is given of a tensor, and what is asked for."""
 
     length: int
     partials: tuple[str, ...]
     columns: tuple[str, ...]
-    width: int
 
 
 def parts_of(layout: Sequence[int]) -> Iterator[Part]:
-    """The parts of a layout, which ``FusedRow.layout`` and ``layout_of_row`` give."""
+    """The parts of a layout, each as ``FusedRow.layout`` gives it."""
     numbers = iter(layout)
 
     def names(known: Sequence[str]) -> tuple[str, ...]:
         return tuple(known[next(numbers)] for _ in range(next(numbers)))
 
     for length in numbers:
-        if length:
-            partials, columns = names(PARTIALS), names(TENSOR_COLUMNS)
-            yield Part(length, partials, columns, len(columns))
-        else:
-            yield Part(0, (), (), next(numbers))
+        yield Part(length, names(PARTIALS), names(TENSOR_COLUMNS))
 
 
 def merge_with_torch(parts: Sequence[torch.Tensor], layout: Sequence[int]) -> torch.Tensor:
     """What ``merge`` gives, by plain operations: what its kernels must equal."""
     wide = packed_dtype(parts[0].device)
-    return torch.cat(
-        [
-            _row(tensor.to(wide), part) if part.length else tensor.to(wide)
-            for tensor, part in zip(parts, parts_of(layout), strict=True)
-        ]
+    pairs = zip(parts, parts_of(layout), strict=True)
+    return torch.cat([_row(tensor.to(wide), part) for tensor, part in pairs])
+
+
+def merge_joined_with_torch(
+    joined: torch.Tensor, rows: Sequence[int], layout: Sequence[int]
+) -> torch.Tensor:
+    """What ``merge_joined`` gives, by plain operations."""
+    shapes = [
+        (len(part.partials), number) for part, number in zip(parts_of(layout), rows, strict=True)
+    ]
+    parts = joined.split([partials * number for partials, number in shapes])
+    return merge_with_torch(
+        [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], layout
     )
 
 
@@ -125,10 +131,27 @@ def _merge(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
 
 
 def _merge_shape(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
-    width = sum(part.width for part in parts_of(layout))
+    width = sum(len(part.columns) for part in parts_of(layout))
     return parts[0].new_empty(width, dtype=packed_dtype(parts[0].device))
 
 
+_library.define(
+    "merge_joined(Tensor joined, SymInt[] rows, int[] layout) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+
+
+def _merge_joined(joined: torch.Tensor, rows: list[int], layout: list[int]) -> torch.Tensor:
+    return kernel_registry.run("merge_joined", joined.device, joined, rows, layout)
+
+
+def _merge_joined_shape(joined: torch.Tensor, rows: list[int], layout: list[int]) -> torch.Tensor:
+    width = sum(len(part.columns) for part in parts_of(layout))
+    return joined.new_empty(width, dtype=packed_dtype(joined.device))
+
+
+_library.impl("merge_joined", _merge_joined, "CompositeExplicitAutograd")
+torch.library.register_fake("tmm::merge_joined", _merge_joined_shape, lib=_library)
 _library.impl("merge", _merge, "CompositeExplicitAutograd")  # of a CPU in C++, once it is loaded
 torch.library.register_fake("tmm::merge", _merge_shape, lib=_library)
 
@@ -136,9 +159,25 @@ merge: Callable[[list[torch.Tensor], list[int]], torch.Tensor] = torch.ops.tmm.m
 """The rows of many tensors, one after the other.
 
 Args:
-    parts: Partials of shape ``(partials, rows)``, contiguous, or rows that are taken as they are.
+    parts: Partials of shape ``(partials, rows)``.
     layout: One after the other the layouts of the parts.
 
 Returns:
     ``packed_dtype``, shape ``(sum of the widths,)``.
 """
+merge_joined: Callable[..., torch.Tensor] = torch.ops.tmm.merge_joined.default
+"""The same of partials in one tensor.
+
+Args:
+    joined: The partials of all tensors, flat, one after the other.
+    rows: How many rows each of them has.
+    layout: As for ``merge``.
+"""
+
+
+def merge_parts(partials: Sequence[torch.Tensor], layout: Sequence[int]) -> torch.Tensor:
+    """The rows of the partials of several tensors, as it is best for their device."""
+    if partials[0].device.type == "cpu":
+        return merge(list(partials), list(layout))
+    joined = torch.cat([part.reshape(-1) for part in partials])
+    return merge_joined(joined, [part.shape[1] for part in partials], list(layout))

@@ -1,13 +1,14 @@
 """Partials on a GPU: one launch merges those of all tensors of a graph.
 
-Each program reads the partials of one tensor, found through a table of addresses that travels in
-one copy from pinned memory. Run in Triton's interpreter only so far; never on a real GPU.
+Each program reads the partials of one tensor. Run in Triton's interpreter only so far, and compiled
+for GPUs; never on a real one.
 """
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc,unused-ignore"
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,31 +21,23 @@ from tmm.kernels.fused.row_partials import PARTIALS
 from tmm.kernels.optional_triton import tl, triton
 
 _BLOCK = 1024  # rows per iteration
-_HEAD = 4  # numbers of an entry before the places: address, rows, length, start of the result
+_HEAD = 4  # numbers of an entry before the places: first partial, rows, length, first result
 _ENTRY = _HEAD + len(PARTIALS) + len(TENSOR_COLUMNS)
 
 
-def merge_with_triton(parts: Sequence[torch.Tensor], layout: Sequence[int]) -> torch.Tensor | None:
-    """What ``tmm::merge`` gives, of partials on one GPU; None where a dtype is not expected."""
-    device = parts[0].device
-    table = np.full((len(parts), _ENTRY), -1, dtype=np.int64)
-    given, start = [], 0
-    for entry, tensor, part in zip(table, parts, parts_of(layout), strict=True):
-        wide = packed_dtype(device)
-        if tensor.dtype != (torch.float32 if part.length else wide) or wide != torch.float64:
-            return None
-        given.append(tensor.contiguous())
-        rows = tensor.shape[1] if part.length else part.width
-        entry[:_HEAD] = given[-1].data_ptr(), rows, part.length, start
-        for place, name in enumerate(part.partials):
-            entry[_HEAD + PARTIALS.index(name)] = place
-        for place, name in enumerate(part.columns):
-            entry[_HEAD + len(PARTIALS) + TENSOR_COLUMNS.index(name)] = place
-        start += part.width
-    result = torch.empty(start, dtype=torch.float64, device=device)
+def merge_joined_with_triton(
+    joined: torch.Tensor, rows: Sequence[int], layout: Sequence[int]
+) -> torch.Tensor | None:
+    """What ``tmm::merge_joined`` gives, on one GPU; None where its dtype is not expected."""
+    device = joined.device
+    if joined.dtype != torch.float32 or packed_dtype(device) != torch.float64:
+        return None
+    table, width = _table(tuple(map(int, rows)), tuple(layout), device)
+    result = torch.empty(width, dtype=torch.float64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _merge_parts[(len(parts),)](
-            on_device(torch.from_numpy(table), device),
+        _merge_parts[(len(rows),)](
+            joined,
+            table,
             result,
             ENTRY=_ENTRY,
             HEAD=_HEAD,
@@ -53,6 +46,27 @@ def merge_with_triton(parts: Sequence[torch.Tensor], layout: Sequence[int]) -> t
             num_warps=4,
         )
     return result
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    rows: tuple[int, ...], layout: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Where everything lies, on the device, and how many numbers come out.
+
+    Kept, as it is the same in each step: nothing is copied while a CUDA graph is recorded.
+    """
+    table = np.full((len(rows), _ENTRY), -1, dtype=np.int64)
+    first = start = 0
+    for entry, number, part in zip(table, rows, parts_of(layout), strict=True):
+        entry[:_HEAD] = first, number, part.length, start
+        for place, name in enumerate(part.partials):
+            entry[_HEAD + PARTIALS.index(name)] = place
+        for place, name in enumerate(part.columns):
+            entry[_HEAD + len(PARTIALS) + TENSOR_COLUMNS.index(name)] = place
+        first += number * len(part.partials)
+        start += len(part.columns)
+    return on_device(torch.from_numpy(table), device), start
 
 
 @triton.jit
@@ -84,6 +98,7 @@ def _moments(data, places, rows, length, start, lanes):
 
 @triton.jit
 def _merge_parts(
+    joined,
     table,
     result,
     ENTRY: tl.constexpr,  # noqa: N803 -- Triton's way of writing constants
@@ -93,102 +108,94 @@ def _merge_parts(
 ):
     """Write the row of one tensor; columns in the order of ``TENSOR_COLUMNS``."""
     entry = table + tl.program_id(0).to(tl.int64) * ENTRY
-    address = tl.load(entry)
+    data = joined + tl.load(entry)
     rows = tl.load(entry + 1)
-    count = tl.load(entry + 2)
+    length = tl.load(entry + 2).to(tl.float64)
     row = result + tl.load(entry + 3)
     lanes = tl.arange(0, BLOCK)
-    if count == 0:
-        numbers = address.to(tl.pointer_type(tl.float64))
-        for start in range(0, rows, BLOCK):
-            mask = start + lanes < rows
-            tl.store(row + start + lanes, tl.load(numbers + start + lanes, mask=mask), mask=mask)
-    else:
-        data = address.to(tl.pointer_type(tl.float32))
-        places = entry + HEAD
-        outputs = places + PARTIALS
-        length = count.to(tl.float64)
-        infinity = float("inf")
-        means = tl.zeros([BLOCK], tl.float64)
-        centres = tl.zeros([BLOCK], tl.float64)
-        around_zero = tl.zeros([BLOCK], tl.float64)
-        unbounded = tl.zeros([BLOCK], tl.int32)
-        sums = tl.zeros([BLOCK], tl.float64)
-        squares = tl.zeros([BLOCK], tl.float64)
-        absolutes = tl.zeros([BLOCK], tl.float64)
-        zeros = tl.zeros([BLOCK], tl.float64)
-        nans = tl.zeros([BLOCK], tl.float64)
-        infinities = tl.zeros([BLOCK], tl.float64)
-        undefined = tl.zeros([BLOCK], tl.int32)
-        largest = tl.zeros([BLOCK], tl.float64)
-        least = tl.full([BLOCK], infinity, tl.float64)
-        greatest = tl.full([BLOCK], -infinity, tl.float64)
+    places = entry + HEAD
+    outputs = places + PARTIALS
+    infinity = float("inf")
+    means = tl.zeros([BLOCK], tl.float64)
+    centres = tl.zeros([BLOCK], tl.float64)
+    around_zero = tl.zeros([BLOCK], tl.float64)
+    unbounded = tl.zeros([BLOCK], tl.int32)
+    sums = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    absolutes = tl.zeros([BLOCK], tl.float64)
+    zeros = tl.zeros([BLOCK], tl.float64)
+    nans = tl.zeros([BLOCK], tl.float64)
+    infinities = tl.zeros([BLOCK], tl.float64)
+    undefined = tl.zeros([BLOCK], tl.int32)
+    largest = tl.zeros([BLOCK], tl.float64)
+    least = tl.full([BLOCK], infinity, tl.float64)
+    greatest = tl.full([BLOCK], -infinity, tl.float64)
+    for start in range(0, rows, BLOCK):
+        inside = start + lanes < rows
+        mean, second, _, _ = _moments(data, places, rows, length, start, lanes)
+        means += tl.where(inside, mean, 0.0)
+        centres += _partial(data, places, 0, rows, start, lanes, 0.0)
+        around_zero += tl.where(inside, second + mean * mean, 0.0)
+        is_finite = (tl.abs(mean) < infinity) & (tl.abs(second) < infinity)
+        unbounded += tl.where(inside & (is_finite == 0), 1, 0)
+        sums += _partial(data, places, 6, rows, start, lanes, 0.0)
+        squares += _partial(data, places, 7, rows, start, lanes, 0.0)
+        absolutes += _partial(data, places, 8, rows, start, lanes, 0.0)
+        zeros += _partial(data, places, 12, rows, start, lanes, 0.0)
+        nans += _partial(data, places, 13, rows, start, lanes, 0.0)
+        infinities += _partial(data, places, 14, rows, start, lanes, 0.0)
+        high = _partial(data, places, 9, rows, start, lanes, 0.0)
+        low = _partial(data, places, 10, rows, start, lanes, infinity)
+        top = _partial(data, places, 11, rows, start, lanes, -infinity)
+        # Whether a maximum carries NaN depends on the device, so that it is put in below.
+        undefined += tl.where((high != high) | (low != low) | (top != top), 1, 0)
+        largest = tl.maximum(largest, high)
+        least = tl.minimum(least, low)
+        greatest = tl.maximum(greatest, top)
+    number = rows.to(tl.float64)
+    total = tl.sum(means, 0)
+    mean_of_all = total / number
+    seconds = tl.zeros([BLOCK], tl.float64)
+    thirds = tl.zeros([BLOCK], tl.float64)
+    fourths = tl.zeros([BLOCK], tl.float64)
+    if tl.load(outputs + 5) >= 0:
         for start in range(0, rows, BLOCK):
             inside = start + lanes < rows
-            mean, second, _, _ = _moments(data, places, rows, length, start, lanes)
-            means += tl.where(inside, mean, 0.0)
-            centres += _partial(data, places, 0, rows, start, lanes, 0.0)
-            around_zero += tl.where(inside, second + mean * mean, 0.0)
-            is_finite = (tl.abs(mean) < infinity) & (tl.abs(second) < infinity)
-            unbounded += tl.where(inside & (is_finite == 0), 1, 0)
-            sums += _partial(data, places, 6, rows, start, lanes, 0.0)
-            squares += _partial(data, places, 7, rows, start, lanes, 0.0)
-            absolutes += _partial(data, places, 8, rows, start, lanes, 0.0)
-            zeros += _partial(data, places, 12, rows, start, lanes, 0.0)
-            nans += _partial(data, places, 13, rows, start, lanes, 0.0)
-            infinities += _partial(data, places, 14, rows, start, lanes, 0.0)
-            high = _partial(data, places, 9, rows, start, lanes, 0.0)
-            low = _partial(data, places, 10, rows, start, lanes, infinity)
-            top = _partial(data, places, 11, rows, start, lanes, -infinity)
-            # Whether a maximum carries NaN depends on the device, so that it is put in below.
-            undefined += tl.where((high != high) | (low != low) | (top != top), 1, 0)
-            largest = tl.maximum(largest, high)
-            least = tl.minimum(least, low)
-            greatest = tl.maximum(greatest, top)
-        number = rows.to(tl.float64)
-        total = tl.sum(means, 0)
-        mean_of_all = total / number
-        seconds = tl.zeros([BLOCK], tl.float64)
-        thirds = tl.zeros([BLOCK], tl.float64)
-        fourths = tl.zeros([BLOCK], tl.float64)
-        if tl.load(outputs + 5) >= 0:
-            for start in range(0, rows, BLOCK):
-                inside = start + lanes < rows
-                mean, second, third, fourth = _moments(data, places, rows, length, start, lanes)
-                delta = mean - mean_of_all
-                square = delta * delta
-                seconds += tl.where(inside, second + square, 0.0)
-                thirds += tl.where(inside, third + 3.0 * delta * second + delta * square, 0.0)
-                fourths += tl.where(
-                    inside,
-                    fourth + 4.0 * delta * third + 6.0 * square * second + square * square,
-                    0.0,
-                )
-        nan = float("nan")
-        bad = tl.sum(undefined, 0) > 0
-        absmax = tl.where(bad, nan, tl.max(largest, 0))
-        is_bounded = tl.abs(total) < infinity
-        has_moments = tl.load(places) >= 0
-        from_moments = length * tl.where(is_bounded, total, tl.sum(centres, 0))
-        plain = tl.where(has_moments, from_moments, tl.sum(sums, 0))
-        derived = length * tl.sum(around_zero, 0)
-        missing = tl.where(absmax != absmax, nan, infinity)
-        derived = tl.where(tl.sum(unbounded, 0) > 0, missing, derived)
-        has_squares = tl.load(places + 7) >= 0
-        _store(row, outputs, 0, length * number)
-        _store(row, outputs, 1, plain)
-        _store(row, outputs, 2, tl.where(has_squares, tl.sum(squares, 0), derived))
-        _store(row, outputs, 3, tl.sum(absolutes, 0))
-        _store(row, outputs, 4, tl.where(tl.abs(mean_of_all) < infinity, mean_of_all, nan))
-        _store(row, outputs, 5, length * tl.sum(seconds, 0))
-        _store(row, outputs, 6, length * tl.sum(thirds, 0))
-        _store(row, outputs, 7, length * tl.sum(fourths, 0))
-        _store(row, outputs, 8, absmax)
-        _store(row, outputs, 9, tl.where(bad, nan, tl.min(least, 0)))
-        _store(row, outputs, 10, tl.where(bad, nan, tl.max(greatest, 0)))
-        _store(row, outputs, 11, tl.sum(zeros, 0))
-        _store(row, outputs, 12, tl.sum(nans, 0))
-        _store(row, outputs, 13, tl.sum(infinities, 0))
+            mean, second, third, fourth = _moments(data, places, rows, length, start, lanes)
+            delta = mean - mean_of_all
+            square = delta * delta
+            seconds += tl.where(inside, second + square, 0.0)
+            thirds += tl.where(inside, third + 3.0 * delta * second + delta * square, 0.0)
+            fourths += tl.where(
+                inside,
+                fourth + 4.0 * delta * third + 6.0 * square * second + square * square,
+                0.0,
+            )
+    nan = float("nan")
+    bad = tl.sum(undefined, 0) > 0
+    absmax = tl.where(bad, nan, tl.max(largest, 0))
+    is_bounded = tl.abs(total) < infinity
+    has_moments = tl.load(places) >= 0
+    from_moments = length * tl.where(is_bounded, total, tl.sum(centres, 0))
+    plain = tl.where(has_moments, from_moments, tl.sum(sums, 0))
+    derived = length * tl.sum(around_zero, 0)
+    missing = tl.where(absmax != absmax, nan, infinity)
+    derived = tl.where(tl.sum(unbounded, 0) > 0, missing, derived)
+    has_squares = tl.load(places + 7) >= 0
+    _store(row, outputs, 0, length * number)
+    _store(row, outputs, 1, plain)
+    _store(row, outputs, 2, tl.where(has_squares, tl.sum(squares, 0), derived))
+    _store(row, outputs, 3, tl.sum(absolutes, 0))
+    _store(row, outputs, 4, tl.where(tl.abs(mean_of_all) < infinity, mean_of_all, nan))
+    _store(row, outputs, 5, length * tl.sum(seconds, 0))
+    _store(row, outputs, 6, length * tl.sum(thirds, 0))
+    _store(row, outputs, 7, length * tl.sum(fourths, 0))
+    _store(row, outputs, 8, absmax)
+    _store(row, outputs, 9, tl.where(bad, nan, tl.min(least, 0)))
+    _store(row, outputs, 10, tl.where(bad, nan, tl.max(greatest, 0)))
+    _store(row, outputs, 11, tl.sum(zeros, 0))
+    _store(row, outputs, 12, tl.sum(nans, 0))
+    _store(row, outputs, 13, tl.sum(infinities, 0))
 
 
 @triton.jit

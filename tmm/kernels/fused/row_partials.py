@@ -112,11 +112,6 @@ class FusedRow:
         return [self.length, len(partials), *partials, len(columns), *columns]
 
 
-def layout_of_row(width: int) -> list[int]:
-    """As ``FusedRow.layout``, of ``width`` numbers that are taken as they are."""
-    return [0, width]
-
-
 Apply: TypeAlias = Callable[..., Any]
 """Applies an operator of ATen: to tensors, or to what Inductor keeps of them while it compiles."""
 

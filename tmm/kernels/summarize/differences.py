@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from tmm.core.metrics import PAIR_COLUMNS
-from tmm.kernels.dense import flatten
+from tmm.kernels.build import DTYPES
+from tmm.kernels.dense import flatten, is_dense
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -44,13 +45,25 @@ def further_terms(
 
 
 def can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the kernel of a CPU can reduce the pair while it reads both."""
-    alike = own.dtype == other.dtype and own.shape == other.shape and own.device == other.device
-    return alike and own.device.type == "cpu" and own.is_floating_point()
+    """Whether a kernel can reduce the pair while it reads both."""
+    alike = own.shape == other.shape and own.device == other.device
+    return alike and own.dtype in DTYPES and other.dtype in DTYPES
+
+
+def lie_alike(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the elements of both lie densely in memory, in one order."""
+    if own.is_contiguous() and other.is_contiguous():
+        return True
+    return own.stride() == other.stride() and is_dense(own)
+
+
+def is_read_as_it_lies(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a kernel of an accelerator can reduce the pair, and needs no copy for it."""
+    return can_be_read_together(own, other) and lie_alike(own, other)
 
 
 def flatten_pair(own: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with their elements densely in memory, in one order."""
+    """Both with their elements densely in memory, in one order; copied where they lie otherwise."""
     if own.is_contiguous() and other.is_contiguous():
         return own, other
     if own.stride() != other.stride():

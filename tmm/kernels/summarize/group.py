@@ -13,14 +13,7 @@ import torch
 
 from tmm.kernels import kernel_registry
 from tmm.kernels.dense import on_device
-from tmm.kernels.summarize.differences import (
-    Pairs,
-    columns_of_difference,
-    difference,
-    further_terms,
-    pieces_of_pairs,
-)
-from tmm.kernels.summarize.group_host import summarize_pairs_on_host
+from tmm.kernels.summarize.differences import Pairs, is_read_as_it_lies
 from tmm.kernels.summarize.torch_rows import IDENTITIES
 
 
@@ -37,8 +30,8 @@ def summarize_group(
             taken first.
         columns: Names from ``tmm.core.metrics.COLUMN_ORDER``, those of pairs last; ``mean`` and
             ``moment2``, and then ``moment3`` and ``moment4``, only together.
-        subtracted: As many tensors of the same shapes; rows are then of the differences, which a
-            CPU does not write down, and of the pairs.
+        subtracted: As many tensors of the same shapes; rows are then of the differences, which
+            kernels do not write down, and of the pairs.
 
     Returns:
         Float64 (``packed_dtype``) of shape ``(len(tensors), len(columns))`` on their device. On a
@@ -56,39 +49,33 @@ def summarize_group(
     (device,) = devices
     with torch.no_grad():
         if subtracted is not None:
-            return _summarize_pairs(tensors, subtracted, columns)
+            return summarize_pairs(list(zip(tensors, subtracted, strict=True)), columns)
         return kernel_registry.run("summarize_group", device, tensors, columns)
 
 
-def _summarize_pairs(
-    own: Sequence[torch.Tensor], others: Sequence[torch.Tensor], columns: tuple[str, ...]
-) -> torch.Tensor:
-    pairs = list(zip(own, others, strict=True))
-    rows = summarize_pairs_on_host(pairs, columns)
-    if rows is not None:
-        return rows
-    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
-    owners: list[int] = []
-    parts: list[torch.Tensor] = []
-    for part in pieces_of_pairs(pairs):
-        owners += [owner for owner, _, _ in part]
-        parts.append(_rows_of_part([(a, b) for _, a, b in part], needed))
-    joined = torch.cat(parts)
-    if len(owners) > len(pairs):
-        owner = on_device(torch.tensor(owners, device="cpu"), joined.device)
-        joined = merge_rows(joined, owner, len(pairs), needed)
-    return joined[:, len(needed) - len(columns) :]
+def summarize_pairs(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor:
+    """One row per pair of tensors of one shape, all of them on one device.
 
+    Pairs that a kernel can read as they lie are reduced together, without their differences being
+    written down; a part of the others at a time. That of a CPU reads all of them or none.
 
-def _rows_of_part(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor:
-    """The rows of pairs whose differences may be written down together."""
-    differences = [difference(a, b) for a, b in pairs]
-    rows = [summarize_group(differences, columns_of_difference(columns))]
-    del differences
-    for term in zip(*(further_terms(a, b, columns) for a, b in pairs), strict=True):
-        tensors, needed = zip(*term, strict=True)
-        rows.append(summarize_group(tensors, needed[0]))
-    return torch.cat(rows, 1)
+    Returns:
+        Float64 (``packed_dtype``), shape ``(len(pairs), len(columns))``, on their device; columns
+        of one tensor are those of the differences.
+    """
+    device = pairs[0][0].device
+    with torch.no_grad():
+        if device.type == "cpu":
+            return kernel_registry.run("summarize_pairs", device, pairs, columns)
+        as_they_lie = [is_read_as_it_lies(*pair) for pair in pairs]
+        order = sorted(range(len(pairs)), key=as_they_lie.__getitem__)
+        others = as_they_lie.count(False)
+        if others in (0, len(pairs)):
+            return kernel_registry.run("summarize_pairs", device, pairs, columns)
+        halves = ([pairs[place] for place in half] for half in (order[:others], order[others:]))
+        rows = [kernel_registry.run("summarize_pairs", device, half, columns) for half in halves]
+        back = torch.tensor(order, device="cpu").argsort()
+        return torch.cat(rows).index_select(0, on_device(back, device))
 
 
 def merge_rows(

@@ -8,7 +8,7 @@ import torch
 
 from tmm.kernels.build import DTYPES
 from tmm.kernels.dense import flatten, real
-from tmm.kernels.summarize.differences import can_be_read_together, flatten_pair
+from tmm.kernels.summarize.differences import Pairs, flatten_pair
 from tmm.kernels.summarize.host import summarize_on_host
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 
@@ -27,17 +27,21 @@ def summarize_group_with_torch(
     return torch.stack([summarize_with_torch(_readable(tensor), columns) for tensor in tensors])
 
 
-def summarize_pairs_on_host(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], columns: tuple[str, ...]
-) -> torch.Tensor | None:
-    """The rows of pairs, whose differences are not written down.
+def summarize_pairs_on_host(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor | None:
+    """The rows of ``summarize_pairs``, of pairs on the CPU.
 
-    None where the kernel of a CPU cannot read all of them pair by pair, and where there is none.
+    None where its kernel cannot read all of them pair by pair, and where there is none.
     """
-    if not all(can_be_read_together(own, other) for own, other in pairs):
+    if not all(_can_be_read_together(own, other) for own, other in pairs):
         return None
     flat = [flatten_pair(own, other) for own, other in pairs]
     return _by_dtype([own for own, _ in flat], columns, [other for _, other in flat])
+
+
+def _can_be_read_together(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the kernel knows both: it reads one dtype."""
+    is_known = own.dtype == other.dtype and own.dtype in DTYPES and own.shape == other.shape
+    return is_known and own.is_cpu and other.is_cpu
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:

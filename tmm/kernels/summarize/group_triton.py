@@ -1,10 +1,12 @@
-"""``tmm.kernels.summarize.group`` on a GPU: one launch for all tensors of a dtype.
+"""``tmm.kernels.summarize.group`` on a GPU: one launch for all tensors, or pairs, of a dtype.
 
 Each program reads one chunk of one tensor, found through a table of addresses, and writes the row
-of its partial sums; a constant number of torch operations joins the rows of a tensor. The tables
-travel in one copy from pinned memory, so that gradients may move from step to step.
+of its partial sums; a constant number of torch operations joins the rows of a tensor. Of a pair it
+reads both, found through two tables, and no difference is written down. The tables travel in one
+copy from pinned memory, so that gradients may move from step to step. Tensors that lie one after
+the other, as heads do, and a single pair need none: nothing is copied inside of a graph.
 
-Run in Triton's interpreter only so far, and compiled for sm_90 and sm_80; never on a real GPU.
+Run in Triton's interpreter only so far, and compiled for GPUs; never on a real one.
 """
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc,unused-ignore"
 
@@ -12,21 +14,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from tmm.core.metrics import TENSOR_COLUMNS
+from tmm.core.metrics import COLUMN_ORDER, PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.kernels.dense import flatten, on_device, real
 from tmm.kernels.optional_triton import tl, triton
+from tmm.kernels.summarize.chunk_triton import reduce_chunk
+from tmm.kernels.summarize.differences import Pairs, can_be_read_together, flatten_pair, lie_alike
 from tmm.kernels.summarize.group import merge_rows
 
 _CHUNK = 1 << 15  # elements per program: the rows are then less than 1 % of the tensors
 _BLOCK = 1 << 11  # elements per iteration, and those whose mean is the centre of the deviations
 _ALIGNMENT = 16  # bytes that one thread loads at once
-
-_WRITTEN = TENSOR_COLUMNS
-"""The row that the kernel writes: reading the elements costs more than what is not asked for."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,20 +41,130 @@ def summarize_group_with_triton(
     return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
 
 
-def summarize_chunks(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> torch.Tensor:
+def summarize_pairs_with_triton(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor | None:
+    """The rows of ``summarize_pairs``, of pairs on one GPU.
+
+    None for what it cannot read, and for many pairs that it had to copy.
+    """
+    if not all(can_be_read_together(*pair) for pair in pairs):
+        return None
+    if len(pairs) > 1 and not all(lie_alike(*pair) for pair in pairs):
+        return None
+    needed = columns if "count" in columns else ("count", *columns)
+    own, others = zip(*pairs, strict=True)
+    return summarize_chunks(own, needed, others)[:, len(needed) - len(columns) :]
+
+
+def summarize_chunks(
+    tensors: Sequence[torch.Tensor],
+    columns: tuple[str, ...],
+    subtracted: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The rows of ``summarize_group``, of tensors on one GPU; ``columns`` holds ``count``.
 
     Nothing here waits for the device. Tensors that do not lie densely and complex ones are
-    copied, all of them at the same time.
+    copied, all of them at the same time; pairs are real, of dtypes that the kernels know.
     """
-    device = tensors[0].device
-    flat = [flatten(real(tensor.detach())) for tensor in tensors]
-    flat = [x if x.dtype in _DTYPES else x.float() for x in flat]
-    groups: dict[tuple[torch.dtype, bool], list[int]] = {}
-    for index, x in enumerate(flat):
-        if x.numel():
-            aligned = x.data_ptr() % _ALIGNMENT == 0
-            groups.setdefault((x.dtype, aligned), []).append(index)
+    if subtracted is None:
+        flat = [flatten(real(tensor.detach())) for tensor in tensors]
+        others = flat = [x if x.dtype in _DTYPES else x.float() for x in flat]
+    else:
+        pairs = zip(tensors, subtracted, strict=True)
+        together = [flatten_pair(own.detach(), other.detach()) for own, other in pairs]
+        flat, others = ([flatten(pair[side]) for pair in together] for side in (0, 1))
+    written = _written(is_pair=subtracted is not None)
+    constants = _constants(columns, is_pair=subtracted is not None)
+    reduce = _rows_of_stack if _are_stacked(flat) and _are_stacked(others) else _rows_by_table
+    device = flat[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        rows, owner = reduce(flat, others, constants)
+    if columns != written:
+        rows = torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
+    return merge_rows(rows, owner, len(flat), columns)
+
+
+def compile_pairs_ahead(
+    own: torch.dtype,
+    other: torch.dtype,
+    columns: tuple[str, ...],
+    elements: int,
+    device: torch.device,
+) -> None:
+    """Compile what ``summarize_pairs_with_triton`` needs for one such pair, if it can read it.
+
+    Unless its tensors come to lie at addresses that are not aligned.
+    """
+    if own not in _DTYPES or other not in _DTYPES or not elements:
+        return
+    with torch.cuda.device(device):
+        _reduce_stacked.warmup(
+            *(own, other, elements, -(-elements // _CHUNK), torch.float64),
+            WIDE=_wide(own, other),
+            ALIGNMENT=_ALIGNMENT,
+            grid=(1,),
+            **_constants(columns, is_pair=True),
+        )
+
+
+def _written(*, is_pair: bool) -> tuple[str, ...]:
+    """The row that kernels write: reading the elements costs more than what is not asked for."""
+    return COLUMN_ORDER if is_pair else TENSOR_COLUMNS
+
+
+def _constants(columns: tuple[str, ...], *, is_pair: bool) -> dict[str, Any]:
+    """What kernels are compiled for, besides dtypes and alignment."""
+    return {
+        "FOURTH": "moment4" in columns,
+        "CHUNK": _CHUNK,
+        "BLOCK": _BLOCK,
+        "WIDTH": len(_written(is_pair=is_pair)),
+        "IS_PAIR": is_pair,
+        "BOTH": any(name in columns for name in PAIR_COLUMNS),
+        "num_warps": 8,  # few enough elements per thread to stay in registers
+    }
+
+
+def _are_stacked(flat: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors of one dtype and size, which is not 0, lie one after the other."""
+    first = flat[0]
+    size, start = first.numel() * first.element_size(), first.data_ptr()
+    return size > 0 and all(
+        x.dtype == first.dtype and x.numel() == first.numel() and x.data_ptr() == start + i * size
+        for i, x in enumerate(flat)
+    )
+
+
+def _rows_of_stack(
+    flat: Sequence[torch.Tensor], others: Sequence[torch.Tensor], constants: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the chunks of stacked tensors, and the place of the tensor that each is of."""
+    own, other, elements = flat[0], others[0], flat[0].numel()
+    chunks = -(-elements // _CHUNK)
+    total = chunks * len(flat)
+    rows = torch.empty(total, constants["WIDTH"], dtype=torch.float64, device=own.device)
+    is_aligned = all(
+        x.data_ptr() % _ALIGNMENT == 0
+        and (len(flat) == 1 or elements * x.element_size() % _ALIGNMENT == 0)
+        for x in (own, other)
+    )
+    _reduce_stacked[(total,)](
+        *(own, other, elements, chunks, rows),
+        WIDE=_wide(own.dtype, other.dtype),
+        ALIGNMENT=_ALIGNMENT if is_aligned else 1,
+        **constants,
+    )
+    return rows, torch.arange(total, device=own.device) // chunks
+
+
+def _rows_by_table(
+    flat: Sequence[torch.Tensor], others: Sequence[torch.Tensor], constants: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of tensors that lie anywhere, of any dtypes and sizes."""
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
+    for index, (own, other) in enumerate(zip(flat, others, strict=True)):
+        if own.numel():
+            is_aligned = all(x.data_ptr() % _ALIGNMENT == 0 for x in (own, other))
+            groups.setdefault((own.dtype, other.dtype, is_aligned), []).append(index)
     elements = np.array([x.numel() for x in flat], dtype=np.int64)
     chunks = -(-elements // _CHUNK)
     first = np.zeros_like(chunks)  # a tensor's first chunk, counted from its group's first
@@ -60,171 +172,94 @@ def summarize_chunks(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) 
     for members in groups.values():
         first[members] = np.cumsum(chunks[members]) - chunks[members]
         owners.append(np.repeat(members, chunks[members]))
-    addresses = np.array([x.data_ptr() for x in flat], dtype=np.int64)
-    numbers = torch.from_numpy(np.concatenate([addresses, elements, first, *owners]))
-    table = on_device(numbers, device)
-    total = len(table) - 3 * len(flat)
-    all_addresses, all_elements, all_first, owner = table.split([len(flat)] * 3 + [total])
-    rows = torch.empty(total, len(_WRITTEN), dtype=torch.float64, device=device)
+    addresses = [
+        np.array([x.data_ptr() for x in side], dtype=np.int64)
+        for side in ((flat, others) if constants["IS_PAIR"] else (flat,))
+    ]
+    numbers = np.concatenate([elements, first, *addresses, *owners])
+    table = on_device(torch.from_numpy(numbers), flat[0].device)
+    total = int(chunks.sum())
+    sizes = [len(flat)] * (2 + len(addresses))
+    all_elements, all_first, *all_addresses, owner = table.split([*sizes, total])
+    rows = torch.empty(total, constants["WIDTH"], dtype=torch.float64, device=table.device)
     start = 0
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for ((dtype, aligned), _), own in zip(groups.items(), owners[1:], strict=True):
-            _reduce_chunks[(len(own),)](
-                all_addresses,
-                all_elements,
-                all_first,
-                owner[start:],
-                rows[start:],
-                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
-                WIDE=tl.float64 if dtype == torch.float64 else tl.float32,
-                FOURTH="moment4" in columns,
-                ALIGNMENT=_ALIGNMENT if aligned else 1,
-                CHUNK=_CHUNK,
-                BLOCK=_BLOCK,
-                WIDTH=len(_WRITTEN),
-                num_warps=8,  # few enough elements per thread to stay in registers
-            )
-            start += len(own)
-    if columns != _WRITTEN:
-        rows = torch.stack([rows[:, _WRITTEN.index(name)] for name in columns], dim=1)
-    return merge_rows(rows, owner, len(flat), columns)
+    for (dtype, other_dtype, is_aligned), own_chunks in zip(groups, owners[1:], strict=True):
+        _reduce_chunks[(len(own_chunks),)](
+            *(all_addresses[0], all_addresses[-1], all_elements, all_first),
+            *(owner[start:], rows[start:]),
+            DTYPE=_of_triton(dtype),
+            OTHER=_of_triton(other_dtype),
+            WIDE=_wide(dtype, other_dtype),
+            ALIGNMENT=_ALIGNMENT if is_aligned else 1,
+            **constants,
+        )
+        start += len(own_chunks)
+    return rows, owner
 
 
-@triton.jit
-def _load(data, remaining, WIDE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-    """One block; zeros beyond the end. Only loads without a mask are vectorized."""
-    lanes = tl.arange(0, BLOCK)
-    if remaining >= BLOCK:
-        x = tl.load(data + lanes)
-    else:
-        x = tl.load(data + lanes, mask=lanes < remaining, other=0.0)
-    return x.to(WIDE)
+def _wide(own: torch.dtype, other: torch.dtype) -> Any:
+    """The dtype that elements are added up in."""
+    return tl.float64 if torch.float64 in (own, other) else tl.float32
 
 
-@triton.jit
-def _finite(x):
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+def _of_triton(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @triton.jit
 def _reduce_chunks(
     addresses,
+    others,
     elements,
     first,
     owners,
     rows,
     DTYPE: tl.constexpr,  # noqa: N803 -- Triton's way of writing constants
+    OTHER: tl.constexpr,  # noqa: N803
     WIDE: tl.constexpr,  # noqa: N803
     FOURTH: tl.constexpr,  # noqa: N803
     ALIGNMENT: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
+    IS_PAIR: tl.constexpr,  # noqa: N803
+    BOTH: tl.constexpr,  # noqa: N803
 ):
-    """Write the row of one chunk, with all columns of ``_WRITTEN``.
-
-    Deviations are taken from the mean of the chunk's first block, and the power sums moved to
-    the chunk's mean in float64.
-    """
+    """Write the row of one chunk of one of the tensors, or pairs, that lie anywhere."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owners + chunk)
     start = (chunk - tl.load(first + tensor)) * CHUNK
     length = tl.minimum(tl.load(elements + tensor) - start, CHUNK).to(tl.int32)
     data = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
     data = tl.multiple_of(data + start, ALIGNMENT)
-    lanes = tl.arange(0, BLOCK)
-
-    infinity = float("inf")
-    if FOURTH:  # fourth powers leave the range of float32 soon, and the centre must be nearer
-        total = tl.zeros([BLOCK], WIDE)
-        lowest = tl.full([BLOCK], infinity, WIDE)
-        highest = tl.full([BLOCK], -infinity, WIDE)
-        for offset in range(0, length, BLOCK):
-            x = _load(data + offset, length - offset, WIDE, BLOCK)
-            inside = offset + lanes < length
-            total += x
-            lowest = tl.minimum(lowest, tl.where(inside, x, infinity))
-            highest = tl.maximum(highest, tl.where(inside, x, -infinity))
-        centre = _finite(tl.sum(total, 0) / length.to(WIDE))
-        unit = tl.maximum(tl.max(highest, 0) - centre, centre - tl.min(lowest, 0))
-        unit = tl.where(unit > 0.0, unit, 1.0)
-    else:
-        sample = _load(data, length, WIDE, BLOCK)
-        centre = _finite(tl.sum(sample, 0) / tl.minimum(length, BLOCK).to(WIDE))
-        unit = centre * 0.0 + 1.0
-
-    plain = tl.zeros([BLOCK], WIDE)
-    squares = tl.zeros([BLOCK], WIDE)
-    absolute = tl.zeros([BLOCK], WIDE)
-    power1 = tl.zeros([BLOCK], WIDE)
-    power2 = tl.zeros([BLOCK], WIDE)
-    power3 = tl.zeros([BLOCK], WIDE)
-    power4 = tl.zeros([BLOCK], WIDE)
-    lowest = tl.full([BLOCK], infinity, WIDE)
-    highest = tl.full([BLOCK], -infinity, WIDE)
-    zeros = tl.zeros([BLOCK], tl.int32)
-    nans = tl.zeros([BLOCK], tl.int32)
-    infinities = tl.zeros([BLOCK], tl.int32)
-    for offset in range(0, length, BLOCK):
-        x = _load(data + offset, length - offset, WIDE, BLOCK)
-        inside = offset + lanes < length
-        magnitude = tl.abs(x)
-        deviation = tl.where(inside, x - centre, 0.0)
-        plain += x
-        squares += x * x
-        absolute += magnitude
-        if FOURTH:
-            deviation = deviation / unit
-            power3 += deviation * deviation * deviation
-            power4 += (deviation * deviation) * (deviation * deviation)
-        power1 += deviation
-        power2 += deviation * deviation
-        lowest = tl.minimum(lowest, tl.where(inside, x, infinity))
-        highest = tl.maximum(highest, tl.where(inside, x, -infinity))
-        zeros += (inside & (x == 0.0)).to(tl.int32)
-        nans += (x != x).to(tl.int32)
-        infinities += (magnitude == infinity).to(tl.int32)
-
-    count = length.to(tl.float64)
-    mean1 = tl.sum(power1, 0).to(tl.float64) / count
-    mean2 = tl.sum(power2, 0).to(tl.float64) / count
-    scale = unit.to(tl.float64)
-    second = mean2 - mean1 * mean1
-    # A constant chunk: what is left is the rounding of its centre.
-    constant = (second <= 1e-5 * mean2) & (mean2 < infinity)
-    second = tl.where(constant, 0.0, second)
-    finite = tl.abs(mean1) < infinity
-    mean = centre.to(tl.float64) + tl.where(finite, mean1, float("nan")) * scale
-    moment3 = count * 0.0
-    moment4 = count * 0.0
-    if FOURTH:
-        mean3 = tl.sum(power3, 0).to(tl.float64) / count
-        mean4 = tl.sum(power4, 0).to(tl.float64) / count
-        square = mean1 * mean1
-        third = mean3 - 3.0 * mean1 * mean2 + 2.0 * square * mean1
-        fourth = mean4 - 4.0 * mean1 * mean3 + 6.0 * square * mean2 - 3.0 * square * square
-        cube = scale * scale * scale
-        moment3 = tl.where(constant, 0.0, count * third * cube)
-        moment4 = tl.where(constant, 0.0, count * fourth * cube * scale)
-
-    # Whether a minimum carries NaN depends on the device, so that it is put in here.
-    nan_count = tl.sum(nans, 0)
-    minimum = tl.where(nan_count > 0, float("nan"), tl.min(lowest, 0).to(tl.float64))
-    maximum = tl.where(nan_count > 0, float("nan"), tl.max(highest, 0).to(tl.float64))
-    absmax = tl.maximum(tl.abs(minimum), tl.abs(maximum))
-    absmax = tl.where(nan_count > 0, float("nan"), absmax)
+    other = tl.load(others + tensor).to(tl.pointer_type(OTHER))
+    other = tl.multiple_of(other + start, ALIGNMENT)
     row = rows + chunk * WIDTH
-    tl.store(row, count)
-    tl.store(row + 1, tl.sum(plain, 0).to(tl.float64))
-    tl.store(row + 2, tl.sum(squares, 0).to(tl.float64))
-    tl.store(row + 3, tl.sum(absolute, 0).to(tl.float64))
-    tl.store(row + 4, mean)
-    tl.store(row + 5, count * second * scale * scale)
-    tl.store(row + 6, moment3)
-    tl.store(row + 7, moment4)
-    tl.store(row + 8, absmax)
-    tl.store(row + 9, minimum)
-    tl.store(row + 10, maximum)
-    tl.store(row + 11, tl.sum(zeros, 0).to(tl.float64))
-    tl.store(row + 12, nan_count.to(tl.float64))
-    tl.store(row + 13, tl.sum(infinities, 0).to(tl.float64))
+    reduce_chunk(data, other, length, row, WIDE, FOURTH, BLOCK, IS_PAIR, BOTH)
+
+
+@triton.jit(do_not_specialize=["elements", "chunks"])
+def _reduce_stacked(
+    own,
+    subtracted,
+    elements,
+    chunks,
+    rows,
+    WIDE: tl.constexpr,  # noqa: N803
+    FOURTH: tl.constexpr,  # noqa: N803
+    ALIGNMENT: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+    IS_PAIR: tl.constexpr,  # noqa: N803
+    BOTH: tl.constexpr,  # noqa: N803
+):
+    """The same of tensors of one size that lie one after the other."""
+    chunk = tl.program_id(0).to(tl.int64)
+    start = chunk % chunks * CHUNK
+    length = tl.minimum(elements - start, CHUNK).to(tl.int32)
+    start += chunk // chunks * elements
+    data = tl.multiple_of(own + start, ALIGNMENT)
+    other = tl.multiple_of(subtracted + start, ALIGNMENT)
+    row = rows + chunk * WIDTH
+    reduce_chunk(data, other, length, row, WIDE, FOURTH, BLOCK, IS_PAIR, BOTH)
