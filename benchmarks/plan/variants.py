@@ -19,7 +19,8 @@ ACTIVATIONS = tmm.Spec(tmm.activation(*FIVE_METRICS))
 WITH_GRADIENTS = tmm.Spec(tmm.activation(*FIVE_METRICS), tmm.activation_gradient(*FIVE_METRICS))
 
 LOWERINGS: Mapping[str, Mapping[str, Any]] = {
-    "operators": {},
+    "operators": {"lowering": "operator"},
+    "fused": {"lowering": "fused"},
 }
 """What ``tmm.instrument`` is told for each lowering; another one is another line."""
 
