@@ -62,6 +62,7 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
         row_input = row_input_of(device, rows)
         found.row_inputs += (row_input,)
         given = add_row_input(module, row_input, value_of(here[0].tensor))
+        factors: dict[tuple[tuple[GraphModule, Node], ...], Node] = {}
         factor = None
         if request.scales_gradients:
             factor = Rewriter(module.graph, given).call(_first, given)
@@ -69,7 +70,9 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
         nodes = dict(zip(rows, parts, strict=True))
         for place in here:
             own = [_inside(place.calls, nodes[place, i]) for i in range(len(place.reductions))]
-            _insert(place, own, None if factor is None else _inside(place.calls, factor))
+            if factor is not None and place.calls not in factors:
+                factors[place.calls] = _inside(place.calls, factor)
+            _insert(place, own, factors.get(place.calls))
             if request.fuses:
                 found.lowerings += (
                     (FAMILY, site, fused if isinstance(fused, str) else "")

@@ -257,13 +257,14 @@ class Explanation:
 
 def _lowerings(graph: GraphReport) -> list[str]:
     """Which sites of a graph ride in kernels that are there, and which have an operator, why."""
-    by_reason: dict[str, list[str]] = {}
+    by_reason: dict[str, dict[str, None]] = {}
     for family, site, why in graph.lowerings:
-        by_reason.setdefault(why, []).append(site_label(family, site))
+        by_reason.setdefault(why, {})[site_label(family, site)] = None
     lines = []
-    if fused := by_reason.pop("", []):
-        lines.append(f"    fused into other kernels: {_some(fused)}")
-    return [*lines, *(f"    by an operator, {why}: {_some(x)}" for why, x in by_reason.items())]
+    if fused := by_reason.pop("", None):
+        lines.append(f"    fused into other kernels: {_some(list(fused))}")
+    further = ((why, _some(list(names))) for why, names in by_reason.items())
+    return [*lines, *(f"    by an operator, {why}: {names}" for why, names in further)]
 
 
 def _some(names: Sequence[str]) -> str:
