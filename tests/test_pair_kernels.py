@@ -72,7 +72,7 @@ def alike() -> Pairs:
 
 
 def of_several_dtypes() -> Pairs:
-    x, y = sample((70, 500)), sample((70, 500), torch.float64)
+    x, y = sample((7, 500)), sample((7, 500), torch.float64)
     return [(x.bfloat16(), x), (x, x.half()), (x.half(), y), (y, x.bfloat16()), (x, x)]
 
 
@@ -109,19 +109,21 @@ def test_triton_kernel_in_the_interpreter() -> None:
 
 
 def check_triton() -> None:
+    from tmm.kernels.summarize import group_triton
     from tmm.kernels.summarize.group_triton import summarize_pairs_with_triton
 
     torch.manual_seed(0)
-    for pairs in (alike(), of_several_dtypes(), with_bad_values()):
-        check_pairs(summarize_pairs_with_triton, pairs, EVERY)
-    for columns in (EIGHT.columns, FEW, ("dot",)):
-        check_pairs(summarize_pairs_with_triton, alike()[::4], columns)
-    for pair in (*alike()[-5:], *apart()[:2], *of_several_dtypes()[:3]):  # read without a table
-        check_pairs(summarize_pairs_with_triton, [pair], EVERY)
-    assert summarize_pairs_with_triton(apart(), FEW) is None
     pairs = alike()
-    peak = peak_memory(lambda: summarize_pairs_with_triton(pairs, EVERY))
-    assert 0 < peak < 0.05 * sum(own.nbytes for own, _ in pairs)
+    for some in (pairs[::3], of_several_dtypes()[:4], with_bad_values()[::2]):
+        check_pairs(summarize_pairs_with_triton, some, EVERY)
+    for pair in (pairs[-3], pairs[-4], apart()[0], of_several_dtypes()[0]):  # without a table
+        check_pairs(summarize_pairs_with_triton, [pair], EVERY)
+    group_triton._JOINED = 2  # so that the rows of chunks are not all joined at once
+    for columns in (EIGHT.columns, FEW, ("dot",)):
+        check_pairs(summarize_pairs_with_triton, pairs[-2:-8:-2], columns)
+    assert summarize_pairs_with_triton(apart(), FEW) is None
+    peak = peak_memory(lambda: summarize_pairs_with_triton(pairs[-4:], EVERY))
+    assert 0 < peak < 0.05 * sum(own.nbytes for own, _ in pairs[-4:])
 
 
 def test_stacked_tensors_need_no_table_in_the_interpreter() -> None:
@@ -146,9 +148,9 @@ def check_stacked() -> None:
         ):
             heads = list(sample(shape, dtype, offset=3.0))
             for columns in (ALL.columns, EIGHT.columns):
-                check(group_triton.summarize_chunks(heads, columns), heads, columns)
+                check(group_triton.summarize_group_with_triton(heads, columns), heads, columns)
         with pytest.raises(AssertionError, match="a table"):
-            group_triton.summarize_chunks([*heads[:1], torch.ones(5)], EIGHT.columns)
+            group_triton.summarize_group_with_triton([*heads[:1], torch.ones(5)], EIGHT.columns)
 
 
 def test_an_update_takes_the_copy_before_the_step_and_nothing_else() -> None:
@@ -164,6 +166,7 @@ def check_update() -> None:
         with pytest.MonkeyPatch.context() as patch:
             launched = Interpreted(group_triton._reduce_chunks)
             patch.setattr(group_triton, "_reduce_chunks", launched)
+            patch.setattr(group_triton, "merge_chunks", Interpreted(group_triton.merge_chunks))
             with mocked_device(patch, ("torch", "Triton")) as device:
                 found = {}
                 for where in ("cpu", "cuda:0"):
@@ -179,7 +182,7 @@ def check_update() -> None:
                         before = device.peak = device.allocated
                         optimizer.step()
                     if where != "cpu":
-                        rows = 8 * (17 + 17 + 5) * len(list(model.parameters()))
+                        rows = 8 * (3 * 17 + 5) * len(list(model.parameters()))  # of chunks, joined
                         assert size <= device.peak - before <= size + rows
                         assert launched.launches == 1
                         assert not device.waits
