@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tmm
 from benchmarks.parameters import peak_memory
@@ -191,6 +193,44 @@ def check_update() -> None:
         assert found["cpu"].keys() == found["cuda:0"].keys()
         for key, value in found["cpu"].items():
             np.testing.assert_allclose(found["cuda:0"][key], value, rtol=1e-5, err_msg=key)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a device would run, and stands for kernels of Triton."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = str(function).split(".")[1]
+        self.count += name not in ("detach", "empty", "new_empty", "select", "view", "as_strided")
+        return function(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: object, **__: object) -> None:
+            self.count += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("columns", [FEW, ("sum_squares",), EIGHT.columns, EVERY])
+def test_a_comparison_takes_three_launches(
+    columns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reads both tensors, one that joins rows, and one that takes columns from them."""
+    pytest.importorskip("triton")
+    from tmm.kernels.summarize import group_triton
+
+    launches = Launches()
+    for name in ("_reduce_stacked", "_reduce_chunks", "merge_chunks"):
+        monkeypatch.setattr(group_triton, name, launches)
+    x = torch.randn(70_000)
+    with launches:
+        group_triton.summarize_pairs_with_triton([(x, x + 1)], columns)
+    assert launches.count == 1 + (2 if columns == EVERY else 3)  # x + 1 itself
 
 
 def test_a_difference_in_a_graph_is_not_written_down() -> None:
