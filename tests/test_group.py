@@ -200,13 +200,13 @@ def test_triton_kernel_in_the_interpreter() -> None:
 
 
 def check_triton() -> None:
-    from tmm.kernels.summarize.group_triton import summarize_chunks
+    from tmm.kernels.summarize.group_triton import summarize_group_with_triton
 
     torch.manual_seed(0)
     for tensors in (mixed(), few_extremes(), awkward(), [torch.empty(0)]):
-        check(summarize_chunks(tensors, ALL.columns), tensors, ALL.columns)
+        check(summarize_group_with_triton(tensors, ALL.columns), tensors, ALL.columns)
     tensors = [*mixed()[::3], *few_extremes()[::2], *awkward()[1:3]]
-    check(summarize_chunks(tensors, EIGHT.columns), tensors, EIGHT.columns)
+    check(summarize_group_with_triton(tensors, EIGHT.columns), tensors, EIGHT.columns)
 
 
 def few_extremes() -> list[torch.Tensor]:

@@ -174,6 +174,28 @@ def test_numbers_of_find_nonfinite_are_exact_without_float64(
     assert len(copied) == 1  # float64 is asked of the host only
 
 
+def test_reasons_are_left_out_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An overflow is found all the same; what it would be in float64 is not known."""
+
+    class Overflows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 1e30).square()
+
+    x = torch.ones(3)
+    with_reason = tmm.find_nonfinite(Overflows(), x)
+    assert with_reason is not None
+    assert "overflow of float32" in with_reason.first.reason
+
+    def refuses(value: object) -> object:
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr("tmm.nonfinite.reasons._widened", refuses)
+    found = tmm.find_nonfinite(Overflows(), x)
+    assert found is not None
+    assert found.first.operation == with_reason.first.operation
+    assert "float64" not in found.first.reason
+
+
 def test_fingerprints_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     first, same, other = torch.randn(9, 5), torch.randn(9, 5), torch.randn(9, 5)
     same.copy_(first)

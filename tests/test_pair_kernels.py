@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tmm
 from benchmarks.parameters import peak_memory
@@ -72,7 +74,7 @@ def alike() -> Pairs:
 
 
 def of_several_dtypes() -> Pairs:
-    x, y = sample((70, 500)), sample((70, 500), torch.float64)
+    x, y = sample((7, 500)), sample((7, 500), torch.float64)
     return [(x.bfloat16(), x), (x, x.half()), (x.half(), y), (y, x.bfloat16()), (x, x)]
 
 
@@ -109,19 +111,21 @@ def test_triton_kernel_in_the_interpreter() -> None:
 
 
 def check_triton() -> None:
+    from tmm.kernels.summarize import group_triton
     from tmm.kernels.summarize.group_triton import summarize_pairs_with_triton
 
     torch.manual_seed(0)
-    for pairs in (alike(), of_several_dtypes(), with_bad_values()):
-        check_pairs(summarize_pairs_with_triton, pairs, EVERY)
-    for columns in (EIGHT.columns, FEW, ("dot",)):
-        check_pairs(summarize_pairs_with_triton, alike()[::4], columns)
-    for pair in (*alike()[-5:], *apart()[:2], *of_several_dtypes()[:3]):  # read without a table
-        check_pairs(summarize_pairs_with_triton, [pair], EVERY)
-    assert summarize_pairs_with_triton(apart(), FEW) is None
     pairs = alike()
-    peak = peak_memory(lambda: summarize_pairs_with_triton(pairs, EVERY))
-    assert 0 < peak < 0.05 * sum(own.nbytes for own, _ in pairs)
+    for some in (pairs[::3], of_several_dtypes()[:4], with_bad_values()[::2]):
+        check_pairs(summarize_pairs_with_triton, some, EVERY)
+    for pair in (pairs[-3], pairs[-4], apart()[0], of_several_dtypes()[0]):  # without a table
+        check_pairs(summarize_pairs_with_triton, [pair], EVERY)
+    group_triton._JOINED = 2  # so that the rows of chunks are not all joined at once
+    for columns in (EIGHT.columns, FEW, ("dot",)):
+        check_pairs(summarize_pairs_with_triton, pairs[-2:-8:-2], columns)
+    assert summarize_pairs_with_triton(apart(), FEW) is None
+    peak = peak_memory(lambda: summarize_pairs_with_triton(pairs[-4:], EVERY))
+    assert 0 < peak < 0.05 * sum(own.nbytes for own, _ in pairs[-4:])
 
 
 def test_stacked_tensors_need_no_table_in_the_interpreter() -> None:
@@ -146,9 +150,9 @@ def check_stacked() -> None:
         ):
             heads = list(sample(shape, dtype, offset=3.0))
             for columns in (ALL.columns, EIGHT.columns):
-                check(group_triton.summarize_chunks(heads, columns), heads, columns)
+                check(group_triton.summarize_group_with_triton(heads, columns), heads, columns)
         with pytest.raises(AssertionError, match="a table"):
-            group_triton.summarize_chunks([*heads[:1], torch.ones(5)], EIGHT.columns)
+            group_triton.summarize_group_with_triton([*heads[:1], torch.ones(5)], EIGHT.columns)
 
 
 def test_an_update_takes_the_copy_before_the_step_and_nothing_else() -> None:
@@ -164,6 +168,7 @@ def check_update() -> None:
         with pytest.MonkeyPatch.context() as patch:
             launched = Interpreted(group_triton._reduce_chunks)
             patch.setattr(group_triton, "_reduce_chunks", launched)
+            patch.setattr(group_triton, "merge_chunks", Interpreted(group_triton.merge_chunks))
             with mocked_device(patch, ("torch", "Triton")) as device:
                 found = {}
                 for where in ("cpu", "cuda:0"):
@@ -179,7 +184,7 @@ def check_update() -> None:
                         before = device.peak = device.allocated
                         optimizer.step()
                     if where != "cpu":
-                        rows = 8 * (17 + 17 + 5) * len(list(model.parameters()))
+                        rows = 8 * (3 * 17 + 5) * len(list(model.parameters()))  # of chunks, joined
                         assert size <= device.peak - before <= size + rows
                         assert launched.launches == 1
                         assert not device.waits
@@ -188,6 +193,44 @@ def check_update() -> None:
         assert found["cpu"].keys() == found["cuda:0"].keys()
         for key, value in found["cpu"].items():
             np.testing.assert_allclose(found["cuda:0"][key], value, rtol=1e-5, err_msg=key)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that a device would run, and stands for kernels of Triton."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = str(function).split(".")[1]
+        self.count += name not in ("detach", "empty", "new_empty", "select", "view", "as_strided")
+        return function(*args, **(kwargs or {}))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*_: object, **__: object) -> None:
+            self.count += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("columns", [FEW, ("sum_squares",), EIGHT.columns, EVERY])
+def test_a_comparison_takes_three_launches(
+    columns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reads both tensors, one that joins rows, and one that takes columns from them."""
+    pytest.importorskip("triton")
+    from tmm.kernels.summarize import group_triton
+
+    launches = Launches()
+    for name in ("_reduce_stacked", "_reduce_chunks", "merge_chunks"):
+        monkeypatch.setattr(group_triton, name, launches)
+    x = torch.randn(70_000)
+    with launches:
+        group_triton.summarize_pairs_with_triton([(x, x + 1)], columns)
+    assert launches.count == 1 + (2 if columns == EVERY else 3)  # x + 1 itself
 
 
 def test_a_difference_in_a_graph_is_not_written_down() -> None:

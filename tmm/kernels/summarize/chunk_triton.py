@@ -153,3 +153,116 @@ def reduce_chunk(
         tl.store(row + 14, tl.sum(other_squares, 0).to(tl.float64))
         tl.store(row + 15, tl.sum(own_squares, 0).to(tl.float64))
         tl.store(row + 16, tl.sum(products, 0).to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def merge_chunks(
+    begins,
+    elements,
+    chunks,
+    rows,
+    merged,
+    IS_STACKED: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
+    FOURTH: tl.constexpr,  # noqa: N803
+    MOMENTS: tl.constexpr,  # noqa: N803
+    IS_PAIR: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """Write the row of one tensor, joined from those of its chunks, in float64.
+
+    Moments as in ``tmm.kernels.summarize.group.merge_rows``. Sums are added up in one order, so
+    that they are the same bits each time.
+    """
+    tensor = tl.program_id(0).to(tl.int64)
+    if IS_STACKED:
+        begin = tensor * chunks
+        number = chunks
+    else:
+        begin = tl.load(begins + tensor)
+        number = ((tl.load(elements + tensor) + CHUNK - 1) // CHUNK).to(tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    own = rows + (begin + lanes) * WIDTH
+    row = merged + tensor * WIDTH
+
+    infinity = float("inf")
+    count = tl.zeros([BLOCK], tl.float64)
+    plain = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    absolute = tl.zeros([BLOCK], tl.float64)
+    weighted = tl.zeros([BLOCK], tl.float64)
+    lowest = tl.full([BLOCK], infinity, tl.float64)
+    highest = tl.full([BLOCK], -infinity, tl.float64)
+    zeros = tl.zeros([BLOCK], tl.float64)
+    nans = tl.zeros([BLOCK], tl.float64)
+    infinities = tl.zeros([BLOCK], tl.float64)
+    other_squares = tl.zeros([BLOCK], tl.float64)
+    own_squares = tl.zeros([BLOCK], tl.float64)
+    products = tl.zeros([BLOCK], tl.float64)
+    for offset in range(0, number, BLOCK):
+        inside = offset + lanes < number
+        chunk = own + offset * WIDTH
+        counted = tl.load(chunk, mask=inside, other=0.0)
+        count += counted
+        plain += tl.load(chunk + 1, mask=inside, other=0.0)
+        squares += tl.load(chunk + 2, mask=inside, other=0.0)
+        absolute += tl.load(chunk + 3, mask=inside, other=0.0)
+        weighted += counted * tl.load(chunk + 4, mask=inside, other=0.0)
+        # Those of chunks with NaN are NaN, and decide nothing here.
+        least = tl.load(chunk + 9, mask=inside, other=infinity)
+        lowest = tl.where(least < lowest, least, lowest)
+        largest = tl.load(chunk + 10, mask=inside, other=-infinity)
+        highest = tl.where(largest > highest, largest, highest)
+        zeros += tl.load(chunk + 11, mask=inside, other=0.0)
+        nans += tl.load(chunk + 12, mask=inside, other=0.0)
+        infinities += tl.load(chunk + 13, mask=inside, other=0.0)
+        if IS_PAIR:
+            other_squares += tl.load(chunk + 14, mask=inside, other=0.0)
+            own_squares += tl.load(chunk + 15, mask=inside, other=0.0)
+            products += tl.load(chunk + 16, mask=inside, other=0.0)
+
+    total = tl.sum(count, 0)
+    mean = tl.sum(weighted, 0) / tl.maximum(total, 1.0)
+    second = tl.zeros([BLOCK], tl.float64)
+    third = tl.zeros([BLOCK], tl.float64)
+    fourth = tl.zeros([BLOCK], tl.float64)
+    if MOMENTS:
+        for offset in range(0, number, BLOCK):
+            inside = offset + lanes < number
+            chunk = own + offset * WIDTH
+            counted = tl.load(chunk, mask=inside, other=0.0)
+            delta = tl.where(inside, tl.load(chunk + 4, mask=inside, other=0.0) - mean, 0.0)
+            square = delta * delta
+            moment2 = tl.load(chunk + 5, mask=inside, other=0.0)
+            second += moment2 + counted * square
+            if FOURTH:
+                moment3 = tl.load(chunk + 6, mask=inside, other=0.0)
+                moment4 = tl.load(chunk + 7, mask=inside, other=0.0)
+                third += moment3 + 3.0 * delta * moment2 + counted * delta * square
+                fourth += moment4 + 4.0 * delta * moment3
+                fourth += 6.0 * square * moment2 + counted * square * square
+
+    nan_count = tl.sum(nans, 0)
+    minimum = tl.min(lowest, 0)
+    maximum = tl.max(highest, 0)
+    absmax = tl.where(total > 0, tl.maximum(tl.abs(minimum), tl.abs(maximum)), 0.0)
+    undefined = float("nan")
+    tl.store(row, total)
+    tl.store(row + 1, tl.sum(plain, 0))
+    tl.store(row + 2, tl.sum(squares, 0))
+    tl.store(row + 3, tl.sum(absolute, 0))
+    tl.store(row + 4, mean)
+    tl.store(row + 5, tl.sum(second, 0))
+    tl.store(row + 6, tl.sum(third, 0))
+    tl.store(row + 7, tl.sum(fourth, 0))
+    tl.store(row + 8, tl.where(nan_count > 0, undefined, absmax))
+    tl.store(row + 9, tl.where(nan_count > 0, undefined, minimum))
+    tl.store(row + 10, tl.where(nan_count > 0, undefined, maximum))
+    tl.store(row + 11, tl.sum(zeros, 0))
+    tl.store(row + 12, nan_count)
+    tl.store(row + 13, tl.sum(infinities, 0))
+    if IS_PAIR:
+        tl.store(row + 14, tl.sum(other_squares, 0))
+        tl.store(row + 15, tl.sum(own_squares, 0))
+        tl.store(row + 16, tl.sum(products, 0))

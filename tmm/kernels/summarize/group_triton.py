@@ -1,10 +1,10 @@
 """``tmm.kernels.summarize.group`` on a GPU: one launch for all tensors, or pairs, of a dtype.
 
 Each program reads one chunk of one tensor, found through a table of addresses, and writes the row
-of its partial sums; a constant number of torch operations joins the rows of a tensor. Of a pair it
-reads both, found through two tables, and no difference is written down. The tables travel in one
-copy from pinned memory, so that gradients may move from step to step. Tensors that lie one after
-the other, as heads do, and a single pair need none: nothing is copied inside of a graph.
+of its partial sums; a second launch joins the rows of each tensor. Of a pair the first one reads
+both, found through two tables, and no difference is written down. The tables travel in one copy
+from pinned memory, so that gradients may move from step to step. Tensors that lie one after the
+other, as heads do, and a single pair need none: nothing is copied inside of a graph.
 
 Run in Triton's interpreter only so far, and compiled for GPUs; never on a real one.
 """
@@ -22,13 +22,13 @@ import torch
 from tmm.core.metrics import COLUMN_ORDER, PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.kernels.dense import flatten, on_device, real
 from tmm.kernels.optional_triton import tl, triton
-from tmm.kernels.summarize.chunk_triton import reduce_chunk
+from tmm.kernels.summarize.chunk_triton import merge_chunks, reduce_chunk
 from tmm.kernels.summarize.differences import Pairs, can_be_read_together, flatten_pair, lie_alike
-from tmm.kernels.summarize.group import merge_rows
 
 _CHUNK = 1 << 15  # elements per program: the rows are then less than 1 % of the tensors
 _BLOCK = 1 << 11  # elements per iteration, and those whose mean is the centre of the deviations
 _ALIGNMENT = 16  # bytes that one thread loads at once
+_JOINED = 1 << 7  # rows of chunks that are joined per iteration
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,9 +36,14 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def summarize_group_with_triton(
     tensors: Sequence[torch.Tensor], columns: tuple[str, ...]
 ) -> torch.Tensor:
-    """The rows of ``summarize_group``, of tensors on one GPU."""
-    needed = columns if "count" in columns else ("count", *columns)  # merging weighs by it
-    return summarize_chunks(tensors, needed)[:, len(needed) - len(columns) :]
+    """The rows of ``summarize_group``, of tensors on one GPU.
+
+    Nothing here waits for the device. Tensors that do not lie densely and complex ones are copied,
+    all of them at the same time.
+    """
+    flat = [flatten(real(tensor.detach())) for tensor in tensors]
+    flat = [x if x.dtype in _DTYPES else x.float() for x in flat]
+    return _summarized(flat, flat, columns, is_pair=False)
 
 
 def summarize_pairs_with_triton(pairs: Pairs, columns: tuple[str, ...]) -> torch.Tensor | None:
@@ -50,37 +55,28 @@ def summarize_pairs_with_triton(pairs: Pairs, columns: tuple[str, ...]) -> torch
         return None
     if len(pairs) > 1 and not all(lie_alike(*pair) for pair in pairs):
         return None
-    needed = columns if "count" in columns else ("count", *columns)
-    own, others = zip(*pairs, strict=True)
-    return summarize_chunks(own, needed, others)[:, len(needed) - len(columns) :]
+    together = [flatten_pair(own.detach(), other.detach()) for own, other in pairs]
+    own, others = ([flatten(pair[side]) for pair in together] for side in (0, 1))
+    return _summarized(own, others, columns, is_pair=True)
 
 
-def summarize_chunks(
-    tensors: Sequence[torch.Tensor],
+def _summarized(
+    flat: Sequence[torch.Tensor],
+    others: Sequence[torch.Tensor],
     columns: tuple[str, ...],
-    subtracted: Sequence[torch.Tensor] | None = None,
+    *,
+    is_pair: bool,
 ) -> torch.Tensor:
-    """The rows of ``summarize_group``, of tensors on one GPU; ``columns`` holds ``count``.
-
-    Nothing here waits for the device. Tensors that do not lie densely and complex ones are
-    copied, all of them at the same time; pairs are real, of dtypes that the kernels know.
-    """
-    if subtracted is None:
-        flat = [flatten(real(tensor.detach())) for tensor in tensors]
-        others = flat = [x if x.dtype in _DTYPES else x.float() for x in flat]
-    else:
-        pairs = zip(tensors, subtracted, strict=True)
-        together = [flatten_pair(own.detach(), other.detach()) for own, other in pairs]
-        flat, others = ([flatten(pair[side]) for pair in together] for side in (0, 1))
-    written = _written(is_pair=subtracted is not None)
-    constants = _constants(columns, is_pair=subtracted is not None)
+    """The rows of dense tensors; ``others`` are what is subtracted of each, of pairs."""
+    written = _written(is_pair=is_pair)
+    constants = _constants(columns, is_pair=is_pair)
     reduce = _rows_of_stack if _are_stacked(flat) and _are_stacked(others) else _rows_by_table
     device = flat[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        rows, owner = reduce(flat, others, constants)
-    if columns != written:
-        rows = torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
-    return merge_rows(rows, owner, len(flat), columns)
+        rows = reduce(flat, others, constants, has_moments="mean" in columns)
+    if columns == written:
+        return rows
+    return torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
 
 
 def compile_pairs_ahead(
@@ -96,13 +92,19 @@ def compile_pairs_ahead(
     """
     if own not in _DTYPES or other not in _DTYPES or not elements:
         return
+    chunks, constants = -(-elements // _CHUNK), _constants(columns, is_pair=True)
     with torch.cuda.device(device):
         _reduce_stacked.warmup(
-            *(own, other, elements, -(-elements // _CHUNK), torch.float64),
+            *(own, other, elements, chunks, torch.float64),
             WIDE=_wide(own, other),
             ALIGNMENT=_ALIGNMENT,
             grid=(1,),
-            **_constants(columns, is_pair=True),
+            **constants,
+        )
+        merge_chunks.warmup(
+            *(torch.float64, torch.float64, chunks, torch.float64, torch.float64),
+            grid=(1,),
+            **_of_merging(constants, "mean" in columns, is_stacked=True),
         )
 
 
@@ -135,9 +137,13 @@ def _are_stacked(flat: Sequence[torch.Tensor]) -> bool:
 
 
 def _rows_of_stack(
-    flat: Sequence[torch.Tensor], others: Sequence[torch.Tensor], constants: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of the chunks of stacked tensors, and the place of the tensor that each is of."""
+    flat: Sequence[torch.Tensor],
+    others: Sequence[torch.Tensor],
+    constants: dict[str, Any],
+    *,
+    has_moments: bool,
+) -> torch.Tensor:
+    """The rows of stacked tensors, with all columns."""
     own, other, elements = flat[0], others[0], flat[0].numel()
     chunks = -(-elements // _CHUNK)
     total = chunks * len(flat)
@@ -153,12 +159,22 @@ def _rows_of_stack(
         ALIGNMENT=_ALIGNMENT if is_aligned else 1,
         **constants,
     )
-    return rows, torch.arange(total, device=own.device) // chunks
+    if chunks == 1:
+        return rows
+    merged = rows.new_empty(len(flat), constants["WIDTH"])
+    merge_chunks[(len(flat),)](
+        *(rows, rows, chunks, rows, merged), **_of_merging(constants, has_moments, is_stacked=True)
+    )
+    return merged
 
 
 def _rows_by_table(
-    flat: Sequence[torch.Tensor], others: Sequence[torch.Tensor], constants: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    flat: Sequence[torch.Tensor],
+    others: Sequence[torch.Tensor],
+    constants: dict[str, Any],
+    *,
+    has_moments: bool,
+) -> torch.Tensor:
     """The same of tensors that lie anywhere, of any dtypes and sizes."""
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
     for index, (own, other) in enumerate(zip(flat, others, strict=True)):
@@ -167,34 +183,46 @@ def _rows_by_table(
             groups.setdefault((own.dtype, other.dtype, is_aligned), []).append(index)
     elements = np.array([x.numel() for x in flat], dtype=np.int64)
     chunks = -(-elements // _CHUNK)
-    first = np.zeros_like(chunks)  # a tensor's first chunk, counted from its group's first
-    owners = [np.zeros(0, dtype=np.int64)]
+    begins = np.zeros_like(chunks)  # the place of a tensor's first chunk among all
+    owners, starts = [np.zeros(0, dtype=np.int64)], [0]
     for members in groups.values():
-        first[members] = np.cumsum(chunks[members]) - chunks[members]
+        begins[members] = starts[-1] + np.cumsum(chunks[members]) - chunks[members]
         owners.append(np.repeat(members, chunks[members]))
+        starts.append(starts[-1] + len(owners[-1]))
     addresses = [
         np.array([x.data_ptr() for x in side], dtype=np.int64)
         for side in ((flat, others) if constants["IS_PAIR"] else (flat,))
     ]
-    numbers = np.concatenate([elements, first, *addresses, *owners])
+    numbers = np.concatenate([elements, begins, *addresses, *owners])
     table = on_device(torch.from_numpy(numbers), flat[0].device)
-    total = int(chunks.sum())
     sizes = [len(flat)] * (2 + len(addresses))
-    all_elements, all_first, *all_addresses, owner = table.split([*sizes, total])
-    rows = torch.empty(total, constants["WIDTH"], dtype=torch.float64, device=table.device)
-    start = 0
-    for (dtype, other_dtype, is_aligned), own_chunks in zip(groups, owners[1:], strict=True):
-        _reduce_chunks[(len(own_chunks),)](
-            *(all_addresses[0], all_addresses[-1], all_elements, all_first),
-            *(owner[start:], rows[start:]),
+    all_elements, all_begins, *all_addresses, owner = table.split([*sizes, starts[-1]])
+    rows = torch.empty(starts[-1], constants["WIDTH"], dtype=torch.float64, device=table.device)
+    for (dtype, other_dtype, is_aligned), start, end in zip(
+        groups, starts, starts[1:], strict=False
+    ):
+        _reduce_chunks[(end - start,)](
+            *(all_addresses[0], all_addresses[-1], all_elements, all_begins, owner, start, rows),
             DTYPE=_of_triton(dtype),
             OTHER=_of_triton(other_dtype),
             WIDE=_wide(dtype, other_dtype),
             ALIGNMENT=_ALIGNMENT if is_aligned else 1,
             **constants,
         )
-        start += len(own_chunks)
-    return rows, owner
+    merged = rows.new_empty(len(flat), constants["WIDTH"])
+    merge_chunks[(len(flat),)](
+        *(all_begins, all_elements, 0, rows, merged),
+        **_of_merging(constants, has_moments, is_stacked=False),
+    )
+    return merged
+
+
+def _of_merging(
+    constants: dict[str, Any], has_moments: bool, *, is_stacked: bool
+) -> dict[str, Any]:
+    """What the kernel that joins rows is compiled for."""
+    taken = {name: constants[name] for name in ("CHUNK", "WIDTH", "FOURTH", "IS_PAIR")}
+    return {**taken, "MOMENTS": has_moments, "IS_STACKED": is_stacked, "BLOCK": _JOINED}
 
 
 def _wide(own: torch.dtype, other: torch.dtype) -> Any:
@@ -206,13 +234,14 @@ def _of_triton(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _reduce_chunks(
     addresses,
     others,
     elements,
-    first,
+    begins,
     owners,
+    start,
     rows,
     DTYPE: tl.constexpr,  # noqa: N803 -- Triton's way of writing constants
     OTHER: tl.constexpr,  # noqa: N803
@@ -226,14 +255,14 @@ def _reduce_chunks(
     BOTH: tl.constexpr,  # noqa: N803
 ):
     """Write the row of one chunk of one of the tensors, or pairs, that lie anywhere."""
-    chunk = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(0).to(tl.int64) + start
     tensor = tl.load(owners + chunk)
-    start = (chunk - tl.load(first + tensor)) * CHUNK
-    length = tl.minimum(tl.load(elements + tensor) - start, CHUNK).to(tl.int32)
+    before = (chunk - tl.load(begins + tensor)) * CHUNK
+    length = tl.minimum(tl.load(elements + tensor) - before, CHUNK).to(tl.int32)
     data = tl.load(addresses + tensor).to(tl.pointer_type(DTYPE))
-    data = tl.multiple_of(data + start, ALIGNMENT)
+    data = tl.multiple_of(data + before, ALIGNMENT)
     other = tl.load(others + tensor).to(tl.pointer_type(OTHER))
-    other = tl.multiple_of(other + start, ALIGNMENT)
+    other = tl.multiple_of(other + before, ALIGNMENT)
     row = rows + chunk * WIDTH
     reduce_chunk(data, other, length, row, WIDE, FOURTH, BLOCK, IS_PAIR, BOTH)
 
