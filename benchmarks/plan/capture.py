@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.plan.account import Buffer
 from benchmarks.plan.identity import identities, identity, name_nodes
+from tmm.instrumentation import backend as measuring
 
 GPU = torch.device("cuda", 0)
 
@@ -88,11 +89,9 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
     from torch._subclasses.fake_tensor import FakeTensor
 
     compile_graph, device_of = compile_fx.compile_fx, FakeTensor._normalize_fake_device
-    joint_passes, comment = (
-        compile_fx._recursive_joint_graph_passes,
-        TritonScheduling.codegen_comment,
-    )
-    tells_device = FakeTensor.device.fget  # "meta" while an operation runs
+    joint_passes = compile_fx._recursive_joint_graph_passes
+    written: Any = TritonScheduling.codegen_comment
+    tells_device: Any = vars(FakeTensor)["device"].fget  # "meta" while an operation runs
     inputs: dict[str, str] = {}
     computed: list[Computed] = []
 
@@ -116,7 +115,7 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
 
     def commented(self: Any, schedule: Any, kernel: str | None = None) -> None:
         computed.append(_computed(schedule))
-        comment(self, schedule, kernel)
+        written(self, schedule, kernel)
 
     def ended(self: Any) -> Any:
         computed.clear()
@@ -145,19 +144,12 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
             (TritonScheduling, "codegen_comment", commented),
             (GraphLowering, "compile_to_module", ended),
             # What sites need of a GPU is planned by itself; what they need of a CPU is not built.
-            ("tmm.instrumentation.backend", "compile_kernels", lambda module: None),
-            ("tmm.instrumentation.backend", "start_compiling", lambda *sources: None),
+            (measuring, "compile_kernels", lambda module: None),
+            (measuring, "start_compiling", lambda *sources: None),
         ):
-            target = owner if not isinstance(owner, str) else _module(owner)
-            stack.enter_context(mock.patch.object(target, name, function))
+            stack.enter_context(mock.patch.object(owner, name, function))
         stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
         yield
-
-
-def _module(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)
 
 
 def _labels(examples: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]:
@@ -215,7 +207,7 @@ def _flash_attention(
 def _computed(schedule: Any) -> Computed:
     nodes = [one.node for one in schedule if getattr(one, "node", None) is not None]
     origins: set[Node] = set()
-    stored = {}
+    stored: dict[str, str] = {}
     for node in nodes:
         origins |= set(node.origins)
         origin = node.get_origin_node() or max(node.origins, default=None)
