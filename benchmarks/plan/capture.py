@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -86,21 +86,12 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
     from torch._inductor import compile_fx
     from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.graph import GraphLowering
-    from torch._subclasses.fake_tensor import FakeTensor
 
-    compile_graph, device_of = compile_fx.compile_fx, FakeTensor._normalize_fake_device
+    compile_graph = compile_fx.compile_fx
     joint_passes = compile_fx._recursive_joint_graph_passes
     written: Any = TritonScheduling.codegen_comment
-    tells_device: Any = vars(FakeTensor)["device"].fget  # "meta" while an operation runs
     inputs: dict[str, str] = {}
     computed: list[Computed] = []
-
-    def normalized(device: torch.device) -> torch.device:
-        return device_of(torch.device("cpu") if device.type == GPU.type else device)
-
-    def shown(self: Any) -> torch.device:
-        device: torch.device = tells_device(self)
-        return GPU if device.type == "cpu" else device
 
     def compiled(module: GraphModule, examples: Sequence[Any], *rest: Any, **options: Any) -> Any:
         inputs.update(_labels(examples, names))
@@ -137,8 +128,6 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
 
     with contextlib.ExitStack() as stack:
         for owner, name, function in (
-            (FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
-            (FakeTensor, "device", property(shown)),
             (compile_fx, "compile_fx", compiled),
             (compile_fx, "_recursive_joint_graph_passes", passed),
             (TritonScheduling, "codegen_comment", commented),
@@ -149,6 +138,27 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
         ):
             stack.enter_context(mock.patch.object(owner, name, function))
         stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        stack.enter_context(fake_tensors_on_gpu())
+        yield
+
+
+@contextlib.contextmanager
+def fake_tensors_on_gpu() -> Iterator[None]:
+    """Let fake tensors tell Python that they lie on a GPU, and be of the CPU for code in C++."""
+    tells_device: Any = vars(FakeTensor)["device"].fget  # "meta" while an operation runs
+    device_of = FakeTensor._normalize_fake_device
+
+    def normalized(device: torch.device) -> torch.device:
+        return device_of(torch.device("cpu") if device.type == GPU.type else device)
+
+    def shown(self: FakeTensor) -> torch.device:
+        device: torch.device = tells_device(self)
+        return GPU if device.type == "cpu" else device
+
+    with (
+        mock.patch.object(FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
+        mock.patch.object(FakeTensor, "device", property(shown)),
+    ):
         yield
 
 
