@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +32,9 @@ from benchmarks.plan.compare import Comparison, Kernel, compare
 from benchmarks.plan.identity import identity, name_nodes
 from benchmarks.plan.resources import Resources, least, occupancy, read_log
 from benchmarks.plan.variants import PLAIN, all_variants
+from benchmarks.report import FOLDER_VARIABLE
 from benchmarks.workloads import FIVE_METRICS
+from tests.interpreters import ROOT
 from tests.triton_interpreter import printed_by
 from tmm.core.metrics import builtin_reductions
 
@@ -391,3 +397,27 @@ def test_a_plan_compared_with_itself_has_nothing_new(toy: dict[str, Any]) -> Non
         assert own is other
         assert not found.added
         assert all(plain == kernel for plain, kernel in found.pairs)
+
+
+@pytest.mark.slow
+def test_the_command_runs_on_a_toy(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed; the extra `test` brings it")
+    only = "tmm, operators: activations"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_plan", "--toy", "--save", "--only", only],
+        cwd=ROOT,
+        env={**os.environ, FOLDER_VARIABLE: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("gpu-plan-*.json")
+    report = json.loads(path.read_text())
+    assert list(report["programs"]) == [PLAIN, only]
+    assert report["programs"][only]["split"] == []
+    assert [line["variant"] for line in report["lines"]] == [PLAIN, only]
+    assert report["lines"][1]["ratio"] > 1
+    assert set(report["own_kernels"]) == {"80", "90", "100"}
+    assert "kernels that spill: none" in done.stdout
