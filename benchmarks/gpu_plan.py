@@ -348,11 +348,10 @@ def report_of(
     lines = [
         {
             "variant": name,
-            "ratio": (numbers["really"]["triton_bytes"] + numbers["really"]["other_bytes"])
-            / really(found[PLAIN]).bytes,
+            "ratio": really(variant).bytes / really(found[PLAIN]).bytes,
             "note": "bytes, to those of the plain program",
         }
-        for name, numbers in programs.items()
+        for name, variant in found.items()
     ]
     return {
         "title": f"planned for sm_90: {found[PLAIN]['workload']}",

@@ -93,7 +93,7 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[Launch] = []
 
     def launched(self, *arguments: Any, **options: Any) -> None:
