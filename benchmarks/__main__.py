@@ -38,6 +38,7 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
 FURTHER = (
     "attention",
     "distributed",
+    "gpu_plan",
     "kernels",
     "module_monitor",
     "overhead",

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,13 +33,21 @@ from benchmarks.timing import environment
 ROOT = Path(__file__).parent.parent
 
 
-def run_part(part: Part, device: str, folder: Path, seconds: float, *, toy: bool) -> PartReport:
-    """Run a part in a process of its own; what it has found is kept however it ends."""
+def run_part(
+    part: Part, device: str, folder: Path, cache: Path, seconds: float, *, toy: bool
+) -> PartReport:
+    """Run a part in a process of its own; what it has found is kept however it ends.
+
+    While it runs its findings lie in a file of ``folder``. ``cache`` keeps what parts compile.
+    """
     file = folder / f"{part.name.replace(' ', '-')}.jsonl"
     file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.on_gpu.process"]
     command += [part.name, device, str(file), f"{seconds:.0f}", *(("toy",) if toy else ())]
-    caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}  # later parts compile less
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+    }
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -60,7 +69,9 @@ def run_part(part: Part, device: str, folder: Path, seconds: float, *, toy: bool
         process.communicate()
         ended_by, is_cut = f"its time was over, {seconds:.0f} s", True
     took = time.perf_counter() - started
-    return PartReport(part.name, part.does, read_findings(file), took, ended_by, is_cut)
+    findings = read_findings(file)
+    file.unlink(missing_ok=True)
+    return PartReport(part.name, part.does, findings, took, ended_by, is_cut)
 
 
 def run_all(
@@ -132,11 +143,16 @@ def main(
     where = environment()
     title = f"tmm on {where['device'] if device != 'cpu' else 'a CPU'}"
 
-    def run(part: Part, seconds: float) -> PartReport:
-        print(f"{part.name}: at most {seconds:.0f} s", flush=True)
-        return run_part(part, device, folder, seconds, toy=toy)
+    def write(found: Sequence[PartReport]) -> None:
+        write_report(folder, title, found, where)
 
-    reports = run_all(parts, minutes, run, lambda found: write_report(folder, title, found, where))
+    with tempfile.TemporaryDirectory() as cache:
+
+        def run(part: Part, seconds: float) -> PartReport:
+            print(f"{part.name}: at most {seconds:.0f} s", flush=True)
+            return run_part(part, device, folder, Path(cache), seconds, toy=toy)
+
+        reports = run_all(parts, minutes, run, write)
     show(reports)
     print(folder / "report.md")
     if not all(report.is_good for report in reports):

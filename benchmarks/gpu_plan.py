@@ -304,6 +304,10 @@ def main(
         text = "; ".join(f"{plain} (a part became {part})" for plain, part in pairs)
         split = f"split: {text}" if text else "no plain kernel was split in two"
         console.print(f"{name}: {added_line(added)}; {split}")
+    for name, variant in found.items():
+        for graph in variant["graphs"]:
+            for operator, calls in graph["uncounted"].items():
+                console.print(f"{name}: {calls} x tmm::{operator}, each counted as one launch")
     spilling = [name for name, tried in resources.items() if best(tried)["spilled"]]
     console.print(f"kernels that spill: {', '.join(spilling) or 'none'}")
     own_found: dict[int, Any] = {}
@@ -344,11 +348,10 @@ def report_of(
     lines = [
         {
             "variant": name,
-            "ratio": (numbers["really"]["triton_bytes"] + numbers["really"]["other_bytes"])
-            / really(found[PLAIN]).bytes,
+            "ratio": really(variant).bytes / really(found[PLAIN]).bytes,
             "note": "bytes, to those of the plain program",
         }
-        for name, numbers in programs.items()
+        for name, variant in found.items()
     ]
     return {
         "title": f"planned for sm_90: {found[PLAIN]['workload']}",

@@ -119,7 +119,7 @@ def test_a_part_that_fails_or_hangs_ends_alone(
     name: str, seconds: float, ended: str, is_good: bool, tmp_path: Path
 ) -> None:
     started = time.monotonic()
-    report = gpu.run_part(part(name), "cpu", tmp_path, seconds, toy=True)
+    report = gpu.run_part(part(name), "cpu", tmp_path, tmp_path, seconds, toy=True)
     assert ended in report.ended_by
     assert report.is_good == is_good
     assert report.findings == ()
@@ -127,12 +127,13 @@ def test_a_part_that_fails_or_hangs_ends_alone(
 
 
 def test_a_part_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
-    report = gpu.run_part(PARTS[0], "cpu", tmp_path, 120.0, toy=True)
+    report = gpu.run_part(PARTS[0], "cpu", tmp_path, tmp_path, 120.0, toy=True)
     assert report.is_good
     assert not report.ended_by
     found = {one.what: one.text for one in report.findings}
     assert found["torch"].startswith(torch.__version__)
     assert "kernel of summarize" in found
+    assert list(tmp_path.glob("*.jsonl")) == []  # it is in the report now
 
 
 def test_the_report_says_what_is_bad_and_what_ended_early(tmp_path: Path) -> None:

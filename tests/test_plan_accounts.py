@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +32,11 @@ from benchmarks.plan.compare import Comparison, Kernel, compare
 from benchmarks.plan.identity import identity, name_nodes
 from benchmarks.plan.resources import Resources, least, occupancy, read_log
 from benchmarks.plan.variants import PLAIN, all_variants
+from benchmarks.report import FOLDER_VARIABLE
+from benchmarks.workloads import FIVE_METRICS
+from tests.interpreters import ROOT
 from tests.triton_interpreter import printed_by
+from tmm.core.metrics import builtin_reductions
 
 TEXT = """
 triton_poi_fused_add_0 = async_compile.triton('triton_poi_fused_add_0', \'\'\'
@@ -291,9 +299,18 @@ def test_operators_count_by_what_they_launch() -> None:
     assert gpu_plan.roofline(Total(1, 1, 4_800_000, 0)) == pytest.approx(1e-6 + 4e-6)
 
 
+COLUMNS = ",".join(builtin_reductions(FIVE_METRICS, is_complex=False)[0].columns)
+CALLS: dict[str, tuple[Any, ...]] = {
+    "rows": ("summarize", (8, 1024, 768), COLUMNS),
+    "no divisor": ("summarize", (2_097_169,), COLUMNS),
+    "heads": ("summarize_heads", (2, 8, 16), "count,sum"),  # by addresses of tensors
+    "nothing known": ("merge_of_tomorrow", (2,)),
+}
+
+
 def print_toy_plans() -> None:
     """In a process that takes itself for one with a GPU: a toy GPT, plain and measured."""
-    from benchmarks.plan.capture import plans_of
+    from benchmarks.plan.capture import OperatorCall, plans_of
     from benchmarks.plan.operators import OperatorLaunches
     from benchmarks.plan.process import graph_numbers
     from benchmarks.plan.variants import step_of, workload_of
@@ -304,14 +321,43 @@ def print_toy_plans() -> None:
         torch._dynamo.reset()
         plans = plans_of(*step_of(all_variants()[name], workload_of(1, toy=True)))
         found[name] = {"graphs": [graph_numbers(plan, counter) for plan in plans]}
-    print(json.dumps(found))
+    calls = {
+        name: counter.of(OperatorCall(operator, (torch.empty(shape, device="meta"), *more)))
+        for name, (operator, shape, *more) in CALLS.items()
+    }
+    counted = {
+        name: None if launches is None else [[one.name, one.kind, one.bytes] for one in launches]
+        for name, launches in calls.items()
+    }
+    print(json.dumps({"programs": found, "operators": counted}))
 
 
 @pytest.fixture(scope="module")
-def toy() -> dict[str, Any]:
-    printed = printed_by("tests.test_plan_accounts", "print_toy_plans", **mocked_gpu.ENVIRONMENT)
-    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+def printed() -> dict[str, Any]:
+    text = printed_by("tests.test_plan_accounts", "print_toy_plans", **mocked_gpu.ENVIRONMENT)
+    found: dict[str, Any] = json.loads(text.splitlines()[-1])
     return found
+
+
+@pytest.fixture
+def toy(printed: dict[str, Any]) -> dict[str, Any]:
+    programs: dict[str, Any] = printed["programs"]
+    return programs
+
+
+def test_an_operator_is_counted_by_its_own_plan(printed: dict[str, Any]) -> None:
+    counted = printed["operators"]
+    rows = [Launch(*one) for one in counted["rows"]]
+    size = 8 * 1024 * 768 * 4
+    assert (len(rows), {one.kind for one in rows}) == (7, {"triton"})
+    assert sum(one.bytes >= size for one in rows) == 1  # it is read once
+    assert size < sum(one.bytes for one in rows) < 1.01 * size
+    # Rows of 4096 and a rest, whose rows are merged by operations of torch.
+    cut = [Launch(*one) for one in counted["no divisor"]]
+    assert sum(one.kind == "triton" for one in cut) == 7 + 2
+    assert any(one.kind == "library" for one in cut)
+    assert counted["heads"] is None
+    assert counted["nothing known"] is None
 
 
 def test_a_training_step_is_planned_for_a_gpu(toy: dict[str, Any]) -> None:
@@ -351,3 +397,27 @@ def test_a_plan_compared_with_itself_has_nothing_new(toy: dict[str, Any]) -> Non
         assert own is other
         assert not found.added
         assert all(plain == kernel for plain, kernel in found.pairs)
+
+
+@pytest.mark.slow
+def test_the_command_runs_on_a_toy(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed; the extra `test` brings it")
+    only = "tmm, operators: activations"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_plan", "--toy", "--save", "--only", only],
+        cwd=ROOT,
+        env={**os.environ, FOLDER_VARIABLE: str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("gpu-plan-*.json")
+    report = json.loads(path.read_text())
+    assert list(report["programs"]) == [PLAIN, only]
+    assert report["programs"][only]["split"] == []
+    assert [line["variant"] for line in report["lines"]] == [PLAIN, only]
+    assert report["lines"][1]["ratio"] > 1
+    assert set(report["own_kernels"]) == {"80", "90", "100"}
+    assert "kernels that spill: none" in done.stdout

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import tmm
 from benchmarks.compiled import kernel_launches
@@ -39,9 +38,8 @@ class Programs:
         self.tokens = self.workload.tokens()
         self.plain = training_step(self.module, self._compiled(), self.tokens)
 
-    def _compiled(self) -> nn.Module:
-        compiled: nn.Module = torch.compile(self.module, **self.options)  # type: ignore[call-overload]
-        return compiled
+    def _compiled(self) -> torch.nn.Module:
+        return compiler(self.options)(self.module)
 
     def watched(self, what: str) -> Watched:
         """Steps that are monitored as one of ``benchmarks.everything``."""

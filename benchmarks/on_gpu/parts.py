@@ -46,19 +46,20 @@ PARTS = (
         "kernels",
         "Each kernel on the device, against its definition in float64.",
         lambda subject, _: truth.kernels(subject),
-        most=90,
+        most=120,
     ),
     Part(
         "models",
         "Every row of one step, against plain eager hooks on the device.",
         lambda subject, _: truth.models(subject),
-        most=150,
+        most=120,
     ),
     Part(
         "costs",
         "Monitored steps of a GPT, as ratios to the plain compiled step; launches and memory.",
         lambda subject, _: costs.costs(subject),
         least=30,
+        most=240,
     ),
     Part(
         "CUDA graphs",

@@ -67,7 +67,13 @@ def compared_with_hooks(model: ZooModel, subject: Subject, way: str, compiled: C
 
 def compiler(options: Mapping[str, Any]) -> Compile:
     """What compiles a module with such options of ``torch.compile``."""
-    return lambda module: torch.compile(module, **options)  # type: ignore[no-any-return,call-overload]
+
+    def compiled(module: torch.nn.Module) -> torch.nn.Module:
+        result: Any = torch.compile(module, **options)
+        assert isinstance(result, torch.nn.Module)
+        return result
+
+    return compiled
 
 
 def guarded(what: str, check: Callable[[], str]) -> Finding:

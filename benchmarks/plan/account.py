@@ -166,8 +166,8 @@ class _Reader:
 
     def _number(self, expression: ast.expr) -> int | None:
         if isinstance(expression, ast.Subscript) and isinstance(expression.slice, ast.Constant):
-            sizes = self.shapes.get(_dotted(expression.value))
-            return None if sizes is None else sizes[expression.slice.value]
+            sizes, index = self.shapes.get(_dotted(expression.value)), expression.slice.value
+            return None if sizes is None or not isinstance(index, int) else sizes[index]
         if not all(isinstance(node, _ARITHMETIC) for node in ast.walk(expression)):
             return None
         names = [node.id for node in ast.walk(expression) if isinstance(node, ast.Name)]

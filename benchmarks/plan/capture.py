@@ -16,12 +16,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from benchmarks.plan.account import Buffer
 from benchmarks.plan.identity import identities, identity, name_nodes
+from tmm.instrumentation import backend as measuring
 
 GPU = torch.device("cuda", 0)
 
@@ -85,23 +86,12 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
     from torch._inductor import compile_fx
     from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.graph import GraphLowering
-    from torch._subclasses.fake_tensor import FakeTensor
 
-    compile_graph, device_of = compile_fx.compile_fx, FakeTensor._normalize_fake_device
-    joint_passes, comment = (
-        compile_fx._recursive_joint_graph_passes,
-        TritonScheduling.codegen_comment,
-    )
-    tells_device = FakeTensor.device.fget  # "meta" while an operation runs
+    compile_graph = compile_fx.compile_fx
+    joint_passes = compile_fx._recursive_joint_graph_passes
+    written: Any = TritonScheduling.codegen_comment
     inputs: dict[str, str] = {}
     computed: list[Computed] = []
-
-    def normalized(device: torch.device) -> torch.device:
-        return device_of(torch.device("cpu") if device.type == GPU.type else device)
-
-    def shown(self: Any) -> torch.device:
-        device: torch.device = tells_device(self)
-        return GPU if device.type == "cpu" else device
 
     def compiled(module: GraphModule, examples: Sequence[Any], *rest: Any, **options: Any) -> Any:
         inputs.update(_labels(examples, names))
@@ -116,7 +106,7 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
 
     def commented(self: Any, schedule: Any, kernel: str | None = None) -> None:
         computed.append(_computed(schedule))
-        comment(self, schedule, kernel)
+        written(self, schedule, kernel)
 
     def ended(self: Any) -> Any:
         computed.clear()
@@ -138,26 +128,38 @@ def _captured(found: list[GraphPlan], names: Mapping[int, str]) -> Iterator[None
 
     with contextlib.ExitStack() as stack:
         for owner, name, function in (
-            (FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
-            (FakeTensor, "device", property(shown)),
             (compile_fx, "compile_fx", compiled),
             (compile_fx, "_recursive_joint_graph_passes", passed),
             (TritonScheduling, "codegen_comment", commented),
             (GraphLowering, "compile_to_module", ended),
             # What sites need of a GPU is planned by itself; what they need of a CPU is not built.
-            ("tmm.instrumentation.backend", "compile_kernels", lambda module: None),
-            ("tmm.instrumentation.backend", "start_compiling", lambda *sources: None),
+            (measuring, "compile_kernels", lambda module: None),
+            (measuring, "start_compiling", lambda *sources: None),
         ):
-            target = owner if not isinstance(owner, str) else _module(owner)
-            stack.enter_context(mock.patch.object(target, name, function))
+            stack.enter_context(mock.patch.object(owner, name, function))
         stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        stack.enter_context(fake_tensors_on_gpu())
         yield
 
 
-def _module(name: str) -> Any:
-    import importlib
+@contextlib.contextmanager
+def fake_tensors_on_gpu() -> Iterator[None]:
+    """Let fake tensors tell Python that they lie on a GPU, and be of the CPU for code in C++."""
+    tells_device: Any = vars(FakeTensor)["device"].fget  # "meta" while an operation runs
+    device_of = FakeTensor._normalize_fake_device
 
-    return importlib.import_module(name)
+    def normalized(device: torch.device) -> torch.device:
+        return device_of(torch.device("cpu") if device.type == GPU.type else device)
+
+    def shown(self: FakeTensor) -> torch.device:
+        device: torch.device = tells_device(self)
+        return GPU if device.type == "cpu" else device
+
+    with (
+        mock.patch.object(FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
+        mock.patch.object(FakeTensor, "device", property(shown)),
+    ):
+        yield
 
 
 def _labels(examples: Sequence[Any], names: Mapping[int, str]) -> dict[str, str]:
@@ -215,7 +217,7 @@ def _flash_attention(
 def _computed(schedule: Any) -> Computed:
     nodes = [one.node for one in schedule if getattr(one, "node", None) is not None]
     origins: set[Node] = set()
-    stored = {}
+    stored: dict[str, str] = {}
     for node in nodes:
         origins |= set(node.origins)
         origin = node.get_origin_node() or max(node.origins, default=None)
