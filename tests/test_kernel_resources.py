@@ -81,7 +81,7 @@ def test_all_forms_of_kernels_fit_into_registers(capability: int, tmp_path: Path
 
 def launched_kernels(text: str) -> set[str]:
     """The functions of Triton that a file launches, and not those that these call."""
-    jitted = set(re.findall(r"@triton\.jit\ndef (\w+)\(", text))
+    jitted = set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+)\(", text))
     return {name for name in jitted if re.search(rf"\b{name}\[", text)}
 
 
@@ -92,7 +92,7 @@ def test_no_kernel_is_left_out() -> None:
         for path in KERNELS.rglob("*.py")
         if (names := launched_kernels(path.read_text()))
     }
-    assert files["summarize/group_triton.py"] == {"_reduce_chunks"}
+    assert files["summarize/group_triton.py"] == {"_reduce_chunks", "_reduce_stacked"}
     assert {one.source for one in launching()} == files.keys()
     assert {one.source for one in launching() if one.is_quick} == files.keys()
 
@@ -100,7 +100,7 @@ def test_no_kernel_is_left_out() -> None:
 def test_a_kernel_that_spills_is_told(tmp_path: Path) -> None:
     variables = {**mocked_gpu.ENVIRONMENT, "TRITON_CACHE_DIR": str(tmp_path)}
     printed = printed_by("tests.test_kernel_resources", "print_spilling", **variables)
-    (one,) = json.loads(printed.splitlines()[-1])
+    one, *_ = json.loads(printed.splitlines()[-1])
     assert one["registers"] <= 32
     with pytest.raises(AssertionError, match="_reduce_chunks"):
         check([one])

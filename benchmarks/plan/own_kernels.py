@@ -15,11 +15,16 @@ from benchmarks.mocked_gpu import Chip, plan_of
 from benchmarks.plan.account import kernels_of
 from benchmarks.plan.resources import Resources, assembled, launched, least
 from benchmarks.workloads import FIVE_METRICS
-from tmm.core.metrics import METRICS, TENSOR_COLUMNS, builtin_reductions
+from tmm.core.metrics import METRICS, PAIR_COLUMNS, TENSOR_COLUMNS, builtin_reductions
 from tmm.kernels.attention.attention_call import AttentionCall
 from tmm.kernels.attention.attention_triton import summarize_attention_with_triton
+from tmm.kernels.fused.merge_triton import merge_joined_with_triton
+from tmm.kernels.fused.row_partials import FusedRow
 from tmm.kernels.summarize import inductor_rows
-from tmm.kernels.summarize.group_triton import summarize_chunks
+from tmm.kernels.summarize.group_triton import (
+    summarize_group_with_triton,
+    summarize_pairs_with_triton,
+)
 
 (_FIVE,) = builtin_reductions(FIVE_METRICS, is_complex=False)
 (_ALL,) = builtin_reductions(tuple(METRICS), is_complex=False)
@@ -39,7 +44,7 @@ class Launching:
 
 def launching() -> list[Launching]:
     """Calls that launch each kernel that tmm has in Triton, in each of its forms."""
-    return [*_groups(), *_attentions()]
+    return [*_groups(), *_pairs(), *_merges(), *_attentions()]
 
 
 def _groups() -> list[Launching]:
@@ -56,7 +61,8 @@ def _groups() -> list[Launching]:
                     columns: tuple[str, ...] = columns,
                     offset: int = offset,
                 ) -> object:
-                    return summarize_chunks([torch.ones(70_000, dtype=dtype)[offset:]], columns)
+                    tensors = [torch.ones(size, dtype=dtype)[offset:] for size in (70_000, 900)]
+                    return summarize_group_with_triton(tensors, columns)
 
                 powers = "four powers" if with_fourth else "two powers"
                 lies = "" if not offset else ", not aligned"
@@ -64,6 +70,32 @@ def _groups() -> list[Launching]:
                 name = f"group: {_name(dtype)}, {powers}{lies}"
                 found.append(Launching(name, "summarize/group_triton.py", call, quick))
     return found
+
+
+def _pairs() -> list[Launching]:
+    """A pair by itself, as in a graph, and several of them, as in an update."""
+    columns = ("count", "sum_squares", *PAIR_COLUMNS)
+    found = []
+    for dtype in _DTYPES:
+        for number in (1, 2):
+
+            def call(dtype: torch.dtype = dtype, number: int = number) -> object:
+                pairs = [(torch.ones(70_000, dtype=dtype),) * 2 for _ in range(number)]
+                return summarize_pairs_with_triton(pairs, columns)
+
+            name = f"pairs: {_name(dtype)}, {number}"
+            quick = dtype == torch.bfloat16
+            found.append(Launching(name, "summarize/group_triton.py", call, quick))
+    return found
+
+
+def _merges() -> list[Launching]:
+    def call() -> object:
+        row = FusedRow(_ALL.columns, 64, is_wide=False)
+        joined = torch.ones(2 * len(row.partials) * 3000)
+        return merge_joined_with_triton(joined, [3000, 3000], [*row.layout, *row.layout])
+
+    return [Launching("merge of partials", "fused/merge_triton.py", call, is_quick=True)]
 
 
 def _attentions() -> list[Launching]:

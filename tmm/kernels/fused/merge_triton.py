@@ -20,7 +20,7 @@ from tmm.kernels.fused.merge_operator import parts_of
 from tmm.kernels.fused.row_partials import PARTIALS
 from tmm.kernels.optional_triton import tl, triton
 
-_BLOCK = 1024  # rows per iteration
+_BLOCK = 512  # rows per iteration: two for each thread, whose sums stay in registers
 _HEAD = 4  # numbers of an entry before the places: first partial, rows, length, first result
 _ENTRY = _HEAD + len(PARTIALS) + len(TENSOR_COLUMNS)
 
@@ -43,7 +43,7 @@ def merge_joined_with_triton(
             HEAD=_HEAD,
             PARTIALS=len(PARTIALS),
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=8,
         )
     return result
 

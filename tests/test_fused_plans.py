@@ -1,0 +1,114 @@
+"""What Inductor makes of fused statistics on a GPU: the text that it generates for a mocked one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+
+from benchmarks import mocked_gpu
+from benchmarks.mocked_gpu import Plan, mock_gpus, plan_of
+from tests.triton_interpreter import printed_by
+from tmm.core.inductor_private import compile_fx
+from tmm.core.torch_private import FakeTensorMode
+from tmm.kernels.fused.choose_lowering import fused_row
+from tmm.kernels.fused.merge_operator import merge_parts
+from tmm.kernels.fused.row_partials import partials_of, register_lowering
+
+FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
+COUNTS = ("count", "absmax", "zeros", "nans", "infinities")
+Measure = Callable[[torch.Tensor], torch.Tensor]
+
+
+def scaled(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """A product that nobody stores, as a half would round it."""
+    return measure(x * 30000.0).sigmoid()
+
+
+def gelu(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    return measure(functional.gelu(x))
+
+
+def residual_and_norm(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    y = measure(x + x.cos())
+    return measure(functional.layer_norm(y, y.shape[-1:]))
+
+
+def images(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    return measure(x.view(8, 16, 16, 32).relu())
+
+
+PROGRAMS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, tuple[str, ...]]] = {
+    "scaled": (scaled, torch.float16, COUNTS),
+    "gelu": (gelu, torch.bfloat16, FIVE),
+    "residual_and_norm": (residual_and_norm, torch.bfloat16, FIVE),
+    "images": (images, torch.float32, FIVE),
+}
+
+
+def print_plans() -> None:
+    """In a process that takes itself for one with a GPU: each program plain, and measured."""
+    mock_gpus(1)
+    register_lowering()
+    print(json.dumps({name: [vars(_plan(name, m)) for m in (False, True)] for name in PROGRAMS}))
+
+
+def _plan(name: str, is_measured: bool) -> Plan:
+    program, dtype, columns = PROGRAMS[name]
+
+    def body(x: torch.Tensor) -> Any:
+        partials, layout = [], []
+
+        def measure(y: torch.Tensor) -> torch.Tensor:
+            if is_measured:
+                found = fused_row(y, columns, y.numel(), "auto")
+                assert not isinstance(found, str), found
+                rows, row = found
+                partials.append(partials_of(y, *row.arguments(rows)))
+                layout.extend(row.layout)
+            return y
+
+        result = program(x, measure)
+        return (result, merge_parts(partials, layout)) if is_measured else (result,)
+
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(64, 1024, dtype=dtype, device="cuda")
+        graph = make_fx(body)(x)
+        (placeholder,) = graph.graph.find_nodes(op="placeholder")
+        example = placeholder.meta["val"]
+        return plan_of(lambda: compile_fx()(graph, [example]))
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, tuple[Plan, Plan]]:
+    found = json.loads(
+        printed_by("tests.test_fused_plans", "print_plans", **mocked_gpu.ENVIRONMENT)
+    )
+    return {name: (Plan(**plain), Plan(**own)) for name, (plain, own) in found.items()}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_partials_ride_in_the_kernels_that_are_there(
+    name: str, plans: dict[str, tuple[Plan, Plan]]
+) -> None:
+    plain, measured = plans[name]
+    joins = name == "residual_and_norm"  # the partials of two sites, into one tensor
+    assert measured.triton_launches == plain.triton_launches + joins
+    assert measured.other_launches == plain.other_launches + 1  # merge_joined
+    assert "torch.ops.tmm.merge_joined" in measured.text
+    assert measured.readings == plain.readings
+
+
+def test_half_precision_is_rounded_where_nobody_stores_it(
+    plans: dict[str, tuple[Plan, Plan]],
+) -> None:
+    plain, measured = plans["scaled"]
+    rounding = re.compile(r"\.to\(tl\.float16\)")
+    assert not rounding.search(plain.text)
+    assert rounding.search(measured.text)
