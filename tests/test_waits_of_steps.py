@@ -1,14 +1,15 @@
 """Whole steps on a mocked device, with their backward passes: the training waits for nothing.
 
-In processes of their own, as torch must be told of the device before it is imported.
+In a process of their own, as torch must be told of the device before it is imported.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,15 +37,31 @@ RULES = (
 Loop = Callable[..., dict[int, dict[str, Any]]]
 
 
-def run_alone(function: str) -> None:
-    """A check of this module, where torch takes the machine for one with GPUs."""
+@pytest.fixture(scope="module")
+def faults() -> dict[str, str]:
+    """What is wrong by each check, in a process where torch takes the machine for one with GPUs."""
     if not device_hooks.HAS_COMPILER:
         pytest.skip("no C++ compiler")
     code = (
         "from tests.device_hooks import load_hooks; load_hooks()\n"
-        f"from tests.test_waits_of_steps import {function}; {function}()"
+        "from tests.test_waits_of_steps import print_faults; print_faults()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=dict(os.environ))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def print_faults() -> None:
+    """Run all checks; an empty text for one that holds."""
+    found = {}
+    for check in (check_steps, check_alerts, check_threads):
+        try:
+            check()
+            found[check.__name__] = ""
+        except Exception:
+            found[check.__name__] = traceback.format_exc()[-5000:]
+    print(json.dumps(found))
 
 
 @contextmanager
@@ -128,8 +145,8 @@ WAYS: dict[str, dict[str, bool]] = {
 }
 
 
-def test_steps_wait_for_nothing() -> None:
-    run_alone("check_steps")
+def test_steps_wait_for_nothing(faults: dict[str, str]) -> None:
+    assert not faults["check_steps"], faults["check_steps"]
 
 
 def check_steps() -> None:
@@ -159,8 +176,8 @@ def check_steps() -> None:
                 )
 
 
-def test_alerts_look_at_a_step_when_the_next_one_is_under_way() -> None:
-    run_alone("check_alerts")
+def test_alerts_look_at_a_step_when_the_next_one_is_under_way(faults: dict[str, str]) -> None:
+    assert not faults["check_alerts"], faults["check_alerts"]
 
 
 def check_alerts() -> None:
@@ -180,8 +197,8 @@ def check_alerts() -> None:
     assert any("step 2" in text for text in told[3]), told
 
 
-def test_threads_sleep_on_the_device_that_they_wait_for() -> None:
-    run_alone("check_threads")
+def test_threads_sleep_on_the_device_that_they_wait_for(faults: dict[str, str]) -> None:
+    assert not faults["check_threads"], faults["check_threads"]
 
 
 def check_threads() -> None:
