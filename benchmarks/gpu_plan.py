@@ -9,8 +9,8 @@ operator of tmm is one line; "really" counts what it launches instead, from the 
 
 The kernels are then compiled for sm_90 by Triton's own assembler: registers, spilled bytes and
 occupancy of those into which something was fused, beside those of the plain program. So are tmm's
-own kernels, for sm_80, sm_90 and sm_100: one form of each, or with ``--own all`` all of them. Of the configurations that Inductor would time on a GPU,
-that one is shown that spills least.
+own kernels, for sm_80, sm_90 and sm_100: one form of each, or with ``--own all`` all of them. Of
+the configurations that Inductor would time on a GPU, that one is shown that spills least.
 
 The estimate takes the bytes at 4.8 TB/s, as an H200's data sheet gives them, and 2 us for each
 launch. It leaves arithmetic out, and that caches hold something: of the plain step, whose products
