@@ -1,6 +1,6 @@
 """What Inductor plans for a GPU, computed on a CPU: launches, bytes, registers.
 
-    python -m benchmarks.gpu_plan [--layers 12] [--only "NAME;..."] [--quick] [--save]
+    python -m benchmarks.gpu_plan [--layers 12] [--only "NAME;..."] [--own all] [--quick] [--save]
 
 The training step of a GPT-2 124M (bfloat16, batch 8 x 1,024; forward, loss and backward), with five
 metrics of all modules: tmm's real programs (``benchmarks/plan/capture.py``), and forward hooks that
@@ -9,8 +9,8 @@ operator of tmm is one line; "really" counts what it launches instead, from the 
 
 The kernels are then compiled for sm_90 by Triton's own assembler: registers, spilled bytes and
 occupancy of those into which something was fused, beside those of the plain program. So are tmm's
-own kernels, for sm_80, sm_90 and sm_100. Of the configurations that Inductor would time on a GPU,
-that one is shown that spills least.
+own kernels, for sm_80, sm_90 and sm_100: one form of each, or with ``--own all`` all of them. Of
+the configurations that Inductor would time on a GPU, that one is shown that spills least.
 
 The estimate takes the bytes at 4.8 TB/s, as an H200's data sheet gives them, and 2 us for each
 launch. It leaves arithmetic out, and that caches hold something: of the plain step, whose products
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,14 @@ from benchmarks.timing import environment
 ROOT = Path(__file__).parent.parent
 BYTES_PER_SECOND, LAUNCH_SECONDS = 4.8e12, 2e-6
 CAPABILITIES = (80, 90, 100)
+
+
+class Own(StrEnum):
+    """Which forms of tmm's own kernels are compiled: one of each, all, or none."""
+
+    QUICK = "quick"
+    ALL = "all"
+    NONE = "none"
 
 
 def run_part(*arguments: str, given: str = "") -> Any:
@@ -277,10 +286,10 @@ def missing() -> str | None:
 def main(
     layers: Annotated[int, typer.Option(min=1, help="Of the GPT's 12 layers.")] = 12,
     only: Annotated[str, typer.Option(help="Programs, separated by semicolons.")] = "",
-    quick: Annotated[bool, typer.Option(help="Two layers; one of each own kernel.")] = False,
+    quick: Annotated[bool, typer.Option(help="Two layers.")] = False,
     toy: Annotated[bool, typer.Option(help="A toy model: only shows that it runs.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
-    own: Annotated[bool, typer.Option(help="Compile tmm's own kernels as well.")] = True,
+    own: Annotated[Own, typer.Option(help="Which of tmm's own kernels to compile.")] = Own.QUICK,
 ) -> None:
     """Count what Inductor plans for a GPU."""
     if (sentence := missing()) is not None:
@@ -311,9 +320,9 @@ def main(
     spilling = [name for name, tried in resources.items() if best(tried)["spilled"]]
     console.print(f"kernels that spill: {', '.join(spilling) or 'none'}")
     own_found: dict[int, Any] = {}
-    if own:
+    if own != Own.NONE:
         for capability in CAPABILITIES:
-            more = ("quick",) if quick or toy else ()
+            more = ("quick",) if own == Own.QUICK else ()
             own_found[capability] = run_part("own", str(capability), *more)
         console.print(own_table(own_found))
     if save:
