@@ -39,6 +39,8 @@ WITH_SLASHES = {
     "tmm.runs.keyed_files": "paths in HDF5",
     "tmm.runs.logged_numbers": "names of nested dictionaries",
     "tmm.runs.remote": "paths",
+    "tmm.runs.run_folders": "paths",
+    "tmm.runs.store_listing": "paths",
     "tmm.sinks.mlflow": "paths",
     "tmm.steps.unwatched": "a message",
     "tmm.views.plots.groups": "titles of pictures",

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
         monitor_scaled_dot_product_attention,
     )
     from tmm.nonfinite import Nonfinite, find_nonfinite
-    from tmm.runs.catalog import RunRecord, list_runs
+    from tmm.runs.catalog import list_runs
     from tmm.runs.current import finish, init, log, step, watch
     from tmm.runs.instrument import explain, instrument, monitor, remove
     from tmm.runs.live import LiveRun
     from tmm.runs.recorded_run import Run, open_run
+    from tmm.runs.run_record import RunRecord
     from tmm.runs.start import start_run
     from tmm.spec.alerts import AlertError, AlertWarning
     from tmm.spec.default import default_spec
@@ -144,7 +145,8 @@ _NAMES = {
         "rcc",
         "update",
     ),
-    "runs.catalog": ("RunRecord", "list_runs"),
+    "runs.catalog": ("list_runs",),
+    "runs.run_record": ("RunRecord",),
     "runs.current": ("finish", "init", "log", "step", "watch"),
     "spec.default": ("default_spec",),
     "runs.live": ("LiveRun",),

@@ -156,7 +156,7 @@ def instrument(
     check_placements(placements, names)
     place, ranks = Ranks(), None
     if distributed and not per_rank and is_joined():
-        check_distributed(measured, reference)
+        check_distributed(measured)
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))

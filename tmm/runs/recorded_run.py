@@ -11,7 +11,7 @@ import numpy as np
 
 from tmm.analysis.story import Story, find_stories
 from tmm.runs.artifacts import Sample, read_samples, sample_steps
-from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
+from tmm.runs.remote import MOST_TEXT, address_of, fetched, without_scheme
 from tmm.runs.state import State
 from tmm.runtime.store.run_reader import RunReader
 from tmm.runtime.store.untrusted import read_file
@@ -36,9 +36,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path={path!r} is not the path of a folder; of a run give run.path")
-    if not is_remote(path):
+    if (address := address_of(path)) is None:
         return Run(without_scheme(path))
-    copy = fetched(str(path))
+    copy = fetched(address)
     run = Run(copy.name)
     weakref.finalize(run, copy.cleanup)
     return run

@@ -14,8 +14,8 @@ from typing import Any
 from tmm.analysis import compare, find_stories, first_divergence
 from tmm.analysis.story import anomalies_of
 from tmm.core.keys import is_of_system
-from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import open_run
+from tmm.runs.run_record import RunRecord
 from tmm.runs.text_values import plain
 from tmm.views.plots.groups import group_keys
 from tmm.views.plots.style import (
