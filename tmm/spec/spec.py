@@ -46,7 +46,8 @@ class Spec:
         reference: what differences and ``tmm.rcc`` compare with: ``"init"`` for the model as it is
             when it is instrumented, a module, a state dict, or the path of one (by ``torch.save``
             or safetensors; checkpoints may hold it as ``state_dict``, ``model_state_dict`` or
-            ``model``). It is copied, frozen parameters too: what changes it later changes nothing
+            ``model``), also of a folder of ``torch.distributed.checkpoint``, of which each rank
+            reads what it holds. It is copied, frozen parameters too: what changes it later changes nothing
             here.
         reference_device: where the reference is kept. On ``"cpu"`` it lies in pinned memory, and
             is brought over on monitored steps only. By default beside the model.
@@ -230,8 +231,8 @@ def check_reference(reference: object) -> None:
         return
     if not isinstance(reference, (str, os.PathLike)):
         raise TypeError(f"reference={reference!r} is not 'init', a module, a state dict or a path")
-    if reference != "init" and not os.path.isfile(reference):
-        raise ValueError(f"reference={str(reference)!r} is neither 'init' nor a file")
+    if reference != "init" and not os.path.exists(reference):
+        raise ValueError(f"reference={str(reference)!r} is neither 'init' nor a file nor a folder")
 
 
 class Plan:
