@@ -55,12 +55,14 @@ if TYPE_CHECKING:
         update,
     )
     from tmm.spec.spec import Spec
+    from tmm.steps.agreement import Agreement, replicas_agree
     from tmm.steps.explanation import Explanation
     from tmm.steps.monitor import Monitor
 
 __all__ = [
     "HISTOGRAM_EDGES",
     "METRIC_NAMES",
+    "Agreement",
     "AlertError",
     "AlertWarning",
     "CoordinateCheck",
@@ -104,6 +106,7 @@ __all__ = [
     "rcc",
     "record",
     "remove",
+    "replicas_agree",
     "sinks",
     "start_run",
     "step",
@@ -152,6 +155,7 @@ _NAMES = {
     "runs.live": ("LiveRun",),
     "runs.start": ("start_run",),
     "spec.spec": ("Spec",),
+    "steps.agreement": ("Agreement", "replicas_agree"),
 }
 _HOMES = MappingProxyType({name: module for module, names in _NAMES.items() for name in names})
 """The module that each name comes from."""

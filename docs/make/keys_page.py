@@ -72,6 +72,11 @@ WHOLE = (
     ("step/without_optimizer/{parameter}", "1 where no optimizer holds a parameter"),
     ("step/without_gradient/{parameter}", "1 where a parameter gets no gradient"),
     ("step/optimizer_age", "how many steps the state of the optimizer has seen"),
+    (
+        "step/replicas_differing",
+        "how many parameters ranks do not hold alike, with `replicas_agree=n`",
+    ),
+    ("step/replicas_differing/{parameter}", "1 where that is the first of them"),
     ("step/started", "1 at the first monitored step of a run that was resumed"),
     ("step/skipped", "1 where a `GradScaler` skipped the optimizer's step"),
     ("step/grad_scale", "the scale of the `GradScaler`"),

@@ -63,6 +63,9 @@ OPTIMIZER_AGE = key_of(STEP.name, "optimizer_age")
 STARTED = key_of(STEP.name, "started")
 """1 at the first monitored step of a start of the run; a run that is resumed has several."""
 
+REPLICAS_DIFFERING = key_of(STEP.name, "replicas_differing")
+"""How many parameters ranks do not hold alike, which are to be replicas; 0 if all are."""
+
 UNTRAINED = ("frozen", "without_optimizer", "without_gradient")
 """Why a parameter is not trained."""
 TOTAL_NORM = "gradient_norm"
@@ -77,6 +80,18 @@ def is_of_system(key: str) -> bool:
 def total_norm(family: str, block: str = "") -> str:
     """The key of the norm of all gradients of a family together, or of those of a block."""
     return key_of(STEP.name, family.replace(GRADIENT.name, TOTAL_NORM, 1), block)
+
+
+def replica_key(parameter: str) -> str:
+    """The key that says that a parameter is the first of which ranks hold different ones."""
+    return key_of(REPLICAS_DIFFERING, parameter)
+
+
+def replica_of(info: KeyInfo) -> str | None:
+    """The parameter of which `replica_key` made a key; None for other keys."""
+    start, name = parts_of(info.site)
+    is_replica = info.kind == STEP.name and key_of(STEP.name, start) == REPLICAS_DIFFERING
+    return name or None if is_replica else None
 
 
 def untrained_key(reason: str, parameter: str) -> str:
