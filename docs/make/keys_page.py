@@ -20,6 +20,7 @@ METRIC_TEXTS = {
     "inf_count": "how many elements are +inf or -inf",
     "kurtosis": "m₄ / m₂² of central moments; NaN for a constant",
     "histogram": "counts per bin, an array of 115; the edges are `tmm.HISTOGRAM_EDGES`",
+    "alignment": "⟨after − before, before⟩ / (‖after − before‖ ‖before‖), of updates",
     "relative_norm": "‖a − r‖ / ‖r‖; for an update ‖after − before‖ / ‖before‖",
     "cosine": "⟨a, r⟩ / (‖a‖ ‖r‖)",
     "l2": "the mean of ‖a − r‖ over the rows (the last dimension)",

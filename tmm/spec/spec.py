@@ -69,6 +69,11 @@ class Spec:
             at the end of each step that is a multiple of this number, monitored or not, as
             ``tmm.replicas_agree`` does. The training waits for that one sum. If some differ, the
             first is named in a warning and in the findings of the run.
+        average_gradients: measure the average of the gradients of all ranks, where an optimizer
+            averages them in its own step, and nothing is known to do it before. Monitored steps
+            then reduce copies of all gradients once more, in the training thread; all ranks step
+            together. Without it the rows of such gradients are those of rank 0, under names that
+            say so.
 
     Raises:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern, a rule
@@ -98,6 +103,7 @@ class Spec:
         on_alert: OnAlert = "warn",
         diagnosis: bool = False,
         replicas_agree: int | None = None,
+        average_gradients: bool = False,
     ) -> None:
         if not rules and self.is_strict:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -153,6 +159,7 @@ class Spec:
         self.alerts = AlertSettings.build(alerts, on_alert)
         self.diagnosis = bool(diagnosis)
         self.replicas_agree = replicas_agree
+        self.average_gradients = bool(average_gradients)
 
     def __str__(self) -> str:
         every = self.every if isinstance(self.every, int) else "<predicate>"
@@ -174,6 +181,8 @@ class Spec:
             parts.append("diagnosis=True")
         if self.replicas_agree is not None:
             parts.append(f"replicas_agree={self.replicas_agree}")
+        if self.average_gradients:
+            parts.append("average_gradients=True")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:
