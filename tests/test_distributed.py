@@ -178,7 +178,7 @@ def test_only_rank_0_records(two: Path) -> None:
 
 
 def test_every_rank_may_record_by_itself(two: Path) -> None:
-    first, second = (tmm.open_run(two / "each" / f"rank-{rank}") for rank in (0, 1))
+    first, second = (tmm.open_run(two / "each", rank=rank) for rank in (0, 1))
     key = "activation/first/norm"
     net, batch = rank_trainings.model(), rank_trainings.batches()[0]
     for run, part in ((first, batch[:6]), (second, batch[6:])):

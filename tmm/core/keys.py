@@ -7,9 +7,10 @@ of the system end with their site, which may have parts: ``system/gpu_0/memory``
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from tmm.core.families import ATTENTION, GRADIENT, RCC, STEP, SYSTEM, family_of
-from tmm.core.records import ROOT_NAME, KeyInfo
+from tmm.core.records import ROOT_NAME, KeyInfo, of_rank
 
 SEPARATOR = "/"
 """Between the parts of a key, so that no name of a metric may hold it."""
@@ -92,6 +93,14 @@ def replica_of(info: KeyInfo) -> str | None:
     start, name = parts_of(info.site)
     is_replica = info.kind == STEP.name and key_of(STEP.name, start) == REPLICAS_DIFFERING
     return name or None if is_replica else None
+
+
+def key_of_rank(info: KeyInfo, rank: int) -> KeyInfo:
+    """What a key is called of which a rank has its own, beside those of other ranks."""
+    site = key_of(info.kind, info.site) if info.site != info.kind else info.site
+    start = site if info.key.startswith(site) else info.key
+    key = of_rank(start, rank) + info.key[len(start) :]
+    return replace(info, key=key, site=of_rank(info.site, rank))
 
 
 def untrained_key(reason: str, parameter: str) -> str:
