@@ -103,6 +103,7 @@ def killed(folder: Path) -> Metrics:
     for step in range(STEPS):
         with tmm.monitor(called).step(step):
             called(batches()[step])
+        dist.barrier()
         if step == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), 9)
     time.sleep(1)

@@ -153,8 +153,10 @@ def test_ranks_with_other_steps(tmp_path: Path) -> None:
         assert run.keys() == [first, second]
         steps, values = run.series(first)
         assert dict(zip(steps.tolist(), values.tolist(), strict=True)) == {
-            0: 1.0, 2: 2.0,
-            5: 30.0, 6: 40.0,
+            0: 1.0,
+            2: 2.0,
+            5: 30.0,
+            6: 40.0,
         }
         assert run.series(second)[0].tolist() == [1, 2]
         assert run.at(2) == {first: 2.0, second: 5.0}

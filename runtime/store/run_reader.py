@@ -157,14 +157,14 @@ class RunReader(KnownKeys):
         before = 0
         for segment in self._segments:
             rank = self._named_rank(segment)
-            own = [n for n, key in enumerate(keys) if self._own[key][0] == rank]
-            part = segment.table([self._own[keys[n]][1] for n in own])
+            own = np.flatnonzero([self._own[key][0] == rank for key in keys])
+            part = segment.table([self._own[keys[n]][1] for n in own.tolist()])
             places = self._places[before : before + len(segment.steps)]
             before += len(segment.steps)
             if len(own) == len(keys) and np.array_equal(places, np.arange(len(self._steps))):
                 values = part  # as of most runs
             else:
-                values[np.ix_(own, places[places >= 0])] = part[:, places >= 0]
+                values[own[:, None], places[places >= 0]] = part[:, places >= 0]
         measured = is_measured(values.ravel()).reshape(values.shape)
         values[~measured] = np.nan
         return self._steps.copy(), values, measured
@@ -212,7 +212,7 @@ class RunReader(KnownKeys):
         starts = np.cumsum([0, *(len(segment.steps) for segment in self._segments)])
         for rank in dict.fromkeys(map(self._named_rank, self._segments)):
             own = [n for n, s in enumerate(self._segments) if self._named_rank(s) == rank]
-            counting.append(_counting_rows([self._segments[n] for n in own], starts[own]))
+            counting.append(_counting_rows([self._segments[n] for n in own], starts[own].tolist()))
         steps = [steps for _, steps in counting]
         joined = steps[0] if len(steps) == 1 else np.concatenate([_NO_STEPS, *steps])
         self._steps = joined if len(steps) == 1 else np.unique(joined)

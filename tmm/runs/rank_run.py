@@ -42,9 +42,11 @@ def run_of_rank(path: Path, *, resume: bool) -> PathRun | RankRun:
                 raise
             group.everything((str(own.writer.path), own.earlier is not None, ""))
             return own
-        place, resumes, error_text = group.everything(None)[0]  # type: ignore[misc]
+        claimed = group.everything(None)[0]
     finally:
         group.close()
+    assert isinstance(claimed, tuple)
+    place, resumes, error_text = claimed
     if place is None:
         raise RuntimeError(f"per_rank=True: rank 0 cannot record: {error_text}")
     return RankRun(Path(place), rank, resumes=resumes)
