@@ -251,14 +251,20 @@ def check_distributed(module: torch.nn.Module) -> None:
     """Raise for what cannot be measured on several ranks.
 
     Raises:
-        ValueError: for ``FullyShardedDataParallel``, and ``DistributedDataParallel`` with a mesh
-            around a model that is tensor parallel.
+        ValueError: for ``FullyShardedDataParallel``, an engine of DeepSpeed, and
+            ``DistributedDataParallel`` with a mesh around a model that is tensor parallel.
     """
     for child in module.modules():
         if type(child).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "FullyShardedDataParallel flattens parameters, which have no names then; shard"
                 " with torch.distributed.fsdp.fully_shard"
+            )
+        if type(child).__name__ == "DeepSpeedEngine":
+            raise ValueError(
+                "DeepSpeedEngine reduces gradients, and keeps parts of parameters, in ways of its"
+                " own, which tmm does not know; give distributed=False to measure what each rank"
+                " has, or shard with torch.distributed.fsdp.fully_shard"
             )
     parameters = tuple(module.parameters())
     if any(hasattr(parameter, "_st_info") for parameter in parameters):
