@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tmm.core.families import ACTIVATION_DIFFERENCE, VALUE_FAMILY
 from tmm.core.keys import key_of, key_of_metric, parts_of
 from tmm.core.metrics import FloatArray, KnownMetric, Reduction
-from tmm.core.records import LOGGED, KeyInfo, Measurement, PackedLayout, Site, Slot
+from tmm.core.records import ALONE, LOGGED, KeyInfo, Measurement, PackedLayout, Site, Slot, of_rank
 from tmm.runtime.key_owners import KeyOwners, owner_of
 
 Resolve = Callable[[Measurement], Site | None]
@@ -121,7 +121,10 @@ class KeyRegistry:
         self.site_notes: dict[str, str] = {}
 
     def note(self, sites: Iterable[str], text: str) -> None:
-        """Keep ``text`` about the keys of these sites, that are not in a store yet."""
+        """Keep ``text`` about the keys of these sites, from now on.
+
+        What is `ALONE` has other keys from now on, which name the rank.
+        """
         new = [site for site in sites if site not in self.site_notes]
         if new:
             self.site_notes |= dict.fromkeys(new, text)
@@ -189,7 +192,9 @@ class KeyRegistry:
         known = self._infos.get((reduction, sites))
         if known is None:
             known = tuple(
-                self._info(_key(site, metric, reduction), site, reduction.aggregate_name)
+                self._info(
+                    _key(self._shown(site), metric, reduction), site, reduction.aggregate_name
+                )
                 for site in sites
                 for metric in reduction.metrics
             )
@@ -208,20 +213,26 @@ class KeyRegistry:
         """The key of a value that the user logs."""
         known = self._logged.get((key, aggregate))
         if known is None:
-            info = self._info(key, key, aggregate)
-            of_parts = (
-                self.site_notes[s] for s in self._made_of.get(key, ()) & self.site_notes.keys()
-            )
-            known = replace(info, notes=_together(LOGGED, info.notes, *dict.fromkeys(of_parts)))
+            made_of = self._made_of.get(key, frozenset()) & self.site_notes.keys()
+            of_parts = dict.fromkeys(self.site_notes[site] for site in made_of)
+            if ALONE in of_parts:
+                self.site_notes.setdefault(key, ALONE)
+            info = self._info(self._shown(key), key, aggregate)
+            notes = _together(*dict.fromkeys((LOGGED, info.notes, *of_parts)))
+            known = replace(info, notes=notes)
             self._logged[key, aggregate] = known
         return known
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
-        kind, name = parts_of(site)
+        kind, name = parts_of(self._shown(site))
         # Rows that only other ranks have are new here.
         position = self._positions.setdefault(site, len(self._positions))
         notes = _together(self._notes(kind), self.site_notes.get(site, ""))
         return KeyInfo(key, kind, name or site, position, aggregate, notes)
+
+    def _shown(self, site: str) -> str:
+        """What the keys of a site begin with."""
+        return of_rank(site, 0) if self.site_notes.get(site) == ALONE else site
 
 
 def _together(*notes: str) -> str:

@@ -7,6 +7,8 @@ from contextlib import closing
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch reads it once
 
+os.environ["TMM_INDEX"] = ""  # what tests list leaves nothing in the home of who runs them
+
 import pytest
 import torch
 

@@ -71,7 +71,7 @@ def spec(*further: tmm.Rule) -> tmm.Spec:
             tmm.activation_gradient("rms", "absmax"),
             tmm.gradient("norm", "std", "absmax"),
             tmm.parameter("rms", "norm", "max"),
-            tmm.update("relative_norm"),
+            tmm.update("relative_norm", "alignment"),
             tmm.optimizer_state("exp_avg_norm"),
         ),
         *further,

@@ -82,6 +82,8 @@ def _noise(key: str, values: dict[str, Any]) -> float:
         return 2.0  # elements that lie on the edge of a bin
     if metric in ("mean", "kurtosis", "min", "max") or key == "hidden":
         return 1e-6 * float(values.get(f"{prefix}/rms", 1.0))
+    if metric == "alignment":
+        return 1e-6  # a mean of products about zero
     return 1e-9
 
 
@@ -99,19 +101,23 @@ def test_gradients_that_ranks_average_by_themselves(two: Path) -> None:
     inside, before, nowhere = result(two, "averaged_in_the_step").values()
     for found in (inside, before, nowhere):
         assert found["values"]["activation_gradient/1/norm"] == pytest.approx((8 / 64) ** 0.5)
-        notes, key = found["notes"], "gradient/0.weight/norm"
+        notes, is_alone = found["notes"], found is not before
+        rank = "[rank 0]" if is_alone else ""
+        key = f"gradient/0.weight{rank}/norm"
         assert notes["activation_gradient/1/norm"] == "of the mean of the ranks' losses"
         seen = found["mean"] if found is before else found["local"]
         assert found["values"][key] == pytest.approx(seen)
-        is_alone = found is not before
-        for name in ("gradient/0.weight/norm", "step/gradient_norm", "step/gradient_norm/0"):
+        for name in (key, f"step/gradient_norm{rank}", f"step/gradient_norm/0{rank}"):
             assert ("of this rank alone" in notes[name]) == is_alone
         assert ("gradient/0.weight" in found["explained"]) == is_alone
         assert ("    gradient/0.weight, gradient/1.weight" in found["text"]) == is_alone
         # All ranks have one and the same gradient of the bias.
         assert not notes["gradient/1.bias/norm"]
         assert not notes["update/1.bias/norm"]
-        assert bool(notes["update/0.weight/norm"]) == (found is nowhere)
+        drifts = "[rank 0]" if found is nowhere else ""
+        assert bool(notes[f"update/0.weight{drifts}/norm"]) == (found is nowhere)
+        names = {name.replace("[rank 0]", "") for name in notes}
+        assert len(names) == len(notes)  # each once, under one of its names
     assert inside["values"]["update/0.weight/norm"] == pytest.approx(0.1 * inside["mean"])
 
 
@@ -172,7 +178,7 @@ def test_only_rank_0_records(two: Path) -> None:
 
 
 def test_every_rank_may_record_by_itself(two: Path) -> None:
-    first, second = (tmm.open_run(two / "each" / f"rank-{rank}") for rank in (0, 1))
+    first, second = (tmm.open_run(two / "each", rank=rank) for rank in (0, 1))
     key = "activation/first/norm"
     net, batch = rank_trainings.model(), rank_trainings.batches()[0]
     for run, part in ((first, batch[:6]), (second, batch[6:])):

@@ -645,7 +645,9 @@ def test_a_copy_of_a_run_lies_in_its_folder_only(
         (name,) = (path.name for path in temporary.iterdir())
         outside = {path for path in files_below(tmp_path) if f"temporary/{name}" not in path}
     assert outside == before
-    assert copied - {"metrics-003.h5.txt"} == {str(path) for path in names} | {"samples"}
+    assert copied - {"metrics-003.h5.txt"} == (
+        {str(path) for path in names} - {LOCK_NAME} | {"samples"}
+    )
     assert not any(path.is_symlink() for path in run.path.rglob("*"))
 
 

@@ -39,6 +39,8 @@ WITH_SLASHES = {
     "tmm.runs.keyed_files": "paths in HDF5",
     "tmm.runs.logged_numbers": "names of nested dictionaries",
     "tmm.runs.remote": "paths",
+    "tmm.runs.run_folders": "paths",
+    "tmm.runs.store_listing": "paths",
     "tmm.sinks.mlflow": "paths",
     "tmm.steps.unwatched": "a message",
     "tmm.views.plots.groups": "titles of pictures",
@@ -152,10 +154,20 @@ def test_whose_keys_are_is_told_by_the_table_of_families() -> None:
 
 
 def test_what_is_known_of_metrics_is_said_in_their_table() -> None:
-    undefined = {"std", "kurtosis", "cosine", "relative_norm", "effective_lr", "histogram"}
+    undefined = {
+        "std",
+        "kurtosis",
+        "cosine",
+        "alignment",
+        "relative_norm",
+        "effective_lr",
+        "histogram",
+    }
     assert set(UNDEFINED) == undefined
     attention = {"normalized_entropy", "max_probability", "sink_mass", "entropy"}
-    assert {"zero_fraction", "cosine"} | {f"attention_{n}" for n in attention} == SHARES
+    assert {"zero_fraction", "cosine", "alignment"} | {
+        f"attention_{n}" for n in attention
+    } == SHARES
 
 
 def test_a_metric_of_the_state_of_optimizers_is_a_line_of_a_table(

@@ -32,11 +32,12 @@ if TYPE_CHECKING:
         monitor_scaled_dot_product_attention,
     )
     from tmm.nonfinite import Nonfinite, find_nonfinite
-    from tmm.runs.catalog import RunRecord, list_runs
+    from tmm.runs.catalog import list_runs
     from tmm.runs.current import finish, init, log, step, watch
     from tmm.runs.instrument import explain, instrument, monitor, remove
     from tmm.runs.live import LiveRun
     from tmm.runs.recorded_run import Run, open_run
+    from tmm.runs.run_record import RunRecord
     from tmm.runs.start import start_run
     from tmm.spec.alerts import AlertError, AlertWarning
     from tmm.spec.default import default_spec
@@ -54,12 +55,14 @@ if TYPE_CHECKING:
         update,
     )
     from tmm.spec.spec import Spec
+    from tmm.steps.agreement import Agreement, replicas_agree
     from tmm.steps.explanation import Explanation
     from tmm.steps.monitor import Monitor
 
 __all__ = [
     "HISTOGRAM_EDGES",
     "METRIC_NAMES",
+    "Agreement",
     "AlertError",
     "AlertWarning",
     "CoordinateCheck",
@@ -103,6 +106,7 @@ __all__ = [
     "rcc",
     "record",
     "remove",
+    "replicas_agree",
     "sinks",
     "start_run",
     "step",
@@ -144,12 +148,14 @@ _NAMES = {
         "rcc",
         "update",
     ),
-    "runs.catalog": ("RunRecord", "list_runs"),
+    "runs.catalog": ("list_runs",),
+    "runs.run_record": ("RunRecord",),
     "runs.current": ("finish", "init", "log", "step", "watch"),
     "spec.default": ("default_spec",),
     "runs.live": ("LiveRun",),
     "runs.start": ("start_run",),
     "spec.spec": ("Spec",),
+    "steps.agreement": ("Agreement", "replicas_agree"),
 }
 _HOMES = MappingProxyType({name: module for module, names in _NAMES.items() for name in names})
 """The module that each name comes from."""

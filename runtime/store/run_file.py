@@ -23,9 +23,15 @@ def read_info(folder: Path) -> dict[str, Any]:
 
     Raises ValueError, naming the file, where it is damaged, and OSError.
     """
-    info = _read(folder)
+    path = folder / INFO_NAME
+    return parse_info(read_file(path, MOST_BYTES), str(path))
+
+
+def parse_info(text: bytes, path: str) -> dict[str, Any]:
+    """Return what a ``run.json`` of this text says; raises ValueError, naming the file."""
+    info = _parsed(text, path)
     if (wrong := _wrong(info)) is not None:
-        raise ValueError(f"{folder / INFO_NAME} is damaged: {wrong}")
+        raise ValueError(f"{path} is damaged: {wrong}")
     return info
 
 
@@ -35,7 +41,8 @@ def is_info(folder: Path) -> bool:
     Other programs may have files of that name. Theirs can be read, and tell of no starts.
     """
     try:
-        return "starts" in _read(folder)
+        path = folder / INFO_NAME
+        return "starts" in _parsed(read_file(path, MOST_BYTES), str(path))
     except (ValueError, OSError):
         return True
 
@@ -54,9 +61,7 @@ def info_text(info: Mapping[str, Any]) -> str:
     return text
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / INFO_NAME
-    text = read_file(path, MOST_BYTES)
+def _parsed(text: bytes, path: str) -> dict[str, Any]:
     try:
         info = parse_json(text)
     except ValueError as error:

@@ -6,17 +6,19 @@ import math
 import os
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from tmm.core.keys import key_of_rank
 from tmm.core.metrics import FloatArray
 from tmm.core.records import Event, KeyInfo, StepArray
 from tmm.core.series_by_key import KnownKeys
 from tmm.runtime.store.run_file import INFO_NAME, read_info
-from tmm.runtime.store.segment_layout import is_measured, segment_paths
+from tmm.runtime.store.segment_layout import ABSENT, is_measured, numbers_of, segment_paths
 from tmm.runtime.store.segment_reader import SegmentReader
 
 _Rows: TypeAlias = npt.NDArray[np.intp]
@@ -30,11 +32,13 @@ class RunReader(KnownKeys):
     Every access sees what was recorded until then. A step that was recorded again, in the same
     segment or a later one, is what it was the last time, as a whole; its events stay. Where a run
     went back to an earlier step, what it had recorded from there on does not count. Keys that
-    several segments hold are one series. Damaged files raise ValueError.
+    several segments hold are one series. Where ranks have recorded their own rows, keys name the
+    rank, or with ``rank`` only those of that one are read. Damaged files raise ValueError.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], rank: int | None = None) -> None:
         self.path = Path(path)
+        self.rank = rank
         if not self.path.is_dir():
             raise FileNotFoundError(
                 f"{self.path} is no folder; expected that of a run, with {INFO_NAME} "
@@ -44,6 +48,7 @@ class RunReader(KnownKeys):
             raise ValueError(f"{self.path} is not the folder of a run: it has no {INFO_NAME}")
         self._closed = False
         self._segments: list[SegmentReader] = []  # oldest first
+        self._own: dict[str, tuple[int | None, str]] = {}  # of a key: its rank, its name in there
         self._merged_sizes: tuple[int, ...] = ()
         self._merge()
         try:
@@ -67,7 +72,18 @@ class RunReader(KnownKeys):
     def events(self) -> list[Event]:
         """All events, in the order in which they were recorded."""
         self.refresh()
-        return [event for segment in self._segments for event in segment.events]
+        return [
+            event if rank is None else replace(event, text=f"rank {rank}: {event.text}")
+            for segment in self._segments
+            for rank in (self._named_rank(segment),)
+            for event in segment.events
+        ]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that have recorded their own rows; none of a run that has one row for all."""
+        found = (numbers_of(path)[1] for path in segment_paths(self.path))
+        return sorted({rank for rank in found if rank is not None})
 
     @property
     def histogram_edges(self) -> FloatArray | None:
@@ -104,9 +120,10 @@ class RunReader(KnownKeys):
         self.refresh()
         self._known(key)
         rows, values, before = [], [], 0
+        rank, name = self._own[key]
         for segment in self._segments:
-            if segment.has(key):
-                found, measurements = segment.series(key)
+            if self._named_rank(segment) == rank and segment.has(name):
+                found, measurements = segment.series(name)
                 rows.append(found + before)
                 values.append(measurements)
             before += len(segment.steps)
@@ -116,9 +133,7 @@ class RunReader(KnownKeys):
 
     def _counting(self, rows: _Rows, values: FloatArray) -> tuple[StepArray, FloatArray]:
         """Of values in rows of all segments those that count, by step, and these."""
-        places = np.full(sum(len(segment.steps) for segment in self._segments), -1)
-        places[self._rows] = np.arange(len(self._rows))
-        places = places[rows]
+        places = self._places[rows]
         counts = (places >= 0) & is_measured(values)
         places, values = places[counts], values[counts]
         order = np.argsort(places, kind="stable")
@@ -138,10 +153,18 @@ class RunReader(KnownKeys):
             self._known(key)
             if self._is_histogram(key):
                 raise ValueError(f"{key!r} is a histogram; read it with series(key)")
-        parts = [segment.table(keys) for segment in self._segments]
-        values = parts[0] if len(parts) == 1 else np.hstack([np.empty((len(keys), 0)), *parts])
-        if not np.array_equal(self._rows, np.arange(values.shape[1])):
-            values = values[:, self._rows]
+        values = np.full((len(keys), len(self._steps)), ABSENT)
+        before = 0
+        for segment in self._segments:
+            rank = self._named_rank(segment)
+            own = np.flatnonzero([self._own[key][0] == rank for key in keys])
+            part = segment.table([self._own[keys[n]][1] for n in own.tolist()])
+            places = self._places[before : before + len(segment.steps)]
+            before += len(segment.steps)
+            if len(own) == len(keys) and np.array_equal(places, np.arange(len(self._steps))):
+                values = part  # as of most runs
+            else:
+                values[own[:, None], places[places >= 0]] = part[:, places >= 0]
         measured = is_measured(values.ravel()).reshape(values.shape)
         values[~measured] = np.nan
         return self._steps.copy(), values, measured
@@ -158,13 +181,15 @@ class RunReader(KnownKeys):
         if place == len(self._steps) or self._steps[place] != step:
             near = self._steps[max(0, place - 2) : place + 2].tolist()
             raise KeyError(f"step {step} was not recorded; nearest: {near}")
-        row = int(self._rows[place])
+        found: dict[tuple[int | None, str], float | FloatArray] = {}
+        before = 0
         for segment in self._segments:
-            if row < len(segment.steps):
-                values = segment.row(row)
-                return {key: values[key] for key in self._infos if key in values}
-            row -= len(segment.steps)
-        raise AssertionError("every merged row lies in a segment")
+            rank = self._named_rank(segment)
+            rows = np.flatnonzero(self._places[before : before + len(segment.steps)] == place)
+            before += len(segment.steps)
+            for row in rows.tolist():
+                found |= {(rank, name): value for name, value in segment.row(row).items()}
+        return {key: found[own] for key, own in self._own.items() if own in found}
 
     def refresh(self) -> None:
         """Take in what was recorded since the last access; every access does this by itself."""
@@ -172,9 +197,9 @@ class RunReader(KnownKeys):
             raise ValueError(f"the run {self.path} is closed")
         opened = {segment.path for segment in self._segments}
         for path in segment_paths(self.path):
-            if path not in opened:
+            if path not in opened and self.rank in (None, numbers_of(path)[1]):
                 self._segments.append(SegmentReader(path))
-        self._segments.sort(key=lambda segment: (len(segment.path.name), segment.path.name))
+        self._segments.sort(key=_order)
         for segment in self._segments:
             segment.refresh()
         sizes = tuple(len(segment.steps) for segment in self._segments)
@@ -183,20 +208,30 @@ class RunReader(KnownKeys):
             self._merged_sizes = sizes
 
     def _merge(self) -> None:
-        steps = np.concatenate([_NO_STEPS, *(segment.steps for segment in self._segments)])
-        border = math.inf
-        counting = [np.empty(0, dtype=np.bool_)]
-        for segment in reversed(self._segments):
-            counting.append(segment.measured & (segment.steps < border))
-            border = min(border, segment.replaces_from)
-        rows = np.flatnonzero(np.concatenate(counting[::-1]))
-        # `unique` finds the first of equal steps; reversed, it is the newest.
-        self._steps, newest = np.unique(steps[rows][::-1], return_index=True)
-        self._rows = rows[::-1][newest]
+        counting: list[tuple[_Rows, StepArray]] = []
+        starts = np.cumsum([0, *(len(segment.steps) for segment in self._segments)])
+        for rank in dict.fromkeys(map(self._named_rank, self._segments)):
+            own = [n for n, s in enumerate(self._segments) if self._named_rank(s) == rank]
+            counting.append(_counting_rows([self._segments[n] for n in own], starts[own].tolist()))
+        steps = [steps for _, steps in counting]
+        joined = steps[0] if len(steps) == 1 else np.concatenate([_NO_STEPS, *steps])
+        self._steps = joined if len(steps) == 1 else np.unique(joined)
+        self._places = np.full(int(starts[-1]), -1, dtype=np.intp)
+        for rows, of in counting:
+            self._places[rows] = np.searchsorted(self._steps, of)
         infos: dict[str, KeyInfo] = {}
+        self._own = {}
         for segment in self._segments:
-            infos |= segment.infos | segment.histogram_infos
+            rank = self._named_rank(segment)
+            for name, info in (segment.infos | segment.histogram_infos).items():
+                shown = info if rank is None else key_of_rank(info, rank)
+                infos[shown.key], self._own[shown.key] = shown, (rank, name)
         self._infos = dict(sorted(infos.items(), key=lambda item: item[1].position))
+        self._own = {key: self._own[key] for key in self._infos}
+
+    def _named_rank(self, segment: SegmentReader) -> int | None:
+        """The rank that keys of a segment name."""
+        return numbers_of(segment.path)[1] if self.rank is None else None
 
     def _known(self, key: str) -> KeyInfo:
         if not isinstance(key, str):
@@ -204,7 +239,12 @@ class RunReader(KnownKeys):
         return super()._known(key)
 
     def _is_histogram(self, key: str) -> bool:
-        return any(key in segment.histogram_infos for segment in self._segments)
+        rank, name = self._own[key]
+        return any(
+            name in segment.histogram_infos
+            for segment in self._segments
+            if self._named_rank(segment) == rank
+        )
 
     def close(self) -> None:
         """Close the files."""
@@ -217,3 +257,27 @@ class RunReader(KnownKeys):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _order(segment: SegmentReader) -> tuple[int, int]:
+    number, rank = numbers_of(segment.path)
+    return number, -1 if rank is None else rank
+
+
+def _counting_rows(
+    segments: Sequence[SegmentReader], starts: Sequence[int]
+) -> tuple[_Rows, StepArray]:
+    """The rows of segments, oldest first, that count, and their steps: sorted, each once.
+
+    Rows are numbered from those of ``starts`` on.
+    """
+    border = math.inf
+    rows, steps = [], [_NO_STEPS]
+    for segment, start in zip(reversed(segments), reversed(starts), strict=True):
+        found = np.flatnonzero(segment.measured & (segment.steps < border))
+        rows.append(found[::-1] + start)
+        steps.append(segment.steps[found][::-1])
+        border = min(border, segment.replaces_from)
+    # `unique` finds the first of equal steps, here the newest.
+    unique, newest = np.unique(np.concatenate(steps), return_index=True)
+    return np.concatenate([np.empty(0, dtype=np.intp), *rows])[newest], unique

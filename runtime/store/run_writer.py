@@ -50,6 +50,9 @@ class RunWriter:
     first record. ``ended`` is called once, when nothing more will be written: by the thread, or by
     who closes or forgets a writer that recorded nothing.
 
+    Of a run into which several ranks record their own rows, ``rank`` is the one of this process;
+    only rank 0 writes what is not a segment.
+
     At most ``capacity`` records wait; where nothing gets written for ``stall_seconds``, a caller
     who needs room or closes gets a TimeoutError. A record that cannot be built, makes no sense or
     cannot be stored ends the recording: the next call of `submit`, `raise_pending` or `close`
@@ -71,6 +74,7 @@ class RunWriter:
         replaces_from: int | None = None,
         started: Callable[[], None] | None = None,
         ended: Ended | None = None,
+        rank: int | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
@@ -78,10 +82,12 @@ class RunWriter:
 
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        _add_start(self.path, info)
+        self._is_first = not rank
+        if self._is_first:
+            _add_start(self.path, info)
         self._edges, self._replaces_from = histogram_edges, replaces_from
         self._started = started
-        self._channel = _Channel(self.path, capacity, stall_seconds, ended)
+        self._channel = _Channel(self.path, capacity, stall_seconds, ended, rank)
         self._thread: threading.Thread | None = None
         # Only a signal, no join: the garbage collector may run in the middle of anything.
         weakref.finalize(self, _forget, self._channel).atexit = False
@@ -140,7 +146,7 @@ class RunWriter:
         Raises OSError and ValueError as the constructor does.
         """
         self._refuse_child()
-        return _describe(self.path, info)
+        return _describe(self.path, info) if self._is_first else {}
 
     @property
     def submitted(self) -> int:
@@ -161,7 +167,7 @@ class RunWriter:
         plain = name and Path(name).name == name and not name.startswith(".")
         if not plain or name == INFO_NAME or name.endswith(".h5"):
             raise ValueError(f"a run cannot take a text under the name {name!r}")
-        if self.failure is None:
+        if self.failure is None and self._is_first:
             replace_text(self.path / name, text)
 
     def close(self) -> None:
@@ -194,9 +200,15 @@ class _Channel:
     """What the training thread and the writer's thread share, so that neither holds the other."""
 
     def __init__(
-        self, path: Path, capacity: int, stall_seconds: float, tell_end: Ended | None
+        self,
+        path: Path,
+        capacity: int,
+        stall_seconds: float,
+        tell_end: Ended | None,
+        rank: int | None,
     ) -> None:
         self.path = path
+        self.rank = rank
         self.process = os.getpid()
         self.changed = threading.Condition()
         self.ended = False  # no more is put
@@ -364,6 +376,7 @@ def _segment_for(
         bins=max(1, bins),
         histogram_edges=edges,
         replaces_from=replaces_from,
+        rank=channel.rank,
     )
 
 

@@ -18,6 +18,9 @@ A file holds these datasets and nothing else, because SWMR mode allows no new on
 Its attributes are ``format`` and, where a run went back to an earlier step, ``replaces_from``: the
 steps from that one on in earlier segments no longer count.
 
+A run whose ranks each record their own rows has segments of each, `rank-0.metrics-001.h5` and so
+on: those of one rank follow one another, and stand beside those of the others.
+
 Text is kept as bytes because SWMR mode cannot grow variable-length strings. ``values``,
 ``few_values`` and ``histograms`` have rows of those steps only that have values for them: a row of
 ``commits`` says how many there were after it. ``few_values`` is apart since a loss that is logged
@@ -54,7 +57,7 @@ MATRICES = {"values": "keys", "few_values": "few_keys", "histograms": "histogram
 ABSENT_BITS = np.uint64(0x7FF8616273656E74)  # a quiet NaN whose payload says "absent" in ASCII
 ABSENT = ABSENT_BITS.view(np.float64)
 
-_NAME = re.compile(r"metrics-(\d{3,})\.h5")
+_NAME = re.compile(r"(?:rank-(\d{1,9})\.)?metrics-(\d{3,})\.h5")
 
 
 def is_measured(values: FloatArray) -> npt.NDArray[np.bool_]:
@@ -69,8 +72,24 @@ def is_segment(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def segment_name(number: int, rank: int | None) -> str:
+    """Return what a segment is called, of a run that one process records, or of one rank of it."""
+    return f"{'' if rank is None else f'rank-{rank}.'}metrics-{number:03d}.h5"
+
+
+def numbers_of(path: Path) -> tuple[int, int | None]:
+    """Return the number of a segment, and the rank that recorded it into a run of several."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[2]), None if match[1] is None else int(match[1])
+
+
 def segment_paths(folder: Path) -> list[Path]:
     """Return the segments in ``folder``, oldest first; files still being created are left out."""
-    matches = (_NAME.fullmatch(name) for name in os.listdir(folder))
-    numbered = sorted((int(match[1]), match[0]) for match in matches if match)
-    return [folder / name for _, name in numbered]
+    paths = (folder / name for name in os.listdir(folder) if is_segment(name))
+    return sorted(paths, key=lambda path: (*_places(path), path.name))
+
+
+def _places(path: Path) -> tuple[int, int]:
+    number, rank = numbers_of(path)
+    return number, -1 if rank is None else rank

@@ -19,7 +19,15 @@ from h5py import h5f
 from tmm.core.metrics import FloatArray
 from tmm.core.records import StepRecord, Table
 from tmm.runtime.store.columns import GrowingDataset, Matrices, Matrix, append_lines, stack
-from tmm.runtime.store.segment_layout import ABSENT, COMMIT_FIELDS, FORMAT, MATRICES, segment_paths
+from tmm.runtime.store.segment_layout import (
+    ABSENT,
+    COMMIT_FIELDS,
+    FORMAT,
+    MATRICES,
+    numbers_of,
+    segment_name,
+    segment_paths,
+)
 
 _CHUNK_ROWS = 32
 _CHUNK_VALUES = 8192  # 64 KiB: larger chunks waste space in short runs, smaller ones cost writes
@@ -34,7 +42,8 @@ class SegmentWriter:
 
     ``keys`` and ``bins`` are the numbers to expect: they choose the chunks and limit nothing. The
     file gets its final name, ``path``, once it is ready for readers. With ``replaces_from``, steps
-    from that one on in earlier segments no longer count from then on. Raises OSError.
+    from that one on in earlier segments no longer count from then on. ``rank`` is the one that
+    records, where several record into one run. Raises OSError.
     """
 
     def __init__(
@@ -45,9 +54,10 @@ class SegmentWriter:
         bins: int = 64,
         histogram_edges: FloatArray | None = None,
         replaces_from: int | None = None,
+        rank: int | None = None,
     ) -> None:
         try:
-            temporary, self.path = _claim(folder)
+            temporary, self.path = _claim(folder, rank)
         except OSError as error:
             raise _storage_error(f"cannot create a segment in {folder}", error) from error
         self._descriptor = -1
@@ -183,13 +193,13 @@ class SegmentWriter:
             self._file.close()
 
 
-def _claim(folder: Path) -> tuple[Path, Path]:
+def _claim(folder: Path, rank: int | None) -> tuple[Path, Path]:
     """Return a new empty file under a temporary name, and the final name that it alone may take."""
-    taken = [path.stem.partition("-")[2] for path in segment_paths(folder)]
-    number = max(map(int, taken), default=0)
+    taken = (number for number, of in map(numbers_of, segment_paths(folder)) if of == rank)
+    number = max(taken, default=0)
     while True:
         number += 1
-        final = folder / f"metrics-{number:03d}.h5"
+        final = folder / segment_name(number, rank)
         temporary = folder / f".{final.name}.partial"
         try:
             temporary.open("xb").close()

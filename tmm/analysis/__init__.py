@@ -3,6 +3,7 @@
 from tmm.analysis.anomaly import Anomaly
 from tmm.analysis.compare import Comparison, Divergence, compare, first_divergence
 from tmm.analysis.detectors.nonfinite_values import first_nonfinite
+from tmm.analysis.ranks_apart import ranks_apart
 from tmm.analysis.recorded import RecordedSeries
 from tmm.analysis.registry import find_anomalies
 from tmm.analysis.series import KeySummary, summarize
@@ -23,5 +24,6 @@ __all__ = [
     "find_stories",
     "first_divergence",
     "first_nonfinite",
+    "ranks_apart",
     "summarize",
 ]

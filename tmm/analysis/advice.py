@@ -40,6 +40,11 @@ KNOWLEDGE: Mapping[str, Knowledge] = {
     "optimizer_reset": Knowledge(
         _BEFORE, "load the state of the optimizer from the checkpoint, after the model's"
     ),
+    "replicas_differ": Knowledge(
+        _BEFORE,
+        "look for what ranks do differently: a parameter that nobody averages, a seed, a skipped"
+        " step, a device; go back to a checkpoint of a step at which they agreed",
+    ),
     "parameter_jump": Knowledge(
         _BEFORE,
         "look for what writes to the parameter: a checkpoint, an initialisation, a callback",
@@ -131,7 +136,7 @@ SELDOM_MEANT = frozenset(("gradient_idle", "loss_plateau"))
 NEVER_EXPLAINED = frozenset(
     (
         *("parameter_without_optimizer", "parameter_frozen", "data_repeated", "optimizer_reset"),
-        "parameter_untied",
+        *("parameter_untied", "replicas_differ"),
         *("input_jump", "input_scale", "memory_growth", "gradient_clipped"),
     )
 )

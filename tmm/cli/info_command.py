@@ -20,6 +20,7 @@ def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
     import torch
 
     from tmm.runs.catalog import list_runs
+    from tmm.runs.remote import address_of
 
     found: dict[str, object] = {
         "tmm": version("tmm-compile"),
@@ -31,7 +32,7 @@ def info(root: Root = Path("runs"), as_json: AsJson = False) -> None:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "optional": {name: _version(name) for name in _OPTIONAL},
         "root": str(root),
-        "runs": len(list_runs(root)) if root.is_dir() else 0,
+        "runs": len(list_runs(root)) if root.is_dir() or address_of(root) else 0,
     }
     if as_json:
         print_json(found)

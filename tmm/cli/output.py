@@ -15,7 +15,9 @@ import typer
 from tmm.cli.terminal import clean, say
 from tmm.runs.text_values import plain
 
-Root = Annotated[Path, typer.Option("--root", help="Folder of all runs.", envvar="TMM_ROOT")]
+Root = Annotated[
+    Path, typer.Option("--root", help="Folder of all runs, or its URL.", envvar="TMM_ROOT")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Query = Annotated[
     str, typer.Argument(help="Id of a run, the beginning of one, its name, path or URL.")

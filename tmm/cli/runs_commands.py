@@ -16,7 +16,7 @@ from tmm.runs.state import STATUSES
 
 if TYPE_CHECKING:
     from tmm.analysis import Comparison
-    from tmm.runs.catalog import RunRecord
+    from tmm.runs.run_record import RunRecord
 
 app = typer.Typer(help="List, show, compare, delete, prune and export runs.", no_args_is_help=True)
 
@@ -39,6 +39,7 @@ def list_(
 ) -> None:
     """List runs, newest first."""
     from tmm.runs.catalog import list_runs
+    from tmm.runs.remote import address_of
 
     if status is not None and status not in STATUSES:
         fail(f"--status {status!r} is none of {', '.join(STATUSES)}")
@@ -56,7 +57,7 @@ def list_(
         for r in records
     ]
     columns = ("id", "status", "steps", "started", "project", "name", "tags", "reason")
-    print_table(f"runs under {root}", columns, rows, whole=4)
+    print_table(f"runs under {address_of(root) or root}", columns, rows, whole=4)
 
 
 @app.command()
@@ -257,7 +258,7 @@ def described(record: RunRecord) -> dict[str, Any]:
         "name": record.name,
         "status": record.status,
         "reason": record.reason,
-        "path": str(record.path),
+        "path": record.address,
         "started": record.started,
         "ended": record.ended,
         "seconds": record.seconds,

@@ -16,7 +16,7 @@ from tmm.cli.runs_commands import Pattern
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tmm.runs.catalog import RunRecord
+    from tmm.runs.run_record import RunRecord
     from tmm.views.live.live_snapshot import Follower, Snapshot
 
 _LINES_OF_JSON = 1000
@@ -73,11 +73,14 @@ def watch(
 
 
 def _newest(root: Path) -> RunRecord:
-    from tmm.runs.catalog import list_runs
+    from tmm.runs.catalog import find_run, list_runs
+    from tmm.runs.remote import address_of
 
     found = list_runs(root, status="running", limit=1) or list_runs(root, limit=1)
     if not found:
         raise LookupError(f"there is no run under {str(root)!r}")
+    if address_of(found[0].path) is not None:  # a copy, to be read
+        return find_run(found[0].address, root)
     return found[0]
 
 

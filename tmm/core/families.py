@@ -12,7 +12,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-from tmm.core.metrics import ATTENTION_METRICS, HISTOGRAM, METRIC_NAMES, STATE_METRICS
+from tmm.core.metrics import ALIGNMENT, ATTENTION_METRICS, HISTOGRAM, METRIC_NAMES, STATE_METRICS
 
 Subject: TypeAlias = Literal["modules", "parameters"]
 
@@ -92,7 +92,7 @@ RCC = Family(
 )
 GRADIENT = Family("gradient", "parameters", Phase.GRADIENT, METRIC_NAMES)
 GRADIENT_BEFORE_CLIP = Family("gradient_before_clip", "parameters", Phase.GRADIENT, METRIC_NAMES)
-UPDATE = Family("update", "parameters", Phase.UPDATE, (*METRIC_NAMES, "relative_norm"))
+UPDATE = Family("update", "parameters", Phase.UPDATE, (*METRIC_NAMES, "relative_norm", ALIGNMENT))
 OPTIMIZER_STATE = Family(
     *("optimizer_state", "parameters", Phase.UPDATE, tuple(STATE_METRICS)),
 )

@@ -7,9 +7,10 @@ of the system end with their site, which may have parts: ``system/gpu_0/memory``
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from tmm.core.families import ATTENTION, GRADIENT, RCC, STEP, SYSTEM, family_of
-from tmm.core.records import ROOT_NAME, KeyInfo
+from tmm.core.records import ROOT_NAME, KeyInfo, of_rank
 
 SEPARATOR = "/"
 """Between the parts of a key, so that no name of a metric may hold it."""
@@ -63,6 +64,9 @@ OPTIMIZER_AGE = key_of(STEP.name, "optimizer_age")
 STARTED = key_of(STEP.name, "started")
 """1 at the first monitored step of a start of the run; a run that is resumed has several."""
 
+REPLICAS_DIFFERING = key_of(STEP.name, "replicas_differing")
+"""How many parameters ranks do not hold alike, which are to be replicas; 0 if all are."""
+
 UNTRAINED = ("frozen", "without_optimizer", "without_gradient")
 """Why a parameter is not trained."""
 TOTAL_NORM = "gradient_norm"
@@ -77,6 +81,26 @@ def is_of_system(key: str) -> bool:
 def total_norm(family: str, block: str = "") -> str:
     """The key of the norm of all gradients of a family together, or of those of a block."""
     return key_of(STEP.name, family.replace(GRADIENT.name, TOTAL_NORM, 1), block)
+
+
+def replica_key(parameter: str) -> str:
+    """The key that says that a parameter is the first of which ranks hold different ones."""
+    return key_of(REPLICAS_DIFFERING, parameter)
+
+
+def replica_of(info: KeyInfo) -> str | None:
+    """The parameter of which `replica_key` made a key; None for other keys."""
+    start, name = parts_of(info.site)
+    is_replica = info.kind == STEP.name and key_of(STEP.name, start) == REPLICAS_DIFFERING
+    return name or None if is_replica else None
+
+
+def key_of_rank(info: KeyInfo, rank: int) -> KeyInfo:
+    """What a key is called of which a rank has its own, beside those of other ranks."""
+    site = key_of(info.kind, info.site) if info.site != info.kind else info.site
+    start = site if info.key.startswith(site) else info.key
+    key = of_rank(start, rank) + info.key[len(start) :]
+    return replace(info, key=key, site=of_rank(info.site, rank))
 
 
 def untrained_key(reason: str, parameter: str) -> str:

@@ -148,18 +148,25 @@ STATE_METRICS: Mapping[str, StateMetric] = {
 }
 """Metrics of the state of an optimizer."""
 
+ALIGNMENT = "alignment"
+"""The metric of an update that is taken of it and of the parameter before."""
+
+
+_cosine = Metric(
+    PAIR_COLUMNS,
+    lambda c: c["dot"] / np.sqrt(c["own_sum_squares"] * c["reference_sum_squares"]),
+    may_be_undefined=True,
+    is_bounded=True,
+)
+
 DERIVED_METRICS: Mapping[str, Metric] = {
     "relative_norm": Metric(
         ("sum_squares", "reference_sum_squares"),
         lambda c: np.sqrt(c["sum_squares"] / c["reference_sum_squares"]),
         may_be_undefined=True,
     ),
-    "cosine": Metric(
-        PAIR_COLUMNS,
-        lambda c: c["dot"] / np.sqrt(c["own_sum_squares"] * c["reference_sum_squares"]),
-        may_be_undefined=True,
-        is_bounded=True,
-    ),
+    "cosine": _cosine,
+    ALIGNMENT: _cosine,
     "l2": _mean,
     "l2norm": _mean,
     **STATE_METRICS,
@@ -194,7 +201,7 @@ BOUNDED_OF_ATTENTION = tuple(n for n, m in ATTENTION_METRICS.items() if m.is_bou
 UNDEFINED = (*(n for n, m in _ALL_METRICS.items() if m.may_be_undefined), HISTOGRAM)
 """Metrics that are NaN or infinite for finite tensors, too."""
 
-_OF_OTHER_TENSORS = (*STATE_METRICS, *ROW_NORMS, *ATTENTION_METRICS)
+_OF_OTHER_TENSORS = (ALIGNMENT, *STATE_METRICS, *ROW_NORMS, *ATTENTION_METRICS)
 
 AGGREGATE_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "mean": ("count", "sum"),

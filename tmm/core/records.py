@@ -127,7 +127,12 @@ class Site:
 
     def named(self, name: str) -> str:
         """``name``, which is that of the site, with the rank."""
-        return name if self.rank is None else f"{name}[rank {self.rank}]"
+        return name if self.rank is None else of_rank(name, self.rank)
+
+
+def of_rank(name: str, rank: int) -> str:
+    """The name of what a rank has by itself of something."""
+    return f"{name}[rank {rank}]"
 
 
 @dataclass(frozen=True)

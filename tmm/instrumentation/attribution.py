@@ -50,9 +50,10 @@ Frames = Sequence[torch.nn.Module]
 
 _IF_EQUAL = (
     "nothing in the model is known to average gradients over ranks: where they are equal on all"
-    " ranks, they are those of the whole batch; where not, rows are of this rank alone (rank 0),"
-    " and the notes of their keys say so"
+    " ranks, they are those of the whole batch; where not, rows are of this rank alone, under keys"
+    " with [rank 0] (tmm.Spec(average_gradients=True) averages them to be measured)"
 )
+_AVERAGED = "the averages over ranks of what each has when it is measured (average_gradients=True)"
 
 
 class Attribution:
@@ -91,7 +92,7 @@ class Attribution:
         of_families = {rule.family: self.ranks.notes(rule.family) for rule in self.plan.spec.rules}
         noted = {family: note for family, note in of_families.items() if note}
         if "gradient" in of_families and not self.ranks.averages:
-            noted["gradient"] = _IF_EQUAL
+            noted["gradient"] = _AVERAGED if self.plan.spec.average_gradients else _IF_EQUAL
         for site, note in self._registry.site_notes.items():
             if parts_of(site)[0].removesuffix("_before_clip") in of_families:
                 noted[site] = note

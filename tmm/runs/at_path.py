@@ -18,18 +18,18 @@ from tmm.steps.earlier import Earlier
 class PathRun:
     """A run that has no object of its own: it ends with its monitor, or with the process.
 
-    ``writer`` records into it. ``earlier`` is what it had recorded before, if it goes on;
-    ``notice`` says why it is at another path than was asked for.
+    ``writer`` records into it, as that ``rank`` where several do. ``earlier`` is what it had
+    recorded before, if it goes on; ``notice`` says why it is at another path than was asked for.
 
     Raises:
         ValueError: for what is not a run's, and for a run to resume that is running.
         OSError: if the folder cannot be written, or is a file.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, rank: int | None = None) -> None:
         claimed = claim(path, resume=resume)
         self.notice = claimed.notice
-        self._close_at_exit = _AtExit()
+        self._close_at_exit = AtExit()
         held = HeldFolder(claimed.path, claimed.lock)
         try:
             self.earlier = Earlier.of(claimed.path) if claimed.resumes else None
@@ -39,6 +39,7 @@ class PathRun:
                 histogram_edges=HISTOGRAM_EDGES,
                 started=self._close_at_exit.register,
                 ended=held.recording_ended,
+                rank=rank,
             )
             held.begin()
         except BaseException:
@@ -57,13 +58,14 @@ class PathRun:
         self.writer.close()
 
 
-class _AtExit:
+class AtExit:
     """Calls a method when the interpreter exits, if its object is still there."""
 
     def __init__(self) -> None:
         self._method: weakref.WeakMethod[Callable[[], None]] | None = None
 
     def call(self, method: Callable[[], None]) -> None:
+        """Call this one, and none that was given before."""
         self._method = weakref.WeakMethod(method, lambda _: atexit.unregister(self._run))
         self.register()
 

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-from tmm.runs.artifacts import FOLDER as SAMPLES
+from tmm.runs.at_once import do_all
 from tmm.runs.deletion import delete_folder
-from tmm.runs.recorded_run import open_run
-from tmm.runs.remote import fetched, is_remote, without_scheme
-from tmm.runs.state import STATE_NAME, STATUSES, State, Status, parsed_time
-from tmm.runtime.store.run_file import INFO_NAME, is_info, read_info
-from tmm.runtime.store.segment_layout import is_segment
+from tmm.runs.remote import address_of, fetched, without_scheme
+from tmm.runs.run_folders import FoundRun, found_runs, is_run
+from tmm.runs.run_index import RunIndex
+from tmm.runs.run_record import RunRecord, age_key, count_steps, describe_run, said_now
+from tmm.runs.state import STATUSES, Status
+from tmm.runs.store_listing import list_store
 
-_DEPTH = 4  # folders below a root
-_MOST_REASON = 500  # characters
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """A run as a list shows it.
-
-    ``status`` is "broken" for a run whose files cannot be read; ``reason`` says why it is that, or
-    failed, or was stopped. Times are in UTC; ``ended`` is None as long as it is running, and for a
-    run that crashed.
-    """
-
-    id: str
-    project: str
-    name: str
-    path: Path
-    status: Status
-    reason: str = ""
-    config: dict[str, Any] | None = None
-    tags: tuple[str, ...] = ()
-    notes: str = ""
-    started: datetime | None = None
-    ended: datetime | None = None
-    last_step: int | None = None
-    steps: int | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it took; None for a run whose end is not known."""
-        if self.started is None or self.ended is None:
-            return None
-        return (self.ended - self.started).total_seconds()
+_UNSETTLED = ("running", "crashed")  # of which the process may be gone, or another one be there
 
 
 def list_runs(
@@ -64,23 +31,31 @@ def list_runs(
 ) -> tuple[RunRecord, ...]:
     """The runs under ``root``, newest first, at most ``limit``. Broken ones are listed as such.
 
+    ``root`` may be an address that fsspec knows, such as ``s3://bucket/runs``. What was read of
+    many runs is kept for the next time, in a folder of this user (``TMM_INDEX`` names another one);
+    a run whose files have changed is read again.
+
     Raises ``FileNotFoundError`` where there is no such folder, ``ValueError`` for a status that no
-    run has.
+    run has, and what `open_run` raises for an address.
     """
     if status is not None and status not in STATUSES:
         raise ValueError(f"status={status!r} is none of {', '.join(STATUSES)}")
-    if not Path(root).is_dir():
+    if address_of(root) is None and not without_scheme(root).is_dir():
         raise FileNotFoundError(f"root={str(root)!r} is no folder")
-    records = sorted(map(_described, _folders(Path(root))), key=_when, reverse=True)
+    runs = _Runs(root)
+    wanted = [
+        record
+        for record in sorted(runs.records, key=age_key, reverse=True)
+        if project in (None, record.project)
+        and (tag is None or tag in record.tags)
+        and status in (None, "broken", record.status)  # counting its steps may show that it is
+    ]
     chosen: list[RunRecord] = []
-    for record in records:
-        if limit is not None and len(chosen) >= limit:
-            break
-        if project not in (None, record.project) or (tag is not None and tag not in record.tags):
-            continue
-        record = _counted(record)
-        if status in (None, record.status):
-            chosen.append(record)
+    while wanted and (limit is None or len(chosen) < limit):
+        some = wanted if limit is None else wanted[: limit - len(chosen)]
+        wanted = wanted[len(some) :]
+        chosen += [record for record in runs.counted(some) if status in (None, record.status)]
+    runs.save()
     return tuple(chosen)
 
 
@@ -91,25 +66,24 @@ def find_run(query: str | os.PathLike[str], root: str | os.PathLike[str] = "runs
     copy that lasts until the process ends. Raises ``LookupError``, which names the nearest.
     """
     text = os.fspath(query)
-    if is_remote(text):
-        copy = fetched(text)
-        atexit.register(copy.cleanup)  # whoever asks reads it later
-        text = copy.name
+    if (address := address_of(query)) is not None:
+        text = _copy(address)
     place = os.path.expanduser(without_scheme(text))
     is_path = os.sep in text or text.startswith((".", "~"))
     if is_path and (path := Path(os.path.realpath(place))).is_dir():
-        if not _is_run(path, os.listdir(path)):
+        if not is_run(path, os.listdir(path)):
             raise LookupError(f"{text!r} is not the folder of a run")
-        return _counted(_described(path))
-    folders = list(_folders(Path(root))) if Path(root).is_dir() else []
-    exact = [folder for folder in folders if folder.name == text]
-    begins = [folder for folder in folders if text and folder.name.startswith(text)]
+        return count_steps(describe_run(path))
+    runs = _Runs(root)
+    exact = [path for path in runs.paths if path.name == text]
+    begins = [path for path in runs.paths if text and path.name.startswith(text)]
     if len(exact) == 1 or (not exact and len(begins) == 1):
-        return _counted(_described((exact or begins)[0]))
-    records = [_described(folder) for folder in folders]
+        return _whole((exact or begins)[0])
+    records = runs.records
+    runs.save()
     named = [record for record in records if record.name == text]
     if named:
-        return _counted(max(named, key=lambda record: (record.started is not None, record.id)))
+        return _whole(max(named, key=lambda record: (record.started is not None, record.id)).path)
     if len(begins) > 1:
         raise LookupError(f"{text!r} begins the ids of {len(begins)} runs; give more of it")
     names = [name for record in records for name in (record.id, record.name)]
@@ -123,8 +97,11 @@ def delete_run(record: RunRecord, root: str | os.PathLike[str]) -> tuple[str, ..
 
     Gives the names of what is in the folder and is not the run's, such as other runs: it stays.
 
-    Raises ``ValueError`` for one that is running, and for a folder outside of ``root``.
+    Raises ``ValueError`` for one that is running, for a folder outside of ``root``, and for one in
+    a store, where nobody can be kept from going on with it meanwhile.
     """
+    if address_of(root) is not None:
+        raise ValueError(f"runs under {root} cannot be deleted here: use a tool of the store")
     if record.status == "running":
         raise ValueError(f"the run {record.id} is running; stop it first")
     path, within = record.path.resolve(), Path(root).resolve()
@@ -140,6 +117,8 @@ def runs_to_prune(
     root: str | os.PathLike[str], older_than: timedelta, *, keep_tagged: bool = False
 ) -> tuple[RunRecord, ...]:
     """The runs that started longer ago than ``older_than``; never one that is running."""
+    if address_of(root) is not None:
+        raise ValueError(f"runs under {root} cannot be deleted here: use a tool of the store")
     before = datetime.now(UTC) - older_than
     return tuple(
         record
@@ -151,86 +130,76 @@ def runs_to_prune(
     )
 
 
-def _folders(root: Path, depth: int = _DEPTH) -> Iterator[Path]:
-    """The folders of runs, also of runs within others; links are not followed."""
-    try:
-        entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    except OSError:
-        return
-    names = [entry.name for entry in entries]
-    is_run = INFO_NAME in names and _is_run(root, names)
-    if is_run:
-        yield root
-    for entry in entries:
-        is_part = entry.name.startswith(".") or (is_run and entry.name == SAMPLES)
-        if depth and not is_part and entry.is_dir(follow_symlinks=False):
-            yield from _folders(Path(entry.path), depth - 1)
+class _Runs:
+    """The runs under a root; what is known of them from before is not read again."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._address = address_of(root)
+        folder = without_scheme(root)
+        # Runs that know no project are of the one that their folder's parent is called.
+        identity = self._address or f"{os.path.realpath(folder)}\n{folder.name}"
+        self._index = RunIndex(identity)
+        self._found: list[FoundRun] = []
+        self._records: list[RunRecord] | None = None
+        if self._address is not None:
+            self._records = self._listed(self._address)
+        elif folder.is_dir():
+            self._found = found_runs(folder)
+        self._by_path = {run.path: run for run in self._found}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folders."""
+        return [run.path for run in self._found]
+
+    @property
+    def records(self) -> list[RunRecord]:
+        """What is said of each, maybe without its steps."""
+        if self._records is None:
+            known = [self._index.known(run) for run in self._found]
+            pairs = list(zip(self._found, known, strict=True))
+            new = [run for run, record in pairs if record is None]
+            read = iter(do_all(lambda run: describe_run(run.path), new))
+            self._records = []
+            for run, record in pairs:
+                if record is None:
+                    record = next(read)
+                    self._index.keep(run, record)
+                elif record.status in _UNSETTLED:
+                    record = said_now(record)
+                self._records.append(record)
+        return self._records
+
+    def counted(self, records: Sequence[RunRecord]) -> list[RunRecord]:
+        """The same with their steps, where those can be counted."""
+        result = do_all(count_steps, records)
+        for before, record in zip(records, result, strict=True):
+            if before.steps is None and record.steps is not None:
+                self._index.keep(self._by_path[record.path], record)
+        return result
+
+    def save(self) -> None:
+        """Keep what is known for the next time."""
+        self._index.save(self._found)
+
+    def _listed(self, address: str) -> list[RunRecord]:
+        records = []
+        for run, record, is_new in list_store(address, self._index.known):
+            self._found.append(run)
+            records.append(record)
+            if is_new:
+                self._index.keep(run, record)
+        return records
 
 
-def _is_run(path: Path, names: Sequence[str]) -> bool:
-    """Whether a folder with files of these names is a run's, maybe a broken one's."""
-    if STATE_NAME in names or any(map(is_segment, names)):
-        return True
-    return INFO_NAME in names and is_info(path)
+def _whole(path: Path) -> RunRecord:
+    """The run at a path, or a copy of the one at an address, with its steps."""
+    address = address_of(path)
+    here = path if address is None else Path(_copy(address))
+    return count_steps(describe_run(here))
 
 
-def _described(path: Path) -> RunRecord:
-    """What the small files of a run say; it is broken if they say what cannot be."""
-    try:
-        info = read_info(path)
-    except (ValueError, OSError) as error:
-        return _broken(_record(path, {}), error)
-    try:
-        state = State.read(path)
-    except (ValueError, OSError) as error:
-        return _broken(_record(path, info), error)
-    return _record(path, info, state)
-
-
-def _record(path: Path, info: Mapping[str, Any], state: State | None = None) -> RunRecord:
-    start = (info.get("starts") or [{}])[0].get("time")
-    if state is None:  # recorded by tmm.instrument(run=path) alone, which keeps no state
-        state = State("finished", str(start or ""))
-    return RunRecord(
-        id=str(info.get("id", path.name)),
-        project=str(info.get("project", path.parent.name)),
-        name=str(info.get("name", path.name)),
-        path=path,
-        status=state.status,
-        reason=state.reason[:_MOST_REASON],
-        config=dict(info.get("config") or {}),
-        tags=tuple(info.get("tags") or ()),
-        notes=str(info.get("notes", "")),
-        started=parsed_time(str(start or state.started)),
-        ended=parsed_time(state.ended),
-        last_step=state.last_step,
-    )
-
-
-def _broken(record: RunRecord, error: Exception) -> RunRecord:
-    reason = str(error) or type(error).__name__
-    return replace(record, status="broken", reason=reason[:_MOST_REASON])
-
-
-def _counted(record: RunRecord) -> RunRecord:
-    """With the steps that its segments hold; broken if they cannot be read."""
-    if record.status == "broken":
-        return record
-    try:
-        with open_run(record.path) as run:
-            steps = run.steps
-    except (ValueError, OSError) as error:
-        return _broken(record, error)
-    last = int(steps[-1]) if len(steps) else record.last_step
-    return replace(record, steps=len(steps), last_step=last)
-
-
-def _when(record: RunRecord) -> tuple[datetime, str]:
-    """What orders runs: when they started, or when their folder last changed."""
-    if record.started is not None:
-        return record.started, record.id
-    try:
-        changed = datetime.fromtimestamp(record.path.stat().st_mtime, UTC)
-    except (OSError, ValueError, OverflowError):  # it is gone, or the file system makes things up
-        changed = datetime.min.replace(tzinfo=UTC)
-    return changed, record.id
+def _copy(address: str) -> str:
+    copy = fetched(address)
+    atexit.register(copy.cleanup)  # whoever asks reads it later
+    return copy.name

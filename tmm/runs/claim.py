@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from tmm.runs.remote import address_of
 from tmm.runs.state import STATE_NAME, Lock, State
 from tmm.runtime.store.run_file import EXPLANATION_NAME, INFO_NAME, read_info
 from tmm.runtime.store.run_writer import is_info_of_run
@@ -113,13 +114,24 @@ def make_folder(path: Path, argument: str) -> None:
 
     Raises:
         OSError: if it cannot be made, also because it is a file or would lie in one.
+        ValueError: for an address, such as that of an object store.
     """
+    check_is_here(path, argument)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise NotADirectoryError(
                 errno.ENOTDIR, f"{argument}={str(path)!r}: {part} is a file; give a folder"
             )
     path.mkdir(parents=True, exist_ok=True)
+
+
+def check_is_here(path: str | os.PathLike[str], argument: str) -> None:
+    """Raise ``ValueError`` for an address, such as that of an object store."""
+    if (address := address_of(path)) is not None:
+        raise ValueError(
+            f"{argument}={address!r}: runs are recorded into folders of this machine; record into"
+            " one, and copy it there"
+        )
 
 
 def lock_to_resume(folder: Path, argument: str) -> Lock:

@@ -17,7 +17,7 @@ _FILES = re.compile(
     "|".join(
         (
             *map(re.escape, (INFO_NAME, STATE_NAME, LOCK_NAME, EXPLANATION_NAME)),
-            r"metrics-\d+\.h5",
+            r"(rank-\d+\.)?metrics-\d+\.h5",
             r"values\.(csv|jsonl)",  # of sinks that are not told where to write
             r"\.[^/]+\.partial",  # what a killed process has not finished
         )

@@ -11,7 +11,6 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, get_args
 
 import torch
-import torch.distributed as dist
 
 from tmm.core.dynamo_private import OptimizedModule, innermost_fn
 from tmm.core.failures import OnError
@@ -31,6 +30,7 @@ from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.runs.at_path import PathRun
 from tmm.runs.instrumented_again import make_room, take_off
 from tmm.runs.live import LiveRun
+from tmm.runs.rank_run import RankClock, RankRun, run_of_rank
 from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.gloo import ProcessGroup
 from tmm.runtime.ranks.protocol import CrossRank
@@ -95,8 +95,8 @@ def instrument(
         distributed: where torch.distributed runs several processes, join their rows, so that they
             are those of the whole model and the whole batch; every process is to call this, with
             the same spec, and rank 0 records. Without it each process is by itself.
-        per_rank: do not join them, and record those of rank k into the folder ``rank-k`` of
-            ``run``.
+        per_rank: do not join them, and record those of each rank beside the others' into the
+            ``run`` at this path, under keys that name the rank (``tmm.open_run`` tells more).
         placements: of a tensor parallel model, how ranks hold the outputs of modules of which no
             ``DTensor`` tells it: ``{regular expression: "shard"}`` for those of which each rank has
             a part, ``"replicate"`` for those of which each has all. Matched with ``re.match`` on
@@ -165,20 +165,24 @@ def instrument(
     check_placements(placements, names)
     place, ranks = Ranks(), None
     if distributed and not per_rank and is_joined():
-        check_distributed(measured, reference)
+        check_distributed(measured)
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
-    if per_rank:
-        run = _folder_of_rank(run)
-    own: PathRun | None = None
+    if per_rank and isinstance(run, LiveRun):
+        raise ValueError("per_rank=True: give the path of a folder as run=, not a run")
+    own: PathRun | RankRun | None = None
     registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
     siblings: list[Switch] = []
     try:
         if live is not None:
             recording = live.recording_of(registry)
+        elif per_rank and run is not None:
+            own = run_of_rank(Path(run), resume=resume)  # type: ignore[arg-type]
+            timeline = StepTimeline(registry, listener=RankClock())
+            recording = Recording(timeline, own.writer, own.earlier)
         elif run is not None and place.rank > 0:
             writer = SilentWriter(Path(run))  # type: ignore[arg-type]
             recording = Recording(StepTimeline(registry), writer)
@@ -317,15 +321,6 @@ def _what_instead(model: Callable[..., Any]) -> str:
         f"is the compiled forward of {kind}. torch.compile gives that for a module that is compiled"
         " already: it was applied twice. Give what the first torch.compile(module) gave"
     )
-
-
-def _folder_of_rank(run: str | os.PathLike[str] | LiveRun | None) -> Path | None:
-    """Where this process records by itself."""
-    if run is None:
-        return None
-    if isinstance(run, LiveRun):
-        raise ValueError("per_rank=True: give the path of a folder as run=, not a run")
-    return Path(run) / f"rank-{dist.get_rank() if is_joined() else 0}"
 
 
 def _root(

@@ -410,6 +410,8 @@ class LiveRun:
     def _end_step(self, *, is_ended: bool) -> None:
         assert self._steps is not None
         self._steps.recorder.settle(is_ended=is_ended)
+        if is_ended and self._timeline.is_of_run:
+            self._steps.compare_replicas()
         if self._steps.timeline.has_content:
             self._steps.end_step()
         else:

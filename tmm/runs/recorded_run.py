@@ -11,7 +11,7 @@ import numpy as np
 
 from tmm.analysis.story import Story, find_stories
 from tmm.runs.artifacts import Sample, read_samples, sample_steps
-from tmm.runs.remote import MOST_TEXT, fetched, is_remote, without_scheme
+from tmm.runs.remote import MOST_TEXT, address_of, fetched, without_scheme
 from tmm.runs.state import State
 from tmm.runtime.store.run_reader import RunReader
 from tmm.runtime.store.untrusted import read_file
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
         return run
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], rank: int | None = None) -> Run:
     """Open the folder of a run for reading, also while another process records into it.
+
+    Where ranks have recorded their own rows (``per_rank=True``) the keys name the rank, as in
+    ``activation/0[rank 1]/rms``; with ``rank`` those of one rank are read, under the usual keys.
 
     Of an address such as ``s3://bucket/runs/gpt`` (of any store that fsspec knows) a copy is read,
     as the run is now; it goes with the object.
@@ -36,11 +39,19 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path={path!r} is not the path of a folder; of a run give run.path")
-    if not is_remote(path):
-        return Run(without_scheme(path))
-    copy = fetched(str(path))
-    run = Run(copy.name)
+    if (address := address_of(path)) is None:
+        return _of_rank(Run(without_scheme(path), rank), rank)
+    copy = fetched(address)
+    run = _of_rank(Run(copy.name, rank), rank)
     weakref.finalize(run, copy.cleanup)
+    return run
+
+
+def _of_rank(run: Run, rank: int | None) -> Run:
+    if rank is not None and rank not in (ranks := run.ranks):
+        run.close()
+        have = f"those of ranks {', '.join(map(str, ranks))}" if ranks else "none of single ranks"
+        raise ValueError(f"rank={rank!r}: {run.path} has {have}")
     return run
 
 

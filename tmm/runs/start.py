@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tmm.runs.catalog import find_run
-from tmm.runs.claim import lock_to_resume, make_folder
+from tmm.runs.claim import check_is_here, lock_to_resume, make_folder
 from tmm.runs.delivery import NamedSink, RunInfo, RunSink, Sink, find_sinks
 from tmm.runs.live import LiveRun
 from tmm.runs.state import Lock
@@ -77,6 +77,7 @@ def start_run(
     step = None if step is None else checked_step(step)
     if step is not None and step < 0:
         raise ValueError(f"step={step} is negative")
+    check_is_here(root, "root")
     if (rank := other_rank()) is not None:
         return _silent(Path(root) / project / f"rank-{rank}", project, step or 0)
     found = find_sinks(sinks)

@@ -30,9 +30,10 @@ _ROOM = 4096  # bytes; a block of most file systems
 Status: TypeAlias = Literal["running", "finished", "failed", "stopped", "crashed", "broken"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
-_MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 20
 _MOST_REASON = 100_000  # characters
 _TEXTS = ("started", "ended", "reason", "host")
+_GONE = "its process is gone"
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,38 @@ class State:
         state = _read(folder / STATE_NAME)  # it may have ended since
         if state is None or state.status != "running":
             return state
-        return replace(state, status="crashed", reason="its process is gone")
+        return replace(state, status="crashed", reason=_GONE)
+
+    @staticmethod
+    def told(text: bytes, path: str) -> State:
+        """The state in a file of this text, far from the lock that its process holds.
+
+        A run that is said to be running is crashed only where this machine ran it, and knows that
+        the process is gone. Raises ValueError for a damaged file, naming its ``path``.
+        """
+        state = _parsed(text, path)
+        is_here = state.host == platform.node()
+        if state.status != "running" or not is_here or is_running(state.process):
+            return state
+        return replace(state, status="crashed", reason=_GONE)
 
 
 def _read(path: Path) -> State | None:
     try:
-        found = parse_json(read_file(path, _MOST_BYTES))
+        text = read_file(path, MOST_BYTES)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return _parsed(text, str(path))
+
+
+def _parsed(text: bytes, path: str) -> State:
+    try:
+        found = parse_json(text)
         # Later versions may say more.
         known = {field.name for field in fields(State)} & found.keys()
         state = State(**{name: found[name] for name in known})
-    except FileNotFoundError:
-        return None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if (wrong := _wrong(state)) is not None:

@@ -17,7 +17,6 @@ from tmm.core.keys import key_of
 from tmm.core.module_names import parameter_names
 from tmm.core.records import Measurement, Site
 from tmm.kernels.dense import packed_dtype
-from tmm.spec.reference import Reference
 
 Placement = Literal["shard", "replicate"]
 """How the local tensors of ranks make up one: parts of it that differ, or all of it on each."""
@@ -77,7 +76,7 @@ class Ranks:
     ) -> Ranks:
         """As torch.distributed and the wrappers in ``module`` say; all ranks call it together."""
         parameters = {name: p for p, (name, _) in parameter_names(module).items()}
-        meshes = _meshes(module)
+        meshes = forward_meshes(module)
         around = frozenset(rank for mesh in meshes for rank in ranks_of(mesh))
         held = {
             name: ranks_of(parameter.device_mesh)
@@ -226,6 +225,15 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return part
 
 
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a ``DTensor``, whose ranks call this together; any other tensor as it is."""
+    if not is_distributed(tensor):
+        return tensor
+    with torch.no_grad():
+        whole: torch.Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
 def summed(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whose elements are there; of a ``DTensor`` that ranks have yet to sum, the sum.
 
@@ -240,18 +248,24 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def check_distributed(module: torch.nn.Module, reference: Reference | None) -> None:
+def check_distributed(module: torch.nn.Module) -> None:
     """Raise for what cannot be measured on several ranks.
 
     Raises:
-        ValueError: for ``FullyShardedDataParallel``, ``DistributedDataParallel`` with a mesh around
-            a model that is tensor parallel, or a reference of sharded parameters.
+        ValueError: for ``FullyShardedDataParallel``, an engine of DeepSpeed, and
+            ``DistributedDataParallel`` with a mesh around a model that is tensor parallel.
     """
     for child in module.modules():
         if type(child).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "FullyShardedDataParallel flattens parameters, which have no names then; shard"
                 " with torch.distributed.fsdp.fully_shard"
+            )
+        if type(child).__name__ == "DeepSpeedEngine":
+            raise ValueError(
+                "DeepSpeedEngine reduces gradients, and keeps parts of parameters, in ways of its"
+                " own, which tmm does not know; give distributed=False to measure what each rank"
+                " has, or shard with torch.distributed.fsdp.fully_shard"
             )
     parameters = tuple(module.parameters())
     if any(hasattr(parameter, "_st_info") for parameter in parameters):
@@ -260,17 +274,12 @@ def check_distributed(module: torch.nn.Module, reference: Reference | None) -> N
             " parallel model in every forward pass; use torch.distributed.fsdp.fully_shard for the"
             " other dimension of the mesh"
         )
-    if reference is not None and any(map(is_distributed, parameters)):
-        raise ValueError(
-            "reference=: the parameters of the model are sharded; differences and tmm.rcc need"
-            " whole ones, as with DistributedDataParallel"
-        )
 
 
-def _meshes(module: torch.nn.Module) -> list[DeviceMesh]:
+def forward_meshes(module: torch.nn.Module) -> list[DeviceMesh]:
     """The meshes over which forward passes are split: those of parameters, without FSDP's."""
     by_fsdp: dict[torch.nn.Parameter, DeviceMesh | None] = {}
-    for group in _fsdp_groups(module):
+    for group in fsdp_groups(module):
         for parameter in group.fsdp_params:
             spec = parameter._unsharded_dtensor_spec if parameter.is_dtensor else None
             by_fsdp[parameter.sharded_param] = None if spec is None else spec.mesh
@@ -291,7 +300,8 @@ def _fingerprint(parameter: torch.Tensor) -> object:
     return tuple(parameter.shape), tuple(found)
 
 
-def _fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
+def fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
+    """What ``fully_shard`` keeps of the parameters that it gathers together."""
     for child in module.modules():
         state = getattr(child, "_get_fsdp_state", None)
         group = state()._fsdp_param_group if state is not None else None
@@ -304,6 +314,6 @@ def _averaged(module: torch.nn.Module) -> float | None:
     for child in module.modules():
         if isinstance(child, DistributedDataParallel):
             return float(dist.get_world_size(child.process_group))
-    for group in _fsdp_groups(module):
+    for group in fsdp_groups(module):
         return float(group.gradient_divide_factor or group.mesh_info.mesh.size())
     return None

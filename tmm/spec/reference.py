@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from tmm.core.failures import warn
 from tmm.core.families import BRANCH_FAMILIES, PARAMETER_DIFFERENCE
-from tmm.core.module_names import unwrapped, unwrapped_names
+from tmm.core.module_names import unwrapped
+from tmm.spec.gathering import Gathering
 from tmm.spec.likeness import differences
 from tmm.spec.module_state import ModelState, is_plain
+from tmm.spec.ranks import is_distributed, local_part
+from tmm.spec.reference_sources import as_sharded, read_source
 from tmm.spec.spec import Plan, ReferenceSource
 
 _LISTED = 5  # differing names in a message
-_NESTED = ("state_dict", "model_state_dict", "model")
 
 
 class Reference:
@@ -26,11 +25,16 @@ class Reference:
     Counterparts are found by the names under which the model holds its tensors; ``look`` finds
     those that it holds now, which may be others than before. Tied tensors have tied counterparts.
     Those that are kept on another device, or in another dtype, are brought over when they are
-    asked for, and are given up with ``release``.
+    asked for, and are given up with ``release``. Those of sharded parameters are sharded alike; for
+    a parameter that ``fully_shard`` has gathered, the counterpart is gathered when it is asked for:
+    all ranks ask together.
     """
 
-    def __init__(self, state: ModelState, kept: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, state: ModelState, kept: Mapping[str, torch.Tensor], gathering: Gathering
+    ) -> None:
         self._state = state
+        self._gathering = gathering
         self._kept = dict(kept)
         self._names: dict[int, tuple[str, torch.Tensor]] = {}  # keeps the ids valid
         self._here: dict[int, torch.Tensor] = {}
@@ -44,6 +48,7 @@ class Reference:
         names: dict[int, tuple[str, torch.Tensor]] = {}
         for name, own in self._state:
             names.setdefault(id(own), (name, own))
+        self._name_gathered(names)
         if self._here:
             replaced = self._here.keys() - names.keys()
             for key in replaced:
@@ -57,12 +62,14 @@ class Reference:
         key = id(own)
         if key in self._here:
             return self._here[key]
-        if key not in self._names or not isinstance(own, torch.Tensor):
+        if not self.holds(own) or not isinstance(own, torch.Tensor):
             return None
         kept = self._kept.get(self._names[key][0])
         if kept is None or kept.shape != own.shape:
             shared, version = self._shared.get(key, (None, 0))
             return shared.detach() if shared is own and own._version == version else None
+        if is_distributed(kept) and not is_distributed(own):
+            return self._gathering.whole(kept, own)
         if _serves(kept, own):
             return kept
         self._here[key] = kept.to(own.device, own.dtype, non_blocking=True)
@@ -78,11 +85,33 @@ class Reference:
 
     def holds(self, own: object) -> bool:
         """Whether the model holds a tensor under a name, with a counterpart or without."""
+        if id(own) in self._names:
+            return True
+        if self._gathering.is_new(own):
+            self._name_gathered(self._names)
         return id(own) in self._names
+
+    def has(self, own: object) -> bool:
+        """Whether a tensor has a counterpart, which is not brought over, or gathered, to know."""
+        if not self.holds(own) or not isinstance(own, torch.Tensor):
+            return False
+        kept = self._kept.get(self._names[id(own)][0])
+        if kept is not None and kept.shape == own.shape:
+            return True
+        shared, version = self._shared.get(id(own), (None, 0))
+        return shared is own and own._version == version
+
+    def _name_gathered(self, names: dict[int, tuple[str, torch.Tensor]]) -> None:
+        """Let a parameter and what it is gathered to have one name."""
+        for pair in self._gathering.pairs():
+            found = next((names[id(one)][0] for one in pair if id(one) in names), None)
+            if found is not None:
+                for one in pair:
+                    names.setdefault(id(one), (found, one))
 
     def why_not(self, own: object) -> str | None:
         """Why a tensor that the model holds under a name has no counterpart; None if it has."""
-        if not self.holds(own) or self.of(own) is not None:
+        if not self.holds(own) or self.has(own):
             return None
         name, tensor = self._names[id(own)]
         if (kept := self._kept.get(name)) is None:
@@ -91,7 +120,8 @@ class Reference:
 
     def keeps(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of a counterpart, which nothing may overwrite."""
-        return tensor.untyped_storage()._cdata in self._memory
+        storage = tensor.untyped_storage()._cdata
+        return storage in self._memory or self._gathering.keeps(storage)
 
     def lying_in(self, storage: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The model's tensors that lie in a piece of memory, with their counterparts."""
@@ -104,7 +134,7 @@ class Reference:
 
     def lacking(self) -> list[torch.Tensor]:
         """What the model holds without a counterpart."""
-        return [own for _, own in self._names.values() if self.of(own) is None]
+        return [own for _, own in self._names.values() if not self.has(own)]
 
     def share(self, tensor: torch.Tensor) -> None:
         """Let a tensor that depends on no parameter be its own counterpart, as long as it is."""
@@ -115,11 +145,13 @@ class Reference:
         """Give up what was brought over."""
         self._memory -= {_memory(tensor) for tensor in self._here.values()}
         self._here.clear()
+        self._gathering.release()
 
 
 def _serves(kept: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a counterpart is asked for as it is kept."""
-    return kept.device == own.device and kept.dtype == own.dtype
+    """Whether a counterpart is asked for as it is kept, and not gathered or brought over."""
+    is_gathered = is_distributed(kept) and not is_distributed(own)
+    return not is_gathered and kept.device == own.device and kept.dtype == own.dtype
 
 
 def _memory(tensor: torch.Tensor) -> int:
@@ -134,17 +166,21 @@ def load_reference(
     It shares memory with nothing, unless the spec follows what a reference module comes to be.
 
     Raises:
-        ValueError: names, shapes or dtypes differ, which are listed, or a file holds no state dict.
+        ValueError: names, shapes or dtypes differ, which are listed, a file holds no state dict, or
+            the model is sharded in a way in which it cannot be compared.
         OSError: a file cannot be read.
     """
     spec = plan.spec
     if source is None:
         return None
     needs_all = any(spec.measures(family) for family in BRANCH_FAMILIES)
+    gathering = Gathering(module)
+    gathering.check(runs_branch=needs_all, device=spec.reference_device)
     state = ModelState(module, everything=needs_all)
     names: dict[torch.Tensor, list[str]] = {}
+    shards = {id(whole): shard for shard, whole in gathering.pairs()}  # what is gathered just now
     for name, own in state:
-        names.setdefault(own, []).append(name)
+        names.setdefault(shards.get(id(own), own), []).append(name)
     if not needs_all:
         names = {
             own: known
@@ -153,7 +189,7 @@ def load_reference(
         }
     found = None
     if not (isinstance(source, str) and source == "init"):
-        found = _tensors(source)
+        found = read_source(source, {name: own for own, known in names.items() for name in known})
         registered = {*module.parameters(), *module.buffers()}
         _check(plan, {own: known for own, known in names.items() if own in registered}, found)
         if isinstance(source, torch.nn.Module) and needs_all and spec.is_strict:
@@ -167,7 +203,7 @@ def load_reference(
         other = own if other is None else other
         tensor = _keep(other, own, device, spec.reference_dtype, copies=copies)
         kept.update(dict.fromkeys(known, tensor))
-    return Reference(state, kept)
+    return Reference(state, kept, gathering)
 
 
 def _warn_of_other_code(module: torch.nn.Module, reference: torch.nn.Module) -> None:
@@ -195,7 +231,7 @@ def _check(
             problems.append(
                 f"{name} has {other.dtype}, not {own.dtype} (reference_dtype= converts)"
             )
-        elif own.requires_grad and other.numel() and other.data_ptr() == own.data_ptr():
+        elif own.requires_grad and _is_same_memory(own, other):
             problems.append(f"{name} is the parameter itself, which will change: give a copy")
     if any(problem.endswith("is missing") for problem in problems):
         known_names = {*plan.parameters, *(name for known in names.values() for name in known)}
@@ -205,6 +241,11 @@ def _check(
         raise ValueError(
             f"reference= does not fit the model: {'; '.join(problems[:_LISTED])}{more}"
         )
+
+
+def _is_same_memory(own: torch.Tensor, other: torch.Tensor) -> bool:
+    own, other = local_part(own), local_part(other)
+    return bool(other.numel()) and other.data_ptr() == own.data_ptr()
 
 
 def _first(found: Mapping[str, torch.Tensor], names: Sequence[str]) -> torch.Tensor | None:
@@ -220,52 +261,11 @@ def _keep(
     copies: bool,
 ) -> torch.Tensor:
     tensor = tensor.detach()
-    device = own.device if device is None else device
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    if is_distributed(own) or is_distributed(tensor):
+        return as_sharded(tensor, own).to(wanted, copy=copies)
+    device = own.device if device is None else device
     # Frozen parameters are copied, too: they may be trained, merged or loaded into later.
     kept = tensor.to(device, wanted, copy=copies)
     pin = device.type == "cpu" and own.device.type == "cuda"
     return kept.pin_memory() if pin else kept
-
-
-def _tensors(
-    reference: torch.nn.Module | Mapping[str, torch.Tensor] | str | os.PathLike[str],
-) -> dict[str, torch.Tensor]:
-    if isinstance(reference, torch.nn.Module):
-        return {name: own.detach() for name, own in ModelState(reference, everything=True)}
-    if isinstance(reference, (str, os.PathLike)):
-        reference = _read(Path(reference))
-    tensors = {name: v for name, v in reference.items() if isinstance(v, torch.Tensor)}
-    names = unwrapped_names(tensors)
-    return {names[name]: value.detach() for name, value in tensors.items()}
-
-
-def _read(path: Path) -> Mapping[str, torch.Tensor]:
-    """The state dict in a file, also where a checkpoint holds it beside other things."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ValueError(
-                f"reference={str(path)!r} needs the package safetensors: pip install safetensors"
-            ) from error
-        loaded: Mapping[str, torch.Tensor] = load_file(path)
-        return loaded
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"reference={str(path)!r} cannot be read as a state dict; save one with"
-            f" torch.save(model.state_dict(), path): {error}"
-        ) from error
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
-        raise ValueError(
-            f"reference={str(path)!r} holds no state dict; save one with"
-            " torch.save(model.state_dict(), path)"
-        )
-    return content

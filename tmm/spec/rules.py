@@ -155,7 +155,8 @@ def update(
 ) -> Rule:
     """Measure what an optimizer's step adds to the parameters: after minus before.
 
-    ``"relative_norm"`` is the norm of that difference over the norm of the parameter before. A
+    ``"relative_norm"`` is the norm of that difference over the norm of the parameter before,
+    ``"alignment"`` the cosine of the angle between the two: -1 where a step only shrinks it. A
     copy of the measured parameters is kept during the step. Arguments and errors as in
     ``tmm.parameter``; ``monitor.watch(optimizer)`` measures.
     """

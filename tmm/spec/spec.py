@@ -46,8 +46,9 @@ class Spec:
         reference: what differences and ``tmm.rcc`` compare with: ``"init"`` for the model as it is
             when it is instrumented, a module, a state dict, or the path of one (by ``torch.save``
             or safetensors; checkpoints may hold it as ``state_dict``, ``model_state_dict`` or
-            ``model``). It is copied, frozen parameters too: what changes it later changes nothing
-            here.
+            ``model``), also of a folder of ``torch.distributed.checkpoint``, of which each rank
+            reads what it holds. It is copied, frozen parameters too: what changes it later changes
+            nothing here.
         reference_device: where the reference is kept. On ``"cpu"`` it lies in pinned memory, and
             is brought over on monitored steps only. By default beside the model.
         reference_dtype: the dtype in which it is kept; it is compared in that of the model.
@@ -64,6 +65,15 @@ class Spec:
         diagnosis: measure on monitored steps, too, what tells causes apart: the inputs of the
             model, how far its output differs from item to item, parameters that are not trained,
             and how many steps the state of the optimizers has seen.
+        replicas_agree: let ranks compare the parameters that they are to hold alike, bit by bit,
+            at the end of each step that is a multiple of this number, monitored or not, as
+            ``tmm.replicas_agree`` does. The training waits for that one sum. If some differ, the
+            first is named in a warning and in the findings of the run.
+        average_gradients: measure the average of the gradients of all ranks, where an optimizer
+            averages them in its own step, and nothing is known to do it before. Monitored steps
+            then reduce copies of all gradients once more, in the training thread; all ranks step
+            together. Without it the rows of such gradients are those of rank 0, under names that
+            say so.
 
     Raises:
         ValueError: for a spec without rules, an ``every`` below 1, an invalid pattern, a rule
@@ -92,6 +102,8 @@ class Spec:
         alerts: Alarms = False,
         on_alert: OnAlert = "warn",
         diagnosis: bool = False,
+        replicas_agree: int | None = None,
+        average_gradients: bool = False,
     ) -> None:
         if not rules and self.is_strict:
             raise ValueError("the spec has no rules; add one, such as tmm.activation('rms')")
@@ -107,6 +119,12 @@ class Spec:
                 f"every={every!r} cannot be called with the step alone; write a function of one"
                 " argument, such as lambda step: step < 100"
             )
+        if replicas_agree is not None and (
+            isinstance(replicas_agree, bool) or not isinstance(replicas_agree, int)
+        ):
+            raise TypeError(f"replicas_agree={replicas_agree!r} is not a number of steps")
+        if replicas_agree is not None and replicas_agree < 1:
+            raise ValueError(f"replicas_agree={replicas_agree} must be at least 1")
         if exclude is not None and not isinstance(exclude, str):
             raise TypeError(
                 f"exclude={exclude!r} is not text; give one regular expression, such as 'head|norm'"
@@ -140,6 +158,8 @@ class Spec:
         self.exclude: str | None = exclude
         self.alerts = AlertSettings.build(alerts, on_alert)
         self.diagnosis = bool(diagnosis)
+        self.replicas_agree = replicas_agree
+        self.average_gradients = bool(average_gradients)
 
     def __str__(self) -> str:
         every = self.every if isinstance(self.every, int) else "<predicate>"
@@ -159,6 +179,10 @@ class Spec:
             parts.append(str(self.alerts))
         if self.diagnosis:
             parts.append("diagnosis=True")
+        if self.replicas_agree is not None:
+            parts.append(f"replicas_agree={self.replicas_agree}")
+        if self.average_gradients:
+            parts.append("average_gradients=True")
         return f"tmm.Spec({', '.join(parts)})"
 
     def is_step_monitored(self, step: int) -> bool:
@@ -230,8 +254,8 @@ def check_reference(reference: object) -> None:
         return
     if not isinstance(reference, (str, os.PathLike)):
         raise TypeError(f"reference={reference!r} is not 'init', a module, a state dict or a path")
-    if reference != "init" and not os.path.isfile(reference):
-        raise ValueError(f"reference={str(reference)!r} is neither 'init' nor a file")
+    if reference != "init" and not os.path.exists(reference):
+        raise ValueError(f"reference={str(reference)!r} is neither 'init' nor a file nor a folder")
 
 
 class Plan:

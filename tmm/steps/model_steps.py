@@ -19,6 +19,7 @@ from tmm.steps.forward_recorder import ForwardRecorder
 from tmm.steps.notices import Notices
 from tmm.steps.open_block import OpenBlock
 from tmm.steps.optimizer_hooks import Watch
+from tmm.steps.replica_watch import ReplicaWatch
 from tmm.steps.step_block import StepBlock
 from tmm.steps.timeline import StepTimeline, checked_step
 
@@ -67,10 +68,9 @@ class ModelSteps:
         self.twin = twin
         self.optimizers = optimizers
         self.archive = archive
-        self._ranks = ranks
-        self._take_off = take_off
-        self._end_run = end_run
+        self._ranks, self._take_off, self._end_run = ranks, take_off, end_run
         self._notices = Notices(twin, gaps, forgotten, is_bypassed)
+        self._replicas = ReplicaWatch(twin.module, twin.plan.spec, gaps)
         self._open_block = OpenBlock(recorder, forgotten)
         archive.describe(describe_measured(twin.module, twin.plan.spec))
         self._save_explanation()
@@ -139,6 +139,8 @@ class ModelSteps:
         self.recorder.settle(is_ended=True)
         self.after_micro_batch()
         self.optimizers.end_step(finished)
+        if not self.timeline.is_of_run:  # such as the last one, which some ranks may not end
+            self._replicas.look(finished)
         self.timeline.end()
         self.twin.rest()
         self._close_step()
@@ -190,6 +192,11 @@ class ModelSteps:
         self.timeline.require("after_micro_batch")
         if self.twin.comparing is not None:
             self.twin.comparing.inputs.forget()
+
+    def compare_replicas(self) -> None:
+        """All ranks end the step that their run has opened."""
+        if self.timeline.open is not None and not self.is_closed:
+            self._replicas.look(self.timeline.open)
 
     # Blocks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -19,6 +19,10 @@ from tmm.steps.parameters import ParameterMonitor, Tensors
 
 Group = dict[str, Any]
 
+_OTHER_SHAPE = (
+    "the optimizer keeps a tensor of shape {shape} for it, which is of several parameters, or of a"
+    " part of it"
+)
 _DISTRIBUTED = "torch.distributed.optim"  # importing it compiles TorchScript, for a second
 
 
@@ -69,26 +73,42 @@ def add_states(
                 reason = "this rank keeps none, and that of other ranks is not looked for"
                 parameters.unmeasured[f"optimizer_state of {name}"] = reason
     by_name = {names[parameter]: parameter for parameter in kept}
+    size = parameters.ranks.size
     for part in bounded_parts(by_name):
-        tensors: dict[str, Tensors] = {}
+        tensors: dict[tuple[str, bool], Tensors] = {}
         for name in part:
             for metric in parameters.plan.metrics(name, "optimizer_state"):
                 found = (state_value(metric, *place) for place in kept[by_name[name]])
                 value = next(filter(torch.is_tensor, found), None)
-                if value is not None:
-                    tensors.setdefault(metric, {})[name] = value
+                if value is not None and (share := _share(value, by_name[name], size)):
+                    tensors.setdefault((metric, share == "part"), {})[name] = value
+                elif value is not None:
+                    parameters.unmeasured[f"optimizer_state of {name}"] = _OTHER_SHAPE.format(
+                        shape=tuple(value.shape)
+                    )
                 else:
                     kind = type(optimizers[0]).__name__
                     parameters.unmeasured[f"optimizer_state of {kind}: {metric}"] = (
                         "it is not known how this optimizer keeps it"
                     )
-        for metric, own in tensors.items():
+        for (metric, is_part), own in tensors.items():
             parameters.add(
                 *(collector, "optimizer_state", own),
                 unless=unless,
                 choose=_Computes(metric),
-                is_own=is_distributed,
+                is_own=is_distributed or is_part,
             )
+
+
+def _share(
+    value: torch.Tensor, parameter: torch.Tensor, ranks: int
+) -> Literal["whole", "part"] | None:
+    """Whether a state is of a whole parameter, or of as large a part of it as other ranks have."""
+    if value.numel() == parameter.numel():
+        return "whole"
+    rows = parameter.shape[0] // ranks if parameter.ndim and parameter.shape[0] % ranks == 0 else 0
+    is_part = ranks > 1 and rows > 0 and value.shape == (rows, *parameter.shape[1:])
+    return "part" if is_part else None
 
 
 @dataclass(frozen=True)

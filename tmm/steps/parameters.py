@@ -16,7 +16,7 @@ from tmm.core.families import (
     UPDATE,
 )
 from tmm.core.keys import key_of, total_norm
-from tmm.core.metrics import HISTOGRAM, Reduction
+from tmm.core.metrics import ALIGNMENT, HISTOGRAM, Reduction
 from tmm.core.module_names import ParameterNames, unwrapped
 from tmm.kernels.dense import on_device
 from tmm.passes.metrics.recognize_eager import KnownFunctions
@@ -28,6 +28,7 @@ from tmm.runtime.tensor_copies import parts_of
 from tmm.spec.ranks import Ranks, is_sharded, summed
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan
+from tmm.steps.averaged_gradients import GradientAverage
 from tmm.steps.replicas import Replicas, squares_of
 from tmm.steps.written_later import WrittenLater
 
@@ -89,6 +90,7 @@ class ParameterMonitor:
         self._norms: dict[str, _Norms] = {}
         self._registry = registry
         self.replicas = Replicas(ranks)
+        self._average = GradientAverage(ranks, is_wanted=plan.spec.average_gradients)
         self._names = ParameterNames(module)
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
@@ -133,6 +135,7 @@ class ParameterMonitor:
         if not self.wants(GRADIENT.name) or not gradients:
             return Gradients()
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
+        gradients = self._average.of(gradients)
         family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
         owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient)}
         measured = self._measure(family, owned, rules=GRADIENT.name)
@@ -200,14 +203,30 @@ class ParameterMonitor:
         now = {name: parameter.detach() for name, parameter in parameters.items()}
         measure = partial(self.add, collector, UPDATE.name, unless=unless)
         measure(now, reference=before, choose=_reads_both)
+        self._add_alignment(now, before, measure)
         if self._updates_are_read_in_pairs:
             return
         differences = {
             name: torch.sub(now[name], before[name], out=before[name])
             for name in now
-            if not all(map(_reads_both, self.plan.select(name, now[name].dtype, UPDATE.name)))
+            if any(map(_needs_difference, self.plan.select(name, now[name].dtype, UPDATE.name)))
         }
         measure(differences, choose=_needs_difference)
+
+    def _add_alignment(self, now: Tensors, before: Tensors, measure: Callable[..., None]) -> None:
+        """Measure the angle between what was added and what was there, some at a time."""
+        wanted = {
+            name: tensor
+            for name, tensor in now.items()
+            if any(map(_is_alignment, self.plan.select(name, tensor.dtype, UPDATE.name)))
+        }
+        for part in parts_of(wanted):
+            wide = {
+                n: torch.promote_types(tensor.dtype, torch.float32) for n, tensor in part.items()
+            }
+            there = {name: before[name].to(dtype) for name, dtype in wide.items()}
+            added = {name: part[name].to(dtype) - there[name] for name, dtype in wide.items()}
+            measure(added, reference=there, choose=_is_alignment)
 
     def add(
         self,
@@ -315,11 +334,17 @@ class _Norms:
 
 def _reads_both(reduction: Reduction) -> bool:
     """Whether it can be taken of two tensors at once, without their difference."""
-    return reduction.function is None and not reduction.is_histogram
+    is_difference = reduction.is_histogram or reduction.metrics == (ALIGNMENT,)
+    return reduction.function is None and not is_difference
 
 
 def _needs_difference(reduction: Reduction) -> bool:
-    return not _reads_both(reduction)
+    return not _reads_both(reduction) and not _is_alignment(reduction)
+
+
+def _is_alignment(reduction: Reduction) -> bool:
+    """Whether it is taken of the difference and of what that has led to."""
+    return reduction.function is None and reduction.metrics == (ALIGNMENT,)
 
 
 def block_of(module: torch.nn.Module, parameter: str) -> str:

@@ -110,7 +110,7 @@ class Sampling:
             return True
         held = {id(tensor) for tensor in batch.tensors}
         for _, value in _placeholders(module):
-            known = id(value) in held or reference.of(value) is not None
+            known = id(value) in held or reference.has(value)
             if isinstance(value, torch.Tensor) and not known:
                 if after_others:
                     return False

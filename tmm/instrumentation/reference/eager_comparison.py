@@ -16,10 +16,16 @@ from tmm.core.torch_private import tree_map
 from tmm.instrumentation.attribution import Attribution, checked_module
 from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.reference.follower import Follower
+from tmm.instrumentation.reference.gathered_calls import (
+    WithoutHooks,
+    is_gathered,
+    why_not_repeated,
+)
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.reference.comparison_rows import Operand, Term, comparison_rows, input_rows
 from tmm.passes.request import CheckedModule
 from tmm.runtime.eager_functions import apply_function
+from tmm.spec.ranks import whole_of
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
@@ -69,6 +75,9 @@ class EagerComparison:
             self._attribution.unmeasured[f"{name}, refined coordinate check"] = (
                 "it is called outside of graphs with an object that a second call could change"
             )
+            return
+        if reason := why_not_repeated(module):
+            self._attribution.unmeasured[f"{name}, refined coordinate check"] = reason
             return
         self._entered[-1].mixed = dict(tensors_in(self._repeat(module, arguments, keywords)))
 
@@ -128,9 +137,10 @@ class EagerComparison:
 
     def _biases(self, module: torch.nn.Module) -> dict[Operand, torch.Tensor]:
         bias = getattr(module, "bias", None)
-        initial = self._follower.reference.of(bias)
-        biases: dict[Operand, torch.Tensor | None] = {"bias": bias, "reference bias": initial}
-        return {name: bias for name, bias in biases.items() if isinstance(bias, torch.Tensor)}
+        with torch.no_grad(), self._follower.paused():
+            initial = self._follower.reference.of(bias)
+            biases: dict[Operand, torch.Tensor | None] = {"bias": bias, "reference bias": initial}
+            return {n: whole_of(b) for n, b in biases.items() if isinstance(b, torch.Tensor)}
 
     def _measure(self, terms: Iterable[Term], operands: Mapping[Operand, torch.Tensor]) -> None:
         with torch.no_grad(), self._follower.paused():
@@ -151,11 +161,15 @@ class EagerComparison:
     def _repeat(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> Any:
         """What the module gives with the reference's parameters, changing nothing."""
         tensors = {}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            counterpart = self._follower.reference.of(tensor)
-            tensors[name] = tensor.detach() if counterpart is None else counterpart
-            if not isinstance(tensor, torch.nn.Parameter):
-                tensors[name] = tensors[name].clone()  # a buffer may be written to
+        with torch.no_grad(), self._follower.paused():
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                counterpart = self._follower.reference.of(tensor)
+                tensors[name] = whole_of(tensor if counterpart is None else counterpart).detach()
+                if not isinstance(tensor, torch.nn.Parameter):
+                    tensors[name] = tensors[name].clone()  # a buffer may be written to
+        if is_gathered(module):
+            module = WithoutHooks(module)
+            tensors = {f"inner.{name}": tensor for name, tensor in tensors.items()}
         given = tree_map(_copy, (arguments, keywords))
         state = RandomState.capture()
         repeating, self.is_repeating = self.is_repeating, True

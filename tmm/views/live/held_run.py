@@ -73,7 +73,9 @@ class HeldRun(Run):
         if earlier.rows[:-1] != self._merged_sizes[:-1]:
             return None
         added = int(self._segments[-1].measured[earlier.rows[-1] :].sum())
-        at_the_end = added == 0 or int(self._rows[-added:].min()) >= sum(earlier.rows)
+        new = self._places[sum(earlier.rows) :]
+        last = np.arange(len(self._steps) - added, len(self._steps))
+        at_the_end = np.array_equal(np.sort(new[new >= 0]), last)
         if added > _ROW_BY_ROW or added != len(self._steps) - earlier.steps or not at_the_end:
             return None
         return self._steps[earlier.steps :]

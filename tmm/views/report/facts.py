@@ -10,8 +10,8 @@ import numpy as np
 from tmm.analysis import Anomaly, Story
 from tmm.core.families import SYSTEM
 from tmm.core.keys import is_family, is_loss, is_total_loss, key_of, layer_of
-from tmm.runs.catalog import RunRecord
 from tmm.runs.recorded_run import Run
+from tmm.runs.run_record import RunRecord
 from tmm.runs.text_values import plain
 from tmm.views.plots.reduce import thin
 from tmm.views.report.snapshot import Snapshot

@@ -14,8 +14,7 @@ from typing import Any
 from tmm.analysis import compare, find_stories, first_divergence
 from tmm.analysis.story import anomalies_of
 from tmm.core.keys import is_of_system
-from tmm.runs.catalog import RunRecord
-from tmm.runs.recorded_run import open_run
+from tmm.runs.run_record import RunRecord
 from tmm.runs.text_values import plain
 from tmm.views.plots.groups import group_keys
 from tmm.views.plots.style import (
@@ -27,8 +26,9 @@ from tmm.views.plots.style import (
     magnitude_colours,
     require_package,
 )
+from tmm.views.report.beside import shown_runs
 from tmm.views.report.blocks import packed, packed_json, reduced_blocks, scales
-from tmm.views.report.facts import anomaly_rows, curves, run_facts, story_facts
+from tmm.views.report.facts import anomaly_rows, curves, story_facts
 from tmm.views.report.snapshot import Snapshot
 
 SCRIPTS = tuple(
@@ -97,17 +97,12 @@ def report_page(records: Sequence[RunRecord]) -> str:
 
 def _data(records: Sequence[RunRecord]) -> tuple[dict[str, Any], dict[str, str]]:
     """What the page knows at once, and the packed values that it unpacks when needed."""
-    names = [record.name for record in records]
-    if len(set(names)) < len(names):
-        names = [record.id for record in records]
     values: dict[str, str] = {}
-    snapshots, facts, groups = [], [], []
-    for number, (record, name) in enumerate(zip(records, names, strict=True)):
-        if record.status == "broken":
-            raise ValueError(f"the run {record.id} is broken: {record.reason}")
-        with open_run(record.path) as run:
-            snapshot = Snapshot(run)
-            fact = run_facts(run, record, name, snapshot)
+    names, shown, snapshots, facts, groups = [], [], [], [], []
+    for number, column in enumerate(shown_runs(records)):
+        snapshot, fact = column.snapshot, column.facts
+        names.append(column.name)
+        shown.append(column.record)
         of_layers, others = group_keys(snapshot, snapshot.keys())
         described, arrays = curves(snapshot, others)
         stories = find_stories(snapshot)
@@ -132,7 +127,7 @@ def _data(records: Sequence[RunRecord]) -> tuple[dict[str, Any], dict[str, str]]
         "runs": facts,
         "groups": scales(blocks),
         "blocks": described_blocks,
-        "comparison": _comparison(dict(zip(names, snapshots, strict=True)), records),
+        "comparison": _comparison(dict(zip(names, snapshots, strict=True)), shown),
         "exact": all(block.is_exact for block in blocks),
         "style": _style(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
