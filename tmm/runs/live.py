@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +40,7 @@ from tmm.steps.timeline import StepTimeline, checked_step
 if TYPE_CHECKING:
     from tmm.analysis.story import Story
 
-Model = TypeVar("Model", bound=Callable[..., Any])
+Model = TypeVar("Model")
 
 
 class LiveRun:

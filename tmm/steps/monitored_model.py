@@ -10,6 +10,7 @@ import torch
 
 from tmm.core.failures import Gaps, OnError
 from tmm.instrumentation.attribution import Attribution
+from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.pass_trace import TraceFolder
 from tmm.instrumentation.regions import Region
 from tmm.instrumentation.twin import Twin
@@ -17,6 +18,7 @@ from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
+from tmm.spec.pipeline import Stages
 from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.ranks import Ranks
 from tmm.spec.reference import Reference
@@ -84,6 +86,7 @@ class MonitoredModel:
         ranks: CrossRank | None,
         take_off: Callable[[], None],
         is_bypassed: Callable[[], bool],
+        micro_batches: MicroBatches | None = None,
     ) -> MonitoredModel:
         """All that monitors ``module`` as ``plan`` says, and compares it with ``reference``.
 
@@ -91,14 +94,17 @@ class MonitoredModel:
         ``programs`` tells what steps that are not monitored run. ``ranks`` joins the steps of all
         processes, of which this one has its ``place``.
         ``take_off`` lets the model run its own program again; ``is_bypassed`` tells whether calls
-        of it no longer come here.
+        of it no longer come here. ``micro_batches`` are those of a pipeline.
         """
         timeline, spec = recording.timeline, plan.spec
         attribution = Attribution(module, plan, timeline.registry, place)
+        if isinstance(module, Stages):
+            attribution.remarks.update(module.remarks())
         unmeasured = attribution.unmeasured
         gaps = Gaps(on_error)
         forgotten = Forgotten(gaps, unmeasured)
-        scale = GradientScale(place.averaged)
+        losses = 1 if micro_batches is None else micro_batches.losses
+        scale = GradientScale(place.averaged * losses)
         archive = StepArchive(
             *(timeline, gaps, recording.writer),
             evaluate=recording.evaluate,
@@ -107,7 +113,9 @@ class MonitoredModel:
             joins_ranks=ranks is not None,
         )
         shared = SharedProgram(module, timeline, gaps, programs)
-        recorder = ForwardRecorder(module, timeline, gaps, forgotten, scale, unmeasured, shared)
+        recorder = ForwardRecorder(
+            *(module, timeline, gaps, forgotten, scale, unmeasured, shared, micro_batches)
+        )
         twin = Twin(root, regions, module, attribution, recorder, trace)
         twin.compare_with(reference)
         parameters = ParameterMonitor(
