@@ -11,10 +11,12 @@ import copy
 import os
 import signal
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -503,38 +505,47 @@ def killed(folder: Path) -> Metrics:
     piped = Pipeline(Schedule1F1B)
     run = tmm.start_run("killed", root=folder, system_seconds=None)
     run.watch(piped.schedule, spec(every=1))
+    optimizer = optimizer_of(piped.plain)
     for step, batch in enumerate(batches()):
         if step == 2 and dist.get_rank() == 1:
+            time.sleep(1)  # so that the rows of step 1 are on their way
             os.kill(os.getpid(), signal.SIGKILL)
         piped.step(*batch)
+        optimizer.step()
+        optimizer.zero_grad()
         run.log({"number": step})
         run.step()
     return {}
 
 
 def frozen(folder: Path) -> Metrics:
-    """Rank 1 is stopped before step 2; the training's own messages wait for it some seconds."""
+    """Rank 1 is stopped before step 2; the training's own messages wait for it 4 seconds."""
     numbers: list[Any] = [None, None]
     dist.all_gather_object(numbers, os.getpid())
-    piped = Pipeline(Schedule1F1B)
+    patience = timedelta(seconds=4)
+    piped = Pipeline(Schedule1F1B, group=dist.new_group(timeout=patience))
+    dist.distributed_c10d._set_pg_timeout(patience, dist.distributed_c10d._get_default_group())
     error = ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with tmm.start_run("frozen", root=folder, system_seconds=None) as run:
                 run.watch(piped.schedule, spec(every=1))
+                optimizer = optimizer_of(piped.plain)
                 for step, batch in enumerate(batches()):
                     if step == 2 and dist.get_rank() == 1:
+                        time.sleep(1)  # so that the rows of step 1 are on their way
                         os.kill(os.getpid(), signal.SIGSTOP)
                     piped.step(*batch)
+                    optimizer.step()
+                    optimizer.zero_grad()
                     run.step()
     except RuntimeError as raised:
         error = str(raised)
     torch.save({"error": error}, folder / f"frozen-{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
         os.kill(numbers[1], signal.SIGKILL)
-        os._exit(0)
-    return {}
+    os._exit(0)
 
 
 def interleaved(**options: Any) -> Pipeline:

@@ -34,12 +34,13 @@ _APART = "stages"
 class StageNames:
     """What a stage holds, as other ranks are told: names, and lines that tell models apart.
 
-    ``parameters`` are names with the name of the module that each belongs to; ``elements`` is how
-    many elements these have together.
+    ``kinds`` are the types of the modules; ``parameters`` are names, with that of the module that
+    each belongs to, and have so many ``elements`` together.
     """
 
     index: int
     modules: tuple[str, ...]
+    kinds: tuple[str, ...]
     parameters: tuple[tuple[str, str], ...]
     lines: tuple[str, ...] = ()
     elements: int = 0
@@ -64,7 +65,7 @@ class Stages(Assembly):
 
     Attributes:
         all: what all stages hold, in order.
-        are_apart: stages have parameters of equal names, so that all names begin with their stage.
+        are_apart: names are not those of one model, so that all begin with their stage.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Stages(Assembly):
                     raise ValueError(names)
                 told.setdefault(names.index, names)
         everything = [told[index] for index in sorted(told)]
-        self.are_apart = whole is None and _have_equal_parameters(everything)
+        self.are_apart = whole is None and _have_other_names(everything)
         if self.are_apart:
             everything = [names.apart() for names in everything]
         self.all = tuple(everything)
@@ -115,11 +116,12 @@ class Stages(Assembly):
                 )
             named = {parameter: known[parameter] for parameter in parameter_names(part)}
         modules = {m: name for m, name in self._modules_of(index).items() if name is not None}
-        lines = [f"{name}: {type(module).__name__}" for module, name in modules.items()]
+        kinds = tuple(type(module).__name__ for module in modules)
+        lines = [f"{name}: {kind}" for name, kind in zip(modules.values(), kinds, strict=True)]
         lines += [f"{name}: {tuple(p.shape)} {p.dtype}" for p, (name, _) in named.items()]
         elements = sum(parameter.numel() for parameter in named)
         return StageNames(
-            *(index, tuple(modules.values()), tuple(named.values()), tuple(lines), elements)
+            *(index, tuple(modules.values()), kinds, tuple(named.values()), tuple(lines), elements)
         )
 
     def _modules_of(self, index: int) -> Modules:
@@ -259,7 +261,7 @@ class Stages(Assembly):
             yield (
                 "names of stages",
                 f"they begin with {_APART!r} and the number of the stage, for two stages have"
-                " parameters of equal names; module=model gives them those of a model that the"
+                " something else under one name; module=model gives them those of a model that the"
                 " stages are made of",
             )
 
@@ -273,9 +275,14 @@ def _plain(name: str) -> str:
     return "" if name == ROOT_NAME else name
 
 
-def _have_equal_parameters(stages: Sequence[StageNames]) -> bool:
+def _have_other_names(stages: Sequence[StageNames]) -> bool:
+    """Whether names are not those of one model: something else has the same one in two stages."""
     counts = Counter(name for stage in stages for name, _ in stage.parameters)
-    return any(count > 1 for count in counts.values())
+    kinds: dict[str, str] = {}
+    named = (pair for stage in stages for pair in zip(stage.modules, stage.kinds, strict=True))
+    # Stages may be of different classes.
+    differ = any(kinds.setdefault(name, kind) != kind for name, kind in named if name)
+    return differ or any(count > 1 for count in counts.values())
 
 
 def _cut(stages: Sequence[StageNames], last: int) -> frozenset[tuple[int, str]]:
