@@ -18,9 +18,9 @@ from tmm.core.torch_private import (
 from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.regions import Region, regions_in
 from tmm.runtime.key_binding import KeyRegistry
-from tmm.spec.pipeline import Stages
 from tmm.spec.ranks import Exchange
 from tmm.spec.spec import Plan, Spec
+from tmm.spec.stages import Stages
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from tmm.core.module_names import parameter_names, relative_names, unwrapped
-from tmm.spec.pipeline import Stages
 from tmm.spec.spec import Spec
+from tmm.spec.stages import Stages
 
 
 def describe_environment() -> dict[str, object]:

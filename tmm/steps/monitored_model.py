@@ -18,11 +18,11 @@ from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.runtime.store.run_writer import RunWriter
-from tmm.spec.pipeline import Stages
 from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.ranks import Ranks
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan, Spec
+from tmm.spec.stages import Stages
 from tmm.steps.archive import Evaluate, StepArchive
 from tmm.steps.earlier import Earlier
 from tmm.steps.forgotten import Forgotten

@@ -6,9 +6,7 @@ names, in the order of the model.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -22,37 +20,10 @@ from tmm.core.module_names import (
 )
 from tmm.core.records import ROOT_NAME
 from tmm.spec.ranks import Exchange
+from tmm.spec.stage_names import APART, StageNames, cut_in, have_other_names, plain, within
 
 Modules = dict[torch.nn.Module, str | None]
 """Each module of a stage with its name in the whole model; None for one that is not part of it."""
-
-_APART = "stages"
-"""What names begin with where stages have equal ones, as if they lay in a list of that name."""
-
-
-@dataclass(frozen=True)
-class StageNames:
-    """What a stage holds, as other ranks are told: names, and lines that tell models apart.
-
-    ``kinds`` are the types of the modules; ``parameters`` are names, with that of the module that
-    each belongs to, and have so many ``elements`` together.
-    """
-
-    index: int
-    modules: tuple[str, ...]
-    kinds: tuple[str, ...]
-    parameters: tuple[tuple[str, str], ...]
-    lines: tuple[str, ...] = ()
-    elements: int = 0
-
-    def apart(self) -> StageNames:
-        """The same with names that no other stage has."""
-        parameters = (
-            (_within(self.index, name), _within(self.index, _plain(owner)))
-            for name, owner in self.parameters
-        )
-        modules = tuple(_within(self.index, name) for name in self.modules)
-        return replace(self, modules=modules, parameters=tuple(parameters))
 
 
 class Stages(Assembly):
@@ -94,11 +65,11 @@ class Stages(Assembly):
                     raise ValueError(names)
                 told.setdefault(names.index, names)
         everything = [told[index] for index in sorted(told)]
-        self.are_apart = whole is None and _have_other_names(everything)
+        self.are_apart = whole is None and have_other_names(everything)
         if self.are_apart:
             everything = [names.apart() for names in everything]
         self.all = tuple(everything)
-        self._is_cut = _cut(self.all, count - 1) if whole is None else frozenset()
+        self._is_cut = cut_in(self.all, count - 1) if whole is None else frozenset()
         self._stage_of = self._places()
 
     def _told(self, index: int) -> StageNames | str:
@@ -157,7 +128,7 @@ class Stages(Assembly):
                 if name is None or (index, name) in self._is_cut:
                     name = f"{relative[module] if name is None else name}[stage {index}]"
                 elif self.are_apart:
-                    name = _within(index, name)
+                    name = within(index, name)
                 found.setdefault(module, name)
         return found
 
@@ -167,7 +138,7 @@ class Stages(Assembly):
         for index in self.parts:
             for module, name in self._modules_of(index).items():
                 if name is not None:
-                    found.setdefault(module, _within(index, name) if self.are_apart else name)
+                    found.setdefault(module, within(index, name) if self.are_apart else name)
         return found | self._strays()
 
     def _strays(self) -> dict[torch.nn.Module, str]:
@@ -180,7 +151,7 @@ class Stages(Assembly):
             others = (module for module, name in self._modules_of(index).items() if not name)
             for parameter in (p for module in others for p in module.parameters(recurse=False)):
                 name, owner = known[parameter]
-                stand_in = found.setdefault(_plain(owner), torch.nn.Module())
+                stand_in = found.setdefault(plain(owner), torch.nn.Module())
                 stand_in.register_parameter(name.rpartition(".")[2], parameter)
         return {module: name for name, module in found.items()}
 
@@ -190,7 +161,7 @@ class Stages(Assembly):
             return self._whole[0]
         if self.are_apart:
             around = torch.nn.Module()
-            around.add_module(_APART, torch.nn.ModuleList())
+            around.add_module(APART, torch.nn.ModuleList())
             return around
         parts = list(self.parts.values())
         holding = (p for p in parts if name in dict(parameter_names(p).values()))
@@ -237,8 +208,7 @@ class Stages(Assembly):
     def stage_of(self, site: str) -> int:
         """The stage that a site, with its family, lies in; 0 for one of none."""
         _, name = parts_of(site)
-        if not name.startswith(ROOT_NAME):
-            name = name.partition("[")[0]
+        name = ROOT_NAME if name.startswith(ROOT_NAME) else name.partition("[")[0]
         while name and name not in self._stage_of:
             name = name.rpartition(".")[0]
         return self._stage_of.get(name, 0)
@@ -260,43 +230,7 @@ class Stages(Assembly):
         if self.are_apart:
             yield (
                 "names of stages",
-                f"they begin with {_APART!r} and the number of the stage, for two stages have"
+                f"they begin with {APART!r} and the number of the stage, for two stages have"
                 " something else under one name; module=model gives them those of a model that the"
                 " stages are made of",
             )
-
-
-def _within(index: int, name: str) -> str:
-    return f"{_APART}.{index}.{name}" if name else f"{_APART}.{index}"
-
-
-def _plain(name: str) -> str:
-    """The name of a module that is displayed."""
-    return "" if name == ROOT_NAME else name
-
-
-def _have_other_names(stages: Sequence[StageNames]) -> bool:
-    """Whether names are not those of one model: something else has the same one in two stages."""
-    counts = Counter(name for stage in stages for name, _ in stage.parameters)
-    kinds: dict[str, str] = {}
-    named = (pair for stage in stages for pair in zip(stage.modules, stage.kinds, strict=True))
-    # Stages may be of different classes.
-    differ = any(kinds.setdefault(name, kind) != kind for name, kind in named if name)
-    return differ or any(count > 1 for count in counts.values())
-
-
-def _cut(stages: Sequence[StageNames], last: int) -> frozenset[tuple[int, str]]:
-    """Stages with the names of modules that lie in a later one, too, and hold parameters."""
-    around: dict[str, int] = {}  # the last stage that has parameters in a module of that name
-    for stage in stages:
-        for name, _ in stage.parameters:
-            parts = name.split(".")
-            for depth in range(len(parts)):
-                around[".".join(parts[:depth])] = stage.index
-    around[""] = last
-    return frozenset(
-        (stage.index, name)
-        for stage in stages
-        for name in stage.modules
-        if stage.index != around.get(name, stage.index)
-    )
