@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tmm
 from tests.interpreters import Interpreters
-from tests.pipeline_trainings import EVERY, STEPS, Metrics, alone, entropy
+from tests.pipeline_trainings import EVERY, STEPS, Metrics, alone, entropy, spec
 from tests.test_distributed import check, launch, result
 from tmm.core.module_names import parameter_names, relative_names
 from tmm.spec.stages import Stages
@@ -24,7 +24,7 @@ SCHEDULES = ("gpipe", "one_f_one_b", "interleaved", "zero_bubble", "interleaved_
 NAMES = (*SCHEDULES, "attention", "undisturbed_interleaved")
 OTHERS = ("of_whole", "without_whole", "evaluated", "counted", "told", "differences", "recorded")
 COMPILED = ("compiled", "interleaved_compiled", "blocks_compiled")
-MORE = ("summed", "exported", "attention_compiled")
+MORE = ("summed", "exported", "attention_compiled", "zero_bubble_traced")
 LONGER = ("undisturbed", "undisturbed_compiled")
 
 
@@ -188,6 +188,19 @@ def test_further_ways(
     check_attention(measured(folder, "attention_compiled"))
     for name in ("summed", *COMPILED):
         check(measured(folder, name), whole)
+    # What graphs cannot give is missing, and not wrong.
+    found, expected = measured(folder, "zero_bubble_traced"), alone(spec(entropy()))
+    gradients = {key for key in expected[0] if key.startswith("activation_gradient/")}
+    check(
+        {
+            step: {k: v for k, v in values.items() if k not in gradients}
+            for step, values in found.items()
+        },
+        expected,
+        expected[0].keys() - gradients,
+    )
+    explained = result(folder, "zero_bubble_traced")[-1]["explained"]
+    assert "backward passes in two parts" in explained
     # torch.export keeps no lists of layers, which norms of blocks go by.
     blocks = {key for key in whole[0] if key.startswith("step/gradient_norm/layers")}
     check(measured(folder, "exported"), whole, whole[0].keys() - blocks)

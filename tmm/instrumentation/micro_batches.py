@@ -22,12 +22,13 @@ class MicroBatches:
     evaluation or back, it runs one forward and one backward pass to learn of shapes, of which most
     stages are given memory that nobody has written to. ``losses`` is of how many losses of
     micro-batches that of the whole batch is the mean. ``repeats_backward`` tells that gradients of
-    activations come by once more, where a backward pass is run in two parts.
+    activations come by once more, where a backward pass is run in two parts; ``has_split`` that
+    one was.
     """
 
     def __init__(self, stages: Sequence[Any], losses: int) -> None:
         self.losses = losses
-        self.repeats_backward = False
+        self.repeats_backward = self.has_split = False
         self._running: Any = None
         self._stages = tuple(stages)
         self._replaced: list[Replacement] = []
@@ -67,7 +68,7 @@ class MicroBatches:
             self._running = outer
 
     def _repeat(self, backward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.repeats_backward = True
+        self.repeats_backward = self.has_split = True
         try:
             return backward(*args, **kwargs)
         finally:

@@ -69,7 +69,7 @@ class ModelSteps:
         self._ranks = ranks
         self._take_off = take_off
         self._end_run = end_run
-        self._notices = Notices(twin, gaps, forgotten, is_bypassed)
+        self._notices = Notices(twin, gaps, forgotten, is_bypassed, recorder.micro_batches)
         self._open_block = OpenBlock(recorder, forgotten)
         archive.describe(describe_measured(twin.module, twin.plan.spec))
         self._save_explanation()
