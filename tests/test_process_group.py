@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.interpreters import ROOT, Interpreters
+from tmm.runtime.ranks import gloo
 from tmm.runtime.ranks.gloo import ProcessGroup
 
 SIZES = (0, 1, 1000, 40_000)
@@ -33,6 +34,11 @@ def reduce(folder: str) -> None:
         found[f"maximum {size}"] = group.maximum(own)
         found[f"total {size}"] = group.total(own)
         np.testing.assert_array_equal(own, values_of(rank, size))
+    for distinct in (gloo._DISTINCT, 1):
+        gloo._DISTINCT = distinct  # of more, all are gathered
+        for value in (lambda rank: "same", lambda rank: {"rank": rank}, lambda rank: rank % 2):
+            assert group.everything(value(rank)) == [value(other) for other in range(ranks)]
+        assert group.everything(None if rank else b"") == [b"", *[None] * (ranks - 1)]
     np.savez(Path(folder, f"{ranks}-{rank}.npz"), **found)
     dist.barrier()
     group.close()
