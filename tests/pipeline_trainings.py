@@ -35,6 +35,11 @@ from torch.distributed.pipelining import (
     SplitPoint,
     pipeline,
 )
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import tmm
@@ -386,6 +391,30 @@ def in_fsdp(mesh: Any, part: nn.Module) -> nn.Module:
     return part
 
 
+def with_tensor_parallel() -> Metrics:
+    """Two stages, each of which two ranks share the layers of."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "tensor"))
+    wrap = partial(in_tensor_parallel, mesh["tensor"])
+    piped = Pipeline(Schedule1F1B, group=mesh.get_group("pipeline"), wrap=wrap)
+    # No DTensor tells of what a stage is given.
+    return train(piped, without_functions(), placements={".*": "replicate"})
+
+
+def without_functions() -> tmm.Spec:
+    """What shards have, too."""
+    return tmm.Spec(
+        *(tmm.activation("rms", "std", "absmax"), tmm.gradient("norm"), tmm.parameter("rms")),
+        *(tmm.update("norm"), tmm.optimizer_state("exp_avg_norm")),
+        every=EVERY,
+    )
+
+
+def in_tensor_parallel(mesh: Any, part: nn.Module) -> nn.Module:
+    for layer in part.layers.values():  # type: ignore[union-attr, operator]
+        parallelize_module(layer.feed, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return part
+
+
 # Faults
 
 
@@ -583,6 +612,7 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "exported": lambda _: exported(),
     "ddp": lambda _: with_copies(in_ddp),
     "fsdp": lambda _: with_copies(in_fsdp),
+    "tensor_parallel": lambda _: with_tensor_parallel(),
     "told": lambda _: told(),
     "differences": differences,
     "evaluated": lambda _: evaluated(),

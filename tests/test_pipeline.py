@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tmm
 from tests.interpreters import Interpreters
-from tests.pipeline_trainings import EVERY, STEPS, Metrics, alone, entropy, spec
+from tests.pipeline_trainings import EVERY, STEPS, Metrics, alone, entropy, spec, without_functions
 from tests.test_distributed import check, launch, result
 from tmm.core.module_names import parameter_names, relative_names
 from tmm.spec.stages import Stages
@@ -210,11 +210,12 @@ def test_further_ways(
 def test_four_ranks(
     tmp_path_factory: pytest.TempPathFactory, interpreters: Interpreters, whole: Metrics
 ) -> None:
-    """Four stages, and two whose ranks have parts of the batch."""
+    """Four stages, and two whose ranks have parts of the batch, or of the layers."""
     names = ("one_f_one_b", "compiled", "ddp", "fsdp")
-    folder = launched(tmp_path_factory, interpreters, 4, *names)
+    folder = launched(tmp_path_factory, interpreters, 4, *names, "tensor_parallel")
     for name in names:
         check(measured(folder, name), whole)
+    check(measured(folder, "tensor_parallel"), alone(without_functions()))
 
 
 # Names, without processes
