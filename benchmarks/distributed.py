@@ -137,31 +137,39 @@ class Step:
         return Exchange({KIND: (self.sites, np.ones((len(self.sites), KIND.width)))})
 
 
-def joining(ranks: int, layout: str, rounds: int) -> list[Joining]:
-    """Time steps of each number of rows; all ranks call this."""
+def own_sites(rows: int, ranks: int, stages: int) -> tuple[str, ...]:
+    """Those of the stage that this rank has."""
+    own = range(rows)[dist.get_rank() * stages // ranks :: stages]
+    return tuple(f"activation/{index}" for index in own)
+
+
+def joining(ranks: int, layouts: Sequence[str], rounds: int) -> list[Joining]:
+    """Time steps of each number of rows, those of the layouts in turns; all ranks call this."""
     found = []
-    stages = STAGES[layout]
     for rows in ROWS:
-        cross = CrossRank(ProcessGroup())
-        own = range(rows)[dist.get_rank() * stages // ranks :: stages]
-        sites = tuple(f"activation/{index}" for index in own)
-        seconds, training = [], []
+        crosses = {layout: CrossRank(ProcessGroup()) for layout in layouts}
+        seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+        training: dict[str, list[float]] = {layout: [] for layout in layouts}
+        sites = {layout: own_sites(rows, ranks, STAGES[layout]) for layout in layouts}
         for step in range(rounds + 5):
-            dist.barrier()
-            started = time.perf_counter()
-            turn = cross.submit(Step(step, sites))
-            training.append(time.perf_counter() - started)
-            turn.wait()
-            seconds.append(time.perf_counter() - started)
-        cross.close()
-        ordered = sorted(seconds[5:])
-        quarter = len(ordered) // 4
-        found.append(
-            Joining(
-                *(ranks, layout, rows, statistics.median(ordered)),
-                *(ordered[quarter], ordered[-1 - quarter], statistics.median(training[5:])),
+            for layout, cross in crosses.items():
+                dist.barrier()
+                started = time.perf_counter()
+                turn = cross.submit(Step(step, sites[layout]))
+                training[layout].append(time.perf_counter() - started)
+                turn.wait()
+                seconds[layout].append(time.perf_counter() - started)
+        for layout, cross in crosses.items():
+            cross.close()
+            ordered = sorted(seconds[layout][5:])
+            quarter = len(ordered) // 4
+            found.append(
+                Joining(
+                    *(ranks, layout, rows, statistics.median(ordered)),
+                    *(ordered[quarter], ordered[-1 - quarter]),
+                    statistics.median(training[layout][5:]),
+                )
             )
-        )
     return found
 
 
@@ -215,7 +223,7 @@ def work(rank: int, ranks: int, folder: str, rounds: int, with_training: bool) -
     )
     layouts = [layout for layout, stages in STAGES.items() if ranks == WORLDS[-1] or stages == 1]
     found = {
-        "joining": [asdict(line) for layout in layouts for line in joining(ranks, layout, rounds)],
+        "joining": [asdict(line) for line in joining(ranks, layouts, rounds)],
         "reductions": reductions(rounds),
         "training": training(max(5, rounds // 2)) if with_training else {},
     }
