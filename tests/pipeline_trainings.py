@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -552,10 +553,10 @@ def killed(folder: Path) -> Metrics:
 
 
 def frozen(folder: Path) -> Metrics:
-    """Rank 1 is stopped before step 2; the training's own messages wait for it 4 seconds."""
+    """Rank 1 is stopped before step 2; the training's own messages wait for it 12 seconds."""
     numbers: list[Any] = [None, None]
     dist.all_gather_object(numbers, os.getpid())
-    patience = timedelta(seconds=4)
+    patience = timedelta(seconds=12)
     piped = Pipeline(Schedule1F1B, group=dist.new_group(timeout=patience))
     dist.distributed_c10d._set_pg_timeout(patience, dist.distributed_c10d._get_default_group())
     error = ""
@@ -577,7 +578,8 @@ def frozen(folder: Path) -> Metrics:
         error = str(raised)
     torch.save({"error": error}, folder / f"frozen-{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
-        os.kill(numbers[1], signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(numbers[1], signal.SIGKILL)
     os._exit(0)
 
 

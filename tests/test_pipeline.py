@@ -168,7 +168,7 @@ def test_a_frozen_rank_is_waited_for_as_long_as_the_training_would(
     tmp_path: Path, interpreters: Interpreters
 ) -> None:
     launch(interpreters, 2, tmp_path, ["frozen"], "tests.pipeline_trainings")
-    assert "Timed out waiting 4000ms" in torch.load(tmp_path / "frozen-0.pt")["error"]
+    assert "Timed out waiting 12000ms" in torch.load(tmp_path / "frozen-0.pt")["error"]
     (record,) = tmm.list_runs(tmp_path)
     assert record.status == "failed"
     with tmm.open_run(record.path) as run:
@@ -203,7 +203,11 @@ def test_further_ways(
     assert "backward passes in two parts" in explained
     # torch.export keeps no lists of layers, which norms of blocks go by.
     blocks = {key for key in whole[0] if key.startswith("step/gradient_norm/layers")}
-    check(measured(folder, "exported"), whole, whole[0].keys() - blocks)
+    exported = {
+        step: {key: value for key, value in values.items() if key not in blocks}
+        for step, values in measured(folder, "exported").items()
+    }
+    check(exported, whole, whole[0].keys() - blocks)
 
 
 @pytest.mark.slow

@@ -376,7 +376,7 @@ class LiveRun:
             if self._steps is not None:
                 if self._timeline.is_of_run:
                     self._end_step(is_ended=is_ended)
-                self._steps.close()
+                self._steps.close(has_failed=is_ended)
             self._timeline.flush()
         finally:
             self.writer.close()
