@@ -2,11 +2,14 @@
 
     python -m benchmarks.distributed [--rounds 30] [--quick] [--save]
 
-1. Joining: the time from the end of a monitored step until its rows are those of all ranks, and the
-   part of it that the training thread spends, for 1, 2 and 4 processes and 100 to 4,000 rows.
+1. Joining: the time from the end of a monitored step until its rows are those of all ranks, and
+   the part of it that the training thread spends, for 1, 2 and 4 processes and 100 to 4,000 rows.
+   With 4 also where ranks have the rows of a stage each, as in a pipeline, or two have those of one
+   of two stages, as on a mesh of two dimensions.
 2. Training: a step of ``DistributedDataParallel`` on 2 processes with and without tmm, in turns.
 3. A model of the time for more ranks, from the steps of one rank and messages between two, checked
-   against 1, 2 and 4.
+   against 1, 2 and 4. Names are told once, when the model is instrumented and in the first step:
+   each once for all ranks that have the same.
 
 Processes talk over gloo on one machine, in one thread each.
 """
@@ -44,6 +47,11 @@ from tmm.runtime.ranks.protocol import CrossRank, Exchange
 ROWS = (100, 1000, 4000)
 WORLDS = (1, 2, 4)
 MANY = (8, 64, 512, 4096)
+STAGES = {"data": 1, "two stages": 2, "a stage each": 4}
+"""In how many stages ranks have the rows; those of one stage have the same."""
+
+STAGES_OF_MANY = (1, 8, 64)
+NAME_BYTES = 48  # of a site and its family, as ranks tell them
 (REDUCTION,) = builtin_reductions(FIVE_METRICS, is_complex=False)
 KIND = on_the_wire(REDUCTION)
 EXTREMES, MOMENTS = 1, 1  # of the columns of KIND: absmax, moment2
@@ -51,9 +59,13 @@ EXTREMES, MOMENTS = 1, 1  # of the columns of KIND: absmax, moment2
 
 @dataclass(frozen=True)
 class Joining:
-    """Of one number of processes and rows: seconds of a step, and those of the training thread."""
+    """Of one number of processes and rows: seconds of a step, and those of the training thread.
+
+    ``layout`` is a name in ``STAGES``.
+    """
 
     ranks: int
+    layout: str
     rows: int
     seconds: float
     low: float
@@ -69,6 +81,9 @@ class CostModel:
     more unless ranks are a power of two. A message takes ``latency`` seconds and its bytes over
     ``bandwidth`` (bytes a second); what a rank does by itself takes ``base`` seconds and
     ``per_row`` for each row.
+
+    All rows of all stages are in the messages of each rank, whichever it has: so a step of a
+    pipeline, or on a mesh of two dimensions, takes as long as one where all ranks have all rows.
 
     Assumes that ranks come at the same time, that messages between different pairs of ranks do not
     slow each other, and that each rank has two cores, one for gloo's own thread: that polls without
@@ -122,29 +137,39 @@ class Step:
         return Exchange({KIND: (self.sites, np.ones((len(self.sites), KIND.width)))})
 
 
-def joining(ranks: int, rounds: int) -> list[Joining]:
-    """Time steps of each number of rows; all ranks call this."""
+def own_sites(rows: int, ranks: int, stages: int) -> tuple[str, ...]:
+    """Those of the stage that this rank has."""
+    own = range(rows)[dist.get_rank() * stages // ranks :: stages]
+    return tuple(f"activation/{index}" for index in own)
+
+
+def joining(ranks: int, layouts: Sequence[str], rounds: int) -> list[Joining]:
+    """Time steps of each number of rows, those of the layouts in turns; all ranks call this."""
     found = []
     for rows in ROWS:
-        cross = CrossRank(ProcessGroup())
-        sites = tuple(f"activation/{index}" for index in range(rows))
-        seconds, own = [], []
+        crosses = {layout: CrossRank(ProcessGroup()) for layout in layouts}
+        seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+        training: dict[str, list[float]] = {layout: [] for layout in layouts}
+        sites = {layout: own_sites(rows, ranks, STAGES[layout]) for layout in layouts}
         for step in range(rounds + 5):
-            dist.barrier()
-            started = time.perf_counter()
-            turn = cross.submit(Step(step, sites))
-            own.append(time.perf_counter() - started)
-            turn.wait()
-            seconds.append(time.perf_counter() - started)
-        cross.close()
-        ordered = sorted(seconds[5:])
-        quarter = len(ordered) // 4
-        found.append(
-            Joining(
-                *(ranks, rows, statistics.median(ordered), ordered[quarter], ordered[-1 - quarter]),
-                statistics.median(own[5:]),
+            for layout, cross in crosses.items():
+                dist.barrier()
+                started = time.perf_counter()
+                turn = cross.submit(Step(step, sites[layout]))
+                training[layout].append(time.perf_counter() - started)
+                turn.wait()
+                seconds[layout].append(time.perf_counter() - started)
+        for layout, cross in crosses.items():
+            cross.close()
+            ordered = sorted(seconds[layout][5:])
+            quarter = len(ordered) // 4
+            found.append(
+                Joining(
+                    *(ranks, layout, rows, statistics.median(ordered)),
+                    *(ordered[quarter], ordered[-1 - quarter]),
+                    statistics.median(training[layout][5:]),
+                )
             )
-        )
     return found
 
 
@@ -196,8 +221,9 @@ def work(rank: int, ranks: int, folder: str, rounds: int, with_training: bool) -
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks
     )
+    layouts = [layout for layout, stages in STAGES.items() if ranks == WORLDS[-1] or stages == 1]
     found = {
-        "joining": [asdict(line) for line in joining(ranks, rounds)],
+        "joining": [asdict(line) for line in joining(ranks, layouts, rounds)],
         "reductions": reductions(rounds),
         "training": training(max(5, rounds // 2)) if with_training else {},
     }
@@ -212,6 +238,7 @@ def model_check(line: Joining, models: Mapping[int, CostModel]) -> dict[str, str
     here = models.get(line.ranks, models[2]).seconds(line.ranks, line.rows)
     return {
         "ranks": str(line.ranks),
+        "ranks have": line.layout,
         "rows": str(line.rows),
         "ms": f"{line.seconds * 1e3:.2f}",
         "quartiles": f"{line.low * 1e3:.2f} to {line.high * 1e3:.2f}",
@@ -222,13 +249,14 @@ def model_check(line: Joining, models: Mapping[int, CostModel]) -> dict[str, str
     }
 
 
-def model_prediction(model: CostModel, ranks: int, rows: int) -> dict[str, str]:
+def model_prediction(model: CostModel, ranks: int, stages: int, rows: int) -> dict[str, str]:
     """A row of the table: what no machine here can measure."""
     size = messages(ranks) * sum(sizes_of(rows))
     return {
-        "ranks": str(ranks),
+        "ranks": f"{ranks // stages} x {stages}",
         "rows": str(rows),
-        "rows x ranks": f"{rows * ranks:,}",
+        "of a rank": str(rows // stages),
+        "names, sent once": f"{rows * NAME_BYTES:,}",
         "messages in turn": str(messages(ranks) * len(sizes_of(rows))),
         "bytes each rank sends": f"{size:,}",
         "ms": f"{model.seconds(ranks, rows) * 1e3:.2f}",
@@ -263,7 +291,13 @@ def main(
         ranks: CostModel.fitted(alone, ranks, results[ranks]["reductions"]) for ranks in WORLDS[1:]
     }
     checked = [model_check(line, models) for line in lines]
-    predicted = [model_prediction(models[2], ranks, rows) for ranks in MANY for rows in ROWS]
+    predicted = [
+        model_prediction(models[2], ranks, stages, rows)
+        for ranks in MANY
+        for stages in STAGES_OF_MANY
+        for rows in ROWS
+        if stages <= ranks
+    ]
     console = Console(width=110)
     console.print(table_of("joining a step", checked))
     console.print(table_of("as the model of 2 ranks says", predicted))

@@ -16,6 +16,8 @@ from tmm.core.metrics import FloatArray, KnownMetric, Reduction
 from tmm.core.records import ALONE, LOGGED, KeyInfo, Measurement, PackedLayout, Site, Slot, of_rank
 from tmm.runtime.key_owners import KeyOwners, owner_of
 
+_STAGE_BITS = 24  # of a position: as many sites as a stage may have
+
 Resolve = Callable[[Measurement], Site | None]
 """A measurement's site with an absolute name, or None for one that is not to be recorded."""
 
@@ -105,13 +107,16 @@ class KeyRegistry:
         self,
         notes: Callable[[str], str] = lambda family: "",
         site_name: Callable[[str, Site], str | None] = _whole_name,
+        stage_of: Callable[[str], int] = lambda site: 0,
     ) -> None:
         """``notes`` gives what a store is to keep about the keys of a family.
 
         ``site_name`` gives the name of a site of a family; None for one that is not recorded.
+        ``stage_of`` gives the stage of a pipeline that a site lies in.
         """
         self._notes = notes
         self._site_name = site_name
+        self._stage_of = stage_of
         self.owners = KeyOwners()
         self._positions: dict[str, int] = {}
         self._infos: dict[tuple[Reduction, tuple[str, ...]], tuple[KeyInfo, ...]] = {}
@@ -119,6 +124,8 @@ class KeyRegistry:
         self._logged: dict[tuple[str, str], KeyInfo] = {}
         self._made_of: dict[str, frozenset[str]] = {}
         self.site_notes: dict[str, str] = {}
+        self.collected: tuple[Reduction, ...] = ()
+        """Functions whose aggregate needs all values, also where only other ranks have some."""
 
     def note(self, sites: Iterable[str], text: str) -> None:
         """Keep ``text`` about the keys of these sites, from now on.
@@ -148,7 +155,7 @@ class KeyRegistry:
             site = None if found is None else self.claim(family, found, reduction)
             if site is None:
                 continue
-            self._positions.setdefault(site, len(self._positions))
+            self._position(site)
             if not slot.indices:
                 is_pair = family == ACTIVATION_DIFFERENCE.name
                 whole.append(WholeOutput(reduction, site, slot.output, is_pair))
@@ -225,14 +232,19 @@ class KeyRegistry:
 
     def _info(self, key: str, site: str, aggregate: str) -> KeyInfo:
         kind, name = parts_of(self._shown(site))
-        # Rows that only other ranks have are new here.
-        position = self._positions.setdefault(site, len(self._positions))
+        position = self._position(site)  # rows that only other ranks have are new here
         notes = _together(self._notes(kind), self.site_notes.get(site, ""))
         return KeyInfo(key, kind, name or site, position, aggregate, notes)
 
     def _shown(self, site: str) -> str:
         """What the keys of a site begin with."""
         return of_rank(site, 0) if self.site_notes.get(site) == ALONE else site
+
+    def _position(self, site: str) -> int:
+        """Where a site comes in the order of execution, stages one after the other."""
+        if site not in self._positions:
+            self._positions[site] = (self._stage_of(site) << _STAGE_BITS) + len(self._positions)
+        return self._positions[site]
 
 
 def _together(*notes: str) -> str:

@@ -315,7 +315,7 @@ class StepCollector:
                 gathered = self._alone(error)
             else:
                 assert self._sent is not None
-                gathered = of_all_ranks(joined, self._sent)
+                gathered = of_all_ranks(joined, self._sent, self.registry.collected)
                 self.registry.note(gathered.alone, ALONE)
         gathered = gathered.complete()
         scalars, histograms = gathered.tables(self.registry)

@@ -294,7 +294,8 @@ def skipping() -> Metrics:
 def counted() -> Metrics:
     """How many collectives tmm makes in each step, and of which calls of torch."""
     calls: Counter[tuple[int, str]] = Counter()
-    of_torch = ("all_reduce", "all_gather_object", "gather", "barrier", "isend", "send")
+    of_torch = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "gather", "barrier")
+    of_torch += ("isend", "send")
     named = [(dist, name) for name in of_torch]
     for place, name in [*named, (ProcessGroup, "maximum"), (ProcessGroup, "total")]:
         original = getattr(place, name)

@@ -277,6 +277,18 @@ def test_a_step_is_given_up_when_others_are_late() -> None:
         waiting.wait()
 
 
+def test_a_rank_whose_training_fails_does_not_wait_for_others() -> None:
+    """They may be waiting for it, until its process ends."""
+    joining = CrossRank(Member(World(2), 0), end_seconds=60, linger_seconds=0.1)
+    turn = joining.submit(Step(0, {}))
+    begun = time.monotonic()
+    with pytest.warns(RuntimeWarning, match="cannot be joined any more"):
+        joining.close(has_failed=True)
+    assert time.monotonic() - begun < 10
+    with pytest.raises(RanksLostError, match="the other ranks were 0 s late"):
+        turn.wait()
+
+
 def test_a_contribution_is_asked_for_once() -> None:
     asked = []
 

@@ -46,6 +46,11 @@ def reduce(folder: str) -> None:
         found[f"maximum {size}"] = group.maximum(own)
         found[f"total {size}"] = group.total(own)
         np.testing.assert_array_equal(own, values_of(rank, size))
+    for distinct in (gloo._DISTINCT, 1):
+        gloo._DISTINCT = distinct  # of more, all are gathered
+        for value in (lambda rank: "same", lambda rank: {"rank": rank}, lambda rank: rank % 2):
+            assert group.everything(value(rank)) == [value(other) for other in range(ranks)]
+        assert group.everything(None if rank else b"") == [b"", *[None] * (ranks - 1)]
     np.savez(Path(folder, f"{ranks}-{rank}.npz"), **found)
     dist.barrier()
     group.close()

@@ -26,7 +26,7 @@ from tmm.kernels.ops import (
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.attention.found import FoundAttention
 from tmm.passes.graph.rewriter import Rewriter
-from tmm.passes.graph.sharding import Placements, is_distributed
+from tmm.passes.graph.sharding import Placements, is_distributed, is_split_along
 from tmm.passes.graph.slots import add_slots
 from tmm.passes.graph.values import value_of
 from tmm.passes.metrics.trace import insert_traced, trace
@@ -164,8 +164,13 @@ def _placed(
 
 def why_unreadable(found: FoundAttention) -> str | None:
     """Why the tensors of an attention cannot be measured; None if they can."""
-    for node in (found.query, found.key, found.value):
-        example = _example(node)
+    examples = [_example(node) for node in (found.query, found.key, found.value)]
+    if any(is_split_along(example, example.dim() - 2) for example in examples):
+        return (
+            "ranks have parts of its sequence (context parallel): the keys of this rank are not all"
+            " of those that its queries attend to"
+        )
+    for example in examples:
         if is_distributed(example):
             return "its tensors are DTensors; make them local ones (use_local_output=True)"
         reason = "nested tensors" if example.is_nested else why_unmeasurable(example)

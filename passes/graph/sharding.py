@@ -87,6 +87,12 @@ def is_distributed(example: object) -> bool:
     return Placed.of(example) is not None
 
 
+def is_split_along(example: object, dimension: int) -> bool:
+    """Whether a traced value is a ``DTensor`` of which ranks have parts in that dimension."""
+    placed = Placed.of(example)
+    return placed is not None and any(how.is_shard(dimension) for how in placed.placements)
+
+
 def why_unsummed(example: object) -> str | None:
     """Why a ``DTensor`` has no rows: ranks have not summed their parts yet. None if it may have."""
     placed = Placed.of(example)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -11,6 +13,21 @@ import torch.distributed as dist
 
 from tmm.core.metrics import FloatArray
 from tmm.core.torch_private import default_patience, set_patience
+
+_LENGTH = 8  # bytes of the number of bytes
+_DIGEST = 32 + _LENGTH
+_DISTINCT = 64  # values that are sent one after the other; of more, all at once
+
+
+def _digest(value: bytes) -> bytes:
+    """Tells values apart, and how long they are; ``_DIGEST`` bytes."""
+    return sha256(value).digest() + len(value).to_bytes(_LENGTH)
+
+
+def _bytes(value: bytes) -> torch.Tensor:
+    if not value:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(value), dtype=torch.uint8)
 
 
 class ProcessGroup:
@@ -51,17 +68,33 @@ class ProcessGroup:
         return self._reduced(values, torch.add)
 
     def everything(self, value: object) -> list[object]:
-        """The values of all ranks, in order."""
-        values: list[object] = [None] * self._size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        """The values of all ranks, in order; one and the same object where they are equal.
+
+        Most ranks say what others say, too: it is sent once, by the first of them.
+        """
+        own = pickle.dumps(value)
+        told = [torch.empty(_DIGEST, dtype=torch.uint8) for _ in range(self._size)]
+        dist.all_gather(told, _bytes(_digest(own)), group=self._group)
+        digests = [part.numpy().tobytes() for part in told]
+        first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
+        if len(first) > _DISTINCT:
+            values: list[object] = [None] * self._size
+            dist.all_gather_object(values, value, group=self._group)
+            return values
+        known: dict[bytes, object] = {}
+        for digest, rank in sorted(first.items(), key=lambda item: item[1]):
+            if rank == self.rank:
+                sent = _bytes(own)
+            else:
+                sent = torch.empty(int.from_bytes(digest[-_LENGTH:]), dtype=torch.uint8)
+            dist.broadcast(sent, rank, group=self._group)
+            known[digest] = pickle.loads(sent.numpy().tobytes())
+        return [known[digest] for digest in digests]
 
     def payloads(self, value: bytes, size: int) -> list[bytes]:
         """On rank 0 the bytes of all ranks, in order, each padded to ``size``; else nothing."""
         own = torch.zeros(size, dtype=torch.uint8, device="cpu")
-        own[: len(value)] = (
-            torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else own[:0]
-        )
+        own[: len(value)] = _bytes(value)
         if self.rank != 0:
             dist.gather(own, group=self._group, dst=0)
             return []

@@ -181,21 +181,24 @@ class CrossRank:
     def _note(self, text: str) -> None:
         self.behind = self.behind or text
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         """Join what waits; gives up after ``end_seconds``.
 
         Waits ``linger_seconds`` of these for the other ranks to close. After that the thread goes
         on taking part, as long as the process lives, which waits for it once more when it exits.
+        A training that ``has_failed`` here waits no longer for the rows of others: these may be
+        waiting for it, as in a pipeline, until its process has ended.
         """
-        deadline = time.monotonic() + self._end_seconds
+        seconds = min(self._linger_seconds, self._end_seconds) if has_failed else self._end_seconds
+        deadline = time.monotonic() + seconds
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            done = self._changed.wait_for(lambda: not self._turns, self._end_seconds)
+            done = self._changed.wait_for(lambda: not self._turns, seconds)
         if not done:
-            self._fail(RanksLostError(f"the other ranks were {self._end_seconds:.0f} s late"))
+            self._fail(RanksLostError(f"the other ranks were {seconds:.0f} s late"))
         self._thread.join(max(0.0, min(self._linger_seconds, deadline - time.monotonic())))
-        if self._thread.is_alive() and self._broken is None:
+        if self._thread.is_alive() and self._broken is None and not has_failed:
             atexit.register(self._thread.join, self._end_seconds)
 
     def _run(self) -> None:

@@ -56,8 +56,11 @@ def binding_of(sites: Sequence[str]) -> Binding:
     return Binding((RowGroup(REPLICAS, named, 0, indices),), ())
 
 
-def rows_of(numbers: torch.Tensor, ranks: int) -> torch.Tensor:
-    """The rows of numbers that ``ranks`` ranks are to know; one dimension."""
+def rows_of(numbers: torch.Tensor, ranks: int | torch.Tensor) -> torch.Tensor:
+    """The rows of numbers that ``ranks`` ranks are to know, or as many as it says of each.
+
+    One dimension.
+    """
     one = torch.ones_like(numbers)
     return torch.stack([one, numbers, one * ranks], dim=1).reshape(-1)
 

@@ -50,10 +50,16 @@ def exchange_of(own: Partials) -> Exchange:
     return Exchange({kind: together(some) for kind, some in parts.items()}, payloads)
 
 
-def of_all_ranks(step: Exchange, own: Partials) -> Partials:
-    """What all ranks have measured together. On other ranks than 0, without callable aggregates."""
+def of_all_ranks(
+    step: Exchange, own: Partials, functions_of_all: Iterable[Reduction] = ()
+) -> Partials:
+    """What all ranks have measured together. On other ranks than 0, without callable aggregates.
+
+    ``functions_of_all`` are those with such an aggregate, also those that this rank has none of.
+    """
     known = {on_the_wire(reduction): reduction for reduction in own.rows}
-    functions = {on_the_wire(reduction): reduction for reduction, _ in own.values}
+    functions = {on_the_wire(reduction): reduction for reduction in functions_of_all}
+    functions |= {on_the_wire(reduction): reduction for reduction, _ in own.values}
     rows: dict[Reduction, Sequence[Rows]] = {}
     logged: Logged = {}
     found = Partials()

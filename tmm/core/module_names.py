@@ -18,6 +18,30 @@ WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint
 _PARALLEL = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
 
 
+class Assembly(torch.nn.Module):
+    """Modules that belong to one model, each under the name that it has there."""
+
+    def output_names(self) -> dict[torch.nn.Module, str]:
+        """The name of each module for what it returns, as ``relative_names`` gives it."""
+        raise NotImplementedError
+
+    def owner_names(self) -> dict[torch.nn.Module, str]:
+        """The name of each module that names of its parameters and buffers begin with."""
+        raise NotImplementedError
+
+    def around(self, name: str) -> torch.nn.Module:
+        """A module in which a parameter of that name lies as in the model."""
+        raise NotImplementedError
+
+    def begins(self, module: torch.nn.Module) -> bool:
+        """Whether the inputs of the model go into ``module``."""
+        raise NotImplementedError
+
+    def ends(self, module: torch.nn.Module) -> bool:
+        """Whether what ``module`` returns is the output of the model."""
+        raise NotImplementedError
+
+
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     """The module that ``module`` merely wraps (for compilation, sharding, ...), if it does."""
     if isinstance(module, _PARALLEL):
@@ -52,6 +76,8 @@ def relative_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
     several times has the first of its names. Modules with a hash of their own, which
     may change, are left out, with what is inside: such are the metrics of torchmetrics.
     """
+    if isinstance(module, Assembly):
+        return module.output_names()
     names: dict[torch.nn.Module, str] = {}
     seen: set[torch.nn.Module] = set()
 
@@ -127,13 +153,18 @@ def display_name(name: str) -> str:
     return name or ROOT_NAME
 
 
+def owner_names(module: torch.nn.Module) -> dict[torch.nn.Module, str]:
+    """What the names of each module's own parameters and buffers begin with, without the dot."""
+    return module.owner_names() if isinstance(module, Assembly) else relative_names(module)
+
+
 def parameter_names(module: torch.nn.Module) -> dict[torch.nn.Parameter, tuple[str, str]]:
     """Each parameter with its dotted name and the display name of the module that it belongs to.
 
     A parameter that several modules share has the first of its names.
     """
     names: dict[torch.nn.Parameter, tuple[str, str]] = {}
-    for owner, prefix in relative_names(module).items():
+    for owner, prefix in owner_names(module).items():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 dotted = f"{prefix}.{name}" if prefix else name
@@ -201,7 +232,7 @@ class ParameterNames:
         if self._tree.has_changed():
             self._owners = [
                 (owner, f"{name}." if name else "")
-                for owner, name in relative_names(self._module).items()
+                for owner, name in owner_names(self._module).items()
             ]
         return self._owners
 
@@ -209,7 +240,7 @@ class ParameterNames:
 def buffer_names(module: torch.nn.Module) -> dict[torch.Tensor, str]:
     """Each buffer with its dotted name; a shared one has the first of its names."""
     names: dict[torch.Tensor, str] = {}
-    for owner, prefix in relative_names(module).items():
+    for owner, prefix in owner_names(module).items():
         for name, buffer in owner.named_buffers(recurse=False):
             names.setdefault(buffer, f"{prefix}.{name}" if prefix else name)
     return names

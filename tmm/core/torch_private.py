@@ -6,8 +6,10 @@ A new version of torch may move them, and is looked at here, in `dynamo_private`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch._C._functorch
@@ -230,3 +232,25 @@ def default_patience() -> float:
 def set_patience(group: torch.distributed.ProcessGroup, seconds: float) -> None:
     """Let the collectives of ``group`` wait so long for a rank, from now on."""
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def is_pipeline_schedule(thing: object) -> bool:
+    """Whether it is a schedule of ``torch.distributed.pipelining``."""
+    # Who has one has imported them: that takes a while.
+    schedules = sys.modules.get("torch.distributed.pipelining.schedules")
+    return schedules is not None and isinstance(thing, schedules._PipelineSchedule)
+
+
+def stages_of_schedule(schedule: Any) -> list[Any]:
+    """The stages of this process, in the order of the model."""
+    several = getattr(schedule, "_stages", None)
+    stages = [schedule._stage] if several is None else several
+    return sorted(stages, key=lambda stage: stage.stage_index)
+
+
+def losses_of_schedule(schedule: Any) -> int:
+    """Of how many losses of micro-batches that of the batch is the mean; 1 for their sum.
+
+    The schedule divides gradients of parameters by it once all backward passes are done.
+    """
+    return schedule._n_microbatches if schedule.scale_grads else 1

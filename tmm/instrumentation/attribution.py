@@ -22,7 +22,13 @@ from tmm.core.families import (
 )
 from tmm.core.keys import parts_of
 from tmm.core.metrics import Reduction
-from tmm.core.module_names import display_name, parameter_names, relative_names, unwrapped
+from tmm.core.module_names import (
+    display_name,
+    owner_names,
+    parameter_names,
+    relative_names,
+    unwrapped,
+)
 from tmm.core.records import (
     ATTENTION_MARK,
     OUTSIDE,
@@ -167,7 +173,8 @@ class Attribution:
         shared = self.ranks.tensor_parallel
         if shared is None:
             return None
-        prefixes = [f"{name}." if (name := self.names[peer]) else "" for peer in peers]
+        names = owner_names(self.root)
+        prefixes = [f"{names[peer]}." if names.get(peer) else "" for peer in peers]
         equal = (
             id(parameter)
             for parameter, (name, _) in parameter_names(owner).items()

@@ -55,6 +55,10 @@ class Steps(Protocol):
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
 
+    @property
+    def is_expected(self) -> bool:
+        """Whether a forward pass that begins now is one of the program, not of its machinery."""
+
     def no_monitor(self) -> AbstractContextManager[None]:
         """Forward passes in the block run the user's own program, unmeasured."""
 
@@ -138,6 +142,8 @@ class Switch:
             if is_monitored and (foreign := foreign_pass()) is not None:
                 self.steps.pass_by(foreign)
                 return self.plain
+            if is_monitored and not self.steps.is_expected:
+                return self._run_unmonitored
             # An evaluation, which is not repeated, may come between a pass and its backward pass.
             has_gradients = torch.is_grad_enabled() or is_in_autograd_function()
             is_shared = has_gradients and not is_monitored and self._shares_program()
@@ -170,6 +176,11 @@ class Switch:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run_unmeasured(self, foreign: str, *args: Any, **kwargs: Any) -> Any:
         with self.twin.set_aside(self.region, foreign):
+            return self.plain(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run_unmonitored(self, *args: Any, **kwargs: Any) -> Any:
+        with self.steps.no_monitor():  # nor the modules that it calls
             return self.plain(*args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

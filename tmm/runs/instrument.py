@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 
 from tmm.core.dynamo_private import OptimizedModule, innermost_fn
 from tmm.core.failures import OnError
-from tmm.core.module_names import display_name, parameter_names, relative_names
 from tmm.instrumentation.compile_settings import CompilerFunction, settings_for, settings_of
 from tmm.instrumentation.eager_backend import eager, why_traced
 from tmm.instrumentation.pass_trace import TraceFolder
@@ -31,22 +31,22 @@ from tmm.runs.at_path import PathRun
 from tmm.runs.instrumented_again import make_room, take_off
 from tmm.runs.live import LiveRun
 from tmm.runs.rank_run import RankClock, RankRun, run_of_rank
-from tmm.runtime.key_binding import KeyRegistry
+from tmm.runs.scheduled import Scheduled, called_of, plan_of, registry_of
 from tmm.runtime.ranks.gloo import ProcessGroup
 from tmm.runtime.ranks.protocol import CrossRank
 from tmm.runtime.store.null_writer import SilentWriter
 from tmm.spec.program_choice import Programs, check_programs, choose_programs
 from tmm.spec.ranks import Ranks, check_distributed, check_placements, is_joined
 from tmm.spec.reference import load_reference
-from tmm.spec.spec import Plan, Spec
+from tmm.spec.spec import Spec
 from tmm.steps.explanation import Explanation
 from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
 from tmm.steps.monitored_model import MonitoredModel, Recording
 from tmm.steps.timeline import StepTimeline
 
-# To type checkers, torch.compile(module) is any callable.
-Model = TypeVar("Model", bound=Callable[..., Any])
+# To type checkers, torch.compile(module) is any callable, and a schedule of a pipeline is none.
+Model = TypeVar("Model")
 
 
 def instrument(
@@ -71,7 +71,8 @@ def instrument(
     Args:
         model: a module, compiled in any way (``torch.compile(module)``, ``module.compile()``,
             parts of it one by one) or not at all; or, with ``module``, a step function that calls
-            the module, such as what ``torch.compile(step)`` returned.
+            the module, such as what ``torch.compile(step)`` returned; or a schedule of
+            ``torch.distributed.pipelining``, whose stages are measured.
         spec: what to measure, where and when.
         run: folder to record into. Where it holds a run already, or one is being recorded there,
             this one is recorded beside it, as ``path-2``, and a warning names that folder;
@@ -80,7 +81,8 @@ def instrument(
         resume: go on with the run in the folder ``run``, if there is one. What it had recorded from
             the first step of this training on no longer counts. A spec or model that differs from
             the recorded one is warned of, and an event of the run.
-        module: the module whose parts are measured, when ``model`` is a function.
+        module: the module whose parts are measured, when ``model`` is a function; of a schedule,
+            the whole model whose modules its stages are made of, where these have other names.
         parts: with a function that is not to be traced itself, where nothing is compiled: the
             modules that are, each on its own, when it calls them.
         backend: the compiler of the monitored steps of a model that is not compiled at all, which
@@ -119,7 +121,7 @@ def instrument(
         ``tmm.monitor(model)`` opens its steps.
 
     Raises:
-        TypeError: if ``model`` is neither a module nor a function, ``spec`` not a ``tmm.Spec``, or
+        TypeError: if ``model`` is no module, function or schedule, ``spec`` not a ``tmm.Spec``, or
             ``run`` neither a path nor a run.
         ValueError: if the model is instrumented already (in a notebook this call replaces the
             earlier one, and a warning says so) or has nothing to measure, a rule matches nothing,
@@ -141,40 +143,47 @@ def instrument(
     check_programs(programs)
     if lowering not in get_args(Lowering):
         raise ValueError(f"lowering={lowering!r} is neither 'auto', 'fused' nor 'operator'")
-    measured = _measured_module(model, module, parts)
     live = run if isinstance(run, LiveRun) else None
-    model = make_room(model, measured, live)  # type: ignore[assignment]
-    regions = regions_in(measured if module is None else module)
-    if isinstance(model, OptimizedModule):
-        regions = regions_in(model)
-    if parts is not None and not regions and settings_of(model) is None:
-        settings = None if backend is None else settings_for(backend)
-        regions = [Region(part, settings, part) for part in parts]
-        root = Region(innermost_fn(model), None)
+    joins = distributed and not per_rank and is_joined()
+    scheduled = Scheduled.of(model)
+    group: ProcessGroup | None = None
+    if scheduled is not None:
+        scheduled.check(spec, module, parts)
+        for part in scheduled.parts.values():
+            make_room(part, part, live)
+        group = ProcessGroup() if joins else None
+        with _closing_on_error(group):
+            measured: torch.nn.Module = scheduled.assembled(
+                module, None if group is None else group.everything
+            )
+        root, regions, tops = scheduled.regions(lambda part, inside: _root(part, inside, backend))
     else:
-        root = _root(model, regions, backend)
-    if all(region.callee is not measured for region in (root, *regions)):
-        regions.append(Region(measured, None, measured))  # it may be called by itself, too
+        measured = _measured_module(model, module, parts)
+        model = make_room(model, measured, live)  # type: ignore[assignment, arg-type]
+        root, regions = _regions(model, measured, module, parts, backend)
+        tops = [measured]
     is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
     choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
-    names = [display_name(name) for name in relative_names(measured).values()]
-    plan = Plan(spec, names, dict(parameter_names(measured).values()))
-    reference = load_reference(measured, plan, spec.reference)
+    with _closing_on_error(group):
+        plan = plan_of(measured, spec)
+        reference = load_reference(measured, plan, spec.reference)
     trace = trace or os.environ.get("TMM_TRACE")
     trace_folder = None if trace is None else TraceFolder(Path(trace))
-    check_placements(placements, names)
+    check_placements(placements, plan.modules)
     place, ranks = Ranks(), None
-    if distributed and not per_rank and is_joined():
+    if joins:
         check_distributed(measured)
-        group = ProcessGroup()
-        place = Ranks.of(measured, group.everything, placements)
+        group = group or ProcessGroup()
+        with _closing_on_error(group):
+            place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
     if backend is None and all(region.settings is None for region in (root, *regions)):
-        root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
+        in_parts = parts is not None or scheduled is not None
+        root, regions = _traced_if_need_be(root, regions, in_parts, spec, place)
     if per_rank and isinstance(run, LiveRun):
         raise ValueError("per_rank=True: give the path of a folder as run=, not a run")
     own: PathRun | RankRun | None = None
-    registry = KeyRegistry(lambda family: spec.notes(family) or place.notes(family), spec.site_name)
+    registry = registry_of(measured, plan, lambda family: spec.notes(family) or place.notes(family))
     siblings: list[Switch] = []
     try:
         if live is not None:
@@ -200,8 +209,9 @@ def instrument(
             programs=choice,
             lowering=lowering,
             ranks=ranks,
-            take_off=partial(take_off, siblings, is_mark_left=live is not None),
+            take_off=partial(_take_off, siblings, scheduled, is_mark_left=live is not None),
             is_bypassed=lambda: any(map(is_bypassed, siblings)),
+            micro_batches=None if scheduled is None else scheduled.micro_batches,
         )
     except BaseException:
         if own is not None:
@@ -217,13 +227,17 @@ def instrument(
     switch = partial(Switch.of, owner=monitored, twin=monitored.steps.twin, siblings=siblings)
     for region in regions:
         if region.holder is not root.holder:
-            attach(switch(region, monitored.steps.recorder, is_root=region.callee is measured))
-    function = attach(switch(root, monitored.steps.recorder, is_root=True, plain=model))
+            is_top = any(region.callee is top for top in tops)
+            attach(switch(region, monitored.steps.recorder, is_root=is_top))
+    function = attach(switch(root, monitored.steps.recorder, is_root=True, plain=model))  # type: ignore[arg-type]
+    if scheduled is not None:
+        scheduled.micro_batches.follow()
+        return model
     return model if isinstance(model, torch.nn.Module) else function  # type: ignore[return-value]
 
 
-def monitor(model: Callable[..., Any]) -> Monitor:
-    """The monitor of an instrumented model, or of the module of an instrumented function.
+def monitor(model: object) -> Monitor:
+    """The monitor of an instrumented model, of the module of a function, or of a schedule.
 
     Raises:
         ValueError: if the model is not instrumented.
@@ -231,7 +245,7 @@ def monitor(model: Callable[..., Any]) -> Monitor:
     return _monitored(_require(model)).monitor
 
 
-def steps_of(model: Callable[..., Any]) -> ModelSteps:
+def steps_of(model: object) -> ModelSteps:
     """The steps of an instrumented model, for what drives them in the place of its user.
 
     Raises:
@@ -250,18 +264,18 @@ def remove(model: Model) -> Model:
         ValueError: if the model is not instrumented.
         OSError: if what was measured could not be written.
     """
-    switch = root_switch(model)
-    if switch is None and bears_mark(model):
+    called = called_of(model)
+    if root_switch(called) is None and bears_mark(called):
         return model  # its run has ended, and taken the monitoring off
     switch = _require(model)
     take_off(switch.siblings, is_mark_left=False)
     _monitored(switch).steps.close()
-    if isinstance(model, torch.nn.Module):
+    if isinstance(called, torch.nn.Module):
         return model
     return switch.original  # type: ignore[return-value]
 
 
-def explain(model: Callable[..., Any]) -> Explanation:
+def explain(model: object) -> Explanation:
     """What the spec matched, what the graphs hold, and what is not measured and why.
 
     Graphs are known once the model has run in a monitored step (or ``monitor.prepare``).
@@ -348,6 +362,47 @@ def _root(
     return Region(model if holder is not None else innermost_fn(model), settings, holder)
 
 
+def _regions(
+    model: object,
+    measured: torch.nn.Module,
+    module: torch.nn.Module | None,
+    parts: Iterable[torch.nn.Module] | None,
+    backend: str | CompilerFunction | None,
+) -> tuple[Region, list[Region]]:
+    """The region that a call of a module or function enters, and those inside."""
+    assert callable(model)
+    regions = regions_in(measured if module is None else module)
+    if isinstance(model, OptimizedModule):
+        regions = regions_in(model)
+    if parts is not None and not regions and settings_of(model) is None:
+        settings = None if backend is None else settings_for(backend)
+        regions = [Region(part, settings, part) for part in parts]
+        root = Region(innermost_fn(model), None)
+    else:
+        root = _root(model, regions, backend)
+    if all(region.callee is not measured for region in (root, *regions)):
+        regions.append(Region(measured, None, measured))  # it may be called by itself, too
+    return root, regions
+
+
+@contextmanager
+def _closing_on_error(group: ProcessGroup | None) -> Iterator[None]:
+    """Close ``group`` if the block is left by an exception."""
+    try:
+        yield
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
+
+
+def _take_off(siblings: list[Switch], scheduled: Scheduled | None, *, is_mark_left: bool) -> None:
+    """Let a model run its own program again, and its schedule."""
+    take_off(siblings, is_mark_left=is_mark_left)
+    if scheduled is not None:
+        scheduled.micro_batches.leave()
+
+
 def _traced_if_need_be(
     root: Region, regions: list[Region], in_parts: bool, spec: Spec, place: Ranks
 ) -> tuple[Region, list[Region]]:
@@ -357,7 +412,8 @@ def _traced_if_need_be(
         return root, regions
     settings = replace(settings_for(eager), traced_for=reason)
     if in_parts:
-        return root, [replace(region, settings=settings) for region in regions]
+        traced = [replace(region, settings=settings) for region in regions]
+        return (traced[0] if root in regions else root), traced
     return replace(root, settings=settings), regions
 
 
@@ -366,7 +422,8 @@ def _monitored(switch: Switch) -> MonitoredModel:
     return switch.owner
 
 
-def _require(model: Callable[..., Any]) -> Switch:
+def _require(model: object) -> Switch:
+    model = called_of(model)
     switch = root_switch(model)
     if switch is None and bears_mark(model):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +40,7 @@ from tmm.steps.timeline import StepTimeline, checked_step
 if TYPE_CHECKING:
     from tmm.analysis.story import Story
 
-Model = TypeVar("Model", bound=Callable[..., Any])
+Model = TypeVar("Model")
 
 
 class LiveRun:
@@ -376,7 +376,7 @@ class LiveRun:
             if self._steps is not None:
                 if self._timeline.is_of_run:
                     self._end_step(is_ended=is_ended)
-                self._steps.close()
+                self._steps.close(has_failed=is_ended)
             self._timeline.flush()
         finally:
             self.writer.close()

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from tmm.core.module_names import parameter_names, relative_names, unwrapped
 from tmm.spec.spec import Spec
+from tmm.spec.stages import Stages
 
 
 def describe_environment() -> dict[str, object]:
@@ -28,16 +29,20 @@ def describe_measured(module: torch.nn.Module, spec: Spec) -> dict[str, object]:
     """What is measured of which model, for ``run.json``.
 
     The model is known by the types of its modules and by names, shapes and dtypes of its
-    parameters, but for one whose parameters get their shapes later.
+    parameters, but for one whose parameters get their shapes later. Of a pipeline it is that of
+    all stages.
     """
     modules, parameters = relative_names(module), parameter_names(module)
     described: dict[str, object] = {"spec": str(spec)}
     if any(map(is_lazy, parameters)):
         return described
-    parts = [f"{name}: {type(part).__name__}" for part, name in modules.items()]
-    parts += [f"{name}: {tuple(p.shape)} {p.dtype}" for p, (name, _) in parameters.items()]
+    if isinstance(module, Stages):
+        kind, size, count, parts = module.described()
+    else:
+        parts = [f"{name}: {type(part).__name__}" for part, name in modules.items()]
+        parts += [f"{name}: {tuple(p.shape)} {p.dtype}" for p, (name, _) in parameters.items()]
+        kind, size = type(unwrapped(module)).__name__, len(modules)
+        count = sum(parameter.numel() for parameter in parameters)
     known_by = sha256("\n".join(parts).encode()).hexdigest()[:12]
-    kind = type(unwrapped(module)).__name__
-    count = sum(parameter.numel() for parameter in parameters)
-    model = f"{kind} of {len(modules)} modules and {count:,} parameters ({known_by})"
+    model = f"{kind} of {size} modules and {count:,} parameters ({known_by})"
     return {**described, "model": model}

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from tmm.core.keys import key_of
-from tmm.core.module_names import parameter_names
+from tmm.core.module_names import Assembly, parameter_names
 from tmm.core.records import Measurement, Site
 from tmm.kernels.dense import packed_dtype
+from tmm.spec.holders import Holders, strangers
 
 Placement = Literal["shard", "replicate"]
 """How the local tensors of ranks make up one: parts of it that differ, or all of it on each."""
@@ -26,6 +27,11 @@ Exchange = Callable[[object], list[Any]]
 
 _AT_ONCE = 1 << 20  # elements that are read in float64
 
+_STRANGERS = (
+    "the models of ranks {} and {} have no parameter name in common. If they are stages of a"
+    " pipeline, give the schedule of torch.distributed.pipelining in the place of the model;"
+    " distributed=False measures each rank by itself"
+)
 _OF_A_PART = "a function sees the part that a rank has; built-in metrics join"
 
 
@@ -56,8 +62,9 @@ class Ranks:
     ``averaged`` is of how many ranks' losses the loss of the whole batch is the mean, so that
     gradients of activations are divided by it: those that begin with equal parameters, where
     no wrapper says more. ``averages`` is whether a wrapper in the model, such as
-    ``DistributedDataParallel``, is known to average the gradients of parameters so. ``copies`` are
-    meshes, by their ranks, that hold the same parameters as those of earlier ranks.
+    ``DistributedDataParallel``, is known to average the gradients of parameters so, or nothing is
+    to be averaged. ``copies`` are meshes, by their ranks, that hold the same parameters as those
+    of earlier ranks; ``holders`` tells which ranks hold those that are no ``DTensor``.
     """
 
     rank: int = 0
@@ -66,6 +73,7 @@ class Ranks:
     averages: bool = True
     tensor_parallel: TensorParallel | None = None
     copies: frozenset[tuple[int, ...]] = field(default=frozenset())
+    holders: Holders = field(default=Holders(), compare=False)
 
     @classmethod
     def of(
@@ -74,7 +82,11 @@ class Ranks:
         exchange: Exchange,
         placements: Mapping[str, str] | None = None,
     ) -> Ranks:
-        """As torch.distributed and the wrappers in ``module`` say; all ranks call it together."""
+        """As torch.distributed and the wrappers in ``module`` say; all ranks call it together.
+
+        Raises:
+            ValueError: if ranks have models that have no parameter in common.
+        """
         parameters = {name: p for p, (name, _) in parameter_names(module).items()}
         meshes = forward_meshes(module)
         around = frozenset(rank for mesh in meshes for rank in ranks_of(mesh))
@@ -88,9 +100,13 @@ class Ranks:
         values: dict[str, object] = {}
         if meshes or not averages:
             values = {name: _fingerprint(p) for name, p in parameters.items()}
-        everywhere = exchange((held, values))
+        everywhere = exchange((held, values, tuple(parameters)))
+        names = [theirs for _, _, theirs in everywhere]
+        if not isinstance(module, Assembly) and (two := strangers(names)) is not None:
+            raise ValueError(_STRANGERS.format(*two))
+        holders = Holders.of(names)
         first: dict[str, tuple[int, ...]] = {}
-        for others, _ in everywhere:
+        for others, _, _ in everywhere:
             for name, ranks in others.items():
                 first[name] = min(ranks, first.get(name, ranks))
         tensor_parallel = None
@@ -106,11 +122,14 @@ class Ranks:
             tensor_parallel = TensorParallel(around, is_first, frozenset(equal), declared)  # type: ignore[arg-type]
         if averaged is None:
             # Whoever averages gradients: models that are equal have parts of one batch.
-            are_equal = meshes or all(theirs == values for _, theirs in everywhere)
-            averaged = float(size // max(len(around), 1)) if are_equal else 1.0
+            are_equal = meshes or _agree(theirs for _, theirs, _ in everywhere)
+            alike = size if holders.fewest is None else holders.fewest
+            averaged = float(alike // max(len(around), 1)) if are_equal else 1.0
+            averages = holders.are_single
         return cls(
             *(dist.get_rank(), size, averaged, averages, tensor_parallel),
             frozenset(ranks for name, ranks in held.items() if ranks != first[name]),
+            holders,
         )
 
     def notes(self, family: str) -> str:
@@ -121,15 +140,15 @@ class Ranks:
             return "of the mean of the ranks' losses"
         return "of each rank's own loss" if self.tensor_parallel is None else ""
 
-    def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether this rank measures the tensor, or the part of it that it holds.
+    def owns(self, tensor: torch.Tensor, name: str) -> bool:
+        """Whether this rank measures the tensor of that name, or the part of it that it holds.
 
         Of what several ranks hold alike, the first one does: everything is counted once.
         """
         if self.size == 1:
             return True
         if not is_distributed(tensor):
-            return self.rank == 0
+            return self.rank == self.holders.first.get(name, 0)
         places = tensor.device_mesh.get_coordinate()
         if places is None or ranks_of(tensor.device_mesh) in self.copies:
             return False
@@ -298,6 +317,12 @@ def _fingerprint(parameter: torch.Tensor) -> object:
         sums += [values.sum(), values @ weights]
     found: list[float] = torch.stack(sums).tolist() if sums else []
     return tuple(parameter.shape), tuple(found)
+
+
+def _agree(everywhere: Iterable[Mapping[str, object]]) -> bool:
+    """Whether what ranks have of one name is equal on all that have it."""
+    first: dict[str, object] = {}
+    return all(first.setdefault(n, v) == v for own in everywhere for n, v in own.items())
 
 
 def fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:

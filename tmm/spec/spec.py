@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
@@ -262,21 +262,30 @@ class Plan:
     """A spec resolved against one model: the reductions of each of its modules and parameters.
 
     ``modules`` are the names of the modules, ``parameters`` those of the parameters with the
-    module that each belongs to. Raises ``ValueError`` for a rule that matches nothing, and for
-    two different functions of one name in the same place.
+    module that each belongs to. No rule matches what is ``unnamed``. Raises ``ValueError`` for a
+    rule that matches nothing, if the model ``is_whole``, and for two different functions of one
+    name in the same place.
     """
 
     def __init__(
-        self, spec: Spec, modules: Sequence[str], parameters: Mapping[str, str] | None = None
+        self,
+        spec: Spec,
+        modules: Sequence[str],
+        parameters: Mapping[str, str] | None = None,
+        *,
+        unnamed: Container[str] = (),
+        is_whole: bool = True,
     ) -> None:
         self.spec = spec
         self.modules = tuple(modules)
         self.parameters = dict(parameters or {})
+        self._unnamed = unnamed
         self._reductions: dict[tuple[str, str, bool], tuple[Reduction, ...]] = {}
         self._attention: dict[str, tuple[AttentionRequest, ...]] = {}
-        for rule in spec.rules if spec.is_strict else ():
+        is_strict = spec.is_strict and is_whole
+        for rule in spec.rules if is_strict else ():
             _check_matches(rule, self.candidates(rule))
-        if spec.is_strict and not any(self.matched.values()):
+        if is_strict and not any(self.matched.values()):
             raise ValueError(
                 f"{spec} measures nothing: exclude={spec.exclude!r} drops everything that a rule"
                 " matches"
@@ -320,6 +329,19 @@ class Plan:
         return tuple(metric for reduction in selected for metric in reduction.metrics)
 
     @property
+    def collected(self) -> tuple[Reduction, ...]:
+        """The functions, of all names, whose aggregate needs all values."""
+        found = (
+            reduction
+            for rule in self.spec.rules
+            if rule.functions and not isinstance(rule.aggregate, str)
+            for name in self.candidates(rule)
+            for reduction in self.select(name, torch.float32, rule.family)
+            if reduction.collects_values
+        )
+        return tuple(dict.fromkeys(found))
+
+    @property
     def matched(self) -> dict[Rule, tuple[str, ...]]:
         """The names of the modules or parameters that each rule measures."""
         return {
@@ -332,6 +354,8 @@ class Plan:
         return self.modules if rule.subject == "modules" else tuple(self.parameters)
 
     def _measures(self, rule: Rule, name: str) -> bool:
+        if name in self._unnamed:
+            return False
         owner = name if rule.subject == "modules" else self.parameters.get(name, name)
         return rule.matches(name) and not self.spec.excludes(owner)
 

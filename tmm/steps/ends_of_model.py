@@ -10,10 +10,13 @@ import torch
 
 from tmm.core.families import MODEL_INPUT, MODEL_OUTPUT
 from tmm.core.metrics import builtin_reductions, function_reduction
+from tmm.core.module_names import Assembly, unwrapped
 from tmm.core.records import Measurement, Site
 from tmm.instrumentation.apart import why_no_values
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.outputs import tensors_in
+from tmm.instrumentation.regions import Region
+from tmm.instrumentation.twin import Twin
 from tmm.kernels.dense import packed_dtype
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding
@@ -40,6 +43,33 @@ def spread(output: torch.Tensor) -> torch.Tensor:
 
 _SPREAD = function_reduction("spread", spread, "mean")
 _ELEMENTS = function_reduction("elements", torch.numel, "sum")
+
+
+def between_ends(
+    run: Callable[[], Any],
+    twin: Twin,
+    region: Region,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    measure: Callable[..., None],
+) -> Any:
+    """Run a forward pass, with the inputs and the output of the model if they are asked for.
+
+    ``measure`` calls one of the functions below. Of a pipeline the inputs are those of the first
+    stage, and the output that of the last.
+    """
+    module = region.module
+    is_first = is_last = region is twin.root
+    if isinstance(twin.module, Assembly) and module is not None:
+        is_first, is_last = twin.module.begins(module), twin.module.ends(module)
+    is_asked = twin.plan.spec.diagnosis
+    if is_asked and is_first:
+        forward = region.callee if module is None else unwrapped(module).forward
+        measure(measure_inputs, twin.attribution, forward, args, kwargs)
+    output = run()
+    if is_asked and is_last:
+        measure(measure_output, twin.attribution, output)
+    return output
 
 
 def measure_inputs(

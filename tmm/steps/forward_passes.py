@@ -68,6 +68,10 @@ class ForwardPass:
     has_rows: bool = False
     read: set[ForwardPass] = field(default_factory=set)
 
+    def will_train(self) -> None:
+        """Somebody has said that a backward pass goes from it to parameters."""
+        self.backward = _PARAMETERS
+
     @property
     def evidence(self) -> int:
         """How much speaks for the training."""

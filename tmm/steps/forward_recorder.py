@@ -11,16 +11,16 @@ import torch
 
 from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import FAULT_OF_COMPILING, Gaps
-from tmm.core.module_names import unwrapped
 from tmm.core.rng import PassState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
+from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.regions import Region
 from tmm.instrumentation.twin import GradientSink, Twin
 from tmm.passes.pipeline import PassError
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.step_collector import StepCollector
-from tmm.steps.ends_of_model import measure_inputs, measure_output
+from tmm.steps.ends_of_model import between_ends
 from tmm.steps.forgotten import Forgotten
 from tmm.steps.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.steps.gradient_scale import GradientScale
@@ -39,6 +39,7 @@ class ForwardRecorder:
         is_unused: no step was opened so far, and nobody was told so.
         shared: runs passes of the training that are not monitored, where it is to.
         keeps_evaluations_apart: forward passes of evaluations are left out of a step.
+        micro_batches: tells which passes of a pipeline's stages count; None without a pipeline.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class ForwardRecorder:
         scale: GradientScale,
         unmeasured: dict[str, str],
         shared: SharedProgram,
+        micro_batches: MicroBatches | None = None,
     ) -> None:
         self.recording = False
+        self.micro_batches = micro_batches
         self.is_unused = True
         self.shared = shared
         self.keeps_evaluations_apart = True
@@ -68,6 +71,11 @@ class ForwardRecorder:
         """Whether a forward pass would be measured now."""
         collector = self.timeline.open
         return self.recording and collector is not None and not collector.failed
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether a forward pass that begins now is one of the program, not of its machinery."""
+        return self.micro_batches is None or self.micro_batches.is_running
 
     def collector(self) -> StepCollector | None:
         """What gathers the step that is measured now."""
@@ -107,6 +115,9 @@ class ForwardRecorder:
             return None
 
         def take(binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
+            batches = self.micro_batches
+            if batches is not None and batches.repeats_backward:
+                return
             if self.timeline.open is collector:
                 collector.has_activation_gradients = True
                 collector.add(binding, outputs, unless=collector.was_skipped, source=source)
@@ -195,32 +206,16 @@ class ForwardRecorder:
                 return plain(*args, **kwargs)
         run = partial(self._run_forward, collector, twin, region, plain, args, kwargs)
         if not self.keeps_evaluations_apart:
-            return self._between_ends(twin, region, run, args, kwargs)
+            return between_ends(run, twin, region, args, kwargs, self._measure)
         if passes.is_surely_evaluation(module, opened_by_run=self.timeline.is_opened_by_run):
             with self.no_monitor():  # nor the parts that are compiled on their own
                 return plain(*args, **kwargs)
-        with passes.running(module, (args, kwargs)):
-            output = self._between_ends(twin, region, run, args, kwargs)
+        with passes.running(module, (args, kwargs)) as begun:
+            if self.micro_batches is not None and self.micro_batches.is_trained:
+                begun.will_train()
+            output = between_ends(run, twin, region, args, kwargs, self._measure)
             passes.end(output)
             return output
-
-    def _between_ends(
-        self,
-        twin: Twin,
-        region: Region,
-        run: Callable[[], Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Run a forward pass, with the inputs and the output of the model if they are asked for."""
-        if not twin.plan.spec.diagnosis or region is not twin.root:
-            return run()
-        module = region.module
-        forward = region.callee if module is None else unwrapped(module).forward
-        self._measure(measure_inputs, twin.attribution, forward, args, kwargs)
-        output = run()
-        self._measure(measure_output, twin.attribution, output)
-        return output
 
     def _measure(self, measure: Callable[..., None], *arguments: Any) -> None:
         try:

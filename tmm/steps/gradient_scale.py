@@ -10,9 +10,10 @@ from tmm.steps.optimizers import OpenCollector, WatchedScaler
 
 
 class GradientScale:
-    """The factors of the scalers that are watched, and the mean over ranks.
+    """The factors of the scalers that are watched, and the mean over ranks and micro-batches.
 
-    ``averaged`` is of how many ranks' losses the loss of the whole batch is the mean.
+    ``averaged`` is of how many losses, of ranks or of a pipeline's micro-batches, that of the whole
+    batch is the mean.
     """
 
     def __init__(self, averaged: float = 1.0) -> None:

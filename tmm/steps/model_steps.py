@@ -69,7 +69,7 @@ class ModelSteps:
         self.optimizers = optimizers
         self.archive = archive
         self._ranks, self._take_off, self._end_run = ranks, take_off, end_run
-        self._notices = Notices(twin, gaps, forgotten, is_bypassed)
+        self._notices = Notices(twin, gaps, forgotten, is_bypassed, recorder.micro_batches)
         self._replicas = ReplicaWatch(twin.module, twin.plan.spec, gaps)
         self._open_block = OpenBlock(recorder, forgotten)
         archive.describe(describe_measured(twin.module, twin.plan.spec))
@@ -220,8 +220,11 @@ class ModelSteps:
 
     # The end
 
-    def close(self) -> None:
-        """Write what is left, and close the run's files; nothing is measured afterwards."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Write what is left, and close the run's files; nothing is measured afterwards.
+
+        ``has_failed`` tells that the training has: it does not wait for other ranks then.
+        """
         if self.is_closed:
             return
         self.is_closed, self.recorder.is_unused = True, False
@@ -229,7 +232,7 @@ class ModelSteps:
         self.drop_step("was not ended")
         self.optimizers.close()
         if self._ranks is not None:
-            self._ranks.close()
+            self._ranks.close(has_failed=has_failed)
         try:
             spec = str(self.twin.plan.spec)
             self.forgotten.note_end(spec, is_recorded=self.archive.is_recorded)

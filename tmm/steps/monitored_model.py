@@ -10,6 +10,7 @@ import torch
 
 from tmm.core.failures import Gaps, OnError
 from tmm.instrumentation.attribution import Attribution
+from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.pass_trace import TraceFolder
 from tmm.instrumentation.regions import Region
 from tmm.instrumentation.twin import Twin
@@ -22,6 +23,7 @@ from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.ranks import Ranks
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan, Spec
+from tmm.spec.stages import Stages
 from tmm.steps.archive import Evaluate, StepArchive
 from tmm.steps.earlier import Earlier
 from tmm.steps.forgotten import Forgotten
@@ -86,6 +88,7 @@ class MonitoredModel:
         ranks: CrossRank | None,
         take_off: Callable[[], None],
         is_bypassed: Callable[[], bool],
+        micro_batches: MicroBatches | None = None,
     ) -> MonitoredModel:
         """All that monitors ``module`` as ``plan`` says, and compares it with ``reference``.
 
@@ -94,14 +97,17 @@ class MonitoredModel:
         to fuse. ``ranks`` joins the steps of all
         processes, of which this one has its ``place``.
         ``take_off`` lets the model run its own program again; ``is_bypassed`` tells whether calls
-        of it no longer come here.
+        of it no longer come here. ``micro_batches`` are those of a pipeline.
         """
         timeline, spec = recording.timeline, plan.spec
         attribution = Attribution(module, plan, timeline.registry, place)
+        if isinstance(module, Stages):
+            attribution.remarks.update(module.remarks())
         unmeasured = attribution.unmeasured
         gaps = Gaps(on_error)
         forgotten = Forgotten(gaps, unmeasured)
-        scale = GradientScale(place.averaged)
+        losses = 1 if micro_batches is None else micro_batches.losses
+        scale = GradientScale(place.averaged * losses)
         archive = StepArchive(
             *(timeline, gaps, recording.writer),
             evaluate=recording.evaluate,
@@ -110,7 +116,9 @@ class MonitoredModel:
             joins_ranks=ranks is not None,
         )
         shared = SharedProgram(module, timeline, gaps, programs)
-        recorder = ForwardRecorder(module, timeline, gaps, forgotten, scale, unmeasured, shared)
+        recorder = ForwardRecorder(
+            *(module, timeline, gaps, forgotten, scale, unmeasured, shared, micro_batches)
+        )
         twin = Twin(root, regions, module, attribution, recorder, trace, lowering)
         twin.compare_with(reference)
         parameters = ParameterMonitor(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tmm.core.failures import Gaps
 from tmm.core.families import ATTENTION
+from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.twin import Twin
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.forgotten import Forgotten
@@ -19,18 +20,30 @@ _BYPASSED = (
     "module.compile() has replaced the call of an instrumented module, so that its output has no"
     " rows: call it before tmm.instrument, not after it"
 )
+_SPLIT = (
+    "the schedule runs backward passes in two parts, for gradients of inputs and of parameters, and"
+    " graphs give rows of gradients of activations in neither: stages after the first have none."
+    " Without tmm.attention nothing is traced, and they have"
+)
 _SHOWN = 3  # names in a warning
 
 
 class Notices:
     """Tells, at the end of a step, what was asked for and has no rows, and what to do.
 
-    ``is_bypassed`` tells whether calls of the model no longer come to ``twin``.
+    ``is_bypassed`` tells whether calls of the model no longer come to ``twin``; ``micro_batches``
+    are those of a pipeline.
     """
 
     def __init__(
-        self, twin: Twin, gaps: Gaps, forgotten: Forgotten, is_bypassed: Callable[[], bool]
+        self,
+        twin: Twin,
+        gaps: Gaps,
+        forgotten: Forgotten,
+        is_bypassed: Callable[[], bool],
+        micro_batches: MicroBatches | None,
     ) -> None:
+        self._micro_batches = micro_batches
         self._twin = twin
         self._gaps = gaps
         self._forgotten = forgotten
@@ -41,7 +54,11 @@ class Notices:
     def before(self, finished: StepCollector, hint: str) -> None:
         """Look at a step that is about to be kept; ``hint`` tells what to call."""
         asks = self._twin.plan.spec.measures("activation_gradient")
-        if finished.ran_forward and asks and not finished.has_activation_gradients:
+        batches = self._micro_batches
+        if asks and batches is not None and batches.has_split and self._twin.has_probes:
+            self._twin.attribution.unmeasured["gradients of activations in graphs"] = _SPLIT
+            self._gaps.warn_once("split", finished.step, _SPLIT)
+        elif finished.ran_forward and asks and not finished.has_activation_gradients:
             self._forgotten.note_no_backward(finished.step)
         if finished.expects_forward and not finished.ran_forward:
             self._gaps.warn_of_missed_forward(finished.step, hint)

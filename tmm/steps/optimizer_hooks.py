@@ -168,11 +168,17 @@ class Watch:
                 asked.setdefault(rule.family, {}).update(dict.fromkeys(names))
         held = self._held() if self._optimizers else None
         by_name = {name: parameter for parameter, name in self.parameters.names().items()}
-        owns = self.parameters.ranks.owns
         return why_without_rows(
-            *(asked, self.parameters.measured, by_name, held, owns),
+            *(asked, self.parameters.measured, by_name, held, self._measures),
             has_stepped=self._has_stepped,
         )
+
+    def _measures(self, name: str, parameter: torch.nn.Parameter | None) -> bool:
+        """Whether this process measures the parameter of a name, and not another one."""
+        ranks = self.parameters.ranks
+        if parameter is None:
+            return not ranks.holders.is_elsewhere(name, ranks.rank)
+        return ranks.owns(parameter, name)
 
     def _held(self) -> set[torch.nn.Parameter]:
         """The parameters in the optimizers that are watched, and in those inside of them."""

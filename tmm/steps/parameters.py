@@ -17,7 +17,7 @@ from tmm.core.families import (
 )
 from tmm.core.keys import key_of, total_norm
 from tmm.core.metrics import ALIGNMENT, HISTOGRAM, Reduction
-from tmm.core.module_names import ParameterNames, unwrapped
+from tmm.core.module_names import Assembly, ParameterNames, unwrapped
 from tmm.kernels.dense import on_device
 from tmm.passes.metrics.recognize_eager import KnownFunctions
 from tmm.runtime.grouped_statistics import Measured, NamedStatistics, rows_at
@@ -137,7 +137,7 @@ class ParameterMonitor:
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         gradients = self._average.of(gradients)
         family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
-        owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient)}
+        owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient, n)}
         measured = self._measure(family, owned, rules=GRADIENT.name)
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
@@ -149,7 +149,7 @@ class ParameterMonitor:
         others = {
             name: tensor
             for name, tensor in gradients.items()
-            if name not in known and self.ranks.owns(tensor)
+            if name not in known and self.ranks.owns(tensor, name)
         }
         squares += squares_of(others)
         replicas = tuple(self.replicas.numbers(gradients, squares))
@@ -247,7 +247,7 @@ class ParameterMonitor:
         what is no statistic of all elements.
         """
         if not is_own:
-            tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor)}
+            tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor, n)}
         measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)
         for rows in measured:
             collector.add(rows.binding, rows.outputs, unless=unless)
@@ -349,6 +349,8 @@ def _is_alignment(reduction: Reduction) -> bool:
 
 def block_of(module: torch.nn.Module, parameter: str) -> str:
     """The block that a parameter belongs to: an element of an outermost list, else a child."""
+    if isinstance(module, Assembly):
+        module = module.around(parameter)
     parts = parameter.split(".")[:-1]
     for depth, part in enumerate(parts):
         is_list = isinstance(unwrapped(module), (torch.nn.ModuleList, torch.nn.Sequential))

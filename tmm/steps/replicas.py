@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from tmm.core.keys import key_of
+from tmm.kernels.dense import on_device
 from tmm.runtime.grouped_statistics import dense_part, rows_at, sum_of_squares
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.ranks.replica_rows import binding_of, numbers_of, rows_of
@@ -23,6 +24,7 @@ class Replicas:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._bindings: dict[tuple[str, Names], Binding] = {}
+        self._counts: dict[tuple[Names, torch.device], torch.Tensor] = {}
 
     @property
     def is_needed(self) -> bool:
@@ -58,8 +60,21 @@ class Replicas:
         """Send the numbers of tensors, which the keys of ``family`` are of."""
         if (family, names) not in self._bindings:
             self._bindings[family, names] = binding_of([key_of(family, name) for name in names])
-        rows = rows_of(numbers, 1 if self._ranks.averages else self._ranks.size)
+        rows = rows_of(numbers, self._expected(names, numbers))
         collector.add(self._bindings[family, names], (rows,), unless=unless)
+
+    def _expected(self, names: Names, numbers: torch.Tensor) -> int | torch.Tensor:
+        """On how many ranks the numbers are to be known; one element of each, where they differ."""
+        if self._ranks.averages:
+            return 1
+        count, size = self._ranks.holders.count, self._ranks.size
+        counts = [count.get(name, size) for name in names]
+        if len(set(counts)) == 1:
+            return counts[0]
+        key = names, numbers.device
+        if key not in self._counts:
+            self._counts[key] = on_device(torch.tensor(counts, dtype=numbers.dtype), numbers.device)
+        return self._counts[key]
 
 
 def squares_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[Numbers]:

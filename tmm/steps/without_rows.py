@@ -26,7 +26,7 @@ def why_without_rows(
     measured: Mapping[str, Set[str]],
     parameters: Mapping[str, torch.nn.Parameter],
     held: Container[torch.nn.Parameter] | None,
-    is_ours: Callable[[torch.Tensor], bool],
+    is_ours: Callable[[str, torch.nn.Parameter | None], bool],
     *,
     has_stepped: bool = False,
 ) -> dict[str, str]:
@@ -37,7 +37,7 @@ def why_without_rows(
         measured: by family, those that had rows in some step.
         parameters: those that the model has now, by name.
         held: those that are in an optimizer that is watched; None if none is.
-        is_ours: whether this process measures a parameter, and not another one.
+        is_ours: whether this process measures a parameter, by its name, and not another one.
         has_stepped: whether an optimizer that is watched has stepped in a monitored step.
     """
     found: dict[str, str] = {}
@@ -45,7 +45,7 @@ def why_without_rows(
         known = measured.get(family, frozenset())
         for name in names:
             parameter = parameters.get(name)
-            if name in known or (parameter is not None and not is_ours(parameter)):
+            if name in known or not is_ours(name, parameter):
                 continue
             found[f"{family} of {name}"] = _why(
                 family, parameter, held, is_first=not (known or has_stepped)
