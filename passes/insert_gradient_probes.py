@@ -23,7 +23,7 @@ from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
-from tmm.passes.graph.values import value_of
+from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.metrics.gradient_probe import FunctionProbe, columns_of, probe
 from tmm.passes.metrics.trace import trace_function
 from tmm.passes.request import GraphRequest
@@ -32,6 +32,11 @@ FAMILY = ACTIVATION_GRADIENT.name
 
 WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
 """Why a tensor that requires a gradient has no probe: it would hand on none."""
+
+NOT_JOINED = (
+    "each process is measured by itself, and the gradient of a DTensor may be a sum over processes"
+)
+"""Why the gradient of a ``DTensor`` has no rows where ranks are not joined."""
 
 _PROBED = "tmm_probed"
 
@@ -145,13 +150,13 @@ def _place(
     if not example.requires_grad:
         place.refusal = "the tensor is detached in place later"
         return place
-    if is_distributed(example):
-        place.refusal = "the gradient of a DTensor may be placed in another way than the tensor"
+    if is_distributed(example) and place.share is None:
+        place.refusal = NOT_JOINED
         return place
     if place.share is not None and place.share.kind == "unsummed":
         place.refusal = place.share.reason
         return place
-    if not isinstance(example, FakeTensor):
+    if not isinstance(local_example(example), FakeTensor):
         place.refusal = "inside a function transform"
         return place
     # A view that is overwritten, or that leaves the graph beside what it views, is another program.
@@ -169,7 +174,7 @@ def _written(module: GraphModule) -> set[int]:
     return storages(
         node
         for node in module.graph.nodes
-        if isinstance(example := value_of(node), FakeTensor) and example._version
+        if isinstance(example := local_example(value_of(node)), FakeTensor) and example._version
     )
 
 
@@ -194,7 +199,8 @@ def _has_other_names(module: GraphModule, tensor: Node, mark: Node, is_overwritt
 
 
 def _is_expanded(example: torch.Tensor) -> bool:
-    return any(isinstance(stride, int) and stride == 0 for stride in example.stride())
+    strides = local_example(example).stride()
+    return any(isinstance(stride, int) and stride == 0 for stride in strides)
 
 
 def _computes(node: Node) -> bool:
@@ -218,7 +224,7 @@ def _row_nodes(
     module: GraphModule, row_input: RowInput, places: Sequence[_Place]
 ) -> Sequence[Node]:
     """The extra input, cut into the rows of the probes: one operation, and one in the backward."""
-    example = value_of(places[0].tensor)
+    example = local_example(value_of(places[0].tensor))
     with example.fake_mode, torch.enable_grad():
         value = torch.zeros(
             row_input.length,
@@ -246,8 +252,9 @@ def _insert(place: _Place, row: Node, *, scaled: bool) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
+    part = local_example(example)
     functions = [
-        None if reduction.function is None else trace_function(example, reduction)
+        None if reduction.function is None else trace_function(part, reduction)
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.kernels.ops import histogram, summarize
+from tmm.passes.graph.sharding import of_gradient
 from tmm.passes.metrics.trace import TracedFunction
 
-VERSION = "3"
+VERSION = "4"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
 
@@ -28,7 +30,8 @@ def probe(
     ``columns`` are those of each reduction (empty for a histogram); ``row`` has as many elements.
     With ``copies`` the result is a copy, for tensors that are overwritten later or leave the
     graph; with ``scaled`` the gradient is multiplied with the first element of ``row`` before it
-    is measured.
+    is measured. The gradient of a ``DTensor`` is measured as it would be placed like the tensor,
+    and handed on as it came.
     """
     options = _Options(tuple(columns), copies, scaled)
     result: torch.Tensor = _Probe.apply(x, row, options)  # type: ignore[no-untyped-call]
@@ -82,10 +85,30 @@ class _Options:
         return torch.cat(parts)
 
 
+def placements_of_gradient(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """How the gradient of a ``DTensor`` is to be placed to be measured; None for other tensors."""
+    return of_gradient(tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def part_of_gradient(gradient: torch.Tensor, placements: tuple[Any, ...] | None) -> torch.Tensor:
+    """What this rank has of a gradient that is placed so.
+
+    Where the gradient is placed in another way, the ranks of its mesh move it together. One that is
+    no ``DTensor`` comes as it is.
+    """
+    if placements is None or not isinstance(gradient, DTensor):
+        return gradient
+    with torch.no_grad():
+        if gradient.placements != placements:
+            gradient = gradient.redistribute(placements=placements)
+        part: torch.Tensor = gradient.to_local()
+    return part
+
+
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, row: torch.Tensor, options: _Options) -> torch.Tensor:
-        ctx.options, ctx.dtype = options, row.dtype
+        ctx.options, ctx.dtype, ctx.placements = options, row.dtype, placements_of_gradient(x)
         if options.scaled:
             ctx.save_for_backward(row)
         return x.clone() if options.copies else x.view_as(x)
@@ -94,5 +117,6 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factors = ctx.saved_tensors[0] if ctx.options.scaled else None
         with torch.no_grad():  # the gradient itself may be differentiated once more, its row not
-            row = ctx.options.row_of(gradient, factors).to(ctx.dtype)
+            part = part_of_gradient(gradient, ctx.placements)
+            row = ctx.options.row_of(part, factors).to(ctx.dtype)
         return gradient, row, None

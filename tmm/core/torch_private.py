@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch._C._functorch
@@ -200,6 +201,31 @@ def keep_sources(traced: torch.fx.GraphModule, copied: torch.fx.GraphModule) -> 
 def without_source(node: torch.fx.Node) -> None:
     """Tell that an input of a graph was added to what Dynamo traced."""
     node._dynamo_source = None
+
+
+def placements_before_local(
+    node: Any,
+) -> tuple[object, tuple[Any, ...], tuple[Any, ...] | None] | None:
+    """Of the autograd node of ``DTensor.to_local``: the mesh, and how the tensor is placed on it.
+
+    The last are the placements of its gradient, or None where the program does not say. Of any
+    other node nothing is known.
+    """
+    if type(node).__name__ != "_ToTorchTensorBackward":
+        return None
+    spec: Any = getattr(node, "dtensor_spec", None)
+    if spec is None:
+        return None
+    given = getattr(node, "grad_placements", None)
+    return spec.mesh, tuple(spec.placements), None if given is None else tuple(given)
+
+
+def localized_spec(parameter: torch.Tensor) -> Any:
+    """What ``DistributedDataParallel`` with a mesh notes on a part of a ``DTensor`` parameter.
+
+    It has ``mesh``, ``placements``, ``shape`` and ``stride`` of the whole; None for others.
+    """
+    return getattr(parameter, "_st_info", None)
 
 
 def graph_sources() -> dict[str, str]:

@@ -104,7 +104,8 @@ def instrument(
             user's own program, untouched: both are compiled. With 1, the measured program, whose
             rows are dropped at once: one is compiled, and each step has the cost of the kernels.
             ``"auto"`` is 1 where these only read tensors that are there, and 2 with a reference,
-            attention, histograms or functions of the user. What has no gradients runs the user's
+            attention, histograms, functions of the user, or gradients of activations that ranks
+            share (tensor parallel). What has no gradients runs the user's
             own program in either case. ``tmm.explain`` says which it is, and why.
 
     Returns:
@@ -147,7 +148,6 @@ def instrument(
     if all(region.callee is not measured for region in (root, *regions)):
         regions.append(Region(measured, None, measured))  # it may be called by itself, too
     is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
-    choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     names = [display_name(name) for name in relative_names(measured).values()]
     plan = Plan(spec, names, dict(parameter_names(measured).values()))
     reference = load_reference(measured, plan, spec.reference)
@@ -160,6 +160,10 @@ def instrument(
         group = ProcessGroup()
         place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
+    shares_tensors = place.tensor_parallel is not None
+    choice = choose_programs(
+        programs, spec, own_is_compiled=is_compiled, shares_tensors=shares_tensors
+    )
     if backend is None and all(region.settings is None for region in (root, *regions)):
         root, regions = _traced_if_need_be(root, regions, parts is not None, spec, place)
     if per_rank:
