@@ -8,6 +8,7 @@ its node; wrappers of modules add nodes that change nothing, which are looked th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ class PlacedEnds:
         for output, edge in zip(outputs if self.outputs else (), self.outputs, strict=True):
             if edge.tensor is None or not isinstance(output, torch.Tensor):
                 continue
-            if (node := output.grad_fn) is not None:
+            node: Any = output.grad_fn
+            if node is not None:
                 node.metadata.setdefault(_NOTE, {})[output.output_nr] = edge
 
 
@@ -58,7 +60,8 @@ def placed_edge(tensor: torch.Tensor) -> PlacedEdge:
     """How ranks hold a tensor outside of graphs, and its gradient."""
     if (placed := Placed.of(tensor)) is not None:
         return PlacedEdge(placed, placed.of_gradient())
-    node, place, is_itself = tensor.grad_fn, tensor.output_nr, True
+    node: Any = tensor.grad_fn
+    place, is_itself = tensor.output_nr, True
     while node is not None:
         edge: PlacedEdge | None = node.metadata.get(_NOTE, {}).get(place)
         if (left := placements_before_local(node)) is not None:

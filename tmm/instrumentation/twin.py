@@ -526,7 +526,7 @@ class Twin:
             module
             for region in regions
             if region.settings is not None
-            for module in region.callee.modules()
+            for module in _modules_in(region, self.attribution.root)
             if module._forward_hooks
         }
         self._outside.begin(module for module in self._matched[1] if module not in guarded)
@@ -680,8 +680,10 @@ class Twin:
             elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
                 # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self.recorder.gradient_factor(tensor.device)
-                given = sink, binding, reduction, factor, placements_of_gradient(tensor)
-                measure = partial(self._reduce_gradient, *given)
+                placements = placements_of_gradient(tensor)
+                measure = partial(
+                    self._reduce_gradient, sink, binding, reduction, factor, placements
+                )
                 tensor.register_hook(partial(self._guarded, measure))
 
     @property
@@ -805,6 +807,12 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _modules_in(region: Region, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that the program of a region may call; of a function, any of the model."""
+    callee: object = region.callee
+    return (callee if isinstance(callee, torch.nn.Module) else root).modules()
 
 
 def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:

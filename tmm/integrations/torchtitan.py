@@ -144,7 +144,7 @@ class TMMMetricsProcessor(MetricsProcessor):  # type: ignore[misc]
             error = sys.exc_info()[1]  # the trainer closes its parts while it handles one
             end = LiveRun.finish if error is None else lambda run: run.fail(error)
             self._session.end_step()
-            self._session.close(end)  # type: ignore[arg-type]
+            self._session.close(end)
         super().close()
 
     # What users ask
