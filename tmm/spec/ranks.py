@@ -261,7 +261,8 @@ def check_distributed(module: torch.nn.Module, reference: Reference | None) -> N
                 "FullyShardedDataParallel flattens parameters, which have no names then; shard"
                 " with torch.distributed.fsdp.fully_shard"
             )
-        wraps_mesh = isinstance(child, DistributedDataParallel) and child.device_mesh is not None
+        is_wrapper = isinstance(child, DistributedDataParallel)
+        wraps_mesh = is_wrapper and getattr(child, "device_mesh", None) is not None
         if wraps_mesh and any(map(_has_lost_parameters, child.modules())):
             raise ValueError(
                 "DistributedDataParallel with a mesh has taken the parameters out of the modules in"
