@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
 
 from tmm.core.records import Share
@@ -15,6 +14,7 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
 from tmm.passes.graph.mutation import overwritten_by
+from tmm.passes.graph.placed_edges import PlacedEdge, PlacedEnds
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.sharding import Placed, Placements, declared_by, name_of, shape_of
 from tmm.passes.graph.subgraphs import nested_calls
@@ -35,23 +35,48 @@ def find_gradient_placements(
     That is the gradient from what uses the tensor after the mark. The program itself gives the
     placements of the gradient of a local tensor, where it makes a ``DTensor`` of it or has made it
     of one. Operations whose result follows from operands that ranks share in one way hand those of
-    its gradient back to the operands. Everything else is not known. Changes nothing.
+    its gradient back to the operands. That of a ``DTensor`` is placed as the tensor is, since the
+    probe of it sees to that. Everything else is not known. Changes nothing.
     """
-    if found.placements is not None:
-        found.gradient_shares = gradient_shares(module, found.placements)
+    if found.placements is None:
+        return
+    gradients = _settled(module, found.placements)
+    found.gradient_shares = _all_shares(module, found.placements, gradients)
+    (returned,) = module.graph.output_node().args
+    outputs = returned if isinstance(returned, (tuple, list)) else (returned,)
+    given, places = found.placements.given, module.graph.find_nodes(op="placeholder")
+    found.placed_ends = PlacedEnds(
+        tuple((place, given[node]) for place, node in enumerate(places) if node in given),
+        tuple(
+            PlacedEdge(placed, gradients.known.get(node) if isinstance(node, Node) else None)
+            for placed, node in zip(found.placements.returned, outputs, strict=True)
+        ),
+    )
 
 
 def gradient_shares(module: GraphModule, placements: Placements) -> dict[Node, Share]:
     """The same, of a graph whose placements are known."""
-    shares = dict(_of_graph(module, placements))
+    return _all_shares(module, placements, _settled(module, placements))
+
+
+def _all_shares(
+    module: GraphModule, placements: Placements, gradients: _Gradients
+) -> dict[Node, Share]:
+    shares = dict(_of_graph(module, placements, gradients))
     for _, body in nested_calls(module):
         shares |= gradient_shares(body, placements)
     return shares
 
 
-def _of_graph(module: GraphModule, placements: Placements) -> Iterator[tuple[Node, Share]]:
+def _settled(module: GraphModule, placements: Placements) -> _Gradients:
     gradients = _Gradients(module, placements)
     gradients.settle()
+    return gradients
+
+
+def _of_graph(
+    module: GraphModule, placements: Placements, gradients: _Gradients
+) -> Iterator[tuple[Node, Share]]:
     for node in module.graph.nodes:
         if is_mark(node) and isinstance(node.args[0], Node):
             placed, reason = gradients.after(node, node.args[0])
@@ -82,6 +107,8 @@ class _Gradients:
 
     def after(self, mark: Node, tensor: Node) -> tuple[Placed | None, str]:
         """The gradient from what uses ``tensor`` after ``mark``."""
+        if (placed := Placed.of(value_of(tensor))) is not None:
+            return placed.of_gradient(), ""
         later = [user for user in self._users(tensor) if mark < user]
         if len(later) == len(self._users(tensor)):
             if tensor in self.known:
@@ -143,6 +170,8 @@ class _Gradients:
             return gradient, ""
         if own == made == gradient:
             return gradient, ""
+        if own.dimension is not None and made.dimension is not None and made == gradient:
+            return own, ""  # no rank's part of the result is made of another rank's
         return None, f"its gradient comes from {name_of(user)} of parts that each rank has"
 
     def _of_sum(self, node: Node) -> Placed | None:
@@ -176,10 +205,7 @@ def _of_gradient(node: Node, placed: Placed | None) -> Placed | None:
     given: Any = node.kwargs.get("grad_placements")
     if isinstance(given, Node):
         return None
-    wanted = placed.placements if given is None else tuple(given)
-    if given is None:
-        wanted = tuple(Replicate() if how.is_partial() else how for how in wanted)
-    return Placed(placed.mesh, wanted)
+    return placed.of_gradient() if given is None else Placed(placed.mesh, tuple(given))
 
 
 def _requires_gradient(node: Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import Replicate
@@ -15,7 +16,9 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
 from tmm.passes.graph.mutation import overwritten_by
+from tmm.passes.graph.placed_edges import placed_edge
 from tmm.passes.graph.sharding import Placed, Placements, declared_by, name_of, shape_of
+from tmm.passes.graph.split_dimensions import split_dimension
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark
 from tmm.passes.graph.values import argument_of, value_of
@@ -40,8 +43,6 @@ _DETERMINISTIC = (
     *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"),
     *("expand", "cat", "stack", "t", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"),
 )
-
-_MOVES = ("view", "reshape", "unflatten", "flatten", "transpose")
 
 _NAMESPACES = (torch, functional, operator, nn_functions)
 
@@ -73,7 +74,7 @@ def find_placements(module: GraphModule, request: GraphRequest, found: GraphFind
 def placements_of(module: GraphModule, request: PlacementRequest) -> Placements:
     """The same, of a graph alone."""
     found = Placements(request)
-    _Forward(module, found, {}).run()
+    found.returned = [placed for placed, _ in _Forward(module, found, {}).run()]
     return found
 
 
@@ -88,6 +89,7 @@ class _Forward:
         self.now: dict[Node, Placed] = dict(given)
         self.why: dict[Node, str] = {}
         self.items: dict[Node, Sequence[tuple[Placed | None, str]]] = {}
+        self.unsummed: set[Node] = set()
         self.bodies = dict(nested_calls(module))
         self.nodes = list(module.graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
@@ -181,6 +183,11 @@ class _Forward:
         argument = argument_of(node)
         if argument is not None and id(argument.example) in self.found.request.equal:
             return Placed(), ""
+        if argument is not None and isinstance(argument.example, torch.Tensor):
+            placed = placed_edge(argument.example).tensor
+            if placed is not None:
+                self.found.given[node] = placed
+                return placed, ""
         return None, self.why.get(node, _OF_AN_INPUT)
 
     def _enter(self, call: Node) -> None:
@@ -202,6 +209,11 @@ class _Forward:
         if node.op not in ("call_function", "call_method"):
             return None, f"{name_of(node)} of the graph"
         operands = [n for n in node.all_input_nodes if _is_tensor(n)]
+        if (parts := self._apart(node, operands)) is not None:
+            self.found.derived.add(node)
+            if isinstance(several := value_of(node), (tuple, list)):
+                self.items[node] = [(parts, "")] * len(several)
+            return parts, ""
         for operand in operands:
             if operand not in self.now:
                 return None, self.why.get(operand, "")
@@ -215,6 +227,39 @@ class _Forward:
         if placed is not None:
             self.found.derived.add(node)
         return placed, reason
+
+    def _apart(self, node: Node, operands: Sequence[Node]) -> Placed | None:
+        """That of a result which is split as operands are; None for anything else.
+
+        What other operands there are, and whether these are known, makes no difference then.
+        """
+        if any(operand in self.unsummed or self._is_unsummed(operand) for operand in operands):
+            self.unsummed.add(node)
+            return None
+        split: dict[Node, int] = {}
+        others = []
+        found: set[Placed] = set()
+        for operand in operands:
+            placed = self.now.get(operand)
+            if placed is None or placed.is_replicated:
+                others.append(operand)
+            elif (dimension := placed.dimension) is None:
+                return None
+            else:
+                split[operand] = dimension
+                found.add(placed.along(0))
+        if len(found) != 1 or not is_of_torch(node):
+            return None
+        pointwise, _ = kind_of(node)
+        dimension = split_dimension(node, split, others, is_pointwise=pointwise)
+        if dimension is None:
+            return None
+        is_even = all(self.now[operand].is_even for operand in split)
+        return replace(found.pop().along(dimension), is_even=is_even)
+
+    def _is_unsummed(self, operand: Node) -> bool:
+        placed = self.now.get(operand)
+        return placed is not None and any(how.is_partial() for how in placed.placements)
 
     def _follow(
         self, node: Node, operands: Sequence[Node], *, pointwise: bool
@@ -230,8 +275,6 @@ class _Forward:
                 return None, f"made by {name} of tensors on several meshes"
             return (on_meshes.pop() if on_meshes else Placed()), ""
         split = {placed for placed in found if not placed.is_replicated}
-        if (moved := _moved(node, operands, split)) is not None:
-            return moved, ""
         if not pointwise or len(split) > 1 or not all(placed.is_split for placed in split):
             return None, f"made by {name} of the parts of tensors that a rank has"
         (parts,) = split
@@ -245,39 +288,11 @@ class _Forward:
         return parts, ""
 
 
-def _moved(node: Node, operands: Sequence[Node], split: set[Placed]) -> Placed | None:
-    """What is split in one dimension, which goes elsewhere; None for anything else.
-
-    So are heads: a dimension that is split becomes the heads of a rank, then it is of the batch of
-    attentions, and so back.
-    """
-    if len(split) != 1 or (dimension := next(iter(split)).dimension) is None:
-        return None
-    (parts,) = split
-    if node.target is functional.scaled_dot_product_attention:
-        rank = len(shape_of(node))
-        alike = len(operands) == 3 and all(len(shape_of(operand)) == rank for operand in operands)
-        return parts if alike and rank == 4 and dimension == 1 and _are(node, operands) else None
-    if len(operands) != 1 or name_of(node) not in _MOVES:
-        return None
-    before, after = shape_of(operands[0]), shape_of(node)
-    if name_of(node) == "transpose":
-        places = [place for place in node.args[1:] if isinstance(place, int)]
-        if len(places) != 2:
-            return None
-        first, second = (place % len(before) for place in places)
-        return parts.along({first: second, second: first}.get(dimension, dimension))
-    # The outermost of the dimensions that the one is cut into, or that are joined to one.
-    if before[:dimension] == after[:dimension] and dimension < len(after):
-        return parts
-    return None
-
-
-def _are(node: Node, operands: Sequence[Node]) -> bool:
-    """Whether the operands are query, key and value, all of them split as the last one is."""
-    return list(operands) == list(node.args[:3]) and not random_function(
-        *(node.target, node.args, node.kwargs)
-    )
+def is_of_torch(node: Node) -> bool:
+    """Whether a node calls a method, or a function of torch."""
+    if node.op == "call_method":
+        return True
+    return any(getattr(space, name_of(node), None) is node.target for space in _NAMESPACES)
 
 
 def kind_of(node: Node) -> tuple[bool, bool]:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from tmm.core.records import PackedLayout, Share, Site
+from tmm.passes.graph.placed_edges import PlacedEnds
 from tmm.passes.graph.sharding import Placements
 
 
@@ -67,7 +68,8 @@ class GraphFindings:
     the rows lie in the extra outputs, ``row_inputs`` and ``reference`` what further inputs and
     outputs there are. ``evaluations`` is how many calls of the model were left out as those of an
     evaluation. ``placements`` and ``gradient_shares`` tell what this rank has of marked tensors and
-    of their gradients, where ranks share them.
+    of their gradients, where ranks share them, and ``placed_ends`` how they share what enters and
+    leaves the graph.
     """
 
     unmeasured: list[tuple[Site, str]] = field(default_factory=list)
@@ -75,6 +77,7 @@ class GraphFindings:
     evaluations: int = 0
     placements: Placements | None = None
     gradient_shares: Mapping[Node, Share] | None = None
+    placed_ends: PlacedEnds = field(default_factory=PlacedEnds)
     reference: ReferenceEnds = field(default_factory=ReferenceEnds)
     row_inputs: tuple[RowInput, ...] = ()
     layout: PackedLayout = field(default_factory=lambda: PackedLayout((), 0, ()))

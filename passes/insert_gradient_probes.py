@@ -21,12 +21,8 @@ from tmm.passes.graph.rewriter import Rewriter
 from tmm.passes.graph.sharding import is_distributed
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark, site_of
-from tmm.passes.graph.values import value_of
-from tmm.passes.metrics.gradient_probe import (
-    FunctionProbe,
-    columns_of,
-    probe,
-)
+from tmm.passes.graph.values import local_example, value_of
+from tmm.passes.metrics.gradient_probe import FunctionProbe, columns_of, probe
 from tmm.passes.metrics.gradient_rows import (
     FAMILY,
     Place,
@@ -41,6 +37,11 @@ from tmm.passes.request import GraphRequest
 
 WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
 """Why a tensor that requires a gradient has no probe: it would hand on none."""
+
+NOT_JOINED = (
+    "each process is measured by itself, and the gradient of a DTensor may be a sum over processes"
+)
+"""Why the gradient of a ``DTensor`` has no rows where ranks are not joined."""
 
 _PROBED = "tmm_probed"
 
@@ -148,13 +149,13 @@ def _place(
     if not example.requires_grad:
         place.refusal = "the tensor is detached in place later"
         return place
-    if is_distributed(example):
-        place.refusal = "the gradient of a DTensor may be placed in another way than the tensor"
+    if is_distributed(example) and place.share is None:
+        place.refusal = NOT_JOINED
         return place
     if place.share is not None and place.share.kind == "unsummed":
         place.refusal = place.share.reason
         return place
-    if not isinstance(example, FakeTensor):
+    if not isinstance(local_example(example), FakeTensor):
         place.refusal = "inside a function transform"
         return place
     # A view that is overwritten, or that leaves the graph beside what it views, is another program.
@@ -188,7 +189,8 @@ def _has_other_names(module: GraphModule, tensor: Node, mark: Node, is_overwritt
 
 
 def _is_expanded(example: torch.Tensor) -> bool:
-    return any(isinstance(stride, int) and stride == 0 for stride in example.stride())
+    strides = local_example(example).stride()
+    return any(isinstance(stride, int) and stride == 0 for stride in strides)
 
 
 def _computes(node: Node) -> bool:
@@ -228,8 +230,9 @@ def _insert(place: Place, rows: list[Node], factor: Node | None) -> None:
     module, mark, tensor = place.module, place.mark, place.mark.args[0]
     assert isinstance(tensor, Node)
     example = value_of(tensor)
+    part = local_example(example)
     functions = [
-        None if reduction.function is None else trace_function(example, reduction)
+        None if reduction.function is None else trace_function(part, reduction)
         for reduction in place.reductions
     ]
     columns = [columns_of(reduction) for reduction in place.reductions]

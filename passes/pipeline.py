@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
@@ -15,6 +15,7 @@ from tmm.passes.find_placements import find_placements
 from tmm.passes.findings import GraphFindings, Lowered, ReferenceEnds, RowInput
 from tmm.passes.fuse_reductions import fuse_reductions
 from tmm.passes.graph.copy import copy_graph
+from tmm.passes.graph.placed_edges import PlacedEnds
 from tmm.passes.graph.provenance import all_nodes, sign_new_nodes
 from tmm.passes.insert_attention import asks_attention, insert_attention
 from tmm.passes.insert_gradient_probes import insert_probes
@@ -77,8 +78,9 @@ class PassError(RuntimeError):
 class Rewritten:
     """A rewritten graph, what its extra inputs and outputs hold, and the seconds of each pass.
 
-    ``evaluations`` is how many calls of the model were left out as those of an evaluation;
-    ``lowerings`` tell how sites are measured, where the compiler fuses.
+    ``evaluations`` is how many calls of the model were left out as those of an evaluation,
+    ``lowerings`` tell how sites are measured, where the compiler fuses, ``placed_ends`` how ranks
+    share what enters and leaves the graph.
 
     Extra inputs are those of the reference, then ``row_inputs``; extra outputs those of the
     reference, then those of ``layout``.
@@ -91,6 +93,7 @@ class Rewritten:
     lowerings: tuple[Lowered, ...]
     seconds: dict[str, float]
     evaluations: int = 0
+    placed_ends: PlacedEnds = field(default_factory=PlacedEnds)
 
 
 Watch = Callable[[str, GraphModule, float], None]
@@ -137,6 +140,7 @@ def rewrite(
         *(rewritten, found.layout, found.reference, found.row_inputs, tuple(found.lowerings)),
         seconds=seconds,
         evaluations=found.evaluations,
+        placed_ends=found.placed_ends,
     )
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,9 @@ import tmm
 from docs.make import messages
 from docs.make.pages import NOTEBOOK, pages
 from docs.make.tutorial import executed
+from tests import torchtitan_parts
 from tests.private_wandb import private_wandb
+from tests.torchtitan_parts import Trainer, TrainerConfig
 from tmm.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -91,8 +94,9 @@ def run_page(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, slow:
     program = ModuleType("__main__")  # where Dynamo and pickle look for names of the program
     monkeypatch.setitem(sys.modules, "__main__", program)
     namespace = vars(program)
+    stand_in = torchtitan_parts.installed() if page.name == "torchtitan.md" else nullcontext()
     try:
-        with private_wandb(folder):
+        with private_wandb(folder), stand_in:
             for block in blocks(page):
                 if block.language == "python":
                     name = f"{page.name}:{block.line}"
@@ -163,7 +167,7 @@ def check_page(page: Path, folder: Path, namespace: dict[str, Any]) -> None:
         }[page.name]
         assert (taken[key], steps) == (at, count)
     if page.name == "torchtitan.md":
-        check_stand_in(namespace["monitored"], folder)
+        check_titan(namespace, folder)
     if page.name == "README.md":
         check_readme(folder)
 
@@ -186,32 +190,21 @@ def check_readme(folder: Path) -> None:
         assert values == pytest.approx([float(value) for value in printed[2].split()], abs=2e-3)
 
 
-def check_stand_in(monitored: Any, folder: Path) -> None:
-    """What torchtitan's trainer has, as far as the page uses it."""
-
-    class Trainer:
-        def __init__(self) -> None:
-            net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
-            self.model_parts = [net]
-            self.optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-
-        def train_step(self, inputs: torch.Tensor) -> None:
-            self.optimizer.zero_grad()
-            self.model_parts[0](inputs).sum().backward()
-            self.optimizer.step()
-
-        def close(self) -> None:
-            self.is_closed = True
-
-    spec = tmm.Spec(tmm.activation("rms"), tmm.gradient("norm"))
-    trainer = monitored(Trainer, spec)()
-    for _ in range(3):
-        trainer.train_step(torch.ones(2, 4))
+def check_titan(namespace: dict[str, Any], folder: Path) -> None:
+    """A trainer that calls its parts as torchtitan's does runs with the config of the page."""
+    config = TrainerConfig(metrics=None, dump_folder=str(folder))
+    namespace["recorded"](config)
+    namespace["spec"]()
+    config.metrics.tmm.spec = ""
+    config.metrics.tmm.every = 2
+    net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+    trainer = Trainer(config, net)
+    trainer.train()
     trainer.close()
-    assert trainer.is_closed
-    (record,) = tmm.list_runs(folder / "runs")
+    (record,) = tmm.list_runs(folder / "tmm")
+    assert record.project == "llama"
     with tmm.open_run(record.path) as run:
-        assert run.series("gradient/0.weight/norm")[0].tolist() == [0, 1, 2]
+        assert run.series("gradient/0.weight/norm")[0].tolist() == [2, 4]
 
 
 def test_the_tutorial_finds_and_mends_its_fault(tmp_path: Path) -> None:

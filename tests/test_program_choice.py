@@ -277,6 +277,9 @@ def test_which_is_chosen() -> None:
     assert chosen(tmm.activation_difference("l2"), reference="init") == 2
     assert chosen(tmm.parameter_difference("l2"), reference="init") == 1  # runs no branch
     assert choose_programs("auto", tmm.Spec(*CHEAP), own_is_compiled=False).count == 2
+    for rule, count in ((tmm.activation("rms"), 1), (tmm.activation_gradient("rms"), 2)):
+        choice = choose_programs("auto", tmm.Spec(rule), own_is_compiled=True, shares_tensors=True)
+        assert choice.count == count
 
 
 @pytest.mark.parametrize("programs", [0, 3, True, "one", None, 1.5, [1]])

@@ -26,9 +26,9 @@ from tmm.kernels.ops import (
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.attention.found import FoundAttention
 from tmm.passes.graph.rewriter import Rewriter
-from tmm.passes.graph.sharding import Placements, is_distributed, is_split_along
+from tmm.passes.graph.sharding import Placed, Placements, is_distributed, is_split_along
 from tmm.passes.graph.slots import add_slots
-from tmm.passes.graph.values import value_of
+from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.metrics.trace import insert_traced, trace
 
 _MOST_BLOCKS = 8  # of queries and of keys, in flex_attention: a compiler sees every one of them
@@ -131,7 +131,8 @@ class Heads:
             measured = tuple(_placed(self.placements, values, measured))
         at = Rewriter(self.last.graph, self.last)
         traced = trace(function, [_example(value).detach() for value in values], reduction)
-        row = insert_traced(at, traced, [at.call("detach", value) for value in values])
+        parts = (at.call("to_local", v) if is_distributed(value_of(v)) else v for v in values)
+        row = insert_traced(at, traced, [at.call("detach", part) for part in parts])
         for head, measurement in enumerate(measured):
             add_slots(row, Slot.of(measurement, head * measurement.reduction.width))
             at.credit(measurement.family, measurement.site)
@@ -147,7 +148,7 @@ def _placed(
     """
     share = placements.share(*values)
     first = placements.first_head(*values[:2])
-    if first is not None:
+    if first is not None or placements.are_items(*values[:2]):
         share = Share("part")
     elif share.kind not in ("whole", "copy"):
         own = "each rank numbers the heads that it has from 0"
@@ -164,15 +165,16 @@ def _placed(
 
 def why_unreadable(found: FoundAttention) -> str | None:
     """Why the tensors of an attention cannot be measured; None if they can."""
-    examples = [_example(node) for node in (found.query, found.key, found.value)]
+    examples = [value_of(node) for node in (found.query, found.key, found.value)]
     if any(is_split_along(example, example.dim() - 2) for example in examples):
         return (
             "ranks have parts of its sequence (context parallel): the keys of this rank are not all"
             " of those that its queries attend to"
         )
-    for example in examples:
-        if is_distributed(example):
-            return "its tensors are DTensors; make them local ones (use_local_output=True)"
+    if reason := _why_parts_are_unreadable(found):
+        return reason
+    for node in (found.query, found.key, found.value):
+        example = _example(node)
         reason = "nested tensors" if example.is_nested else why_unmeasurable(example)
         if reason:
             return reason
@@ -190,8 +192,33 @@ def why_unreadable(found: FoundAttention) -> str | None:
     return None
 
 
+def _why_parts_are_unreadable(found: FoundAttention) -> str | None:
+    """Why the parts of DTensors do not have the attention of each of their heads."""
+    masks = [mask.tensor for mask in found.masks] + list(found.tensors)
+    nodes = (found.query, found.key, found.value, *masks)
+    placed = {node: Placed.of(value_of(node)) for node in nodes}
+    ways = {placed[node] for node in (found.query, found.key, found.value)}
+    if not any(placed.values()):
+        return None
+    (way,) = ways if len(ways) == 1 else (None,)
+    known = way is not None and found.heads is None and value_of(found.query).dim() == 4
+    if way is None or not known or not (way.is_replicated or way.dimension in (0, 1)):
+        return (
+            "its tensors are DTensors that are not all split by heads, or by items of the batch;"
+            " make them local ones (use_local_output=True)"
+        )
+    if not all(_is_like(mask, placed[mask], way) for mask in masks):
+        return "its masks are DTensors that are split in another way than query and key"
+    return None
+
+
+def _is_like(mask: Node, own: Placed | None, way: Placed) -> bool:
+    return own is None or own.is_replicated or (own == way and value_of(mask).dim() == 4)
+
+
 def _example(node: Node) -> torch.Tensor:
-    example: torch.Tensor = value_of(node)
+    """The traced value of a node, of a DTensor what this rank has."""
+    example: torch.Tensor = local_example(value_of(node))
     return example
 
 

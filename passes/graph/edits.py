@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.torch_private import FakeTensor, without_source
-from tmm.passes.graph.values import set_value, value_of
+from tmm.passes.graph.values import local_example, set_value, value_of
 
 SHARED_MEMORY = "tmm_shared_memory"
 """Where a graph keeps which traced memory is another's where it runs, see ``join_identities``."""
@@ -54,7 +54,7 @@ def written(module: GraphModule) -> set[int]:
     return storages(
         node
         for node in module.graph.nodes
-        if isinstance(example := value_of(node), FakeTensor) and example._version
+        if isinstance(example := local_example(value_of(node)), FakeTensor) and example._version
     )
 
 
@@ -62,7 +62,7 @@ def storages(nodes: Iterable[Node]) -> set[int]:
     """The memory that traced tensors lie in."""
     found = set()
     for node in nodes:
-        example = value_of(node)
+        example = local_example(value_of(node))
         if isinstance(example, FakeTensor) and example.layout is torch.strided:
             storage = example.untyped_storage()._cdata
             owner = node.graph.owning_module

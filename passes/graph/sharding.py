@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.fx import Node
 
 from tmm.core.records import Share
-from tmm.passes.graph.values import value_of
+from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.request import PlacementRequest
 
 _UNSUMMED = "its elements are sums over ranks, of which each has a part"
@@ -53,6 +54,13 @@ class Placed:
         """The parts in another dimension, to which theirs has gone."""
         return replace(self, placements=(Shard(dimension),))
 
+    def of_gradient(self) -> Placed:
+        """That of the gradient of the tensor: of a sum over ranks it is the same for each part.
+
+        So torch places gradients at the boundaries of a ``DTensor``, unless told otherwise.
+        """
+        return replace(self, placements=of_gradient(self.placements))
+
     @property
     def is_replicated(self) -> bool:
         """Whether all ranks hold the same values."""
@@ -80,6 +88,11 @@ class Placed:
             return Share("copy")
         split = any(size > 1 and not how.is_replicate() for _, size, how in placed)
         return Share("part" if split else "whole")
+
+
+def of_gradient(placements: Iterable[Any]) -> tuple[Any, ...]:
+    """The placements of the gradient of what is placed so, where nothing else is said."""
+    return tuple(Replicate() if how.is_partial() else how for how in placements)
 
 
 def is_distributed(example: object) -> bool:
@@ -124,13 +137,17 @@ def name_of(node: Node) -> str:
 class Placements:
     """What `find_placements` found: of tensors where they are made, of marks where they stand.
 
-    ``reasons`` tell why others are not known; ``derived`` are those that follow from operands.
+    ``reasons`` tell why others are not known; ``derived`` are those that follow from operands;
+    ``given`` are inputs of the graph that were found to be placed so when it was traced. The
+    outputs of the graph are ``returned``.
     """
 
     request: PlacementRequest
     known: dict[Node, Placed] = field(default_factory=dict)
     reasons: dict[Node, str] = field(default_factory=dict)
     derived: set[Node] = field(default_factory=set)
+    given: dict[Node, Placed] = field(default_factory=dict)
+    returned: Sequence[Placed | None] = ()
 
     def share(self, *nodes: Node) -> Share:
         """What this rank has of marked tensors, or of what is computed from tensors."""
@@ -153,11 +170,18 @@ class Placements:
             return None
         if any(self.known.get(node) != placed for node in nodes):
             return None
-        example = value_of(nodes[0])
+        example = local_example(value_of(nodes[0]))
         (place,) = placed.mesh.get_coordinate() or (None,)
         if place is None or example.dim() != 4 or self.share(nodes[0]).kind != "part":
             return None
         return int(place * example.shape[1])
+
+    def are_items(self, *nodes: Node) -> bool:
+        """Whether tensors of shape (batch, heads, ...) are all split by the items of the batch."""
+        found = {self.known.get(node) for node in nodes}
+        placed = found.pop()
+        is_split = not found and placed is not None and placed.dimension == 0
+        return is_split and all(value_of(node).dim() == 4 for node in nodes)
 
     def share_of(self, placed: Placed) -> Share:
         """What this rank has of a tensor that is placed so."""

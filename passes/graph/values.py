@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from torch.fx import Node
 
 if TYPE_CHECKING:
@@ -16,6 +18,14 @@ _ORIGIN = (_CALLS, "stack_trace", "source_fn_stack")
 def value_of(node: Node) -> Any:
     """The traced value of a node: fake tensors, symbols, numbers; None where nothing is known."""
     return node.meta.get(_VALUE)
+
+
+def local_example(example: Any) -> Any:
+    """What this rank has of a traced ``DTensor``; anything else as it is."""
+    if not isinstance(example, DTensor):
+        return example
+    with torch.no_grad():
+        return example.to_local()
 
 
 def has_value(node: Node) -> bool:

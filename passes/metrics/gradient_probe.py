@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.kernels.fused.merge_operator import merge_parts
 from tmm.kernels.fused.row_partials import partials_of
 from tmm.kernels.ops import histogram, summarize
 from tmm.kernels.summarize.many import summarize_many
+from tmm.passes.graph.sharding import of_gradient
 from tmm.passes.metrics.trace import TracedFunction
 
 VERSION = "4"
@@ -39,9 +41,10 @@ def probe(
 
     There is a row of each reduction, which ``columns`` are of (empty for a histogram); where
     ``fused`` says how, the gradient of the row is partials or the gradient of ``x`` itself, and it
-    must have their shape. With
-    ``copies`` the result is a copy, for tensors that are overwritten later or leave the graph; a
-    ``factor``, of one element, is what the gradient is multiplied with before it is measured.
+    must have their shape. With ``copies`` the result is a copy, for tensors that are overwritten
+    later or leave the graph; a ``factor``, of one element, is what the gradient is multiplied with
+    before it is measured. The gradient of a ``DTensor`` is measured as it would be placed like the
+    tensor, and handed on as it came.
     """
     options = _Options(tuple(columns), tuple(fused), copies)
     result: torch.Tensor = _Probe.apply(x, options, factor, *rows)  # type: ignore[no-untyped-call]
@@ -115,6 +118,26 @@ class _Options:
         return tuple(rows)
 
 
+def placements_of_gradient(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """How the gradient of a ``DTensor`` is to be placed to be measured; None for other tensors."""
+    return of_gradient(tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def part_of_gradient(gradient: torch.Tensor, placements: tuple[Any, ...] | None) -> torch.Tensor:
+    """What this rank has of a gradient that is placed so.
+
+    Where the gradient is placed in another way, the ranks of its mesh move it together. One that is
+    no ``DTensor`` comes as it is.
+    """
+    if placements is None or not isinstance(gradient, DTensor):
+        return gradient
+    with torch.no_grad():
+        if gradient.placements != placements:
+            gradient = gradient.redistribute(placements=placements)
+        part: torch.Tensor = gradient.to_local()
+    return part
+
+
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,6 +148,7 @@ class _Probe(torch.autograd.Function):
         *rows: torch.Tensor,
     ) -> torch.Tensor:
         ctx.options, ctx.dtypes = options, [row.dtype for row in rows]
+        ctx.placements = placements_of_gradient(x)
         if factor is not None:
             ctx.save_for_backward(factor)
         return x.clone() if options.copies else x.view_as(x)
@@ -133,7 +157,8 @@ class _Probe(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (factor,) = ctx.saved_tensors or (None,)
         with torch.no_grad():  # the gradient itself may be differentiated once more, its rows not
-            rows = ctx.options.rows_of(gradient, factor)
+            part = part_of_gradient(gradient, ctx.placements)
+            rows = ctx.options.rows_of(part, factor)
             rows = tuple(row.to(dtype) for row, dtype in zip(rows, ctx.dtypes, strict=True))
         return gradient, None, None, *rows
 

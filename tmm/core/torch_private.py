@@ -212,6 +212,31 @@ def stays_in_memory(node: torch.fx.Node) -> None:
     node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
 
 
+def placements_before_local(
+    node: Any,
+) -> tuple[object, tuple[Any, ...], tuple[Any, ...] | None] | None:
+    """Of the autograd node of ``DTensor.to_local``: the mesh, and how the tensor is placed on it.
+
+    The last are the placements of its gradient, or None where the program does not say. Of any
+    other node nothing is known.
+    """
+    if type(node).__name__ != "_ToTorchTensorBackward":
+        return None
+    spec: Any = getattr(node, "dtensor_spec", None)
+    if spec is None:
+        return None
+    given = getattr(node, "grad_placements", None)
+    return spec.mesh, tuple(spec.placements), None if given is None else tuple(given)
+
+
+def localized_spec(parameter: torch.Tensor) -> Any:
+    """What ``DistributedDataParallel`` with a mesh notes on a part of a ``DTensor`` parameter.
+
+    It has ``mesh``, ``placements``, ``shape`` and ``stride`` of the whole; None for others.
+    """
+    return getattr(parameter, "_st_info", None)
+
+
 def graph_sources() -> dict[str, str]:
     """The source of each graph that runs, by the name of the file that it pretends to be in.
 

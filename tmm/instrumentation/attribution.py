@@ -40,10 +40,12 @@ from tmm.core.records import (
     Site,
 )
 from tmm.instrumentation.backend import Comparison, MeasuredGraph, Scope
+from tmm.instrumentation.eager_shares import share_outside
 from tmm.instrumentation.outputs import tensors_in
 from tmm.kernels.pairs import Normalization
 from tmm.kernels.unreadable import why_unmeasurable
-from tmm.passes.graph.sharding import Placed, why_unsummed
+from tmm.passes.graph.sharding import why_unsummed
+from tmm.passes.insert_gradient_probes import NOT_JOINED
 from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.passes.reference.clone_nodes import BRANCH
 from tmm.passes.request import CheckedModule, PlacementRequest
@@ -53,6 +55,10 @@ from tmm.spec.spec import Plan
 
 Frames = Sequence[torch.nn.Module]
 """The modules whose forward is running, the innermost last."""
+
+_PLACED_ELSEWHERE = Share(
+    "unknown", "ranks share the inputs of its graph in another way than when it was traced"
+)
 
 _IF_EQUAL = (
     "nothing in the model is known to average gradients over ranks: where they are equal on all"
@@ -86,7 +92,7 @@ class Attribution:
         self.by_rank: dict[str, str] = {}
         self.remarks: dict[str, str] = {}
         self._registry = registry
-        self._bindings: dict[tuple[int, torch.nn.Module, bool], Binding | None] = {}
+        self._bindings: dict[tuple[int, torch.nn.Module, bool, bool], Binding | None] = {}
         self._eager: dict[Measurement, Binding] = {}
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
@@ -234,9 +240,10 @@ class Attribution:
         if owner is None:
             self.unmeasured[f"a {type(graph.owner).__name__}"] = "it is not known which one ran"
             return None
-        key = (id(layout), owner, not lost)
+        are_placed = graph.placed_ends.hold_for(tuple(inputs))
+        key = (id(layout), owner, not lost, are_placed)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(graph, layout, owner, lost)
+            self._bindings[key] = self._bind(graph, layout, owner, lost, are_placed=are_placed)
         return self._bindings[key]
 
     def _owner(
@@ -255,7 +262,13 @@ class Attribution:
         return owner if owner is graph.owner else None
 
     def _bind(
-        self, graph: MeasuredGraph, layout: PackedLayout, owner: torch.nn.Module, lost: str
+        self,
+        graph: MeasuredGraph,
+        layout: PackedLayout,
+        owner: torch.nn.Module,
+        lost: str,
+        *,
+        are_placed: bool,
     ) -> Binding | None:
         if type(owner) is not type(graph.owner):
             self.unmeasured[self.name(owner)] = f"ran a graph of a {type(graph.owner).__name__}"
@@ -264,6 +277,8 @@ class Attribution:
         left_out: list[str] = []
 
         def resolve(measurement: Measurement) -> Site | None:
+            if not are_placed:
+                measurement = replace(measurement, share=_PLACED_ELSEWHERE)
             if measurement.family == VALUE_FAMILY:
                 return self._placed(measurement)
             name = absolute(measurement.site.module)
@@ -324,24 +339,26 @@ class Attribution:
         """What to reduce of the output of a module that ran outside of every graph.
 
         It is for ``families``, without any for all that are of outputs.
-
-        The gradient of a ``DTensor`` is left out: it may be placed in another way than the tensor.
         """
         name = display_name(self.names[module])
         selected = []
         chosen = families or families_of_outputs()
         for (path, tensor), family in product(tensors_in(output), chosen):
             reductions = self.plan.select(name, tensor.dtype, family)
-            reason = why_unmeasurable(tensor) or why_unsummed(tensor)
-            if family == GRADIENT and is_distributed(tensor):
-                reason = "gradient: it may be placed in another way than the DTensor"
+            is_gradient = family == GRADIENT
+            share = self.share_of(tensor, of_gradient=is_gradient)
+            reason = why_unmeasurable(tensor)
+            if share is not None and share.kind == "unsummed":
+                reason = reason or ("gradient: " if is_gradient else "") + share.reason
+            if share is None and is_gradient and is_distributed(tensor):
+                reason = reason or f"gradient: {NOT_JOINED}"
+            reason = reason or (None if is_gradient else why_unsummed(tensor))
             if reductions and reason:
                 self.unmeasured[name + path] = reason
                 continue
             if reductions:
                 self.note_eager(name)
             for reduction in reductions:
-                share = self.share_of(tensor)
                 measurement = Measurement(family, Site(name, path), reduction, share)
                 selected.append((self.bind_eagerly(measurement), tensor, reduction))
         return selected
@@ -381,15 +398,10 @@ class Attribution:
             self._eager[measurement] = self.bind_layout(single_row(measurement))
         return self._eager[measurement]
 
-    def share_of(self, tensor: torch.Tensor) -> Share | None:
+    def share_of(self, tensor: torch.Tensor, *, of_gradient: bool = False) -> Share | None:
         """What this rank has of a tensor outside of every graph, where ranks share tensors."""
         shared = self.ranks.tensor_parallel
-        if shared is None:
-            return None
-        placed = Placed.of(tensor)
-        if placed is None:
-            return Share("unknown", "it was measured outside of graphs, and is no DTensor")
-        return placed.share(shared.ranks, is_first=shared.is_first)
+        return None if shared is None else share_outside(tensor, shared, of_gradient=of_gradient)
 
 
 def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedModule | None:

@@ -200,6 +200,7 @@ class MeasuredGraph:
         self.layout = rewritten.layout
         self.row_inputs = rewritten.row_inputs
         self.reference = rewritten.reference
+        self.placed_ends = rewritten.placed_ends
         self.has_own_randomness = has_own_randomness
         self.loses_reference = loses_reference
         self.is_evaluation = is_evaluation
@@ -230,6 +231,8 @@ class MeasuredGraph:
                 comparing.end(LOST_ITEMS)
         self.host.collect(self, inputs, outputs[len(outputs) - extra :])
         self.host.follow(outputs[:own])
+        if self.placed_ends.hold_for(inputs):
+            self.placed_ends.note(tuple(outputs[:own]))
         return outputs[:own]
 
     def outside(self, measurement: Measurement) -> bool:

@@ -61,6 +61,7 @@ from tmm.passes.findings import RowInput
 from tmm.passes.graph.sharding import why_unsummed
 from tmm.passes.insert_attention import SHOWN
 from tmm.passes.insert_gradient_probes import WITHOUT_GRADIENT
+from tmm.passes.metrics.gradient_probe import part_of_gradient, placements_of_gradient
 from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.passes.metrics.trace import MetricFunctionError
 from tmm.passes.reference.prefix_branch import SamplesError
@@ -524,11 +525,15 @@ class Twin:
             names = self.attribution.names.items()
             matched = (m for m, name in names if self.measures_output(display_name(name)))
             self._matched = (self.attribution.names, tuple(m for m in matched if m not in own))
-        # A program that the user compiled has guards on modules with hooks of the user.
-        is_compiled = any(region.settings is not None for region in regions)
-        self._outside.begin(
-            module for module in self._matched[1] if not (is_compiled and module._forward_hooks)
-        )
+        # A program that the user compiled has guards on its modules with hooks of the user.
+        guarded = {
+            module
+            for region in regions
+            if region.settings is not None
+            for module in _modules_in(region, self.attribution.root)
+            if module._forward_hooks
+        }
+        self._outside.begin(module for module in self._matched[1] if module not in guarded)
 
     def end_step(self) -> None:
         """Leave the modules as they were."""
@@ -638,10 +643,14 @@ class Twin:
         binding: Binding,
         reduction: Reduction,
         factor: torch.Tensor | None,
+        placements: tuple[Any, ...] | None,
         gradient: torch.Tensor | None,
     ) -> None:
         if gradient is None:
             return  # nothing that the loss depends on used the tensor
+        gradient = part_of_gradient(gradient, placements)
+        if reduction.function is not None and not gradient.numel():
+            return
         if is_batched(gradient):
             self._refuse_batched(binding)
             return
@@ -675,7 +684,10 @@ class Twin:
             elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
                 # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self.recorder.gradient_factor(tensor.device)
-                measure = partial(self._reduce_gradient, sink, binding, reduction, factor)
+                placements = placements_of_gradient(tensor)
+                measure = partial(
+                    self._reduce_gradient, sink, binding, reduction, factor, placements
+                )
                 tensor.register_hook(partial(self._guarded, measure))
 
     @property
@@ -799,6 +811,12 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def _modules_in(region: Region, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules that the program of a region may call; of a function, any of the model."""
+    callee: object = region.callee
+    return (callee if isinstance(callee, torch.nn.Module) else root).modules()
 
 
 def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:

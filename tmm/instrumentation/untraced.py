@@ -27,6 +27,7 @@ from tmm.instrumentation.uncalled import Uncalled
 from tmm.kernels.build import start_compiling
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 from tmm.passes.graph.sharding import why_unsummed
+from tmm.passes.insert_gradient_probes import NOT_JOINED
 from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed, local_part
@@ -303,7 +304,7 @@ class Untraced:
                 continue
             reason = why_no_values(tensor) or why_unsummed(tensor)
             if family == GRADIENT and is_distributed(tensor):
-                reason = "gradient: it may be placed in another way than the DTensor"
+                reason = f"gradient: {NOT_JOINED}"
             if reason:
                 self._attribution.unmeasured[self._attribution.name(module) + path] = reason
             else:

@@ -108,7 +108,8 @@ def instrument(
             user's own program, untouched: both are compiled. With 1, the measured program, whose
             rows are dropped at once: one is compiled, and each step has the cost of the kernels.
             ``"auto"`` is 1 where these only read tensors that are there, and 2 with a reference,
-            attention, histograms or functions of the user. What has no gradients runs the user's
+            attention, histograms, functions of the user, or gradients of activations that ranks
+            share (tensor parallel). What has no gradients runs the user's
             own program in either case. ``tmm.explain`` says which it is, and why.
         lowering: what becomes of a reduction in a program that Inductor compiles. ``"operator"``
             reads the tensor once more. ``"fused"`` gives the compiler partial sums, which it fuses
@@ -163,7 +164,6 @@ def instrument(
         root, regions = _regions(model, measured, module, parts, backend)
         tops = [measured]
     is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
-    choice = choose_programs(programs, spec, own_is_compiled=is_compiled)
     with _closing_on_error(group):
         plan = plan_of(measured, spec)
         reference = load_reference(measured, plan, spec.reference)
@@ -177,6 +177,10 @@ def instrument(
         with _closing_on_error(group):
             place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
+    shares_tensors = place.tensor_parallel is not None
+    choice = choose_programs(
+        programs, spec, own_is_compiled=is_compiled, shares_tensors=shares_tensors
+    )
     if backend is None and all(region.settings is None for region in (root, *regions)):
         in_parts = parts is not None or scheduled is not None
         root, regions = _traced_if_need_be(root, regions, in_parts, spec, place)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tmm.core.keys import reserved_start
+from tmm.steps.logged_values import values_here
 
 _MOST_LEVELS = 100
 
@@ -33,7 +34,7 @@ def numbers_in(
             yield from numbers_in(value, f"{name}/")
             continue
         if isinstance(value, torch.Tensor):
-            number = value.detach()
+            number = values_here("log", name, value)
         else:
             number = torch.tensor(_number(name, value), dtype=torch.float64, device="cpu")
         if number.numel() != 1 or number.is_complex():

@@ -51,10 +51,13 @@ def check_programs(asked: object) -> None:
         )
 
 
-def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> ProgramChoice:
+def choose_programs(
+    asked: Programs, spec: Spec, *, own_is_compiled: bool, shares_tensors: bool = False
+) -> ProgramChoice:
     """What ``tmm.instrument(..., programs=)`` comes to.
 
-    ``own_is_compiled`` tells whether the user's own program is compiled, too.
+    ``own_is_compiled`` tells whether the user's own program is compiled, too, ``shares_tensors``
+    that ranks share the tensors of a forward pass.
     """
     if asked != "auto":
         return ProgramChoice(asked, "as programs= asks for")
@@ -62,6 +65,8 @@ def choose_programs(asked: Programs, spec: Spec, *, own_is_compiled: bool) -> Pr
         return ProgramChoice(2, "as the model's own is not compiled")
     if (further := next(_further_work(spec), None)) is not None:
         return ProgramChoice(2, f"as {further}")
+    if shares_tensors and spec.measures(ACTIVATION_GRADIENT.name):
+        return ProgramChoice(2, "as ranks may have to sum gradients of activations")
     why = "as reading what is there costs less than compiling twice"
     return ProgramChoice(1, why, is_open=True)
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tmm.core.keys import key_of
 from tmm.core.module_names import Assembly, parameter_names
 from tmm.core.records import Measurement, Site
+from tmm.core.torch_private import localized_spec
 from tmm.kernels.dense import packed_dtype
 from tmm.spec.holders import Holders, strangers
 
@@ -91,9 +92,9 @@ class Ranks:
         meshes = forward_meshes(module)
         around = frozenset(rank for mesh in meshes for rank in ranks_of(mesh))
         held = {
-            name: ranks_of(parameter.device_mesh)
+            name: ranks_of(mesh)
             for name, parameter in parameters.items()
-            if is_distributed(parameter)
+            if (mesh := mesh_of(parameter)) is not None
         }
         averaged, size = _averaged(module), dist.get_world_size()
         averages = averaged is not None
@@ -229,6 +230,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return is_distributed(tensor) and not all(p.is_replicate() for p in tensor.placements)
 
 
+def mesh_of(parameter: torch.Tensor) -> DeviceMesh | None:
+    """The mesh whose ranks have parts of a parameter, or all of it; None for a plain one."""
+    if is_distributed(parameter):
+        return parameter.device_mesh
+    spec = localized_spec(parameter)
+    return None if spec is None else spec.mesh
+
+
 def ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
     """The ranks of a mesh, in its order."""
     ranks: list[int] = mesh.mesh.flatten().tolist()
@@ -272,7 +281,7 @@ def check_distributed(module: torch.nn.Module) -> None:
 
     Raises:
         ValueError: for ``FullyShardedDataParallel``, an engine of DeepSpeed, and
-            ``DistributedDataParallel`` with a mesh around a model that is tensor parallel.
+            ``DistributedDataParallel`` with a mesh that has run already.
     """
     for child in module.modules():
         if type(child).__name__ == "FullyShardedDataParallel":
@@ -286,24 +295,46 @@ def check_distributed(module: torch.nn.Module) -> None:
                 " own, which tmm does not know; give distributed=False to measure what each rank"
                 " has, or shard with torch.distributed.fsdp.fully_shard"
             )
-    parameters = tuple(module.parameters())
-    if any(hasattr(parameter, "_st_info") for parameter in parameters):
-        raise ValueError(
-            "DistributedDataParallel with a mesh takes the place of the parameters of a tensor"
-            " parallel model in every forward pass; use torch.distributed.fsdp.fully_shard for the"
-            " other dimension of the mesh"
-        )
+        is_wrapper = isinstance(child, DistributedDataParallel)
+        wraps_mesh = is_wrapper and getattr(child, "device_mesh", None) is not None
+        if wraps_mesh and any(map(_has_lost_parameters, child.modules())):
+            raise ValueError(
+                "DistributedDataParallel with a mesh has taken the parameters out of the modules in"
+                " its first forward pass; instrument the model before that"
+            )
+
+
+def _has_lost_parameters(module: torch.nn.Module) -> bool:
+    return any(isinstance(value, DTensor) for value in vars(module).values())
 
 
 def forward_meshes(module: torch.nn.Module) -> list[DeviceMesh]:
-    """The meshes over which forward passes are split: those of parameters, without FSDP's."""
+    """The meshes over which forward passes are split: those of parameters, without FSDP's.
+
+    Nor those of experts, of which ranks have some each: they have different data, since they are
+    among the ranks over which gradients of other parameters are averaged.
+    """
     by_fsdp: dict[torch.nn.Parameter, DeviceMesh | None] = {}
     for group in fsdp_groups(module):
         for parameter in group.fsdp_params:
             spec = parameter._unsharded_dtensor_spec if parameter.is_dtensor else None
             by_fsdp[parameter.sharded_param] = None if spec is None else spec.mesh
-    found = (by_fsdp.get(p, getattr(p, "device_mesh", None)) for p in module.parameters())
-    return list(dict.fromkeys(mesh for mesh in found if mesh is not None and mesh.size() > 1))
+    found = (by_fsdp.get(p, mesh_of(p)) for p in module.parameters())
+    with_other_data = list(_ranks_with_other_data(module))
+    return [
+        mesh
+        for mesh in dict.fromkeys(mesh for mesh in found if mesh is not None and mesh.size() > 1)
+        if not any(len(ranks.intersection(ranks_of(mesh))) > 1 for ranks in with_other_data)
+    ]
+
+
+def _ranks_with_other_data(module: torch.nn.Module) -> Iterator[frozenset[int]]:
+    """The groups of ranks, this one among them, over which wrappers average gradients."""
+    for group in fsdp_groups(module):
+        yield frozenset(ranks_of(group.mesh_info.mesh))
+    for child in module.modules():
+        if isinstance(child, DistributedDataParallel):
+            yield frozenset(dist.get_process_group_ranks(child.process_group))
 
 
 def _fingerprint(parameter: torch.Tensor) -> object:

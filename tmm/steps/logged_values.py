@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tmm.core.metrics import AGGREGATE_NAMES
+from tmm.spec.ranks import is_distributed, local_part
 
 
 def check_logged(caller: str, key: object, aggregate: object) -> None:
@@ -28,9 +29,25 @@ def one_number(caller: str, key: str, value: object) -> torch.Tensor:
         )
     except (TypeError, ValueError) as error:
         raise TypeError(f"{caller}({key!r}): {value!r} is not a number") from error
+    number = values_here(caller, key, number)
     if number.numel() != 1:
         raise ValueError(
             f"{caller}({key!r}): the value has shape {tuple(number.shape)}, not one number;"
             " log_tensor joins all elements"
         )
     return number
+
+
+def values_here(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The elements that this rank has of a tensor that is logged, without its gradient.
+
+    Raises ``ValueError`` for a ``DTensor`` that ranks have yet to sum: a process that logs alone
+    would wait for the others.
+    """
+    tensor = tensor.detach()
+    if is_distributed(tensor) and any(how.is_partial() for how in tensor.placements):
+        raise ValueError(
+            f"{caller}: {key!r} is a DTensor that processes have yet to sum; log the result of its"
+            " full_tensor()"
+        )
+    return local_part(tensor)

@@ -29,6 +29,7 @@ from tmm.spec.ranks import Ranks, is_sharded, summed
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan
 from tmm.steps.averaged_gradients import GradientAverage
+from tmm.steps.localized import LocalizedParameters
 from tmm.steps.replicas import Replicas, squares_of
 from tmm.steps.written_later import WrittenLater
 
@@ -92,6 +93,7 @@ class ParameterMonitor:
         self.replicas = Replicas(ranks)
         self._average = GradientAverage(ranks, is_wanted=plan.spec.average_gradients)
         self._names = ParameterNames(module)
+        self._localized = LocalizedParameters(self._names)
         self._updates_are_read_in_pairs = all(
             not rule.functions and HISTOGRAM not in rule.metrics
             for rule in plan.spec.rules
@@ -104,7 +106,16 @@ class ParameterMonitor:
 
     def names(self) -> dict[torch.nn.Parameter, str]:
         """Names of the parameters that the model has now."""
-        return self._names()
+        return {**self._localized.names, **self._names()} if self.is_taken_apart else self._names()
+
+    @property
+    def is_taken_apart(self) -> bool:
+        """Whether parameters were taken out of the model, see ``LocalizedParameters``."""
+        return bool(self._localized.names)
+
+    def owns(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether this rank measures what belongs to the parameter of that name."""
+        return self.ranks.owns(self._localized.as_dtensor(name, tensor), name)
 
     def add_parameters(self, collector: StepCollector) -> None:
         """Measure all parameters as they are now."""
@@ -134,6 +145,7 @@ class ParameterMonitor:
         """Measure these gradients; all ranks do so together."""
         if not self.wants(GRADIENT.name) or not gradients:
             return Gradients()
+        gradients = self._localized.as_dtensors(gradients)
         gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         gradients = self._average.of(gradients)
         family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
@@ -246,6 +258,9 @@ class ParameterMonitor:
         measures are left out, but with ``is_own``, where no other rank has them; of sharded ones
         what is no statistic of all elements.
         """
+        tensors = self._localized.as_dtensors(tensors)
+        if reference is not None:
+            reference = self._localized.as_dtensors(reference)
         if not is_own:
             tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor, n)}
         measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)

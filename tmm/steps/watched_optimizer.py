@@ -162,7 +162,7 @@ class WatchedOptimizer:
                 if name not in gathered.before
                 and self._parameters.plan.select(name, parameter.dtype, "update")
                 and (parameter.grad is not None or has_closure or not own)
-                and self._parameters.ranks.owns(parameter, name)
+                and self._parameters.owns(name, parameter)
             }
             if parameters:
                 copies = Copies() if self._copies in gathered.copies else self._copies
