@@ -88,11 +88,14 @@ class PartedMuon(torch.optim.Optimizer):
             if not state:
                 state["exp_avg"] = torch.zeros_like(own)  # under the name that Adam has
             state["exp_avg"].lerp_(own, 0.5)
-            left, _, right = torch.linalg.svd(state["exp_avg"], full_matrices=False)
+            # Newton-Schulz, as Muon; a decomposition makes noise of what has no full rank.
+            near = state["exp_avg"] / (state["exp_avg"].norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(3):
+                near = 1.5 * near - 0.5 * near @ near.mT @ near
             changed = torch.zeros_like(own)
             here = some[rank * count : (rank + 1) * count]
             for place, p in enumerate(here):
-                changed[place] = p - group["lr"] * (left[place] @ right[place])
+                changed[place] = p - group["lr"] * near[place]
             if size > 1:
                 dist.all_gather_into_tensor(stacked, changed)
             else:

@@ -40,7 +40,7 @@ def check_averaged(found: dict[str, Any], make: Any, ranks: int) -> None:
         assert {k for k in values if not k.startswith("optimizer_state")} == {
             k for k in metrics[step] if not k.startswith("optimizer_state")
         }
-        for key in metrics[step]:
+        for key in metrics[step].keys() & values.keys():  # states of stacks are known to some
             np.testing.assert_allclose(
                 metrics[step][key], values[key], rtol=1e-5, atol=2e-7, err_msg=f"{step} {key}"
             )
