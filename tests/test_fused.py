@@ -132,6 +132,18 @@ def test_constants_have_no_deviation(value: float, *, is_wide: bool) -> None:
         assert row["mean"] == pytest.approx(float(x[0, 0]), rel=1e-6, abs=1e-44)
 
 
+def test_more_elements_than_float32_counts() -> None:
+    elements = (1 << 24) + 1
+    x = torch.ones(elements)
+    x[7] = 0
+    rows = rows_of(x)
+    assert isinstance(rows, Rows)
+    row = row_of(x, FIVE, rows.length)
+    assert (row["count"], row["sum"], row["sum_squares"]) == (elements, elements - 1, elements - 1)
+    assert (row["zeros"], row["absmax"]) == (1, 1)
+    assert row["moment2"] == pytest.approx(1 - 1 / elements, rel=1e-9)
+
+
 def test_layouts_that_do_not_fit_are_refused() -> None:
     x = torch.ones(3, 4, dtype=torch.float64)
     for parts, layout in (

@@ -46,6 +46,7 @@ from tests.model_zoo import (
     print_something,
     tokens,
 )
+from tmm.kernels.fused.choose_lowering import Lowering
 
 
 def row_norms(x: torch.Tensor) -> torch.Tensor:
@@ -66,12 +67,14 @@ def check(
     backend: str = "aot_eager",
     steps: int = 2,
     allowed: Tolerance | None = None,
+    lowering: Lowering = "auto",
     **compile_options: Any,
 ) -> tmm.Explanation:
     """Compare steps of ``calls`` with eager hooks on a copy, also on programs already warm."""
     reference = copy.deepcopy(module)
     spec = tmm.Spec(tmm.activation(*BUILTIN), tmm.activation(row_norms=row_norms))
-    model = tmm.instrument(torch.compile(module, backend=backend, **compile_options), spec)
+    compiled = torch.compile(module, backend=backend, **compile_options)
+    model = tmm.instrument(compiled, spec, lowering=lowering)
     monitor = tmm.monitor(model)
     for step in range(steps):
         with monitor.step(step):
@@ -113,6 +116,14 @@ def test_every_architecture_agrees_with_eager_hooks(case: Case, backend: str) ->
     # Inductor draws other random numbers than eager, so that dropout is off there.
     module = case.build().train(backend != "inductor")
     check(module, call_with(case.batch()), backend=backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name in {case.name for case in CORE}])
+def test_every_architecture_agrees_where_statistics_are_fused(name: str) -> None:
+    case = CASES[name]
+    module = case.build().train(False)
+    check(module, call_with(case.batch()), backend="inductor", lowering="fused")
 
 
 EVERYWHERE = backends("eager", "aot_eager", slow=("inductor",))
