@@ -303,7 +303,7 @@ COLUMNS = ",".join(builtin_reductions(FIVE_METRICS, is_complex=False)[0].columns
 CALLS: dict[str, tuple[Any, ...]] = {
     "rows": ("summarize", (8, 1024, 768), COLUMNS),
     "no divisor": ("summarize", (2_097_169,), COLUMNS),
-    "heads": ("summarize_heads", (2, 8, 16), "count,sum"),  # by addresses of tensors
+    "heads": ("summarize_heads", (2, 8, 16), "count,sum"),  # by a kernel in Triton
     "nothing known": ("merge_of_tomorrow", (2,)),
 }
 
@@ -356,7 +356,9 @@ def test_an_operator_is_counted_by_its_own_plan(printed: dict[str, Any]) -> None
     cut = [Launch(*one) for one in counted["no divisor"]]
     assert sum(one.kind == "triton" for one in cut) == 7 + 2
     assert any(one.kind == "library" for one in cut)
-    assert counted["heads"] is None
+    heads = [Launch(*one) for one in counted["heads"]]
+    assert [one.kind for one in heads] == ["triton", "library"]
+    assert heads[0].bytes > 2 * 8 * 16 * 2  # which it reads
     assert counted["nothing known"] is None
 
 

@@ -78,13 +78,14 @@ def test_what_a_reference_keeps_in_place_is_static(options: dict[str, Any], diff
 
 
 def test_what_lies_elsewhere_moves() -> None:
+    from tmm.spec.gathering import Gathering
     from tmm.spec.module_state import ModelState
     from tmm.spec.reference import Reference
 
     module = nn.Linear(2, 3)
     own = dict(module.named_parameters())
     kept = {"weight": own["weight"].detach().clone(), "bias": torch.ones(3, device="meta")}
-    reference = Reference(ModelState(module, everything=False), kept)
+    reference = Reference(ModelState(module, everything=False), kept, Gathering(module))
     assert reference.stays(own["weight"])
     assert not reference.stays(own["bias"])  # as with reference_device="cpu" of a model on a GPU
     assert not reference.stays(torch.ones(3))

@@ -26,7 +26,7 @@ def _digest(value: bytes) -> bytes:
 
 def _bytes(value: bytes) -> torch.Tensor:
     if not value:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray(value), dtype=torch.uint8)
 
 
@@ -73,7 +73,7 @@ class ProcessGroup:
         Most ranks say what others say, too: it is sent once, by the first of them.
         """
         own = pickle.dumps(value)
-        told = [torch.empty(_DIGEST, dtype=torch.uint8) for _ in range(self._size)]
+        told = [torch.empty(_DIGEST, dtype=torch.uint8, device="cpu") for _ in range(self._size)]
         dist.all_gather(told, _bytes(_digest(own)), group=self._group)
         digests = [part.numpy().tobytes() for part in told]
         first = {digest: rank for rank, digest in reversed(list(enumerate(digests)))}
@@ -86,7 +86,8 @@ class ProcessGroup:
             if rank == self.rank:
                 sent = _bytes(own)
             else:
-                sent = torch.empty(int.from_bytes(digest[-_LENGTH:]), dtype=torch.uint8)
+                length = int.from_bytes(digest[-_LENGTH:])
+                sent = torch.empty(length, dtype=torch.uint8, device="cpu")
             dist.broadcast(sent, rank, group=self._group)
             known[digest] = pickle.loads(sent.numpy().tobytes())
         return [known[digest] for digest in digests]

@@ -89,7 +89,7 @@ class RankClock:
     def completes(self, collector: StepCollector) -> None:
         """Add the seconds since the last step."""
         for key, value in self._clock.mark().items():
-            number = torch.tensor(value, dtype=torch.float64)
+            number = torch.tensor(value, dtype=torch.float64, device="cpu")
             collector.log(key, number, last, of_all_ranks=False)
 
     def passes(self) -> None:

@@ -101,7 +101,7 @@ class ReplicaCheck:
             factor = self._factors[name]
             terms[self._places[name]] = [_signed(factor * _mixed(number)) for number in sums]
         device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
-        total = torch.tensor(terms, dtype=torch.int64).to(device)
+        total = torch.tensor(terms, dtype=torch.int64, device="cpu").to(device)
         dist.all_reduce(total, group=self._group)
         rows = total.tolist()
         differing = tuple(name for name, row in zip(self._places, rows, strict=True) if any(row))

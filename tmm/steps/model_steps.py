@@ -62,12 +62,9 @@ class ModelSteps:
         self.hint = CALL_THE_MODEL
         self.is_closed = False
         self.timeline = timeline
-        self.gaps = gaps
-        self.forgotten = forgotten
+        self.gaps, self.forgotten = gaps, forgotten
         self.recorder = recorder
-        self.twin = twin
-        self.optimizers = optimizers
-        self.archive = archive
+        self.twin, self.optimizers, self.archive = twin, optimizers, archive
         self._ranks, self._take_off, self._end_run = ranks, take_off, end_run
         self._notices = Notices(twin, gaps, forgotten, is_bypassed, recorder.micro_batches)
         self._replicas = ReplicaWatch(twin.module, twin.plan.spec, gaps)

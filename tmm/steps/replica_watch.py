@@ -36,5 +36,5 @@ class ReplicaWatch:
             numbers[replica_key(found.first)] = 1.0
             if not self._gaps.warn_once(EVENT, step.step, str(found), event=EVENT):
                 self._gaps.add(step.step, str(found), EVENT)
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
         step.add_numbers(tuple(numbers), values, "mean")

@@ -73,7 +73,8 @@ class Replicas:
             return counts[0]
         key = names, numbers.device
         if key not in self._counts:
-            self._counts[key] = on_device(torch.tensor(counts, dtype=numbers.dtype), numbers.device)
+            own = torch.tensor(counts, dtype=numbers.dtype, device="cpu")
+            self._counts[key] = on_device(own, numbers.device)
         return self._counts[key]
 
 
