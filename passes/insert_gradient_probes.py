@@ -62,7 +62,7 @@ def insert_probes(module: GraphModule, request: GraphRequest, found: GraphFindin
         rows = ordered_rows(here)
         row_input = row_input_of(device, rows)
         found.row_inputs += (row_input,)
-        given = add_row_input(module, row_input, value_of(here[0].tensor))
+        given = add_row_input(module, row_input, local_example(value_of(here[0].tensor)))
         factors: dict[tuple[tuple[GraphModule, Node], ...], Node] = {}
         factor = None
         if request.scales_gradients:
@@ -203,6 +203,8 @@ def _fused(
 ) -> tuple[Rows, FusedRow] | str:
     if not request.fuses:
         return "the backend fuses nothing"
+    if is_distributed(example):
+        return "ranks share it"
     if reduction.function is not None:
         return "a function of the user"
     if reduction.is_histogram:
