@@ -41,8 +41,13 @@ def reaches_parameters(module: torch.nn.Module) -> bool:
     # Neither compiled autograd nor a transform of torch.func knows.
     if torch.compiler.is_compiling() or peek_interpreter_stack():
         return True
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return not trained or any(map(_is_reached, trained))
+    trains = False
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            trains = True
+            if _is_reached(parameter):
+                return True
+    return not trains
 
 
 def _is_reached(parameter: torch.Tensor) -> bool:
