@@ -18,12 +18,14 @@ from tmm.core.metrics import HISTOGRAM_EDGES, builtin_reductions
 from tmm.core.torch_private import FakeTensorMode
 from tmm.instrumentation import backend, kernels_ahead
 from tmm.kernels.attention.attention_call import AttentionCall
+from tmm.kernels.fused.merge_operator import merge_parts
+from tmm.kernels.fused.row_partials import FusedRow
 from tmm.kernels.ops import _histogram, inner_edges, summarize, summarize_difference, summarize_into
 from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.inductor_rows import _kernel
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 from tmm.passes.graph.values import set_value
-from tmm.passes.metrics.gradient_probe import probe
+from tmm.passes.metrics.gradient_probe import probe, spread_rows
 
 (FIVE,) = builtin_reductions(("mean", "std", "rms", "absmax", "zero_fraction"), is_complex=False)
 KERNELS = {
@@ -238,6 +240,26 @@ def test_a_kernel_is_compiled_apart_from_what_runs(monkeypatch: pytest.MonkeyPat
     torch.compile(torch.sin, backend=compile_graph)(torch.randn(3))
     _kernel.cache_clear()
     assert seen == [True] * 5
+
+
+def test_merging_is_prepared_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(kernels_ahead, "prepare_merge", lambda *given: asked.append(given))
+    row = FusedRow(FIVE.columns, 100, is_wide=False)
+    device, graph = torch.device("cuda", 1), torch.fx.Graph()
+    partials, rows = graph.placeholder("partials"), graph.placeholder("rows")
+    with FakeTensorMode():
+        set_value(partials, torch.empty(len(row.partials), 30, device=device))
+        set_value(rows, torch.empty(9, device=device))
+    graph.call_function(merge_parts, ([partials, partials], [*row.layout, *row.layout]))
+    parts = [(7, row.layout, "", [len(row.partials), 40], torch.float32), (2, [], "", [], None)]
+    graph.call_function(spread_rows, (rows, parts))
+    graph.output(())
+    kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
+    assert asked == [
+        ([30, 30], [*row.layout, *row.layout], device),
+        ([40], row.layout, device),
+    ]
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import COLUMN_SEPARATOR
 from tmm.kernels.dense import real_dtype
+from tmm.kernels.fused.merge_operator import merge_parts
 from tmm.kernels.ops import summarize, summarize_difference, summarize_into
 from tmm.kernels.plain_operations import why_no_triton
 from tmm.kernels.summarize.differences import can_be_read_together, columns_of_difference
@@ -16,7 +18,7 @@ from tmm.kernels.summarize.inductor_rows import compile_ahead
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.readings import hinted_elements
 from tmm.passes.graph.values import value_of
-from tmm.passes.metrics.gradient_probe import probe
+from tmm.passes.metrics.gradient_probe import Part, probe, spread_rows
 
 
 def compile_kernels(module: GraphModule) -> None:
@@ -32,6 +34,8 @@ def compile_kernels(module: GraphModule) -> None:
                 names = tuple(str(node.args[2]).split(COLUMN_SEPARATOR))
                 compile_pairs(own, other, names)
                 continue
+        if (partials := _merged(node)) is not None:
+            prepare_merge(*partials)
         for tensor, columns, dtype in _needs(node):
             elements = hinted_elements(tensor)
             compile_ahead(elements, tuple(columns.split(COLUMN_SEPARATOR)), dtype, tensor.device)
@@ -44,6 +48,32 @@ def compile_pairs(own: torch.Tensor, other: torch.Tensor, columns: tuple[str, ..
 
         elements = hinted_elements(own)
         compile_pairs_ahead(own.dtype, other.dtype, columns, elements, own.device)
+
+
+def prepare_merge(rows: Sequence[int], layout: Sequence[int], device: torch.device) -> None:
+    """Make what merges partials ready, if Triton does it on that device."""
+    if device.type == "cuda" and why_no_triton(device) is None:
+        from tmm.kernels.fused.merge_triton import prepare
+
+        prepare(tuple(rows), tuple(layout), device)
+
+
+def _merged(node: Node) -> tuple[list[int], list[int], torch.device] | None:
+    """The rows, layouts and device of partials that a node merges, or its backward pass."""
+    layout: list[int] = []
+    if node.target is merge_parts:
+        given, layout = cast("tuple[list[Node], list[int]]", node.args)
+        shapes = [value_of(part).shape for part in given]
+        device = value_of(given[0]).device
+    elif node.target is spread_rows:
+        row_input, parts = cast("tuple[Node, list[Part]]", node.args)
+        fused = [part for part in parts if part[1]]
+        shapes = [shape for _, _, _, shape, _ in fused]
+        layout = [number for part in fused for number in part[1]]
+        device = value_of(row_input).device
+    if not layout or not all(isinstance(rows, int) for _, rows in shapes):
+        return None
+    return [rows for _, rows in shapes], layout, device
 
 
 def _needs(node: Node) -> Iterator[tuple[torch.Tensor, str, torch.dtype]]:

@@ -23,6 +23,14 @@ from tmm.kernels.optional_triton import tl, triton
 _BLOCK = 512  # rows per iteration: two for each thread, whose sums stay in registers
 _HEAD = 4  # numbers of an entry before the places: first partial, rows, length, first result
 _ENTRY = _HEAD + len(PARTIALS) + len(TENSOR_COLUMNS)
+_CONSTANTS = {
+    "ENTRY": _ENTRY,
+    "HEAD": _HEAD,
+    "PARTIALS": len(PARTIALS),
+    "BLOCK": _BLOCK,
+    "num_warps": 8,
+}
+"""What the kernel is compiled for."""
 
 
 def merge_joined_with_triton(
@@ -35,17 +43,19 @@ def merge_joined_with_triton(
     table, width = _table(tuple(map(int, rows)), tuple(layout), device)
     result = torch.empty(width, dtype=torch.float64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _merge_parts[(len(rows),)](
-            joined,
-            table,
-            result,
-            ENTRY=_ENTRY,
-            HEAD=_HEAD,
-            PARTIALS=len(PARTIALS),
-            BLOCK=_BLOCK,
-            num_warps=8,
-        )
+        _merge_parts[(len(rows),)](joined, table, result, **_CONSTANTS)
     return result
+
+
+def prepare(rows: tuple[int, ...], layout: tuple[int, ...], device: torch.device) -> None:
+    """Compile the kernel, and put the table onto a GPU, before a graph runs that merges so.
+
+    While a CUDA graph is warmed up, what is allocated counts as its memory.
+    """
+    with torch.cuda.device(device):
+        _table(rows, layout, device)
+        given = torch.float32, torch.int64, torch.float64
+        _merge_parts.warmup(*given, **_CONSTANTS, grid=(1,))
 
 
 @functools.lru_cache(maxsize=1024)
