@@ -131,8 +131,12 @@ def _merge(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
 
 
 def _merge_shape(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
+    return _empty_rows(parts[0], layout)
+
+
+def _empty_rows(like: torch.Tensor, layout: list[int]) -> torch.Tensor:
     width = sum(len(part.columns) for part in parts_of(layout))
-    return parts[0].new_empty(width, dtype=packed_dtype(parts[0].device))
+    return like.new_empty(width, dtype=packed_dtype(like.device))
 
 
 _library.define(
@@ -146,8 +150,7 @@ def _merge_joined(joined: torch.Tensor, rows: list[int], layout: list[int]) -> t
 
 
 def _merge_joined_shape(joined: torch.Tensor, rows: list[int], layout: list[int]) -> torch.Tensor:
-    width = sum(len(part.columns) for part in parts_of(layout))
-    return joined.new_empty(width, dtype=packed_dtype(joined.device))
+    return _empty_rows(joined, layout)
 
 
 _library.impl("merge_joined", _merge_joined, "CompositeExplicitAutograd")
