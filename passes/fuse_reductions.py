@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.metrics import COLUMN_SEPARATOR
-from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING, fused_row
+from tmm.kernels.fused.choose_lowering import TOGETHER, fused_row, in_groups
 from tmm.kernels.fused.row_partials import partials_of
 from tmm.kernels.ops import summarize
 from tmm.kernels.summarize.many import summarize_many
@@ -74,28 +73,21 @@ def _writes(module: GraphModule) -> dict[int, int]:
     return dict.fromkeys(written(module), len(module.graph.nodes)) | last
 
 
-@dataclass
-class _Group:
-    """Operators on tensors of a device that compute the same columns, until there are enough."""
-
-    nodes: list[Node] = field(default_factory=list)
-    elements: int = 0
-
-
 def _groups(nodes: list[Node]) -> Iterator[list[Node]]:
     """Operators that may be one, each group in the order of the graph."""
-    open_groups: dict[tuple[torch.device, object], _Group] = {}
+    alike: dict[tuple[torch.device, object], list[Node]] = {}
     for node in nodes:
-        tensor, columns = node.args
-        assert isinstance(tensor, Node)
-        key = value_of(tensor).device, columns
-        group = open_groups.setdefault(key, _Group())
-        group.nodes.append(node)
-        group.elements += hinted_elements(value_of(tensor))
-        if group.elements >= WAITING:
-            yield open_groups.pop(key).nodes
-    for group in open_groups.values():
-        yield group.nodes
+        alike.setdefault((_tensor(node).device, node.args[1]), []).append(node)
+    for some in alike.values():
+        yield from in_groups(some, lambda node: hinted_elements(_tensor(node)))
+
+
+def _tensor(node: Node) -> torch.Tensor:
+    """The traced value that an operator reduces."""
+    tensor = node.args[0]
+    assert isinstance(tensor, Node)
+    example: torch.Tensor = value_of(tensor)
+    return example
 
 
 def _join(nodes: list[Node]) -> None:

@@ -25,7 +25,7 @@ from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.inductor_rows import _kernel
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
 from tmm.passes.graph.values import set_value
-from tmm.passes.metrics.gradient_probe import probe, spread_rows
+from tmm.passes.metrics.gradient_probe import Part, probe, spread_rows
 
 (FIVE,) = builtin_reductions(("mean", "std", "rms", "absmax", "zero_fraction"), is_complex=False)
 KERNELS = {
@@ -252,8 +252,9 @@ def test_merging_is_prepared_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> 
         set_value(partials, torch.empty(len(row.partials), 30, device=device))
         set_value(rows, torch.empty(9, device=device))
     graph.call_function(merge_parts, ([partials, partials], [*row.layout, *row.layout]))
-    parts = [(7, row.layout, "", [len(row.partials), 40], torch.float32), (2, [], "", [], None)]
-    graph.call_function(spread_rows, (rows, parts))
+    parts = [Part(7, [len(row.partials), 40], torch.float32, row.layout)]
+    graph.call_function(spread_rows, (rows, parts, ""))
+    graph.call_function(spread_rows, (rows, [Part(2, [8, 8], torch.float32)], "count,sum"))
     graph.output(())
     kernels_ahead.compile_kernels(torch.fx.GraphModule({}, graph))
     assert asked == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,16 +17,28 @@ from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.graph.sharding import of_gradient
 from tmm.passes.metrics.trace import TracedFunction
 
-VERSION = "4"
+VERSION = "5"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
 Fused: TypeAlias = tuple[list[int], int, str, bool] | Literal["together"] | None
 """How a row comes about: partials, by what ``partials_of`` takes besides the tensor; ``"together"``
 with those of others, by one operator; or by an operator for it alone."""
 
-Part: TypeAlias = tuple[int, list[int], str, list[int], torch.dtype | None]
-"""A part of the rows, for which a stand-in is made: its width; the layout of what comes back, if
-that is partials; the columns, if it is the gradient; and of both, shape and dtype."""
+
+class Part(NamedTuple):
+    """A part of the rows that comes about in a backward pass, for which a stand-in is made.
+
+    Attributes:
+        width: Numbers of its row.
+        shape: Of what comes back as the stand-in's gradient: partials, or the gradient itself.
+        dtype: Of that.
+        layout: Of the partials; empty for a gradient.
+    """
+
+    width: int
+    shape: Sequence[int]
+    dtype: torch.dtype
+    layout: Sequence[int] = ()
 
 
 def probe(
@@ -79,12 +91,15 @@ def columns_of(reduction: Reduction) -> str:
     return COLUMN_SEPARATOR.join(reduction.columns)
 
 
-def spread_rows(rows: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor, ...]:
+def spread_rows(
+    rows: torch.Tensor, parts: Sequence[Part], columns: str
+) -> tuple[torch.Tensor, ...]:
     """Stand-ins for ``parts`` of ``rows``; what comes back as their gradients becomes its one.
 
-    Parts that are read together lie one after the other.
+    All parts are partials, which are merged; or gradients, whose ``columns`` one operator reads.
     """
-    given: tuple[torch.Tensor, ...] = _Spread.apply(rows, tuple(parts))  # type: ignore[no-untyped-call]
+    given: tuple[torch.Tensor, ...]
+    given = _Spread.apply(rows, tuple(parts), columns)  # type: ignore[no-untyped-call]
     return given
 
 
@@ -165,49 +180,32 @@ class _Probe(torch.autograd.Function):
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, parts: tuple[Part, ...]) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, rows: torch.Tensor, parts: tuple[Part, ...], columns: str
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.parts, ctx.dtype = parts, rows.dtype
-        given = []
-        for width, _, _, shape, dtype in parts:
-            nothing = rows.new_zeros((), dtype=dtype or rows.dtype)
-            given.append(nothing.expand(width) if dtype is None else nothing.expand(shape))
-        return tuple(given)
+        ctx.parts, ctx.columns = parts, columns
+        return tuple(rows.new_zeros((), dtype=part.dtype).expand(*part.shape) for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
-        given = [gradient for gradient in gradients if gradient is not None]
-        if not given:
-            return None, None
-        rows: list[torch.Tensor] = []
-        read: dict[str, list[torch.Tensor]] = {}
-        partials: list[torch.Tensor] = []
-        layouts: list[int] = []
-
-        def finish() -> None:
-            """Read what waits, before something else comes."""
-            rows.extend(summarize_many(tensors, columns) for columns, tensors in read.items())
-            if partials:
-                rows.append(merge_parts(partials, layouts))
-            for waiting in (read, partials, layouts):
-                waiting.clear()
-
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        pairs = list(zip(gradients, ctx.parts, strict=True))
+        came = [(gradient, part) for gradient, part in pairs if gradient is not None]
+        if not came:
+            return None, None, None
+        tensors = [gradient for gradient, _ in came]
         with torch.no_grad():
-            for gradient, (width, layout, columns, *_) in zip(gradients, ctx.parts, strict=True):
-                if gradient is None:  # the backward pass did not come here: it is of no elements
-                    finish()
-                    rows.append(given[0].new_zeros(width, dtype=ctx.dtype))
-                elif columns:
-                    if columns not in read:
-                        finish()
-                    read.setdefault(columns, []).append(gradient)
-                elif layout:
-                    if read:
-                        finish()
-                    partials.append(gradient)
-                    layouts.extend(layout)
-                else:
-                    finish()
-                    rows.append(gradient)
-            finish()
-            return torch.cat(rows), None
+            if ctx.columns:
+                rows = summarize_many(tensors, ctx.columns)
+            else:
+                rows = merge_parts(tensors, [number for _, part in came for number in part.layout])
+            if len(came) < len(pairs):
+                # Where the backward pass did not come, a row is of no elements.
+                found = iter(rows.split([part.width for _, part in came]))
+                rows = torch.cat(
+                    [
+                        rows.new_zeros(part.width) if gradient is None else next(found)
+                        for gradient, part in pairs
+                    ]
+                )
+        return rows, None, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import Measurement, PackedLayout, Share, Site, Slot
 from tmm.core.torch_private import FakeTensor
 from tmm.kernels.dense import packed_dtype
-from tmm.kernels.fused.choose_lowering import TOGETHER, WAITING
+from tmm.kernels.fused.choose_lowering import TOGETHER, in_groups
 from tmm.kernels.fused.row_partials import FusedRow, Rows
 from tmm.passes.findings import RowInput
 from tmm.passes.graph.edits import add_placeholder
@@ -55,18 +56,22 @@ Row: TypeAlias = tuple[Place, int]
 """A row of a place: that of the reduction of that number."""
 
 
+_OPERATOR, _PARTIALS, _TOGETHER = range(3)
+
+
+def _kind(row: Row) -> tuple[int, str]:
+    """How a row is computed, and its columns, if that is together with others."""
+    place, index = row
+    fused = place.fused[index]
+    if fused == TOGETHER:
+        return _TOGETHER, columns_of(place.reductions[index])
+    return _OPERATOR if isinstance(fused, str) else _PARTIALS, ""
+
+
 def ordered_rows(places: Sequence[Place]) -> list[Row]:
     """The rows of places, in the order in which they lie: by how they are computed."""
-    rows = [(place, index) for place in places for index in range(len(place.reductions))]
-
-    def kind(row: Row) -> tuple[int, str]:
-        place, index = row
-        fused = place.fused[index]
-        if fused == TOGETHER:
-            return 2, columns_of(place.reductions[index])
-        return int(not isinstance(fused, str)), ""
-
-    return sorted(rows, key=kind)
+    rows = ((place, index) for place in places for index in range(len(place.reductions)))
+    return sorted(rows, key=_kind)
 
 
 def row_input_of(device: torch.device, rows: Sequence[Row]) -> RowInput:
@@ -102,53 +107,57 @@ def part_nodes(
     Few operations, and as many in the backward pass, which join what comes back: gradients that are
     read together wait for one another, until they are many elements.
     """
-    pieces: list[list[Part]] = [[]]
-    waiting = 0
-    for each, index in rows:
-        part = _part(each, index, scaled=scaled)
-        if part[2]:
-            elements = value_of(each.tensor).numel()
-            if not waiting or waiting + elements > WAITING:
-                pieces.append([])
-                waiting = 0
-            waiting += elements
-        pieces[-1].append(part)
-    pieces = [piece for piece in pieces if piece]
+    pieces = list(_pieces(rows))
     at = Rewriter(module.graph, place)
     cut = [row_input]
     if len(pieces) > 1:
-        cut = _cut(at, torch.split, row_input, [sum(part[0] for part in piece) for piece in pieces])
+        cut = _cut(at, torch.split, row_input, [sum(map(_width, piece)) for piece in pieces])
     found = []
     for node, piece in zip(cut, pieces, strict=True):
-        if any(dtype is not None for *_, dtype in piece):
-            found += _cut(at, spread_rows, node, piece)
+        kind, columns = _kind(piece[0])
+        if kind == _OPERATOR:
+            found += _cut(at, torch.split, node, list(map(_width, piece)))
         else:
-            found += _cut(at, torch.split, node, [width for width, *_ in piece])
+            parts = [_part(row, scaled=scaled) for row in piece]
+            found += _cut(at, spread_rows, node, parts, columns)
     return found
 
 
+def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows that come about by one operation of the backward pass, or each by its own."""
+    for (kind, _), some in itertools.groupby(rows, key=_kind):
+        if kind == _TOGETHER:
+            yield from in_groups(some, lambda row: value_of(row[0].tensor).numel())
+        else:
+            yield list(some)
+
+
 def _cut(
-    at: Rewriter, function: Callable[..., Sequence[torch.Tensor]], node: Node, parts: Sequence[Any]
+    at: Rewriter, function: Callable[..., Sequence[torch.Tensor]], node: Node, *how: Any
 ) -> list[Node]:
-    values = function(value_of(node), parts)
-    cut = at.add("call_function", function, (node, parts), {}, values)
+    values = function(value_of(node), *how)
+    cut = at.add("call_function", function, (node, *how), {}, values)
     return [
         at.add("call_function", operator.getitem, (cut, index), {}, value)
         for index, value in enumerate(values)
     ]
 
 
-def _part(place: Place, index: int, *, scaled: bool) -> Part:
-    """What comes back as the gradient of a row of a place."""
-    reduction, fused, example = place.reductions[index], place.fused[index], value_of(place.tensor)
-    if fused == TOGETHER:
-        dtype = torch.promote_types(example.dtype, torch.float32) if scaled else example.dtype
-        return reduction.width, [], columns_of(reduction), list(example.shape), dtype
+def _width(row: Row) -> int:
+    place, index = row
+    return place.reductions[index].width
+
+
+def _part(row: Row, *, scaled: bool) -> Part:
+    """What comes back as the gradient of a row that has no operator of its own."""
+    place, index = row
+    fused, example = place.fused[index], value_of(place.tensor)
     if isinstance(fused, str):
-        return reduction.width, [], "", [], None
-    _, row = fused
-    shape = [len(row.partials), example.numel() // row.length]
-    return reduction.width, row.layout, "", shape, row.dtype
+        dtype = torch.promote_types(example.dtype, torch.float32) if scaled else example.dtype
+        return Part(_width(row), list(example.shape), dtype)
+    _, partials = fused
+    shape = [len(partials.partials), example.numel() // partials.length]
+    return Part(_width(row), shape, partials.dtype, partials.layout)
 
 
 def as_argument(fused: tuple[Rows, FusedRow] | str) -> Fused:

@@ -66,10 +66,9 @@ def _merged(node: Node) -> tuple[list[int], list[int], torch.device] | None:
         shapes = [value_of(part).shape for part in given]
         device = value_of(given[0]).device
     elif node.target is spread_rows:
-        row_input, parts = cast("tuple[Node, list[Part]]", node.args)
-        fused = [part for part in parts if part[1]]
-        shapes = [shape for _, _, _, shape, _ in fused]
-        layout = [number for part in fused for number in part[1]]
+        row_input, parts, _ = cast("tuple[Node, list[Part], str]", node.args)
+        shapes = [part.shape for part in parts]
+        layout = [number for part in parts for number in part.layout]
         device = value_of(row_input).device
     if not layout or not all(isinstance(rows, int) for _, rows in shapes):
         return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 
 from tmm.kernels.build import DTYPES
 from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
+
+Item = TypeVar("Item")
 
 Lowering: TypeAlias = Literal["auto", "fused", "operator"]
 
@@ -29,7 +31,24 @@ TOGETHER = "small: one operator reads several of them"
 """How such a tensor is reduced."""
 
 WAITING = 1 << 18
-"""Elements of tensors that wait at most to be reduced together: they are in a cache, and kept."""
+"""Elements of tensors that wait to be reduced together: they are in a cache, and kept."""
+
+
+def in_groups(items: Iterable[Item], elements: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """What waits for one another, in its order; the last of a group makes it ``WAITING`` or more.
+
+    ``elements`` tells how many an item has.
+    """
+    group: list[Item] = []
+    waiting = 0
+    for item in items:
+        group.append(item)
+        waiting += elements(item)
+        if waiting >= WAITING:
+            yield group
+            group, waiting = [], 0
+    if group:
+        yield group
 
 
 def fused_row(
