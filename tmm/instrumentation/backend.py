@@ -27,6 +27,8 @@ from tmm.instrumentation.reference.batch_prefix import LOST_ITEMS, Sampling
 from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
 from tmm.kernels.build import start_compiling
 from tmm.kernels.fused.choose_lowering import Lowering
+from tmm.kernels.fused.merge_operator import VERSION as MERGE_VERSION
+from tmm.kernels.fused.merge_operator import merge_parts
 from tmm.kernels.fused.row_partials import register_lowering
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 from tmm.passes.attention.multi_head import VERSION as MULTI_HEAD_VERSION
@@ -404,7 +406,7 @@ class MeasuringBackend:
         # Compiled graphs are cached only if they call nothing but what is marked as cacheable.
         known = inductor_config().unsafe_marked_cacheable_functions
         ours = {probe: PROBE_VERSION, parts_of_multi_head: MULTI_HEAD_VERSION}
-        ours[spread_rows] = PROBE_VERSION
+        ours |= {spread_rows: PROBE_VERSION, merge_parts: MERGE_VERSION}
         ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         notes.attempt(subject, partial(compile_kernels, rewritten.module), None)

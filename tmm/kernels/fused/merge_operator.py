@@ -18,6 +18,9 @@ from tmm.kernels import kernel_registry
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.fused.row_partials import PARTIALS
 
+VERSION = "1"
+"""To be changed with what ``merge_parts`` computes: compiled graphs that call it are cached."""
+
 
 @dataclass(frozen=True)
 class Part:
