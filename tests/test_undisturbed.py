@@ -41,6 +41,7 @@ from tests.model_zoo import (
     perceptron,
     tokens,
 )
+from tmm.kernels.fused.choose_lowering import Lowering
 
 Batches = list[dict[str, Any]]
 
@@ -463,14 +464,14 @@ def test_prepare_leaves_random_state_and_buffers_alone(name: str) -> None:
     assert tmm.monitor(model).get_step_metrics()
 
 
-def cache_events(spec: tmm.Spec | None) -> dict[str, int]:
+def cache_events(spec: tmm.Spec | None, lowering: Lowering = "auto") -> dict[str, int]:
     torch._dynamo.reset()
     counters.clear()
     module = nn.Sequential(nn.Linear(8, 4), nn.GELU())
     model = torch.compile(module)
     context: Any = contextlib.nullcontext()
     if spec is not None:
-        model = tmm.instrument(model, spec)
+        model = tmm.instrument(model, spec, lowering=lowering)
         context = tmm.monitor(model).step(0)
     with context:
         model(VECTORS[0]).sum().backward()
@@ -486,14 +487,20 @@ def cache_spec() -> tmm.Spec:
     )
 
 
-@pytest.mark.parametrize("spec", [cache_spec(), pytest.param(None, marks=SLOW)])
-def test_rewritten_graphs_come_from_a_warm_cache(spec: tmm.Spec | None) -> None:
+@pytest.mark.parametrize(
+    ("spec", "lowering"),
+    [
+        *((cache_spec(), lowering) for lowering in ("operator", "auto", "fused")),
+        pytest.param(None, "auto", marks=SLOW),
+    ],
+)
+def test_rewritten_graphs_come_from_a_warm_cache(spec: tmm.Spec | None, lowering: Lowering) -> None:
     """As those of the plain program do, which ``None`` stands for."""
     module = tmm.instrument(nn.Linear(8, 4), cache_spec())  # compiles what all graphs share
     with tmm.monitor(module).step(0):
         module(VECTORS[0]).sum().backward()
     with fresh_cache():
-        cold, warm = (cache_events(spec) for _ in range(2))
+        cold, warm = (cache_events(spec, lowering) for _ in range(2))
     for events in (cold, warm):
         assert not [key for key in events if "bypass" in key], events
     assert cold["autograd_cache_miss"] == warm["autograd_cache_hit"] == 1, (cold, warm)
