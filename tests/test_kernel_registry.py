@@ -22,7 +22,7 @@ from tmm.kernels.kernel_registry import (
     chosen,
     function_of,
 )
-from tmm.kernels.plain_operations import warn_of_plain_operations
+from tmm.kernels.plain_operations import warn_of_plain_operations, why_no_triton
 from tmm.kernels.summarize import inductor_rows
 from tmm.kernels.summarize.inductor_rows import summarize_with_inductor
 from tmm.kernels.summarize.torch_rows import summarize_with_torch
@@ -128,3 +128,17 @@ def test_a_kernel_that_is_not_compiled_is_warned_of_once(monkeypatch: pytest.Mon
         for size in (5, 8192, 7):
             assert summarize_with_inductor(torch.ones(size), ("sum",)) is None
     assert len(told) == 1
+
+
+def test_a_gpu_from_amd_has_triton_whatever_its_capability(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ROCm calls its devices cuda, and numbers what they can do in its own way."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert why_no_triton(torch.device("cuda", 0)) is not None
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert why_no_triton(torch.device("cuda", 0)) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert why_no_triton(torch.device("cuda", 0)) == "triton is not installed"
