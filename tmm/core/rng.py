@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tmm.core.module_names import modules_of
+
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
@@ -83,9 +85,15 @@ class PassState:
         """The state now; ``of_torch_only`` leaves out the generators of Python and NumPy."""
         parameters = tuple(module.parameters()) if trains else ()
         gradients = [p.grad for p in parameters if p.grad is not None]
+        buffers = [
+            buffer
+            for part in modules_of(module)
+            for buffer in part._buffers.values()
+            if buffer is not None
+        ]
         return PassState(
             RandomState.capture(of_torch_only=of_torch_only),
-            tuple((t, t._version) for t in (*module.buffers(), *parameters, *gradients)),
+            tuple((t, t._version) for t in (*buffers, *parameters, *gradients)),
             tuple(parameter for parameter in parameters if parameter.grad is None),
         )
 

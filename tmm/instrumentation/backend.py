@@ -271,6 +271,7 @@ class MeasuringBackend:
     """Rewrites each traced graph and hands it to the user's backend.
 
     ``handles`` are what Dynamo is given: of the backend, and of the graphs that it made.
+    ``makes_whole_graphs`` tells whether each of these holds all that a call of the program runs.
     """
 
     def __init__(
@@ -280,6 +281,7 @@ class MeasuringBackend:
         self.settings = settings
         self.sampling = sampling
         self.handles: list[Handle] = []
+        self.makes_whole_graphs = False
         self._unmeasured: list[Callable[..., Any]] = []  # which handles do not keep alive
 
     def compiler(self) -> Callable[..., Any]:
@@ -326,14 +328,15 @@ class MeasuringBackend:
         return run(*inputs)
 
     def _compile_measured(self, module: GraphModule, inputs: list[torch.Tensor]) -> Handle:
-        scope = self.host.scope()
+        scope, whole = self.host.scope(), is_whole(module)
+        self.makes_whole_graphs = whole and (self.makes_whole_graphs or len(self.handles) == 1)
         tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
         if tensors and all(x.is_cpu for x in tensors):
             start_compiling(*HOST_SOURCES)
             if scope.attention is not None:
                 start_compiling(*ATTENTION_SOURCES)
         comparison = samples = None
-        comparing, whole = self.host.comparing, scope.is_root and is_whole(module)
+        comparing, whole = self.host.comparing, scope.is_root and whole
         if scope.comparison is not None and comparing is not None:
             refusal = ""
             if not whole and not self._is_followed(module, comparing):

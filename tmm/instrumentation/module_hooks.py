@@ -47,6 +47,7 @@ class ModuleHooks:
         self._leave = leave
         self._marks_inputs = marks_inputs
         self._spares_fused_layers = spares_fused_layers
+        self._standing: list[torch.nn.Module] = []
         self._hidden_calls: list[Replacement] = []
         self._traced = TracedCalls()
 
@@ -63,6 +64,7 @@ class ModuleHooks:
             if module in markable and not has_own_hooks(module):
                 unhooked.append(module)
                 continue
+            self._standing.append(module)
             module._forward_hooks[_KEY] = mark_outputs
             if self._marks_inputs:
                 module._forward_pre_hooks[_KEY] = mark_inputs
@@ -72,23 +74,27 @@ class ModuleHooks:
                 module._forward_pre_hooks[_KEY] = mark_nothing
         self._traced.begin(unhooked)
 
-    def watch(self) -> None:
-        """Show the calls that run from now on."""
-        # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
-        self._show_calls()
+    def watch(self, held: frozenset[torch.nn.Module] = frozenset()) -> None:
+        """Show the calls that run from now on, but for those of modules that graphs hold."""
+        self.remove()
         for module in self._hooked():
+            # What the user's hooks are guarded on has a length, with ours.
+            if module in held and not (module._forward_hooks or module._forward_pre_hooks):
+                continue
             module._forward_pre_hooks[_KEY] = self._enter
             if self._marks_inputs:
                 module._forward_pre_hooks_with_kwargs[_KEY] = True
             module._forward_hooks[_KEY] = self._leave
+            self._standing.append(module)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
         self._show_calls()
-        for module in self._attribution.names:
+        for module in self._standing:
             module._forward_pre_hooks.pop(_KEY, None)
             module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
             module._forward_hooks.pop(_KEY, None)
+        self._standing.clear()
 
     def _hooked(self) -> Iterator[torch.nn.Module]:
         names = self._attribution.names

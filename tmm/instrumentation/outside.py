@@ -25,39 +25,29 @@ class OutsideCalls:
         self._shows = shows
         self._show = show
         self._calls: dict[torch.nn.Module, Callable[..., Any]] = {}
-        self._modules: tuple[torch.nn.Module, ...] = ()
-        self._standing: list[torch.nn.Module] = []
+        self._standing: list[tuple[dict[str, Any], Callable[..., Any]]] = []
 
     def begin(self, modules: Iterable[torch.nn.Module]) -> None:
         """Show calls of ``modules`` from now on."""
-        self.pause()
-        self._modules = tuple(modules)
-        self.resume()
+        self.end()
+        calls, standing = self._calls, self._standing
+        for module in modules:
+            attributes = module.__dict__
+            if attributes.get(COMPILED_CALL) is not None:
+                continue
+            # The same one in each step: a program that the user compiled may have a guard on it.
+            call = calls.get(module)
+            if call is None:
+                call = calls[module] = _shown(module, self._shows, self._show)
+            attributes[COMPILED_CALL] = call
+            standing.append((attributes, call))
 
     def end(self) -> None:
         """Leave the modules as they were, but for what was compiled since."""
-        self.pause()
-        self._modules = ()
-
-    def resume(self) -> None:
-        """Show calls again, if a step is open."""
-        for module in self._modules:
-            if vars(module).get(COMPILED_CALL) is None:
-                vars(module)[COMPILED_CALL] = self._call(module)
-                self._standing.append(module)
-
-    def pause(self) -> None:
-        """Show no calls for now."""
-        while self._standing:
-            module = self._standing.pop()
-            if vars(module).get(COMPILED_CALL) is self._calls[module]:
-                del vars(module)[COMPILED_CALL]
-
-    def _call(self, module: torch.nn.Module) -> Callable[..., Any]:
-        # The same one in each step: a program that the user compiled may have a guard on it.
-        if module not in self._calls:
-            self._calls[module] = _shown(module, self._shows, self._show)
-        return self._calls[module]
+        for attributes, call in self._standing:
+            if attributes.get(COMPILED_CALL) is call:
+                del attributes[COMPILED_CALL]
+        self._standing.clear()
 
 
 def _shown(

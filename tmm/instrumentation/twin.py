@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ from tmm.instrumentation.compile_settings import HAS_ISOLATION, CompileSettings,
 from tmm.instrumentation.eager_backend import EagerAnswers
 from tmm.instrumentation.foreign import PASSED_BY, foreign_pass
 from tmm.instrumentation.graph_breaks import GraphBreaks
+from tmm.instrumentation.held_by_graphs import HeldByGraphs
 from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
 from tmm.instrumentation.module_hooks import ModuleHooks, has_own_hooks, keep_guard
 from tmm.instrumentation.notes import Notes
@@ -177,8 +178,7 @@ class Twin:
                 *(self.attribution, recorder, self.is_running),
                 is_step_function=root.module is None,
             )
-        self._programs: list[tuple[tuple[type, CompileSettings, bool], Callable[..., Any]]] = []
-        self._backends: list[MeasuringBackend] = []
+        self._programs: list[_Program] = []
         self._kept = KeptByDynamo()
         # Of a model that is dropped, too.
         weakref.finalize(self, self._kept.forget).atexit = False
@@ -193,6 +193,7 @@ class Twin:
         self._is_unrecorded = False
         self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
         self._outside = OutsideCalls(self._shows_call, self._show_call)
+        self._held = HeldByGraphs()
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
@@ -353,31 +354,47 @@ class Twin:
     def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
         settings = region.settings
         assert settings is not None
-        key = (type(region.callee), settings, is_traced)
-        for known, program in self._programs:
-            if known == key:
-                return program
+        if (known := self._known_program(region, is_traced=is_traced)) is not None:
+            return known.run
         sampling = None
         if (kept := self.plan.spec.reference_samples) is not None:
             sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
         backend = MeasuringBackend(self, settings, sampling)
-        self._backends.append(backend)
         program, forget = compile_separately(
             *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
             is_traced=is_traced,
         )
         self._kept.add(forget)
-        self._programs.append((key, program))
+        key = type(region.callee), settings, is_traced
+        self._programs.append(_Program(key, program, backend))
         self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
         return program
+
+    def _known_program(self, region: Region, *, is_traced: bool = True) -> _Program | None:
+        key = type(region.callee), region.settings, is_traced
+        return next((program for program in self._programs if program.key == key), None)
+
+    def _held_by_graphs(self) -> frozenset[torch.nn.Module]:
+        """Modules that need not be watched."""
+        if self.comparing is not None:
+            return frozenset()  # what is compared outside of graphs goes by the calls of modules
+        whole = tuple(filter(self._is_whole, (self.root, *self.regions)))
+        return self._held.modules(self.attribution.names, whole, self.eager_modules)
+
+    def _is_whole(self, region: Region) -> bool:
+        """Whether a region has always run as one graph."""
+        module = region.module
+        if module is None or region.settings is None or _runs_hooks_outside(region, module):
+            return False
+        program = self._known_program(region)
+        return program is not None and program.backend.makes_whole_graphs
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         outer = _running.set(self)
         frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
-        self._outside.pause()
-        self._hooks.watch()
+        self._hooks.watch(self._held_by_graphs())
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
         try:
@@ -387,7 +404,6 @@ class Twin:
             callback_handler.remove_end_callback(self._end_tracing)
             self._answers.stop()
             self._hooks.remove()
-            self._outside.resume()
             self._frames = frames
             _running.reset(outer)
 
@@ -402,14 +418,14 @@ class Twin:
 
     def close(self) -> None:
         """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
-        for backend in self._backends:
-            backend.close()
+        for program in self._programs:
+            program.backend.close()
         if self.untraced is not None:
             self.untraced.close()
         self._kept.forget()
         self.graphs.clear()
-        self._backends.clear()
         self._programs.clear()
+        self._held.forget()
 
     # Tracing
 
@@ -487,6 +503,8 @@ class Twin:
     ) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
+        if self._held.has(module):
+            self._hooks.watch()  # Dynamo has left a region to Python
         if self._is_in_function():
             self.recorder.begin_pass(module, (arguments, keywords))
         self._frames.append(module)
@@ -523,17 +541,20 @@ class Twin:
         if self._matched[0] is not self.attribution.names:
             own = {part for region in regions for part in (region.callee, region.holder)}
             names = self.attribution.names.items()
-            matched = (m for m, name in names if self.measures_output(display_name(name)))
-            self._matched = (self.attribution.names, tuple(m for m in matched if m not in own))
-        # A program that the user compiled has guards on its modules with hooks of the user.
-        guarded = {
-            module
-            for region in regions
-            if region.settings is not None
-            for module in _modules_in(region, self.attribution.root)
-            if module._forward_hooks
-        }
-        self._outside.begin(module for module in self._matched[1] if module not in guarded)
+            asked_for = (m for m, name in names if self.measures_output(display_name(name)))
+            self._matched = (self.attribution.names, tuple(m for m in asked_for if m not in own))
+        matched = self._matched[1]
+        if any(module._forward_hooks for module in matched):
+            # A program that the user compiled has guards on its modules with hooks of the user.
+            guarded = {
+                module
+                for region in regions
+                if region.settings is not None
+                for module in _modules_in(region, self.attribution.root)
+                if module._forward_hooks
+            }
+            matched = tuple(module for module in matched if module not in guarded)
+        self._outside.begin(matched)
 
     def end_step(self) -> None:
         """Leave the modules as they were."""
@@ -802,6 +823,15 @@ class Twin:
     def _add_all(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
         for binding, row in rows():
             self.recorder.add(binding, [row])
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """What regions of one class, compiled with equal settings, run."""
+
+    key: tuple[type, CompileSettings | None, bool]
+    run: Callable[..., Any]
+    backend: MeasuringBackend
 
 
 def _fault_of_the_user(error: BaseException | None) -> Exception | None:
