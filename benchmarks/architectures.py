@@ -1,9 +1,10 @@
-"""What five metrics of all modules cost on other models: MLP, GPT, ResNet, vision transformer.
+"""What five metrics of all modules cost on other models, by each lowering.
 
-    python -m benchmarks.architectures [--rounds 40] [--quick] [--save]
+    python -m benchmarks.architectures [--rounds 40] [--only NAME] [--quick] [--save]
 
-Ratios of a training step that is monitored to one of the plain compiled program, in turns. All
-weights and data are random.
+MLP, GPT, ResNet, vision transformer, and a chain of small modules. Ratios of a training step that
+is monitored to one of the plain compiled program, in turns; each lowering, and the plain program,
+has a copy of the model. All weights and data are random.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tmm
 from benchmarks.compiled import count_compiled, kernel_launches
 from benchmarks.parameters import peak_memory
 from benchmarks.reading import outputs_of, parameters_of, reader, size_of
-from benchmarks.report import Line, finish, timed
+from benchmarks.report import Line, finish, timed, with_goal
 from benchmarks.timing import interleave
 from benchmarks.workloads import (
     FIVE_METRICS,
@@ -30,9 +31,11 @@ from benchmarks.workloads import (
     training_step,
     usual_workload,
 )
+from tmm.kernels.fused.choose_lowering import Lowering
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 CLASSES = 10
+LOWERINGS: tuple[Lowering, ...] = ("auto", "fused", "operator")
 TOY = "toy MLP"
 
 
@@ -44,6 +47,7 @@ class Task:
     model: Callable[[], nn.Module]
     inputs: Callable[[], torch.Tensor]
     loss: Loss
+    goal: float | None = None
 
 
 class Residual(nn.Module):
@@ -116,9 +120,12 @@ def tasks(*, toy: bool) -> list[Task]:
     """All models, on the device of the usual workload."""
     workload = usual_workload(toy=toy)
 
-    def task(name: str, model: Callable[[], nn.Module], *shape: int) -> Task:
+    def task(
+        name: str, model: Callable[[], nn.Module], *shape: int, goal: float | None = None
+    ) -> Task:
         return Task(
-            name, lambda: seeded(model, workload), lambda: noise(workload, *shape), classify
+            *(name, lambda: seeded(model, workload), lambda: noise(workload, *shape), classify),
+            goal=goal,
         )
 
     if toy:
@@ -126,9 +133,9 @@ def tasks(*, toy: bool) -> list[Task]:
     size, scale = (64, 16) if workload.device == "cuda" else (32, 1)
     batch = 16 * scale
     return [
-        task("MLP, 8 layers of 1,024", lambda: mlp(1024, 8), 4 * batch, 1024),
-        Task(workload.name, workload.model, workload.tokens, next_token_loss),
-        task("ResNet, 8 blocks", lambda: resnet(32), batch, 3, size, size),
+        task("MLP, 8 layers of 1,024", lambda: mlp(1024, 8), 4 * batch, 1024, goal=1.02),
+        Task(workload.name, workload.model, workload.tokens, next_token_loss, goal=1.015),
+        task("ResNet, 8 blocks", lambda: resnet(32), batch, 3, size, size, goal=1.02),
         task(
             "vision transformer, 6 layers",
             lambda: VisionTransformer(192, 6, size),
@@ -137,6 +144,7 @@ def tasks(*, toy: bool) -> list[Task]:
             size,
             size,
         ),
+        task("chain of 200 small layers", lambda: mlp(64, 100), 16 * batch, 64, goal=1.1),
     ]
 
 
@@ -154,23 +162,34 @@ def noise(workload: Workload, *shape: int) -> torch.Tensor:
 
 def measure(task: Task, rounds: int) -> tuple[list[Line], dict[str, object]]:
     """Lines of one model, and what else the report keeps of it."""
-    module, inputs = task.model(), task.inputs()
-    model = tmm.instrument(torch.compile(module), tmm.Spec(tmm.activation(*FIVE_METRICS)))
+    inputs = task.inputs()
+    module = task.model()
     outputs = outputs_of(module, inputs)
     plain = training_step(module, torch.compile(module), inputs, loss=task.loss)
-    watched = monitored_step(model, training_step(module, model, inputs, loss=task.loss))
+    steps, monitors = {"plain": plain}, {}
+    for lowering in LOWERINGS:
+        own = task.model()
+        model = tmm.instrument(
+            torch.compile(own), tmm.Spec(tmm.activation(*FIVE_METRICS)), lowering=lowering
+        )
+        monitors[lowering] = tmm.monitor(model)
+        step = training_step(own, model, inputs, loss=task.loss)
+        steps[lowering] = monitored_step(model, step)
+    watched = steps["auto"]
     compiled = {}
-    for name, step in (("plain", plain), ("tmm", watched)):
+    for name, step in steps.items():
         with count_compiled() as found:
             step()
         compiled[name] = found.numbers()
-    timings = interleave({"plain": plain, "tmm": watched, "read": reader(outputs)}, rounds)
+    timings = interleave({**steps, "read": reader(outputs)}, rounds)
     parameters = size_of(parameters_of(module))
     before, after = peak_memory(plain), peak_memory(watched)
-    values = len(tmm.monitor(model).get_step_metrics())
+    values = len(monitors["auto"].get_step_metrics())
+    by_lowering = {name: timed(f"{task.name}: {name}", timings[name]) for name in LOWERINGS}
+    by_lowering["auto"] = with_goal(by_lowering["auto"], at_most=task.goal)
     lines = [
-        timed(f"{task.name}: plain compiled", timings["plain"]),
-        timed(f"{task.name}: tmm", timings["tmm"], f"{values} values"),
+        timed(f"{task.name}: plain compiled", timings["plain"], f"{values} values"),
+        *by_lowering.values(),
         timed(f"{task.name}: reading activations", timings["read"]),
         Line(
             f"{task.name}: peak memory",
@@ -183,19 +202,20 @@ def measure(task: Task, rounds: int) -> tuple[list[Line], dict[str, object]]:
         "values": values,
         "read_bytes": size_of(outputs),
         "compiled": compiled,
-        "kernel_launches": {"plain": kernel_launches(plain), "tmm": kernel_launches(watched)},
+        "kernel_launches": {"plain": kernel_launches(plain), "auto": kernel_launches(watched)},
     }
     return lines, details
 
 
 def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 40,
+    only: Annotated[str, typer.Option(help="Models whose names begin so.")] = "",
     quick: Annotated[bool, typer.Option(help="Few rounds, the first two models.")] = False,
     toy: Annotated[bool, typer.Option(help="A toy model: only shows that it runs.")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
 ) -> None:
     """Measure five metrics of all modules on several models."""
-    chosen = tasks(toy=toy)
+    chosen = [task for task in tasks(toy=toy) if task.name.startswith(only)]
     lines: list[Line] = []
     details: dict[str, object] = {}
     for task in chosen[:2] if quick else chosen:

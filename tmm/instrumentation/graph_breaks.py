@@ -20,18 +20,22 @@ class GraphBreaks:
 
     def __init__(self) -> None:
         self.reasons: dict[torch.nn.Module, dict[str, None]] = {}
-        self._seen = _counts()
+        self._seen: Counter[str] = Counter()
+        self._total = 0
+        self.skip()
 
     def skip(self) -> None:
         """Forget what Dynamo has met until now: it belongs to other programs."""
-        self._seen = _counts()
+        if _total() != self._total:
+            self._seen, self._total = _counts(), _total()
 
     def note(self, module: torch.nn.Module) -> None:
         """Credit to ``module`` what Dynamo has met since the last call."""
-        now = _counts()
-        for reason in now - self._seen:
+        if _total() == self._total:
+            return
+        for reason in _counts() - self._seen:
             self.reasons.setdefault(module, {})[_summary(reason)] = None
-        self._seen = now
+        self.skip()
 
     def add(self, module: torch.nn.Module, reason: str) -> None:
         """Credit a reason of ours to ``module``."""
@@ -67,6 +71,10 @@ def begins_forward() -> bool:
 def _frame() -> str:
     name: str = InstructionTranslator.current_tx().f_code.co_name
     return name
+
+
+def _total() -> int:
+    return sum(sum(counters[kind].values()) for kind in _KINDS)
 
 
 def _counts() -> Counter[str]:

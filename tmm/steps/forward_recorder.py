@@ -248,7 +248,8 @@ class ForwardRecorder:
             except (TorchDynamoException, PassError) as error:
                 error.add_note(FAULT_OF_COMPILING)
                 raise
-        before = PassState.capture(self._module, trains=region.module is None)
+        is_function = region.module is None
+        before = PassState.capture(self._module, trains=is_function, of_torch_only=twin.is_whole)
         try:
             return twin.run(region, *args, **kwargs)
         except Exception as error:
