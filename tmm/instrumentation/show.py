@@ -23,8 +23,8 @@ def show_value(
         return
     twin = running_twin()
     if twin is not None:
-        twin.declare_value(name, type(tensor), aggregate, any_family=any_family)
-        twin.record_eagerly(name, tensor)
+        twin.eager_rows.declare(name, type(tensor), aggregate, any_family=any_family)
+        twin.eager_rows.record(name, tensor)
 
 
 def show_activation(owner: Owner, path: str, tensor: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ def show_activation(owner: Owner, path: str, tensor: torch.Tensor) -> None:
         return
     twin = running_twin()
     if twin is not None:
-        twin.show_eagerly(owner, path, tensor)
+        twin.show(owner, path, tensor)
 
 
 def show_attention(
@@ -58,7 +58,7 @@ def show_attention(
         return
     twin = running_twin()
     if twin is not None:
-        twin.show_attention_eagerly(owner, query, key, mask, is_causal, scale)
+        twin.eager_rows.show_attention(owner, query, key, mask, is_causal, scale)
 
 
 def is_shown() -> bool:
@@ -101,5 +101,5 @@ def _declare(name: str, tensor_type: type, aggregate: Aggregate | None, any_fami
     twin = running_twin()
     if twin is None:
         return False
-    twin.declare_value(name, tensor_type, aggregate, any_family=any_family)
+    twin.eager_rows.declare(name, tensor_type, aggregate, any_family=any_family)
     return True

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from types import FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,108 +15,46 @@ from tmm.core.dynamo_private import (
     BackendCompilerFailed,
     CallbackArgs,
     CallbackTrigger,
-    GuardFilterEntry,
     InternalTorchDynamoError,
     callback_handler,
-    innermost_fn,
-    isolation_id,
 )
 from tmm.core.families import (
     ACTIVATION_DIFFERENCE,
-    ATTENTION,
     BRANCH_FAMILIES,
-    VALUE_FAMILY,
     families_of_outputs,
 )
-from tmm.core.keys import parts_of
-from tmm.core.metrics import Aggregate, Reduction
 from tmm.core.module_names import display_name, unwrapped
-from tmm.core.recorded_values import RecordedValues, RecordError
+from tmm.core.recorded_values import RecordError
 from tmm.core.records import Measurement, Site
 from tmm.core.replacement import Replacement
-from tmm.core.torch_private import current_graph_task_id, is_batched
+from tmm.core.torch_private import current_graph_task_id
 from tmm.instrumentation.attribution import Attribution
-from tmm.instrumentation.backend import MeasuredGraph, MeasuringBackend, Scope
-from tmm.instrumentation.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
+from tmm.instrumentation.backend import MeasuredGraph, Scope
 from tmm.instrumentation.eager_backend import EagerAnswers
+from tmm.instrumentation.eager_rows import EagerRows
 from tmm.instrumentation.foreign import PASSED_BY, foreign_pass
+from tmm.instrumentation.gradient_hooks import GradientHooks
 from tmm.instrumentation.graph_breaks import GraphBreaks
+from tmm.instrumentation.handing_over import HandingOver
 from tmm.instrumentation.held_by_graphs import HeldByGraphs
-from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
-from tmm.instrumentation.module_hooks import ModuleHooks, has_own_hooks, keep_guard
+from tmm.instrumentation.module_hooks import ModuleHooks
 from tmm.instrumentation.notes import Notes
-from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.outside import OutsideCalls
 from tmm.instrumentation.pass_trace import TraceFolder
-from tmm.instrumentation.reference.batch_prefix import Sampling
+from tmm.instrumentation.recorder import Recorder
 from tmm.instrumentation.reference.comparison import Comparing
+from tmm.instrumentation.region_programs import RegionPrograms, own_forward, runs_hooks_outside
 from tmm.instrumentation.regions import COMPILED_CALL, Region
 from tmm.instrumentation.untraced import Untraced
-from tmm.kernels.dense import packed_dtype
 from tmm.kernels.dropped_rows import rows_dropped
 from tmm.kernels.fused.choose_lowering import Lowering
-from tmm.kernels.ops import summarize_attention
 from tmm.passes.findings import RowInput
-from tmm.passes.graph.sharding import why_unsummed
-from tmm.passes.insert_attention import SHOWN
-from tmm.passes.insert_gradient_probes import WITHOUT_GRADIENT
-from tmm.passes.metrics.gradient_probe import part_of_gradient, placements_of_gradient
 from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.passes.metrics.trace import MetricFunctionError
 from tmm.passes.reference.prefix_branch import SamplesError
-from tmm.runtime.eager_functions import reduce_eagerly
-from tmm.runtime.key_binding import Binding, KeyRegistry
-from tmm.spec.ranks import local_part
 from tmm.spec.reference import Reference
 
 _running: ContextVar[Twin | None] = ContextVar("tmm_running_twin", default=None)
-
-
-GradientSink = Callable[[Binding, Sequence[torch.Tensor]], None]
-
-
-class Recorder(Protocol):
-    """Takes what a twin measures."""
-
-    registry: KeyRegistry
-
-    @property
-    def scales_gradients(self) -> bool:
-        """Whether gradients carry a scaler's factor."""
-
-    def is_monitoring(self) -> bool:
-        """Whether a forward pass would be measured now."""
-
-    def outside_pass(self, module: torch.nn.Module, output: object) -> AbstractContextManager[None]:
-        """Rows in the block are of a module that was called past the model's own forward."""
-
-    def add(self, binding: Binding, outputs: Sequence[torch.Tensor]) -> None:
-        """Take the extra outputs of one call of a graph."""
-
-    def begin_pass(self, module: torch.nn.Module | None, inputs: object) -> None:
-        """A step function calls a module."""
-
-    def end_pass(self, output: object) -> None:
-        """The module that a step function called has given ``output``."""
-
-    def follow(self, outputs: Sequence[object]) -> None:
-        """A graph of a step function has given ``outputs``."""
-
-    def note_failure(self, error: Exception) -> None:
-        """The step is lost, as something of it could not be measured; raises in the first one."""
-
-    def gradient_sink(self) -> GradientSink | None:
-        """What takes the rows of gradients of the step that is open; None if none is wanted."""
-
-    def gradient_factor(self, device: torch.device) -> torch.Tensor | None:
-        """What gradients of this forward pass are to be multiplied with, if anything."""
-
-    @property
-    def is_bearing(self) -> bool:
-        """Whether a fault of the monitoring may cost the open step its rows, but not end it."""
-
-    def bear(self, error: Exception) -> None:
-        """Do not record the open step, for which ``error`` is the reason."""
 
 
 def running_twin() -> Twin | None:
@@ -160,7 +96,6 @@ class Twin:
         self.trace = trace
         self.lowering: Lowering = lowering
         self.comparing: Comparing | None = None
-        self.values = RecordedValues()
         self.breaks = GraphBreaks()
         self.notes = Notes()
         self.graphs: list[MeasuredGraph] = []
@@ -178,22 +113,25 @@ class Twin:
                 *(self.attribution, recorder, self.is_running),
                 is_step_function=root.module is None,
             )
-        self._programs: list[_Program] = []
-        self._kept = KeptByDynamo()
-        # Of a model that is dropped, too.
-        weakref.finalize(self, self._kept.forget).atexit = False
+        self._programs = RegionPrograms(self, plan.spec.reference_samples)
         self._frames: list[torch.nn.Module] = []
         self._entering: torch.nn.Module | None = None
         self._tracing = False
         self._in_program = False
         self._function_depth = 0  # frames of a step function that is running, and outside of it
         self._evaluations = 0
-        self._isolation_ids: set[int] = set()
         self._discarding = False
         self._is_unrecorded = False
         self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
         self._outside = OutsideCalls(self._shows_call, self._show_call)
         self._held = HeldByGraphs()
+        self._handing_over = HandingOver(attribution, recorder)
+        self._gradients = GradientHooks(
+            *(attribution, recorder, self._handing_over, lambda: self._discarding)
+        )
+        self.eager_rows = EagerRows(
+            *(attribution, recorder, self._handing_over, lambda: self._is_discarding, self._watched)
+        )
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
             marks_inputs=plan.spec.measures("rcc"),
@@ -324,10 +262,10 @@ class Twin:
             if not self._in_program:
                 call = region.callee if module is None else module._call_impl
                 return call(*args, **kwargs)
-            if module is not None and _runs_hooks_outside(region, module):
+            if module is not None and runs_hooks_outside(region, module):
                 return self._run_between_hooks(region, module, *args, **kwargs)
             self._entering = module
-            return self._program(region)(region.callee, *args, **kwargs)
+            return self._programs.of(region)(region.callee, *args, **kwargs)
         except (BackendCompilerFailed, InternalTorchDynamoError) as error:
             if (fault := _fault_of_the_user(error)) is not None:
                 raise fault from None
@@ -342,52 +280,21 @@ class Twin:
         self, region: Region, module: torch.nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
         """Run hooks as they are, and what lies between them in graphs, as the user's program."""
-        program = self._program(region, is_traced=False)
+        program = self._programs.of(region, is_traced=False)
         if region.entry == "call":
             self.breaks.add(module, "its hooks run outside of graphs, as without monitoring")
             return program(module._call_impl, *args, **kwargs)
         self.breaks.add(module, "its forward alone is compiled")
-        forward = _bound(innermost_fn(getattr(module.forward, "__func__", module.forward)), module)
+        forward = own_forward(module)
         with Replacement(module, "forward", partial(program, forward)):
             return module._call_impl(*args, **kwargs)
-
-    def _program(self, region: Region, *, is_traced: bool = True) -> Callable[..., Any]:
-        settings = region.settings
-        assert settings is not None
-        if (known := self._known_program(region, is_traced=is_traced)) is not None:
-            return known.run
-        sampling = None
-        if (kept := self.plan.spec.reference_samples) is not None:
-            sampling = Sampling(kept, is_dynamic=settings.dynamic is True)
-        backend = MeasuringBackend(self, settings, sampling)
-        program, forget = compile_separately(
-            *(_traced, settings, backend.compiler(), _keep_guards, region.callee, has_own_hooks),
-            is_traced=is_traced,
-        )
-        self._kept.add(forget)
-        key = type(region.callee), settings, is_traced
-        self._programs.append(_Program(key, program, backend))
-        self._isolation_ids.add(getattr(program, "_isolate_recompiles_id", -1))
-        return program
-
-    def _known_program(self, region: Region, *, is_traced: bool = True) -> _Program | None:
-        key = type(region.callee), region.settings, is_traced
-        return next((program for program in self._programs if program.key == key), None)
 
     def _held_by_graphs(self) -> frozenset[torch.nn.Module]:
         """Modules that need not be watched."""
         if self.comparing is not None:
             return frozenset()  # what is compared outside of graphs goes by the calls of modules
-        whole = tuple(filter(self._is_whole, (self.root, *self.regions)))
+        whole = tuple(filter(self._programs.has_run_whole, (self.root, *self.regions)))
         return self._held.modules(self.attribution.names, whole, self.eager_modules)
-
-    def _is_whole(self, region: Region) -> bool:
-        """Whether a region has always run as one graph."""
-        module = region.module
-        if module is None or region.settings is None or _runs_hooks_outside(region, module):
-            return False
-        program = self._known_program(region)
-        return program is not None and program.backend.makes_whole_graphs
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -417,14 +324,11 @@ class Twin:
         self.close()
 
     def close(self) -> None:
-        """Let go of what was traced; Dynamo, which keeps its entries, must not hold the model."""
-        for program in self._programs:
-            program.backend.close()
+        """Let go of what was traced."""
+        self._programs.close()
         if self.untraced is not None:
             self.untraced.close()
-        self._kept.forget()
         self.graphs.clear()
-        self._programs.clear()
         self._held.forget()
 
     # Tracing
@@ -432,7 +336,7 @@ class Twin:
     def _start_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
             return
-        if not self._compiles_program():
+        if not self._programs.are_being_compiled(are_running=self._in_program):
             name = self.attribution.name(self._frames[-1])
             self.attribution.unmeasured[f"{name}, in a function that is compiled by itself"] = (
                 "modules that such a function calls are measured only where Dynamo inlines it"
@@ -441,24 +345,18 @@ class Twin:
         self._tracing = True
         if self.asks_as_eager:
             self._answers.give()
-        self._kept.begin()
+        self._programs.kept.begin()
         self._hooks.mark()
 
     def _end_tracing(self, compilation: CallbackArgs) -> None:
         if compilation.callback_trigger is not CallbackTrigger.DYNAMO or not self.is_running():
             return
         if self._tracing:
-            self._kept.end()
+            self._programs.kept.end()
             self.breaks.note(self._frames[-1])
         self._tracing = False
         self._answers.stop()
         self._hooks.watch()
-
-    def _compiles_program(self) -> bool:
-        """Whether what Dynamo compiles now is one of our programs, not a function of the user."""
-        if HAS_ISOLATION:
-            return isolation_id() in self._isolation_ids
-        return self._in_program
 
     def scope(self) -> Scope:
         """The scope of the frame that Dynamo is compiling now."""
@@ -467,7 +365,7 @@ class Twin:
                 "a graph was traced while another thread was compiling, so that its modules could"
                 " not be marked"
             )
-        scope = self.attribution.scope(self._frames[-1], self.values.reductions)
+        scope = self.attribution.scope(self._frames[-1], self.eager_rows.values.reductions)
         is_step_function = len(self._frames) == self._function_depth
         return replace(scope, is_step_function=True) if is_step_function else scope
 
@@ -520,12 +418,11 @@ class Twin:
                 pass  # a module that was left by an exception is still on the stack
         self.eager_modules[module] = self._frames[-1]
         if not self._is_unrecorded:
-            for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
-                self._add_eagerly(binding, tensor, reduction)
+            self.eager_rows.measure(module, output)
         if self.comparing is not None:
             self.comparing.leave(module, output)
         if self.plan.spec.measures(GRADIENT):
-            self._probe_eagerly(module, output)
+            self._gradients.probe(module, output)
         if self._is_in_function():
             self.recorder.end_pass(output)
 
@@ -581,10 +478,9 @@ class Twin:
         else:
             self.eager_modules.setdefault(module, unwrapped(self.module))
         with self.recorder.outside_pass(module, output):
-            for binding, tensor, reduction in self.attribution.select_eagerly(module, output):
-                self._add_eagerly(binding, tensor, reduction)
+            self.eager_rows.measure(module, output)
             if self.plan.spec.measures(GRADIENT):
-                self._probe_eagerly(module, output)
+                self._gradients.probe(module, output)
         name = self.attribution.name(module)
         if self.comparing is not None and self.plan.select(
             name, torch.float32, ACTIVATION_DIFFERENCE.name
@@ -615,101 +511,34 @@ class Twin:
         if binding is None or self._discarding:
             return
         if not (graph.is_evaluation and self._is_in_function()):
-            self._guarded(self._hand_over, self.recorder.add, binding, extra)
+            self._handing_over.give(self.recorder.add, binding, extra)
             return
         with torch.no_grad():  # as the calls in the graph, whatever holds around it
             self.recorder.begin_pass(None, ())
-        self._guarded(self._hand_over, self.recorder.add, binding, extra)
+        self._handing_over.give(self.recorder.add, binding, extra)
         self.recorder.end_pass(())
 
     def gradient_rows(
         self, graph: MeasuredGraph, inputs: Sequence[object], wanted: RowInput
     ) -> torch.Tensor:
         """An extra input of one call of ``graph``; the gradient that it gets holds rows."""
-        dtype, device = packed_dtype(wanted.device), wanted.device
-        rows = torch.zeros(wanted.length, dtype=dtype, device=device)
-        if (factor := self.recorder.gradient_factor(device)) is not None:
-            rows += factor
-        rows.requires_grad_()
-        if self._is_unrecorded:
-            return rows
-        binding = self.attribution.bind(graph, wanted.layout, inputs, self._frames)
-        sink = None if self._discarding else self.recorder.gradient_sink()
-        if binding is not None and sink is not None and torch.is_grad_enabled():
-            rows.register_hook(partial(self._take_gradient, sink, binding))
-        return rows
+        is_recorded = not self._is_unrecorded
+        return self._gradients.rows(graph, inputs, wanted, self._frames, is_recorded=is_recorded)
 
-    def _take_gradient(
-        self, sink: GradientSink, binding: Binding, rows: torch.Tensor | None
-    ) -> None:
-        if rows is not None:  # else nothing of the graph's outputs had a gradient
-            self._guarded(self._hand_over, sink, binding, [rows])
-
-    def _hand_over(
-        self, sink: GradientSink, binding: Binding, outputs: Sequence[torch.Tensor]
-    ) -> None:
-        if any(map(is_batched, outputs)):
-            self._refuse_batched(binding)
-        else:
-            sink(binding, outputs)
-
-    def _refuse_batched(self, binding: Binding) -> None:
-        for group in binding.groups:
-            for site in group.sites:
-                self.attribution.unmeasured[parts_of(site)[1]] = "inside torch.func.vmap"
-
-    def _reduce_gradient(
-        self,
-        sink: GradientSink,
-        binding: Binding,
-        reduction: Reduction,
-        factor: torch.Tensor | None,
-        placements: tuple[Any, ...] | None,
-        gradient: torch.Tensor | None,
-    ) -> None:
-        if gradient is None:
-            return  # nothing that the loss depends on used the tensor
-        gradient = part_of_gradient(gradient, placements)
-        if reduction.function is not None and not gradient.numel():
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def show(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
+        """Measure, and compare, a tensor that the program shows outside of graphs."""
+        site = self.attribution.shown_site(owner, path)
+        if self._is_discarding:
             return
-        if is_batched(gradient):
-            self._refuse_batched(binding)
-            return
-        if factor is not None:
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * factor
-        sink(binding, [reduce_eagerly(gradient, reduction)])
-
-    def _guarded(self, measure: Callable[..., None], *arguments: Any) -> None:
-        """Measure something in the middle of the user's program, which goes on if that fails."""
-        try:
-            measure(*arguments)
-        except Exception as error:
-            self.recorder.note_failure(error)
+        self.eager_rows.show(site, tensor)
+        if self.comparing is not None and self.is_running():
+            self.comparing.show(site, tensor)
 
     @property
     def frame(self) -> torch.nn.Module:
         """The module whose frame is running."""
         return self._frames[-1]
-
-    def _probe_eagerly(self, module: torch.nn.Module, output: object) -> None:
-        sink = None if self._discarding else self.recorder.gradient_sink()
-        if sink is None:
-            return
-        selected = self.attribution.select_eagerly(module, output, GRADIENT)
-        for binding, tensor, reduction in selected:
-            if tensor.requires_grad and not torch.is_grad_enabled():
-                for path, given in tensors_in(output):
-                    if given is tensor:
-                        name = self.attribution.name(module) + path
-                        self.attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
-            elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
-                # Asked for first: torch crashes on a hook of a view whose base was written to.
-                factor = self.recorder.gradient_factor(tensor.device)
-                placements = placements_of_gradient(tensor)
-                measure = partial(
-                    self._reduce_gradient, sink, binding, reduction, factor, placements
-                )
-                tensor.register_hook(partial(self._guarded, measure))
 
     @property
     def has_probes(self) -> bool:
@@ -721,70 +550,9 @@ class Twin:
         """Whether gradients carry a scaler's factor that is to be taken out."""
         return self.recorder.scales_gradients
 
-    def declare_value(
-        self, name: str, value_type: type, aggregate: Aggregate | None, *, any_family: bool = False
-    ) -> None:
-        """Know of a value that the model records; see ``RecordedValues.declare``."""
-        declare = partial(self.values.declare, name, value_type, aggregate, any_family=any_family)
-        if self._watches:
-            assert self.untraced is not None
-            self.untraced.do(lambda _: declare())  # what is wrong is said after the pass
-        else:
-            declare()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def record_eagerly(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a declared value outside of graphs."""
-        reduction = self.values.reductions.get(name)
-        if reduction is None:
-            return  # the declaration was refused
-        if reason := why_unsummed(tensor):
-            self.attribution.unmeasured[name] = reason
-            return
-        share = self.attribution.share_of(tensor)
-        measurement = Measurement(VALUE_FAMILY, Site(name), reduction, share)
-        binding = self.attribution.bind_eagerly(measurement)
-        self._add_eagerly(binding, tensor.detach(), reduction)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def show_eagerly(self, owner: torch.nn.Module | str, path: str, tensor: torch.Tensor) -> None:
-        """Measure a tensor that the program shows outside of graphs; see ``show``."""
-        site = self.attribution.shown_site(owner, path)
-        if self._is_discarding:
-            return
-        for binding, reduction in self.attribution.select_shown(site, tensor):
-            self._add_eagerly(binding, tensor, reduction)
-        if self.comparing is not None and self.is_running():
-            self.comparing.show(site, tensor)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def show_attention_eagerly(
-        self,
-        owner: torch.nn.Module | str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: torch.Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> None:
-        """Measure an attention that the program shows outside of graphs; see ``show``."""
-        if self._is_discarding:
-            return
-        (reduction,) = SHOWN.statistics
-        family = ATTENTION.of(reduction.metrics[0])
-
-        def rows() -> Iterator[tuple[Binding, torch.Tensor]]:
-            found = summarize_attention(
-                *(query.detach(), key.detach(), None if mask is None else mask.detach()),
-                *(is_causal, scale, SHOWN.queries, SHOWN.pooled, reduction.metrics[0]),
-            )
-            for head, row in enumerate(found.unflatten(0, (-1, reduction.width)).unbind()):
-                site = self.attribution.shown_site(owner, f".head_{head}")
-                share = self.attribution.share_of(query)
-                measurement = Measurement(family, site, reduction, share)
-                yield self.attribution.bind_eagerly(measurement), row
-
-        self._take(rows)
+    def _watched(self) -> Untraced | None:
+        """What measures the user's own program, if that runs in this context."""
+        return self.untraced if self.is_running() else None
 
     @property
     def _is_discarding(self) -> bool:
@@ -801,38 +569,6 @@ class Twin:
         if not self._discarding:
             self.recorder.add(binding, [])
 
-    def _add_eagerly(self, binding: Binding, tensor: torch.Tensor, reduction: Reduction) -> None:
-        tensor = local_part(tensor)
-        is_empty = not tensor.numel()
-        if not self._is_discarding and not (is_empty and reduction.function is not None):
-            self._take(lambda: [(binding, reduce_eagerly(tensor, reduction))])
-
-    @property
-    def _watches(self) -> bool:
-        """Whether the user's own program runs in this context, and is measured."""
-        return self.untraced is not None and self.is_running()
-
-    def _take(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
-        """Take rows that were computed outside of graphs."""
-        if self._watches:
-            assert self.untraced is not None
-            self.untraced.do(lambda current: current.direct.extend(rows()))
-            return
-        self._guarded(self._add_all, rows)
-
-    def _add_all(self, rows: Callable[[], Iterable[tuple[Binding, torch.Tensor]]]) -> None:
-        for binding, row in rows():
-            self.recorder.add(binding, [row])
-
-
-@dataclass(frozen=True, eq=False)
-class _Program:
-    """What regions of one class, compiled with equal settings, run."""
-
-    key: tuple[type, CompileSettings | None, bool]
-    run: Callable[..., Any]
-    backend: MeasuringBackend
-
 
 def _fault_of_the_user(error: BaseException | None) -> Exception | None:
     """The message for the user that Dynamo wrapped in an error of its own, if it did."""
@@ -847,25 +583,3 @@ def _modules_in(region: Region, root: torch.nn.Module) -> Iterator[torch.nn.Modu
     """The modules that the program of a region may call; of a function, any of the model."""
     callee: object = region.callee
     return (callee if isinstance(callee, torch.nn.Module) else root).modules()
-
-
-def _runs_hooks_outside(region: Region, module: torch.nn.Module) -> bool:
-    """Whether Dynamo, given ``module`` as a whole, would trace more than the user's program does.
-
-    That begins with the forward: neither hooks nor a ``__call__`` of the user's are in its graphs.
-    """
-    if region.entry == "call":
-        return has_own_hooks(module) or type(module).__call__ is not torch.nn.Module.__call__
-    return region.entry == "forward"
-
-
-def _bound(function: Callable[..., Any], module: torch.nn.Module) -> Callable[..., Any]:
-    return MethodType(function, module) if isinstance(function, FunctionType) else function
-
-
-def _traced(callee: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return callee(*args, **kwargs)
-
-
-def _keep_guards(entries: Sequence[GuardFilterEntry]) -> list[bool]:
-    return [keep_guard(entry) for entry in entries]

@@ -33,7 +33,7 @@ from tmm.runtime.key_binding import Binding
 from tmm.spec.ranks import is_distributed, local_part
 
 if TYPE_CHECKING:
-    from tmm.instrumentation.twin import GradientSink, Recorder
+    from tmm.instrumentation.recorder import GradientSink, Recorder
 
 _OUTPUTS = ""
 """Stands for all families that are measured of outputs."""

@@ -190,8 +190,8 @@ class Measuring:
     def show_value(self, key: str, tensor: torch.Tensor, aggregate: Aggregate | None) -> None:
         """Record a tensor outside of the model's forward pass, joined with what is inside."""
         twin = self.steps.twin
-        twin.declare_value(key, type(tensor), aggregate, any_family=True)
-        twin.record_eagerly(key, tensor)
+        twin.eager_rows.declare(key, type(tensor), aggregate, any_family=True)
+        twin.eager_rows.record(key, tensor)
 
     def remarks(self) -> Iterator[str]:
         """What a user should know of the reference's inputs."""

@@ -396,7 +396,7 @@ class ModuleMonitor(RegisteredMetrics):
         if is_traced() or running_twin() is not None:
             show_activation(module, path, tensor)
         elif self._shows(module):
-            self._steps.twin.show_eagerly(module, path, tensor)
+            self._steps.twin.show(module, path, tensor)
 
     def show_attention(
         self,
@@ -412,7 +412,7 @@ class ModuleMonitor(RegisteredMetrics):
         if is_traced() or running_twin() is not None:
             show_attention(module, query, key, mask, is_causal=is_causal, scale=scale)
         elif self._shows(module):
-            self._steps.twin.show_attention_eagerly(module, query, key, mask, is_causal, scale)
+            self._steps.twin.eager_rows.show_attention(module, query, key, mask, is_causal, scale)
 
     def _shows(self, module: str | torch.nn.Module) -> bool:
         """Whether what is shown outside of the model's forward passes is measured."""

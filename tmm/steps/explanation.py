@@ -150,7 +150,7 @@ class Explanation:
             graphs=tuple(graph.report for graph in twin.graphs),
             sites=_sites(twin),
             rows=len(attribution.rows),
-            recorded=tuple(twin.values.reductions),
+            recorded=tuple(twin.eager_rows.values.reductions),
             eager=eager,
             unmeasured=unmeasured,
             by_rank=dict(attribution.by_rank),

@@ -15,8 +15,9 @@ from tmm.core.rng import PassState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
 from tmm.instrumentation.micro_batches import MicroBatches
+from tmm.instrumentation.recorder import GradientSink
 from tmm.instrumentation.regions import Region
-from tmm.instrumentation.twin import GradientSink, Twin
+from tmm.instrumentation.twin import Twin
 from tmm.passes.pipeline import PassError
 from tmm.runtime.key_binding import Binding
 from tmm.runtime.step_collector import StepCollector
