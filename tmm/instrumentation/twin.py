@@ -69,8 +69,8 @@ class Twin:
     own. Regions of one class with equal settings share one program, hence its graphs.
 
     While Dynamo traces, every module carries a hook that marks its outputs in the graph. While
-    the program runs, every module carries hooks that measure it where no graph holds it, and tell
-    which module the running frame belongs to. Outside of both, no hook exists.
+    the program runs, modules that no graph is known to hold carry hooks that measure them, and
+    tell which module the running frame belongs to. Outside of both, no hook exists.
 
     Where no region is to be traced there is no second program: the user's own one runs, and
     ``untraced`` measures it. ``own_programs`` are those of the regions. ``lowering`` says what the
