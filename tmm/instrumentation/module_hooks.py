@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from tmm.core.dynamo_private import GuardFilterEntry
+from tmm.core.dynamo_private import GuardFilterEntry, OptimizedModule
+from tmm.core.module_names import wrapped_module
 from tmm.core.replacement import Replacement
 from tmm.core.torch_private import has_any_global_hook
 from tmm.instrumentation.attribution import Attribution
@@ -28,7 +29,8 @@ class ModuleHooks:
     """Marks the outputs of modules while Dynamo traces, and shows their calls where no graph is.
 
     ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
-    with its output afterwards. With ``marks_inputs`` inputs are marked, too. With
+    with its output afterwards; both also with a wrapper of a module, whose forward may be where a
+    graph begins. With ``marks_inputs`` inputs are marked, too. With
     ``spares_fused_layers`` nothing is inside of layers that torch computes as a whole where no
     module has a hook.
     """
@@ -76,7 +78,7 @@ class ModuleHooks:
         """Show the calls that run from now on."""
         # All of them: any frame may come to run eagerly, as when Dynamo's recompile limit is hit.
         self._show_calls()
-        for module in self._hooked():
+        for module in (*self._hooked(), *self._wrappers()):
             module._forward_pre_hooks[_KEY] = self._enter
             if self._marks_inputs:
                 module._forward_pre_hooks_with_kwargs[_KEY] = True
@@ -85,7 +87,7 @@ class ModuleHooks:
     def remove(self) -> None:
         """Leave the modules as they were."""
         self._show_calls()
-        for module in self._attribution.names:
+        for module in (*self._attribution.names, *self._wrappers()):
             module._forward_pre_hooks.pop(_KEY, None)
             module._forward_pre_hooks_with_kwargs.pop(_KEY, None)
             module._forward_hooks.pop(_KEY, None)
@@ -100,6 +102,12 @@ class ModuleHooks:
                 self._attribution.unmeasured[self._attribution.name(module)] = (
                     "torch may compute the whole layer in its fast path, which hooks would prevent"
                 )
+
+    def _wrappers(self) -> Iterator[torch.nn.Module]:
+        """What wraps a part of the model, as activation checkpointing does."""
+        for module in self._attribution.root.modules():
+            if wrapped_module(module) is not None and not isinstance(module, OptimizedModule):
+                yield module
 
     def _show_calls(self) -> None:
         self._traced.end()
