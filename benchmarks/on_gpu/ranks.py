@@ -33,12 +33,15 @@ STEPS, EVERY, WARM, WIDTH, BLOCKS = 10, 2, 4, 256, 3
 
 
 class Block(nn.Module):
+    """A norm, and two layers that tensor parallel splits."""
+
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """What is added to ``x`` is of its shape."""
         down: Tensor = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
         return x + down
 
