@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 
 from tests.interpreters import Interpreters
 from tests.rank_trainings import Metrics
@@ -16,6 +17,7 @@ from tests.titan_trainings import WITH_EXPERTS, one_process
 MODULE = "tests.titan_trainings"
 OF_TWO = ("full_checkpoints", "selective_checkpoints", "chunks", "tensor", "all_of_two", "experts")
 OF_FOUR = ("all_of_four", "experts_of_four")
+HAS_SEVERAL_MESHES = hasattr(_fsdp_common, "ShardPlacementResult")
 IN_CHUNKS = ("chunks", "all_of_two", "all_of_four", "experts_of_four")
 
 
@@ -51,6 +53,16 @@ def test_four_ranks(tmp_path: Path, interpreters: Interpreters) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
     for name in OF_FOUR:
         check_training(tmp_path, name)
+
+
+@pytest.mark.skipif(not HAS_SEVERAL_MESHES, reason="torch shards one module over one mesh")
+@pytest.mark.slow
+def test_experts_and_the_rest_of_a_block_are_sharded_by_one_call(
+    tmp_path: Path, interpreters: Interpreters
+) -> None:
+    done = launch(interpreters, 2, tmp_path, ["experts_together"], MODULE)
+    assert done.returncode == 0, done.stderr[-5000:]
+    check_training(tmp_path, "experts_together")
 
 
 def test_two_ranks_in_short(tmp_path: Path, interpreters: Interpreters) -> None:

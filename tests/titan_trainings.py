@@ -130,8 +130,16 @@ def split_experts(net: Decoder, mesh: DeviceMesh) -> None:
             setattr(mixture.experts, name, placed)
 
 
-def sharded(net: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh | None) -> None:
+def sharded(
+    net: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh | None, *, is_together: bool = False
+) -> None:
+    """``is_together`` shards a block and the experts inside by one call, over a mesh each."""
     for block in net.layers.values():
+        if is_together and of_experts is not None:
+            fully_shard(
+                block, mesh=mesh, shard_placement_fn=each_over_its_own(block, mesh, of_experts)
+            )
+            continue
         for mixture in experts_in(block):
             if of_experts is not None:
                 fully_shard(mixture.experts, mesh=of_experts)
@@ -145,6 +153,21 @@ def sharded(net: Decoder, mesh: DeviceMesh, of_experts: DeviceMesh | None) -> No
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+def each_over_its_own(
+    block: nn.Module, mesh: DeviceMesh, of_experts: DeviceMesh
+) -> Callable[[nn.Parameter], Any]:
+    """How torch 2.13 is told over which mesh it is to shard a parameter."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp
+
+    experts = {p for mixture in experts_in(block) for p in mixture.experts.parameters()}
+    of_all, of_these = (fsdp.FSDPMeshInfo(m, shard_mesh_dim=0) for m in (mesh, of_experts))
+
+    def place(parameter: nn.Parameter) -> Any:
+        return fsdp.ShardPlacementResult(Shard(0), of_these if parameter in experts else of_all)
+
+    return place
+
+
 def parallelized(
     shape: Shape = FULL,
     degrees: Degrees | None = None,
@@ -152,6 +175,7 @@ def parallelized(
     checkpointing: Checkpointing = "none",
     is_compiled: bool = True,
     has_chunks: bool = False,
+    is_together: bool = False,
     backend: str = BACKEND,
 ) -> Case:
     degrees = degrees or Degrees(dist.get_world_size())
@@ -174,7 +198,7 @@ def parallelized(
     if is_compiled:
         for block in net.layers.values():
             block.compile(backend=backend, fullgraph=not experts_in(block))
-    sharded(net, data, of_experts)
+    sharded(net, data, of_experts, is_together=is_together)
     tokens = 4 * shape.length
     loss = ChunkedLoss(net, tokens) if has_chunks else partial(sum_of_tokens, tokens)
     return Case(net, net, partial(part_of, data), loss, of_all=float(data.size()))
@@ -196,6 +220,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "chunks": partial(parallelized, has_chunks=True),
     "tensor": partial(parallelized, degrees=Degrees(1, 2)),
     "experts": partial(parallelized, WITH_EXPERTS, Degrees(2, 1, 2)),
+    "experts_together": partial(parallelized, WITH_EXPERTS, Degrees(2, 1, 2), is_together=True),
     "experts_uncompiled": partial(parallelized, WITH_EXPERTS, Degrees(2, 1, 2), is_compiled=False),
     # torch 2.13 cannot save a DTensor's mesh for AOTAutograd to repeat a part of a forward pass.
     "all_of_two": partial(

@@ -254,6 +254,14 @@ def default_patience() -> float:
     return min(backend.options._timeout.total_seconds() for backend in backends)
 
 
+def device_of_collectives(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
+    """Where tensors lie that all ranks of ``group`` exchange; the same on each of them.
+
+    A group of NCCL alone takes no tensor of a CPU, such as that of a parameter that is offloaded.
+    """
+    return torch.device(torch.distributed.distributed_c10d._get_object_coll_device(group))
+
+
 def set_patience(group: torch.distributed.ProcessGroup, seconds: float) -> None:
     """Let the collectives of ``group`` wait so long for a rank, from now on."""
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

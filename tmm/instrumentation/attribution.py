@@ -250,9 +250,15 @@ class Attribution:
         self, graph: MeasuredGraph, inputs: Sequence[object], frames: Frames
     ) -> torch.nn.Module | None:
         owner = frames[-1]
-        if graph.witness is None or owner is graph.owner is self.root:
+        if graph.witness is None:
             return owner
         parameter = inputs[graph.witness.input]
+        if owner is graph.owner is self.root:
+            # Another one of its parameters: the graph runs for another part than it was traced for.
+            is_other = _parameter(owner, graph.witness.parameter) is not parameter and any(
+                parameter is each for each in owner.parameters()
+            )
+            return None if is_other else owner
         for candidate in (owner, *reversed(frames), *self.names):
             if (
                 type(candidate) is type(graph.owner)

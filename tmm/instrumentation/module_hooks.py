@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from tmm.core.dynamo_private import GuardFilterEntry
+from tmm.core.dynamo_private import GuardFilterEntry, OptimizedModule
+from tmm.core.module_names import modules_of, wrapped_module
 from tmm.core.replacement import Replacement
 from tmm.core.torch_private import has_any_global_hook
 from tmm.instrumentation.attribution import Attribution
@@ -28,7 +29,8 @@ class ModuleHooks:
     """Marks the outputs of modules while Dynamo traces, and shows their calls where no graph is.
 
     ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
-    with its output afterwards. With ``marks_inputs`` inputs are marked, too. With
+    with its output afterwards; both also with a wrapper of a module, whose forward may be where a
+    graph begins. With ``marks_inputs`` inputs are marked, too. With
     ``spares_fused_layers`` nothing is inside of layers that torch computes as a whole where no
     module has a hook.
     """
@@ -48,6 +50,7 @@ class ModuleHooks:
         self._marks_inputs = marks_inputs
         self._spares_fused_layers = spares_fused_layers
         self._standing: list[torch.nn.Module] = []
+        self._wrapping: tuple[object, tuple[torch.nn.Module, ...]] | None = None
         self._hidden_calls: list[Replacement] = []
         self._traced = TracedCalls()
 
@@ -77,7 +80,7 @@ class ModuleHooks:
     def watch(self, held: frozenset[torch.nn.Module] = frozenset()) -> None:
         """Show the calls that run from now on, but for those of modules that graphs hold."""
         self.remove()
-        for module in self._hooked():
+        for module in (*self._hooked(), *self._wrappers()):
             # What the user's hooks are guarded on has a length, with ours.
             if module in held and not (module._forward_hooks or module._forward_pre_hooks):
                 continue
@@ -106,6 +109,17 @@ class ModuleHooks:
                 self._attribution.unmeasured[self._attribution.name(module)] = (
                     "torch may compute the whole layer in its fast path, which hooks would prevent"
                 )
+
+    def _wrappers(self) -> Sequence[torch.nn.Module]:
+        """What wraps a part of the model, as activation checkpointing does."""
+        if self._wrapping is None or self._wrapping[0] is not self._attribution.names:
+            wrappers = (
+                module
+                for module in modules_of(self._attribution.root)
+                if wrapped_module(module) is not None and not isinstance(module, OptimizedModule)
+            )
+            self._wrapping = self._attribution.names, tuple(wrappers)
+        return self._wrapping[1]
 
     def _show_calls(self) -> None:
         self._traced.end()

@@ -403,6 +403,9 @@ class Twin:
             return
         if self._held.has(module):
             self._hooks.watch()  # Dynamo has left a region to Python
+        if (inside := unwrapped(module)) is not module:
+            self._frames.append(inside)  # the graphs that begin here are of what it wraps
+            return
         if self._is_in_function():
             self.recorder.begin_pass(module, (arguments, keywords))
         self._frames.append(module)
@@ -413,10 +416,14 @@ class Twin:
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
-        if module in self._frames[1:]:
-            while self._frames.pop() is not module:
+        inside = unwrapped(module)
+        if inside in self._frames[1:]:
+            while self._frames.pop() is not inside:
                 pass  # a module that was left by an exception is still on the stack
-        self.eager_modules[module] = self._frames[-1]
+        if inside is not module:
+            return
+        callers = (frame for frame in reversed(self._frames) if frame is not module)
+        self.eager_modules[module] = next(callers, module)
         if not self._is_unrecorded:
             self.eager_rows.measure(module, output)
         if self.comparing is not None:

@@ -360,9 +360,11 @@ def fsdp_groups(module: torch.nn.Module) -> Iterator[Any]:
     """What ``fully_shard`` keeps of the parameters that it gathers together."""
     for child in module.modules():
         state = getattr(child, "_get_fsdp_state", None)
-        group = state()._fsdp_param_group if state is not None else None
-        if group is not None:
-            yield group
+        if state is None:
+            continue
+        # Several, where parameters of one module are sharded over several meshes (torch 2.13).
+        several = getattr(state(), "_fsdp_param_groups", None)
+        yield from filter(None, [state()._fsdp_param_group] if several is None else several)
 
 
 def _averaged(module: torch.nn.Module) -> float | None:
@@ -370,6 +372,8 @@ def _averaged(module: torch.nn.Module) -> float | None:
     for child in module.modules():
         if isinstance(child, DistributedDataParallel):
             return float(dist.get_world_size(child.process_group))
-    for group in fsdp_groups(module):
-        return float(group.gradient_divide_factor or group.mesh_info.mesh.size())
-    return None
+    # Those of experts are a part of the ranks that have data of their own.
+    widest = max(fsdp_groups(module), key=lambda group: group.mesh_info.mesh.size(), default=None)
+    if widest is None:
+        return None
+    return float(widest.gradient_divide_factor or widest.mesh_info.mesh.size())

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tmm.core.module_names import ParameterNames
+from tmm.core.torch_private import device_of_collectives
 from tmm.spec.gathering import Gathering
 from tmm.spec.ranks import is_distributed, is_joined, local_part
 
@@ -100,8 +101,9 @@ class ReplicaCheck:
         for name, sums in checksums.items():
             factor = self._factors[name]
             terms[self._places[name]] = [_signed(factor * _mixed(number)) for number in sums]
-        device = next((tensor.device for tensor in held.values()), torch.device("cpu"))
-        total = torch.tensor(terms, dtype=torch.int64, device="cpu").to(device)
+        # Not where the parameters lie: ranks may have offloaded theirs.
+        total = torch.tensor(terms, dtype=torch.int64, device="cpu")
+        total = total.to(device_of_collectives(self._group))
         dist.all_reduce(total, group=self._group)
         rows = total.tolist()
         differing = tuple(name for name, row in zip(self._places, rows, strict=True) if any(row))

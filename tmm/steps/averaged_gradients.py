@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
+from tmm.core.torch_private import device_of_collectives
 from tmm.spec.ranks import Ranks, is_distributed
 
 _WORD = (1 << 62) - 1
@@ -33,8 +34,7 @@ class GradientAverage:
         plain = {name: g for name, g in gradients.items() if not is_distributed(g)}
         if not self._is_needed or not gradients:
             return dict(gradients)
-        device = next((g.device for g in plain.values()), torch.device("cpu"))
-        self._check(plain, device)
+        self._check(plain)
         averages = dict(gradients)
         for name, gradient in plain.items():
             dtype = torch.promote_types(gradient.dtype, torch.float32)
@@ -44,12 +44,12 @@ class GradientAverage:
             averages[name] = copy.div_(self._size)
         return averages
 
-    def _check(self, gradients: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def _check(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """See that all ranks have the same before anything waits for what does not come."""
         named = ";".join(f"{name} {tuple(g.shape)}" for name, g in gradients.items())
         number = int.from_bytes(hashlib.blake2b(named.encode(), digest_size=8).digest(), "big")
         number &= _WORD
-        ends = torch.tensor([number, -number], device=device)
+        ends = torch.tensor([number, -number], device=device_of_collectives())
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         largest, least = ends.tolist()
         if largest != -least:
