@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from tmm.core.dynamo_private import OptimizedModule, innermost_fn
-from tmm.core.failures import OnError
+from tmm.core.failures import OnError, words
 from tmm.instrumentation.compile_settings import CompilerFunction, settings_for, settings_of
 from tmm.instrumentation.eager_backend import eager, why_traced
 from tmm.instrumentation.pass_trace import TraceFolder
@@ -130,7 +130,7 @@ def instrument(
             ``programs`` or ``lowering`` is none of these, ``placements`` is not as it should be,
             ``run`` holds something that is not a run, the run to resume is running, or the model is
             distributed in a way that is not supported.
-        RuntimeError: if not all processes call this.
+        RuntimeError: if not all processes call this, or another one fails in it.
         OSError: if ``run`` or ``trace`` cannot be written, or ``run`` is a file.
     """
     if not isinstance(spec, Spec):
@@ -164,16 +164,18 @@ def instrument(
         root, regions = _regions(model, measured, module, parts, backend)
         tops = [measured]
     is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
-    with _closing_on_error(group):
+    if joins:
+        group = group or ProcessGroup()
+    trace = trace or os.environ.get("TMM_TRACE")
+    with _on_all_ranks(group):
         plan = plan_of(measured, spec)
         reference = load_reference(measured, plan, spec.reference)
-    trace = trace or os.environ.get("TMM_TRACE")
-    trace_folder = None if trace is None else TraceFolder(Path(trace))
-    check_placements(placements, plan.modules)
+        trace_folder = None if trace is None else TraceFolder(Path(trace))
+        check_placements(placements, plan.modules)
+        if joins:
+            check_distributed(measured)
     place, ranks = Ranks(), None
-    if joins:
-        check_distributed(measured)
-        group = group or ProcessGroup()
+    if group is not None:
         with _closing_on_error(group):
             place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
@@ -190,33 +192,34 @@ def instrument(
     registry = registry_of(measured, plan, lambda family: spec.notes(family) or place.notes(family))
     siblings: list[Switch] = []
     try:
-        if live is not None:
-            recording = live.recording_of(registry)
-        elif per_rank and run is not None:
-            own = run_of_rank(Path(run), resume=resume)  # type: ignore[arg-type]
-            timeline = StepTimeline(registry, listener=RankClock())
-            recording = Recording(timeline, own.writer, own.earlier)
-        elif run is not None and place.rank > 0:
-            writer = SilentWriter(Path(run))  # type: ignore[arg-type]
-            recording = Recording(StepTimeline(registry), writer)
-        elif run is not None:
-            own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
-            recording = Recording(StepTimeline(registry), own.writer, own.earlier)
-        else:
-            recording = Recording(StepTimeline(registry))
-        monitored = MonitoredModel.of(
-            *(root, regions, measured, plan, recording),
-            reference=reference,
-            trace=trace_folder,
-            on_error=on_error,
-            place=place,
-            programs=choice,
-            lowering=lowering,
-            ranks=ranks,
-            take_off=partial(_take_off, siblings, scheduled, is_mark_left=live is not None),
-            is_bypassed=lambda: any(map(is_bypassed, siblings)),
-            micro_batches=None if scheduled is None else scheduled.micro_batches,
-        )
+        with _on_all_ranks(group):
+            if live is not None:
+                recording = live.recording_of(registry)
+            elif per_rank and run is not None:
+                own = run_of_rank(Path(run), resume=resume)  # type: ignore[arg-type]
+                timeline = StepTimeline(registry, listener=RankClock())
+                recording = Recording(timeline, own.writer, own.earlier)
+            elif run is not None and place.rank > 0:
+                writer = SilentWriter(Path(run))  # type: ignore[arg-type]
+                recording = Recording(StepTimeline(registry), writer)
+            elif run is not None:
+                own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]
+                recording = Recording(StepTimeline(registry), own.writer, own.earlier)
+            else:
+                recording = Recording(StepTimeline(registry))
+            monitored = MonitoredModel.of(
+                *(root, regions, measured, plan, recording),
+                reference=reference,
+                trace=trace_folder,
+                on_error=on_error,
+                place=place,
+                programs=choice,
+                lowering=lowering,
+                ranks=ranks,
+                take_off=partial(_take_off, siblings, scheduled, is_mark_left=live is not None),
+                is_bypassed=lambda: any(map(is_bypassed, siblings)),
+                micro_batches=None if scheduled is None else scheduled.micro_batches,
+            )
     except BaseException:
         if own is not None:
             own.give_up()
@@ -398,6 +401,23 @@ def _closing_on_error(group: ProcessGroup | None) -> Iterator[None]:
         if group is not None:
             group.close()
         raise
+
+
+@contextmanager
+def _on_all_ranks(group: ProcessGroup | None) -> Iterator[None]:
+    """Let a fault of one rank in the block, where none waits for another, end it on all of them."""
+    with _closing_on_error(group):
+        try:
+            yield
+        except Exception as error:
+            if group is not None:
+                with suppress(Exception):  # a rank that has died
+                    group.everything(words(error))
+            raise
+        faults = [] if group is None else group.everything("")
+        for rank, fault in enumerate(faults):
+            if fault:
+                raise RuntimeError(f"tmm.instrument failed on rank {rank}: {fault}")
 
 
 def _take_off(siblings: list[Switch], scheduled: Scheduled | None, *, is_mark_left: bool) -> None:
