@@ -18,7 +18,7 @@ from tests.triton_interpreter import printed_by
 from tmm.core.inductor_private import compile_fx
 from tmm.core.torch_private import FakeTensorMode
 from tmm.kernels.fused.choose_lowering import fused_row
-from tmm.kernels.fused.merge_operator import merge_parts
+from tmm.kernels.fused.merge_operator import merge_parts, register_join
 from tmm.kernels.fused.row_partials import partials_of, register_lowering
 
 FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
@@ -56,6 +56,7 @@ def print_plans() -> None:
     """In a process that takes itself for one with a GPU: each program plain, and measured."""
     mock_gpus(1)
     register_lowering()
+    register_join()
     print(json.dumps({name: [vars(_plan(name, m)) for m in (False, True)] for name in PROGRAMS}))
 
 

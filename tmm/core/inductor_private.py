@@ -29,7 +29,8 @@ def fuse_operator(operator: Callable[..., Any], body: Callable[..., Any]) -> Non
     """Let Inductor compile an operator as the operations of ``body``, which it fuses like others.
 
     ``body`` is called with a function that applies an operator of ATen, one that gives the values
-    of a tensor in half precision as memory holds them, in float32, and the operator's arguments.
+    of a tensor in half precision as memory holds them, in float32, one that joins contiguous
+    tensors, flat, and the operator's arguments.
     """
     from torch._inductor.lowering import lowerings, make_pointwise, register_lowering
     from torch._inductor.virtualized import ops
@@ -49,9 +50,65 @@ def fuse_operator(operator: Callable[..., Any], body: Callable[..., Any]) -> Non
         return make_pointwise(value, override_return_dtype=torch.float32)(x)
 
     def lower(*arguments: Any) -> Any:
-        return body(apply, as_stored, *arguments)
+        return body(apply, as_stored, _joined, *arguments)
 
     register_lowering(operator, type_promotion_kind=None)(lower)
+
+
+def join_in_place(operator: Callable[..., Any]) -> None:
+    """Let Inductor join the tensors of a list, flat, where kernels write them: without copies."""
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(operator, type_promotion_kind=None)(_joined)
+
+
+def _joined(parts: Any) -> Any:
+    """What Inductor keeps of tensors, joined flat.
+
+    Inductor does so by itself for ``aten.cat`` of what kernels make, but it pads long rows, and
+    copies views and what was made by ``aten.cat``.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    device, dtype = parts[0].get_device(), parts[0].get_dtype()
+    total = sum(part.get_numel() for part in parts)
+    whole = ir.ConcatKernel(
+        name=None, layout=ir.FixedLayout(device, dtype, [total], [1]), inputs=[]
+    )
+    box = ir.StorageBox(whole)
+    pieces, start = [], 0
+
+    def place_of(piece: Any) -> Any:
+        nonlocal start
+        size = list(piece.get_size())
+        strides = ir.FlexibleLayout.contiguous_strides(size)
+        place = ir.FixedLayout(device, dtype, size, strides, start)
+        start += piece.get_numel()
+        return ir.ReinterpretView(data=box, layout=place)
+
+    for part in parts:
+        owner = part
+        while isinstance(owner, (ir.TensorBox, ir.BaseView)):
+            owner = owner.data
+        made = owner.data
+        if not isinstance(made, ir.ConcatKernel):
+            pieces.append(ir.ConcatKernel.realize_into(owner, place_of(owner)))
+        elif isinstance(made.layout, ir.NonOwningLayout):
+            # The same once more: the kernel that writes a piece of it writes the piece twice, as
+            # far as this stands beside it. Nodes that are far apart are not fused.
+            for piece in made.inputs:
+                again = ir.StorageBox(piece)
+                pieces.append(ir.ConcatKernel.realize_into(again, place_of(again)))
+                operations = V.graph.operations
+                operations.insert(operations.index(piece) + 1, operations.pop())
+        else:
+            made.layout = ir.NonOwningLayout(place_of(owner))
+            pieces.append(made)
+    whole.inputs = ir.ConcatKernel.unwrap_storage(pieces)
+    whole.name = V.graph.register_buffer(whole)
+    V.graph.register_operation(whole)
+    return ir.TensorBox(box)
 
 
 @contextmanager

@@ -8,12 +8,14 @@ a CUDA graph would do with those of its recording.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tmm.core.metrics import TENSOR_COLUMNS
+from tmm.core.inductor_private import join_in_place
 from tmm.kernels import kernel_registry
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.fused.row_partials import PARTIALS
@@ -142,6 +144,19 @@ def _empty_rows(like: torch.Tensor, layout: list[int]) -> torch.Tensor:
     return like.new_empty(width, dtype=packed_dtype(like.device))
 
 
+JOIN = "join_1"
+"""With a version: compiled graphs are cached, and do not know how an operator was lowered."""
+
+_library.define(f"{JOIN}(Tensor[] parts) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+_library.impl(JOIN, _join, "CompositeExplicitAutograd")
+torch.library.register_fake(f"tmm::{JOIN}", _join, lib=_library)
+
 _library.define(
     "merge_joined(Tensor joined, SymInt[] rows, int[] layout) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
@@ -171,6 +186,9 @@ Args:
 Returns:
     ``packed_dtype``, shape ``(sum of the widths,)``.
 """
+join: Callable[[list[torch.Tensor]], torch.Tensor] = getattr(torch.ops.tmm, JOIN).default
+"""The tensors of a list, one after the other and flat."""
+
 merge_joined: Callable[..., torch.Tensor] = torch.ops.tmm.merge_joined.default
 """The same of partials in one tensor.
 
@@ -185,5 +203,10 @@ def merge_parts(partials: Sequence[torch.Tensor], layout: Sequence[int]) -> torc
     """The rows of the partials of several tensors, as it is best for their device."""
     if partials[0].device.type == "cpu":
         return merge(list(partials), list(layout))
-    joined = torch.cat([part.reshape(-1) for part in partials])
-    return merge_joined(joined, [part.shape[1] for part in partials], list(layout))
+    return merge_joined(join(list(partials)), [part.shape[1] for part in partials], list(layout))
+
+
+@functools.cache
+def register_join() -> None:
+    """Tell Inductor how partials are joined. Not on import: Inductor takes seconds."""
+    join_in_place(join)

@@ -119,25 +119,40 @@ Apply: TypeAlias = Callable[..., Any]
 def _partials(
     apply: Apply,
     as_stored: Callable[[Any], Any],
+    join: Callable[[list[Any]], Any],
     x: Any,
     order: Sequence[int],
     length: int,
     partials: str,
     is_wide: bool,
 ) -> Any:
-    rows = apply(_aten.reshape.default, apply(_aten.permute.default, x, list(order)), [-1, length])
-    values = as_stored(rows)
+    values = as_stored(_rows(apply, apply(_aten.permute.default, x, list(order)), length))
     if is_wide:
         values = apply(_convert, values, torch.float64)
     each = _each(apply, values, partials.split(COLUMN_SEPARATOR))
-    return apply(_aten.cat.default, [apply(_aten.unsqueeze.default, part, 0) for part in each], 0)
+    return apply(_aten.reshape.default, join(each), [len(each), -1])
+
+
+def _rows(apply: Apply, x: Any, length: int) -> Any:
+    """``x`` with one more dimension at most: its last ones, or a piece of them, are a row.
+
+    The others stay: what else reads the tensor goes through them, and Inductor fuses loops that
+    look alike.
+    """
+    sizes = list(x.get_size() if hasattr(x, "get_size") else x.shape)
+    last = 1
+    while sizes and last < length:
+        last *= sizes.pop()
+    if last != length:
+        return apply(_aten.reshape.default, x, [-1, length])
+    return apply(_aten.reshape.default, x, [*sizes, length] if sizes else [1, length])
 
 
 def _each(apply: Apply, values: Any, partials: Sequence[str]) -> list[Any]:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
 
     def total(per_element: Any) -> Any:
-        return apply(_aten.sum.dim_IntList, per_element, [1])
+        return apply(_aten.sum.dim_IntList, per_element, [-1])
 
     def number(is_so: Any) -> Any:
         return total(apply(_convert, is_so, dtype))
@@ -150,9 +165,9 @@ def _each(apply: Apply, values: Any, partials: Sequence[str]) -> list[Any]:
         "sum": lambda: total(values),
         "sum_squares": lambda: total(apply(_aten.mul.Tensor, values, values)),
         "sum_absolute": lambda: total(magnitudes),
-        "absmax": lambda: apply(_aten.amax.default, magnitudes, [1]),
-        "minimum": lambda: apply(_aten.amin.default, values, [1]),
-        "maximum": lambda: apply(_aten.amax.default, values, [1]),
+        "absmax": lambda: apply(_aten.amax.default, magnitudes, [-1]),
+        "minimum": lambda: apply(_aten.amin.default, values, [-1]),
+        "maximum": lambda: apply(_aten.amax.default, values, [-1]),
         "zeros": lambda: number(apply(_aten.eq.Scalar, values, 0)),
         "nans": lambda: number(apply(_aten.isnan.default, values)),
         "infinities": lambda: number(apply(_aten.isinf.default, values)),
@@ -163,14 +178,14 @@ def _each(apply: Apply, values: Any, partials: Sequence[str]) -> list[Any]:
 def _powers(
     apply: Apply, values: Any, partials: Sequence[str], total: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    centre = apply(_aten.mean.dim, values, [1])
-    deviation = apply(_aten.sub.Tensor, values, apply(_aten.unsqueeze.default, centre, 1))
+    centre = apply(_aten.mean.dim, values, [-1])
+    deviation = apply(_aten.sub.Tensor, values, apply(_aten.unsqueeze.default, centre, -1))
     made = {"centre": centre}
     if "unit" in partials:
-        largest = apply(_aten.amax.default, apply(_aten.abs.default, deviation), [1])
+        largest = apply(_aten.amax.default, apply(_aten.abs.default, deviation), [-1])
         is_constant = apply(_convert, apply(_aten.eq.Scalar, largest, 0), torch.float32)
         made["unit"] = apply(_aten.add.Tensor, largest, is_constant)
-        unit = apply(_aten.unsqueeze.default, made["unit"], 1)
+        unit = apply(_aten.unsqueeze.default, made["unit"], -1)
         deviation = apply(_aten.div.Tensor, deviation, unit)
     square = apply(_aten.mul.Tensor, deviation, deviation)
     powers: dict[str, Callable[[], Any]] = {
@@ -194,6 +209,10 @@ _library.define(
 )
 
 
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
 def _eagerly(
     x: torch.Tensor, order: Sequence[int], length: int, partials: str, is_wide: bool
 ) -> torch.Tensor:
@@ -201,7 +220,7 @@ def _eagerly(
         return function(*arguments)
 
     made: torch.Tensor
-    made = _partials(apply, torch.Tensor.float, x, order, length, partials, is_wide)
+    made = _partials(apply, torch.Tensor.float, _join, x, order, length, partials, is_wide)
     return made
 
 
