@@ -272,13 +272,13 @@ def check_triton() -> None:
                 layout += row.layout
         joined = torch.cat([part.reshape(-1) for part in parts])
         number = [part.shape[1] for part in parts]
-        got = merge_triton.merge_joined_with_triton(joined, number, layout)
+        got = merge_triton.merge_joined_with_triton(joined, None, number, layout)
         assert got is not None
         want = merge_with_torch(parts, layout)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14, equal_nan=True)
-        plain = merge_joined_with_torch(joined, number, layout)
+        plain = merge_joined_with_torch(joined, None, number, layout)
         torch.testing.assert_close(plain, want, rtol=0, atol=0, equal_nan=True)
-    assert merge_triton.merge_joined_with_triton(joined.double(), number, layout) is None
+    assert merge_triton.merge_joined_with_triton(joined.double(), None, number, layout) is None
 
 
 def test_the_launch_of_a_gpu() -> None:

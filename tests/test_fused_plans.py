@@ -18,8 +18,8 @@ from tests.triton_interpreter import printed_by
 from tmm.core.inductor_private import compile_fx
 from tmm.core.torch_private import FakeTensorMode
 from tmm.kernels.fused.choose_lowering import fused_row
-from tmm.kernels.fused.merge_operator import merge_parts, register_join
-from tmm.kernels.fused.row_partials import partials_of, register_lowering
+from tmm.kernels.fused.merge_operator import merge_parts, register_lowerings
+from tmm.kernels.fused.row_partials import partials_of
 
 FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
 COUNTS = ("count", "absmax", "zeros", "nans", "infinities")
@@ -55,8 +55,7 @@ PROGRAMS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, tuple[str, .
 def print_plans() -> None:
     """In a process that takes itself for one with a GPU: each program plain, and measured."""
     mock_gpus(1)
-    register_lowering()
-    register_join()
+    register_lowerings()
     print(json.dumps({name: [vars(_plan(name, m)) for m in (False, True)] for name in PROGRAMS}))
 
 
