@@ -86,7 +86,8 @@ def _attended(module: GraphModule) -> set[Node]:
         node
         for node in module.graph.nodes
         if node.target is summarize
-        and _tensor(node).device.type == "cuda" and is_only_attended(node.args[0])
+        and _tensor(node).device.type == "cuda"
+        and is_only_attended(node.args[0])
     }
     return found if len(found) > 1 else set()
 

@@ -69,9 +69,9 @@ class Lowered:
         be read in the order of the copy; what is stored, Inductor lets the kernel sum that copies.
         """
         owner, root = _owner(x), _root()
-        if _is_one_of(root, (_aten.clone,)) and _is_pointwise(owner):
-            if any(_is_one_of(user, _PRODUCTS) for user in _readers()):
-                owner.realize()
+        is_copy = _is_one_of(root, (_aten.clone,)) and _is_pointwise(owner)
+        if is_copy and any(_is_one_of(user, _PRODUCTS) for user in _readers()):
+            owner.realize()
         return x
 
     @staticmethod
@@ -124,7 +124,8 @@ class Lowered:
         layout = ir.FixedLayout(device, dtype, [total], [1])
         whole = ir.ConcatKernel(name=None, layout=layout, inputs=[])
         box = ir.StorageBox(whole)
-        pieces, start = [], 0
+        pieces: list[Any] = []
+        start: Any = 0
         for owner in map(_owner, parts):
             size = list(owner.get_size())
             strides = ir.FlexibleLayout.contiguous_strides(size)
@@ -146,7 +147,8 @@ class Lowered:
     def distinct(parts: Any) -> tuple[list[Any], list[int]]:
         """The tensors without those that come again, and for each which of these it is."""
         numbers: dict[int, int] = {}
-        kept, places = [], []
+        kept: list[Any] = []
+        places = []
         for part in parts:
             key = id(_owner(part).data)
             if key not in numbers:
@@ -203,10 +205,11 @@ def _root() -> torch.fx.Node:
     """What the first argument of the node that is being compiled is a view of, or that itself."""
     from torch._inductor.virtualized import V
 
-    root: torch.fx.Node = V.graph.current_node.args[0]
+    root: Any = V.graph.current_node.args[0]
     while _is_one_of(root, _VIEWS):
-        (root, *_) = root.args  # type: ignore[assignment]
-    return root
+        root = root.args[0]
+    found: torch.fx.Node = root
+    return found
 
 
 def _readers() -> Iterator[torch.fx.Node]:
@@ -228,8 +231,8 @@ def _is_one_of(node: torch.fx.Node, operators: tuple[Any, ...]) -> bool:
 
 def _is_over_rows(node: torch.fx.Node) -> bool:
     """Whether a sum is over all dimensions but the last."""
-    (summed, *given) = node.args
-    dimensions, rank = given[0] if given else None, len(summed.meta["val"].shape)  # type: ignore[union-attr]
-    if not isinstance(dimensions, (list, tuple)):
+    arguments: Any = node.args
+    if len(arguments) < 2 or not isinstance(arguments[1], (list, tuple)):
         return False
-    return {int(one) % rank for one in dimensions} == set(range(rank - 1))  # type: ignore[arg-type]
+    rank = len(arguments[0].meta["val"].shape)
+    return {dimension % rank for dimension in arguments[1]} == set(range(rank - 1))

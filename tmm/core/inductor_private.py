@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 
 def inductor_config() -> Any:
     """The settings of Inductor, a module."""

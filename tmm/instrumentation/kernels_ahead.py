@@ -50,7 +50,7 @@ def compile_kernels(module: GraphModule) -> None:
 def compile_pairs(own: torch.Tensor, other: torch.Tensor, columns: tuple[str, ...]) -> None:
     """Compile the kernel that reads both, if it serves their device."""
     if own.device.type == "cuda" and why_no_triton(own.device) is None:
-        from tmm.kernels.summarize.group_triton import compile_pairs_ahead
+        from tmm.kernels.summarize.group_ahead import compile_pairs_ahead
 
         elements = hinted_elements(own)
         compile_pairs_ahead(own.dtype, other.dtype, columns, elements, own.device)
@@ -60,7 +60,7 @@ def compile_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> 
     """Compile the kernels that read several tensors, if Triton does on their device."""
     device = tensors[0].device
     if device.type == "cuda" and why_no_triton(device) is None:
-        from tmm.kernels.summarize.group_triton import compile_group_ahead
+        from tmm.kernels.summarize.group_ahead import compile_group_ahead
 
         compile_group_ahead((tensor.dtype for tensor in tensors), columns, device)
 

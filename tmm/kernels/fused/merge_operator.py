@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from tmm.core.metrics import TENSOR_COLUMNS
 from tmm.core.fusion_private import Lowered, fuse_operator
+from tmm.core.metrics import TENSOR_COLUMNS
 from tmm.kernels import kernel_registry
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.fused.row_partials import PARTIALS, register_lowering
@@ -253,4 +253,3 @@ def merge_parts(partials: Sequence[torch.Tensor], layout: Sequence[int]) -> torc
     if partials[0].device.type == "cpu":
         return merge(list(partials), list(layout))
     return merge_apart(list(partials), list(layout))
-

@@ -179,7 +179,9 @@ def _merge_parts(
     if tl.load(outputs + 5) >= 0:
         for start in range(0, rows, BLOCK):
             inside = start + lanes < rows
-            mean, second, third, fourth = _moments(data, places, rows, length, start, lanes, ROUNDING)
+            mean, second, third, fourth = _moments(
+                data, places, rows, length, start, lanes, ROUNDING
+            )
             delta = mean - mean_of_all
             square = delta * delta
             seconds += tl.where(inside, second + square, 0.0)

@@ -13,7 +13,7 @@ Run in Triton's interpreter only so far, and compiled for GPUs; never on a real 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,61 +77,6 @@ def _summarized(
     if columns == written:
         return rows
     return torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
-
-
-def compile_group_ahead(
-    dtypes: Iterable[torch.dtype], columns: tuple[str, ...], device: torch.device
-) -> None:
-    """Compile what ``summarize_group_with_triton`` needs for several tensors of these dtypes.
-
-    Unless they come to lie at addresses that are not aligned.
-    """
-    constants, table = _constants(columns, is_pair=False), torch.int64
-    with torch.cuda.device(device):
-        for dtype in {dtype if dtype in _DTYPES else torch.float32 for dtype in dtypes}:
-            _reduce_chunks.warmup(
-                *(table, table, table, table, table, 0, torch.float64),
-                DTYPE=_of_triton(dtype),
-                OTHER=_of_triton(dtype),
-                WIDE=_wide(dtype, dtype),
-                ALIGNMENT=_ALIGNMENT,
-                grid=(1,),
-                **constants,
-            )
-        merge_chunks.warmup(
-            *(table, table, 0, torch.float64, torch.float64),
-            grid=(1,),
-            **_of_merging(constants, "mean" in columns, is_stacked=False),
-        )
-
-
-def compile_pairs_ahead(
-    own: torch.dtype,
-    other: torch.dtype,
-    columns: tuple[str, ...],
-    elements: int,
-    device: torch.device,
-) -> None:
-    """Compile what ``summarize_pairs_with_triton`` needs for one such pair, if it can read it.
-
-    Unless its tensors come to lie at addresses that are not aligned.
-    """
-    if own not in _DTYPES or other not in _DTYPES or not elements:
-        return
-    chunks, constants = -(-elements // _CHUNK), _constants(columns, is_pair=True)
-    with torch.cuda.device(device):
-        _reduce_stacked.warmup(
-            *(own, other, elements, chunks, torch.float64),
-            WIDE=_wide(own, other),
-            ALIGNMENT=_ALIGNMENT,
-            grid=(1,),
-            **constants,
-        )
-        merge_chunks.warmup(
-            *(torch.float64, torch.float64, chunks, torch.float64, torch.float64),
-            grid=(1,),
-            **_of_merging(constants, "mean" in columns, is_stacked=True),
-        )
 
 
 def _written(*, is_pair: bool) -> tuple[str, ...]:
