@@ -1,4 +1,4 @@
-"""The kernels that reduce several tensors on a GPU, compiled before a graph that needs them runs."""
+"""The kernels of a GPU that reduce several tensors, compiled before a graph that needs them."""
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc,unused-ignore"
 
 from __future__ import annotations
