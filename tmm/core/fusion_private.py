@@ -72,6 +72,7 @@ class Lowered:
         is_copy = _is_one_of(root, (_aten.clone,)) and _is_pointwise(owner)
         if is_copy and any(_is_one_of(user, _PRODUCTS) for user in _readers()):
             owner.realize()
+            owner.data.freeze_layout()  # in the order of the copy
         return x
 
     @staticmethod
