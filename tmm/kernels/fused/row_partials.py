@@ -199,9 +199,7 @@ def _each(on: On, values: Any, partials: Sequence[str]) -> list[Any]:
         return total(on.apply(_convert, is_so, dtype))
 
     made: dict[str, Any] = {}
-    if "spread" in partials:
-        made["centre"], made["spread"] = on.mean_and_spread(values)
-    elif "centre" in partials:
+    if "spread" not in partials and "centre" in partials:
         made |= _powers(on, values, partials, total)
     magnitudes = on.apply(_aten.abs.default, values)
     plain: dict[str, Callable[[], Any]] = {
@@ -215,7 +213,10 @@ def _each(on: On, values: Any, partials: Sequence[str]) -> list[Any]:
         "nans": lambda: number(on.apply(_aten.isnan.default, values)),
         "infinities": lambda: number(on.apply(_aten.isinf.default, values)),
     }
-    return [made[name] if name in made else plain[name]() for name in partials]
+    made |= {name: plain[name]() for name in partials if name in plain}
+    if "spread" in partials:  # last: in the other order one kernel of a GPT spilled registers
+        made["centre"], made["spread"] = on.mean_and_spread(values)
+    return [made[name] for name in partials]
 
 
 def _powers(
