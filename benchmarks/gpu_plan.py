@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -96,11 +97,11 @@ def really(variant: Mapping[str, Any]) -> Total:
     """
     total = Total()
     for graph in variant["graphs"]:
-        uncounted = graph["uncounted"]
+        counted = {name.split(":")[0] for name in graph["operators"]}
         kept = [
             one
             for one in launches(graph["launches"])
-            if one.kind != "tmm" or one.name.split(".")[-1] in uncounted
+            if one.kind != "tmm" or one.name.split(".")[-1] not in counted
         ]
         total += Total.of([*kept, *launches(graph["real"])])
     return total
@@ -315,8 +316,10 @@ def main(
         console.print(f"{name}: {added_line(added)}; {split}")
     for name, variant in found.items():
         for graph in variant["graphs"]:
-            for operator, calls in graph["uncounted"].items():
-                console.print(f"{name}: {calls} x tmm::{operator}, each counted as one launch")
+            called = Counter(one.name for one in launches(graph["launches"]) if one.kind == "tmm")
+            for operator, calls in called.items():
+                if operator.split(".")[-1] in graph["uncounted"]:
+                    console.print(f"{name}: {calls} x {operator}, each counted as one launch")
     spilling = [name for name, tried in resources.items() if best(tried)["spilled"]]
     console.print(f"kernels that spill: {', '.join(spilling) or 'none'}")
     own_found: dict[int, Any] = {}

@@ -13,6 +13,7 @@ from tmm.kernels.fused.row_partials import partials_of
 from tmm.kernels.ops import summarize
 from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.findings import GraphFindings
+from tmm.passes.graph.attended import is_only_attended
 from tmm.passes.graph.edits import storages, written
 from tmm.passes.graph.fused_rows import set_fused
 from tmm.passes.graph.mutation import overwritten_by
@@ -25,6 +26,7 @@ from tmm.passes.graph.values import value_of
 from tmm.passes.request import GraphRequest
 
 _OVERWRITTEN = "overwritten later"
+_ATTENDED = "only an attention reads it: one operator reads several of them"
 
 
 def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFindings) -> None:
@@ -32,10 +34,18 @@ def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFind
 
     Afterwards such a node holds partials of a tensor instead of its row; ``pack_rows`` merges all
     of them. Small tensors of a CPU are reduced by one operator, several at a time, which comes
-    after the last of them. Other operators stay. Finds how each site is measured.
+    after the last of them; so are products of a GPU that nothing but attentions read. Other
+    operators stay. Finds how each site is measured.
     """
+    _fuse(module, request, found, is_nested=False)
+
+
+def _fuse(
+    module: GraphModule, request: GraphRequest, found: GraphFindings, *, is_nested: bool
+) -> None:
     writes = _writes(module)
     together: list[Node] = []
+    attended = set() if is_nested else _attended(module)
     for index, node in enumerate(list(module.graph.nodes)):
         if node.target is not summarize or node.users:
             continue
@@ -44,9 +54,12 @@ def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFind
         example = value_of(tensor)
         names = str(columns).split(COLUMN_SEPARATOR)
         fused = fused_row(example, names, hinted_elements(example), request.lowering)
-        if fused == TOGETHER and any(writes.get(s, -1) > index for s in storages([tensor])):
+        is_overwritten = any(writes.get(s, -1) > index for s in storages([tensor]))
+        if node in attended and not isinstance(fused, str) and not is_overwritten:
+            fused = _ATTENDED
+        if fused == TOGETHER and is_overwritten:
             fused = _OVERWRITTEN
-        if fused == TOGETHER:
+        if fused in (TOGETHER, _ATTENDED):
             together.append(node)
         why = fused if isinstance(fused, str) else ""
         found.lowerings += [(*site, why) for site in sites_of(node)]
@@ -61,7 +74,22 @@ def fuse_reductions(module: GraphModule, request: GraphRequest, found: GraphFind
         _join(group)
     for call, body in nested_calls(module):
         if returns_body_outputs(call):
-            fuse_reductions(body, request, found)
+            _fuse(body, request, found, is_nested=True)
+
+
+def _attended(module: GraphModule) -> set[Node]:
+    """The operators of a GPU that read what only attentions read, where there are several.
+
+    In a nested graph, such as one that is computed once more, tensors are not kept.
+    """
+    found = {
+        node
+        for node in module.graph.nodes
+        if node.target is summarize
+        and _tensor(node).device.type == "cuda"
+        and is_only_attended(node.args[0])
+    }
+    return found if len(found) > 1 else set()
 
 
 def _writes(module: GraphModule) -> dict[int, int]:
@@ -78,8 +106,11 @@ def _groups(nodes: list[Node]) -> Iterator[list[Node]]:
     alike: dict[tuple[torch.device, object], list[Node]] = {}
     for node in nodes:
         alike.setdefault((_tensor(node).device, node.args[1]), []).append(node)
-    for some in alike.values():
-        yield from in_groups(some, lambda node: hinted_elements(_tensor(node)))
+    for (device, _), some in alike.items():
+        if device.type == "cpu":
+            yield from in_groups(some, lambda node: hinted_elements(_tensor(node)))
+        else:
+            yield some
 
 
 def _tensor(node: Node) -> torch.Tensor:

@@ -9,6 +9,7 @@ from tmm.core.metrics import Reduction
 from tmm.core.records import PackedLayout, Site, Slot
 from tmm.kernels.fused.merge_operator import merge_parts
 from tmm.kernels.ops import pack
+from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.fused_rows import fused_of
 from tmm.passes.graph.rewriter import Rewriter
@@ -60,6 +61,8 @@ def _packed(
             start += int(value_of(node).numel()) if row is None else row.width
         if is_fused:
             extra.append(_merge(module, nodes))
+        elif [node.target for node in nodes] == [summarize_many]:
+            extra += nodes  # joined, and of nobody else's memory
         else:
             in_place = writes_in_place and device.type == "cpu"
             extra.append((write_rows if in_place else _join)(module, nodes))

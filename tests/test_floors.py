@@ -77,6 +77,7 @@ WITHOUT_TORCH = (
 TORCH_IN_CORE = {
     "tmm.core.autograd",
     "tmm.core.dynamo_private",
+    "tmm.core.fusion_private",
     "tmm.core.inductor_private",
     "tmm.core.module_names",
     "tmm.core.recorded_values",
@@ -85,7 +86,7 @@ TORCH_IN_CORE = {
 }
 """The files of core that are about torch, and import it; no other one does."""
 
-PRIVATE = {"tmm.core.dynamo_private", "tmm.core.inductor_private", "tmm.core.torch_private"}
+PRIVATE = {f"tmm.core.{name}_private" for name in ("dynamo", "fusion", "inductor", "torch")}
 """The files that know private names of torch, so that a new version is looked at there."""
 
 

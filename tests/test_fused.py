@@ -135,6 +135,24 @@ def test_constants_have_no_deviation(value: float, *, is_wide: bool) -> None:
     assert row["mean"] == pytest.approx(float(x[0, 0]), rel=1e-6, abs=1e-44)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by", [merge, merge_with_torch])
+def test_rows_in_half_precision(dtype: torch.dtype, by: Callable[..., torch.Tensor]) -> None:
+    columns = ("count", "sum", "sum_squares", "mean", "moment2", "absmax")
+    row = FusedRow(columns, 768, is_wide=False, is_half=True)
+    assert row.partials == ("centre", "absmax", "spread")
+    constant = torch.full((8, 768), 0.1, dtype=dtype)
+    one_off = constant.clone()
+    one_off[3, 5] = torch.nextafter(one_off[3, 5], torch.ones((), dtype=dtype))
+    for x in (constant, one_off, torch.randn(8, 768).to(dtype), -3 + 1e-2 * one_off):
+        got = by([partials_of(x, *row.arguments(Rows((0, 1), 768)))], row.layout)
+        wide, found = x.double(), dict(zip(columns, got.tolist(), strict=True))
+        assert found["mean"] == pytest.approx(float(wide.mean()), rel=1e-6, abs=1e-8)
+        assert found["sum_squares"] == pytest.approx(float(wide.square().sum()), rel=1e-6)
+        right = float((wide - wide.mean()).square().sum())
+        assert found["moment2"] == pytest.approx(right, rel=1e-3, abs=1e-20)
+
+
 def test_more_elements_than_float32_counts() -> None:
     elements = (1 << 24) + 1
     x = torch.ones(elements)
@@ -260,25 +278,39 @@ def check_triton() -> None:
 
     torch.manual_seed(0)
     for columns in COLUMN_SETS:
-        parts, layout = [], []
+        parts: list[torch.Tensor] = []
+        layouts: list[list[int]] = []
         kinds = ((1, 1.0, 0.0), (37, 1e-3, 1e3), (2100, 1.0, 0.0), (5, 0.0, 7.5))
         for rows, scale, offset in kinds:
             for special in (None, np.nan, np.inf, -np.inf):
                 x = torch.randn(rows, 64) * scale + offset
                 if special is not None:
                     x[0, 7] = special
-                row = FusedRow(columns, 64, is_wide=False)
-                parts.append(partials_of(x, *row.arguments(Rows((0, 1), 64))))
-                layout += row.layout
+                for dtype in (torch.float32, torch.bfloat16):
+                    row = FusedRow(columns, 64, is_wide=False, is_half=dtype == torch.bfloat16)
+                    given = Rows((0, 1), 64)
+                    parts.append(partials_of(x.to(dtype), *row.arguments(given)))
+                    layouts.append(row.layout)
+        layout = [number for one in layouts for number in one]
         joined = torch.cat([part.reshape(-1) for part in parts])
         number = [part.shape[1] for part in parts]
-        got = merge_triton.merge_joined_with_triton(joined, number, layout)
+        got = merge_triton.merge_joined_with_triton(joined, None, number, layout)
         assert got is not None
         want = merge_with_torch(parts, layout)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14, equal_nan=True)
-        plain = merge_joined_with_torch(joined, number, layout)
+        plain = merge_joined_with_torch(joined, None, number, layout)
         torch.testing.assert_close(plain, want, rtol=0, atol=0, equal_nan=True)
-    assert merge_triton.merge_joined_with_triton(joined.double(), number, layout) is None
+        places = [index // 2 * 2 for index in range(len(parts))]  # each other one twice
+        starts = torch.tensor([sum(part.numel() for part in parts[:place]) for place in places])
+        number = [number[place] for place in places]
+        layout = [number for place in places for number in layouts[place]]
+        want = merge_with_torch([parts[place] for place in places], layout)
+        again = merge_triton.merge_joined_with_triton(joined, starts, number, layout)
+        assert again is not None
+        torch.testing.assert_close(again, want, rtol=1e-9, atol=1e-14, equal_nan=True)
+        plain = merge_joined_with_torch(joined, starts, number, layout)
+        torch.testing.assert_close(plain, want, rtol=0, atol=0, equal_nan=True)
+    assert merge_triton.merge_joined_with_triton(joined.double(), None, number, layout) is None
 
 
 def test_the_launch_of_a_gpu() -> None:

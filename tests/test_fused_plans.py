@@ -18,8 +18,8 @@ from tests.triton_interpreter import printed_by
 from tmm.core.inductor_private import compile_fx
 from tmm.core.torch_private import FakeTensorMode
 from tmm.kernels.fused.choose_lowering import fused_row
-from tmm.kernels.fused.merge_operator import merge_parts
-from tmm.kernels.fused.row_partials import partials_of, register_lowering
+from tmm.kernels.fused.merge_operator import merge_parts, register_lowerings
+from tmm.kernels.fused.row_partials import partials_of
 
 FIVE = ("count", "sum", "sum_squares", "mean", "moment2", "absmax", "zeros")
 COUNTS = ("count", "absmax", "zeros", "nans", "infinities")
@@ -40,6 +40,10 @@ def residual_and_norm(x: torch.Tensor, measure: Measure) -> torch.Tensor:
     return measure(functional.layer_norm(y, y.shape[-1:]))
 
 
+def twice(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    return measure(x.cos() * 2.0)
+
+
 def images(x: torch.Tensor, measure: Measure) -> torch.Tensor:
     return measure(x.view(8, 16, 16, 32).relu())
 
@@ -48,6 +52,7 @@ PROGRAMS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, tuple[str, .
     "scaled": (scaled, torch.float16, COUNTS),
     "gelu": (gelu, torch.bfloat16, FIVE),
     "residual_and_norm": (residual_and_norm, torch.bfloat16, FIVE),
+    "twice": (twice, torch.bfloat16, FIVE),
     "images": (images, torch.float32, FIVE),
 }
 
@@ -55,7 +60,7 @@ PROGRAMS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, tuple[str, .
 def print_plans() -> None:
     """In a process that takes itself for one with a GPU: each program plain, and measured."""
     mock_gpus(1)
-    register_lowering()
+    register_lowerings()
     print(json.dumps({name: [vars(_plan(name, m)) for m in (False, True)] for name in PROGRAMS}))
 
 
@@ -70,8 +75,9 @@ def _plan(name: str, is_measured: bool) -> Plan:
                 found = fused_row(y, columns, y.numel(), "auto")
                 assert not isinstance(found, str), found
                 rows, row = found
-                partials.append(partials_of(y, *row.arguments(rows)))
-                layout.extend(row.layout)
+                times = 2 if name == "twice" else 1  # as two modules give one tensor
+                partials.extend([partials_of(y, *row.arguments(rows))] * times)
+                layout.extend(row.layout * times)
             return y
 
         result = program(x, measure)
@@ -98,8 +104,8 @@ def test_partials_ride_in_the_kernels_that_are_there(
     name: str, plans: dict[str, tuple[Plan, Plan]]
 ) -> None:
     plain, measured = plans[name]
-    joins = name == "residual_and_norm"  # the partials of two sites, into one tensor
-    assert measured.triton_launches == plain.triton_launches + joins
+    places = name == "twice"  # where the partials lie, of which some are given twice
+    assert measured.triton_launches == plain.triton_launches + places
     assert measured.other_launches == plain.other_launches + 1  # merge_joined
     assert "torch.ops.tmm.merge_joined" in measured.text
     assert measured.readings == plain.readings

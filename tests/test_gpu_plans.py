@@ -177,7 +177,7 @@ def test_kernels_are_compiled_before_the_graph_is(monkeypatch: pytest.MonkeyPatc
 def print_pairs_ahead() -> None:
     """What is compiled ahead for sm_90, and again for a call with tensors that are aligned."""
     mock_gpus()
-    from tmm.kernels.summarize import group_triton
+    from tmm.kernels.summarize import group_ahead, group_triton
 
     given = []
     for columns, own, other in (
@@ -185,7 +185,7 @@ def print_pairs_ahead() -> None:
         (("count", "mean", "moment2"), torch.float32, torch.float32),
     ):
         device = torch.device("cuda", 0)
-        group_triton.compile_pairs_ahead(own, other, columns, 70_000, device)
+        group_ahead.compile_pairs_ahead(own, other, columns, 70_000, device)
         given.append((own, other, columns))
     kernel = group_triton._reduce_stacked
     compiled = len(kernel.device_caches[0][0])
@@ -202,6 +202,36 @@ def print_pairs_ahead() -> None:
                 **group_triton._constants(columns, is_pair=True),
             )
     print(json.dumps([compiled, len(kernel.device_caches[0][0])]))
+
+
+def print_group_ahead() -> None:
+    """The same of tensors that are given in a list."""
+    mock_gpus()
+    from tmm.kernels.summarize import group_ahead, group_triton
+
+    columns, dtype = ("count", "mean", "moment2"), torch.bfloat16
+    group_ahead.compile_group_ahead([dtype], columns, torch.device("cuda", 0))
+    kernel = group_triton._reduce_chunks
+    compiled = len(kernel.device_caches[0][0])
+    table = torch.zeros(12, dtype=torch.int64)
+    kernel.run(
+        *(table, table, table, table, table, 5, torch.empty(3, 14, dtype=torch.float64)),
+        DTYPE=group_triton._of_triton(dtype),
+        OTHER=group_triton._of_triton(dtype),
+        WIDE=group_triton._wide(dtype, dtype),
+        ALIGNMENT=16,
+        grid=(1,),
+        warmup=True,
+        **group_triton._constants(columns, is_pair=False),
+    )
+    print(json.dumps([compiled, len(kernel.device_caches[0][0])]))
+
+
+def test_the_kernel_of_groups_is_compiled_ahead() -> None:
+    found = json.loads(
+        printed_by("tests.test_gpu_plans", "print_group_ahead", **mocked_gpu.ENVIRONMENT)
+    )
+    assert found == [1, 1]
 
 
 def test_the_kernel_of_pairs_is_compiled_ahead() -> None:

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from tests.graphs import NOTHING, applied, check_golden, measure, text, trace
 from tmm.core.metrics import HISTOGRAM_EDGES, Reduction, builtin_reductions, function_reduction
-from tmm.kernels.ops import tap, tap_value
+from tmm.kernels.ops import summarize, tap, tap_value
 from tmm.passes.findings import GraphFindings
 from tmm.passes.fuse_reductions import fuse_reductions
+from tmm.passes.graph.attended import is_only_attended
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.printer import node_lines
 from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
@@ -588,3 +589,35 @@ def test_remove_evaluations_is_idempotent_and_keeps_metadata() -> None:
     applied(remove_evaluations, graph, STEP)
     assert text(graph) == once
     assert all(known[node].items() <= node.meta.items() for node in graph.graph.nodes)
+
+
+class Attending(nn.Module):
+    """A product that an attention reads, and with a ``reader`` something else as well."""
+
+    def __init__(self, reader: str) -> None:
+        super().__init__()
+        self.projection = nn.Linear(2, 6)
+        self.reader = reader
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.projection(x).unflatten(-1, (3, 1, 2))
+        query, key, value = heads.unsqueeze(0).permute(2, 0, 3, 1, 4).unbind()
+        if self.reader == "rotation":
+            query = query.cos()
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return mixed + key if self.reader == "sum" else mixed
+
+
+@pytest.mark.parametrize(
+    ("reader", "grad", "is_so"),
+    [("", True, True), ("rotation", True, False), ("sum", True, False), ("", False, False)],
+)
+def test_what_only_an_attention_reads(reader: str, grad: bool, is_so: bool) -> None:
+    module = Attending(reader).requires_grad_(grad)
+    graph = trace(module, X)
+    applied(insert_reductions, graph, measure(module, "rms"))
+    applied(remove_taps, graph)
+    row, *_ = (node for node in graph.graph.nodes if node.target is summarize)
+    (tensor, _) = row.args
+    assert isinstance(tensor, Node)
+    assert is_only_attended(tensor) == is_so

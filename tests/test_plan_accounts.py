@@ -104,6 +104,21 @@ def call(args):
     assert launch.bytes == 36
 
 
+def test_what_a_kernel_overwrites_counts_twice() -> None:
+    text = """
+triton_poi_fused_0 = async_compile.triton('triton_poi_fused_0', '''
+def triton_poi_fused_0(in_out_ptr0, in_ptr0, xnumel, XBLOCK : tl.constexpr):
+    pass
+''', device_str='cuda')
+
+def call(args):
+    arg0_1, arg1_1, = args
+    triton_poi_fused_0.run(arg0_1, arg1_1, 9, stream=stream0)
+"""
+    (launch,) = launches_of(text, inputs=[Buffer((9,), 4), Buffer((7,), 4)])
+    assert launch.bytes == 36 + 36 + 28
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [

@@ -2,14 +2,17 @@
 
 Nothing here needs a device, Triton or torch: the text of ``call`` is read as Python. Bytes are
 those of the arguments of each launch. A buffer counts once per launch, by as much of it as the
-launch is given; what a kernel reads of an argument, and how often, its text does not tell.
+launch is given, or twice if a kernel overwrites what it reads: two buffers in the place of that one
+would move as many. How much else a kernel reads of an argument, and how often, its text does not
+tell.
 """
 
 from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -69,7 +72,8 @@ def launches_of(
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.FunctionDef) and node.name == "call"
     )
-    reader = _Reader(dict(known or {}), list(inputs))
+    overwritten = {name: _overwritten(source) for name, source in kernels_of(text).items()}
+    reader = _Reader(dict(known or {}), list(inputs), overwritten)
     for statement in _statements(function.body):
         reader.read(statement)
     return reader.launches
@@ -83,6 +87,13 @@ def kernels_of(text: str) -> dict[str, str]:
             name, source = (ast.literal_eval(argument) for argument in node.args[:2])
             found[name] = source
     return found
+
+
+def _overwritten(source: str) -> list[int]:
+    """The places of a kernel's parameters that are read and written."""
+    parameters = re.search(r"def triton_\w+\(([^)]*)\)", source)
+    names = parameters[1].split(",") if parameters else []
+    return [place for place, name in enumerate(names) if name.strip().startswith("in_out_ptr")]
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -113,6 +124,7 @@ _ARITHMETIC = (
 class _Reader:
     known: dict[str, Buffer]
     inputs: list[Buffer | int]
+    overwritten: Mapping[str, Sequence[int]]
     launches: list[Launch] = field(default_factory=list)
     numbers: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -209,6 +221,8 @@ class _Reader:
         sizes, whole = self._sizes(arguments)
         total = sum(min(sum(views.values()), whole[owner]) for owner, views in sizes.items())
         name = name.removesuffix(".run").removesuffix(".default")
+        overwritten = [value.args[place] for place in self.overwritten.get(name, ())]
+        total += sum(sum(views.values()) for views in self._sizes(overwritten)[0].values())
         self.launches.append(Launch(name, kind, total, tuple(sizes)))
         return True
 

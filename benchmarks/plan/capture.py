@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -158,6 +159,8 @@ def fake_tensors_on_gpu() -> Iterator[None]:
     with (
         mock.patch.object(FakeTensor, "_normalize_fake_device", staticmethod(normalized)),
         mock.patch.object(FakeTensor, "device", property(shown)),
+        # What AOTAutograd wraps around them is asked as well, by what chooses by device.
+        mock.patch.object(FunctionalTensor, "device", property(lambda self: GPU)),
     ):
         yield
 

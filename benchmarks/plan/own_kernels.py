@@ -93,7 +93,7 @@ def _merges() -> list[Launching]:
     def call() -> object:
         row = FusedRow(_ALL.columns, 64, is_wide=False)
         joined = torch.ones(2 * len(row.partials) * 3000)
-        return merge_joined_with_triton(joined, [3000, 3000], [*row.layout, *row.layout])
+        return merge_joined_with_triton(joined, None, [3000, 3000], [*row.layout, *row.layout])
 
     return [Launching("merge of partials", "fused/merge_triton.py", call, is_quick=True)]
 

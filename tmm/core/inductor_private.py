@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 
 def inductor_config() -> Any:
     """The settings of Inductor, a module."""
@@ -23,35 +21,6 @@ def compile_fx() -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx
-
-
-def fuse_operator(operator: Callable[..., Any], body: Callable[..., Any]) -> None:
-    """Let Inductor compile an operator as the operations of ``body``, which it fuses like others.
-
-    ``body`` is called with a function that applies an operator of ATen, one that gives the values
-    of a tensor in half precision as memory holds them, in float32, and the operator's arguments.
-    """
-    from torch._inductor.lowering import lowerings, make_pointwise, register_lowering
-    from torch._inductor.virtualized import ops
-
-    def apply(function: Any, *arguments: Any) -> Any:
-        return lowerings[function](*arguments)
-
-    def as_stored(x: Any) -> Any:
-        # Kernels keep half precision in float32, and take a cast there and back for nothing; but
-        # for one to a type that is not the one they compute in.
-        stored = x.get_dtype()
-
-        def value(given: Any) -> Any:
-            rounded = ops.to_dtype(given, stored, use_compute_types=False)
-            return ops.to_dtype(rounded, torch.float32)
-
-        return make_pointwise(value, override_return_dtype=torch.float32)(x)
-
-    def lower(*arguments: Any) -> Any:
-        return body(apply, as_stored, *arguments)
-
-    register_lowering(operator, type_promotion_kind=None)(lower)
 
 
 @contextmanager

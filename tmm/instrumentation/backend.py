@@ -28,8 +28,7 @@ from tmm.kernels.attention.attention_host import SOURCES as ATTENTION_SOURCES
 from tmm.kernels.build import start_compiling
 from tmm.kernels.fused.choose_lowering import Lowering
 from tmm.kernels.fused.merge_operator import VERSION as MERGE_VERSION
-from tmm.kernels.fused.merge_operator import merge_parts
-from tmm.kernels.fused.row_partials import register_lowering
+from tmm.kernels.fused.merge_operator import merge_parts, register_lowerings
 from tmm.kernels.summarize.host import SOURCES as HOST_SOURCES
 from tmm.passes.attention.multi_head import VERSION as MULTI_HEAD_VERSION
 from tmm.passes.attention.multi_head import parts_of_multi_head
@@ -373,7 +372,7 @@ class MeasuringBackend:
             begun = notes.attempt(folder, lambda: trace.begin(index, module, scope.modules), None)
             watch = None if begun is None else notes.guarded(folder, begun)
         if request.fuses:
-            register_lowering()
+            register_lowerings()
         rewritten = rewrite(module, request, watch=watch)
         if rewritten.evaluations:
             self.host.leave_out_evaluations(rewritten.evaluations)

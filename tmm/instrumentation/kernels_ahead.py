@@ -15,6 +15,7 @@ from tmm.kernels.ops import summarize, summarize_difference, summarize_into
 from tmm.kernels.plain_operations import why_no_triton
 from tmm.kernels.summarize.differences import can_be_read_together, columns_of_difference
 from tmm.kernels.summarize.inductor_rows import compile_ahead
+from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.graph.provenance import all_nodes
 from tmm.passes.graph.readings import hinted_elements
 from tmm.passes.graph.values import value_of
@@ -34,6 +35,11 @@ def compile_kernels(module: GraphModule) -> None:
                 names = tuple(str(node.args[2]).split(COLUMN_SEPARATOR))
                 compile_pairs(own, other, names)
                 continue
+        if node.target is summarize_many:
+            tensors, columns = node.args
+            assert isinstance(tensors, (list, tuple))
+            given = [tensor for tensor in map(_example, tensors) if tensor is not None]
+            compile_group(given, tuple(str(columns).split(COLUMN_SEPARATOR)))
         if (partials := _merged(node)) is not None:
             prepare_merge(*partials)
         for tensor, columns, dtype in _needs(node):
@@ -44,10 +50,19 @@ def compile_kernels(module: GraphModule) -> None:
 def compile_pairs(own: torch.Tensor, other: torch.Tensor, columns: tuple[str, ...]) -> None:
     """Compile the kernel that reads both, if it serves their device."""
     if own.device.type == "cuda" and why_no_triton(own.device) is None:
-        from tmm.kernels.summarize.group_triton import compile_pairs_ahead
+        from tmm.kernels.summarize.group_ahead import compile_pairs_ahead
 
         elements = hinted_elements(own)
         compile_pairs_ahead(own.dtype, other.dtype, columns, elements, own.device)
+
+
+def compile_group(tensors: Sequence[torch.Tensor], columns: tuple[str, ...]) -> None:
+    """Compile the kernels that read several tensors, if Triton does on their device."""
+    device = tensors[0].device
+    if device.type == "cuda" and why_no_triton(device) is None:
+        from tmm.kernels.summarize.group_ahead import compile_group_ahead
+
+        compile_group_ahead((tensor.dtype for tensor in tensors), columns, device)
 
 
 def prepare_merge(rows: Sequence[int], layout: Sequence[int], device: torch.device) -> None:

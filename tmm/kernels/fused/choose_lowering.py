@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, TypeVar
 import torch
 
 from tmm.kernels.build import DTYPES
-from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
+from tmm.kernels.fused.row_partials import HALF, SHORT_ROW, FusedRow, Rows
 
 Item = TypeVar("Item")
 
@@ -20,7 +20,6 @@ next dimension: partials take memory, too."""
 
 _SHORTEST = 32
 _FEW = 4096  # elements of a tensor whose rows may be shorter
-_JOINED = 1024  # elements of a row that a GPU keeps in its registers
 _LONGEST = 1 << 18  # of a row: a vocabulary has no more
 _PIECE = 4096  # elements of a row of a tensor that has but one
 
@@ -70,9 +69,9 @@ def fused_row(
     rows = rows_of(example)
     if isinstance(rows, str):
         return rows
-    if not is_wide and "moment4" in columns and rows.length > _JOINED:
+    if not is_wide and "moment4" in columns and rows.length > SHORT_ROW:
         return "fourth moments of long rows take several readings"
-    return rows, FusedRow(tuple(columns), rows.length, is_wide)
+    return rows, FusedRow(tuple(columns), rows.length, is_wide, example.dtype in HALF)
 
 
 def rows_of(example: torch.Tensor) -> Rows | str:
@@ -93,7 +92,7 @@ def rows_of(example: torch.Tensor) -> Rows | str:
             break
         if size is None or strides[place] != dense:
             break
-        if length == dense and length < SHORT and (length == 1 or length * size <= _JOINED):
+        if length == dense and length < SHORT and (length == 1 or length * size <= SHORT_ROW):
             length *= size
         dense *= size
     elements = _product(sizes)

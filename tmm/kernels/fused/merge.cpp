@@ -6,7 +6,7 @@ namespace {
 // In the order of PARTIALS in tmm/kernels/fused/row_partials.py.
 enum Partial : int64_t {
   CENTRE, UNIT, POWER1, POWER2, POWER3, POWER4, PLAIN_SUM, SQUARES, ABSOLUTES, LARGEST, LEAST,
-  GREATEST, ZEROS, NANS, INFINITIES, PARTIALS
+  GREATEST, ZEROS, NANS, INFINITIES, SPREAD, PARTIALS
 };
 
 // The partials of the rows of a tensor, as tmm/kernels/fused/row_partials.py describes them.
@@ -47,7 +47,7 @@ Moments moments_of(const Given<Scalar>& given, int64_t row) {
   const auto power = [&](Partial partial, double scale) {
     return given.of[partial] ? given.of[partial][row] * scale / given.length : 0;
   };
-  const double one = power(POWER1, unit), two = power(POWER2, square);
+  const double one = power(POWER1, unit), two = power(POWER2, square) + power(SPREAD, 1);
   const double three = power(POWER3, square * unit), four = power(POWER4, square * square);
   Moments moments;
   moments.mean = given.of[CENTRE][row] + one;
@@ -55,6 +55,7 @@ Moments moments_of(const Given<Scalar>& given, int64_t row) {
   if (moments.second < 0) moments.second = 0;
   // A constant row: what is left is the rounding of its centre.
   if (given.of[POWER1] && moments.second <= 1e-5 * two && std::isfinite(two)) moments.second = 0;
+  if (given.of[SPREAD] && moments.second <= 0x1p-35 * moments.mean * moments.mean) moments.second = 0;
   moments.third = three - 3 * one * two + 2 * one * one * one;
   moments.fourth = four - 4 * one * three + 6 * one * one * two - 3 * one * one * one * one;
   if (moments.second == 0) moments.third = moments.fourth = 0;

@@ -8,17 +8,25 @@ a CUDA graph would do with those of its recording.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from tmm.core.fusion_private import Lowered, fuse_operator
 from tmm.core.metrics import TENSOR_COLUMNS
 from tmm.kernels import kernel_registry
 from tmm.kernels.dense import packed_dtype
-from tmm.kernels.fused.row_partials import PARTIALS
+from tmm.kernels.fused.row_partials import PARTIALS, register_lowering
 
-VERSION = "1"
+ROUNDING = 2.0**-35
+"""Of a row in half precision, the mean square of deviations below which these are its centre's
+rounding, as a share of the centre's square. That is at most 2**-38; one element of ``SHORT_ROW``
+which is not like the others gives at least 2**-32."""
+
+VERSION = "2"
 """To be changed with what ``merge_parts`` computes: compiled graphs that call it are cached."""
 
 
@@ -50,16 +58,19 @@ def merge_with_torch(parts: Sequence[torch.Tensor], layout: Sequence[int]) -> to
 
 
 def merge_joined_with_torch(
-    joined: torch.Tensor, rows: Sequence[int], layout: Sequence[int]
+    joined: torch.Tensor, starts: torch.Tensor | None, rows: Sequence[int], layout: Sequence[int]
 ) -> torch.Tensor:
     """What ``merge_joined`` gives, by plain operations."""
     shapes = [
         (len(part.partials), number) for part, number in zip(parts_of(layout), rows, strict=True)
     ]
-    parts = joined.split([partials * number for partials, number in shapes])
-    return merge_with_torch(
-        [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], layout
-    )
+    sizes = [partials * number for partials, number in shapes]
+    places = [sum(sizes[:index]) for index in range(len(sizes))] if starts is None else starts
+    parts = [
+        joined.narrow(0, int(place), size).view(shape)
+        for place, size, shape in zip(places, sizes, shapes, strict=True)
+    ]
+    return merge_with_torch(parts, layout)
 
 
 def _row(partials: torch.Tensor, part: Part) -> torch.Tensor:
@@ -90,11 +101,15 @@ def _moments(
     ones, twos, threes, fours = (
         given.get(f"power{power}", nothing) * unit**power / length for power in range(1, 5)
     )
+    if "spread" in given:
+        twos = given["spread"] / length
     means = centre + ones
     second = (twos - ones**2).clamp(min=0)
     if "power1" in given:
         # A constant row: what is left is the rounding of its centre.
         second = torch.where((second <= 1e-5 * twos) & twos.isfinite(), nothing, second)
+    if "spread" in given:
+        second = torch.where(second <= ROUNDING * means**2, nothing, second)
     mean = means.mean()
     delta = means - mean
     is_finite = second.isfinite().all() & mean.isfinite()
@@ -143,16 +158,20 @@ def _empty_rows(like: torch.Tensor, layout: list[int]) -> torch.Tensor:
 
 
 _library.define(
-    "merge_joined(Tensor joined, SymInt[] rows, int[] layout) -> Tensor",
+    "merge_joined(Tensor joined, Tensor? starts, SymInt[] rows, int[] layout) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
 
-def _merge_joined(joined: torch.Tensor, rows: list[int], layout: list[int]) -> torch.Tensor:
-    return kernel_registry.run("merge_joined", joined.device, joined, rows, layout)
+def _merge_joined(
+    joined: torch.Tensor, starts: torch.Tensor | None, rows: list[int], layout: list[int]
+) -> torch.Tensor:
+    return kernel_registry.run("merge_joined", joined.device, joined, starts, rows, layout)
 
 
-def _merge_joined_shape(joined: torch.Tensor, rows: list[int], layout: list[int]) -> torch.Tensor:
+def _merge_joined_shape(
+    joined: torch.Tensor, starts: torch.Tensor | None, rows: list[int], layout: list[int]
+) -> torch.Tensor:
     return _empty_rows(joined, layout)
 
 
@@ -175,15 +194,62 @@ merge_joined: Callable[..., torch.Tensor] = torch.ops.tmm.merge_joined.default
 """The same of partials in one tensor.
 
 Args:
-    joined: The partials of all tensors, flat, one after the other.
+    joined: The partials of all tensors, flat.
+    starts: Where those of each tensor begin, int64; None if one after the other.
     rows: How many rows each of them has.
     layout: As for ``merge``.
 """
+
+MERGE_APART = "merge_apart_1"
+"""With a version: compiled graphs are cached, and do not know how an operator was lowered."""
+
+_library.define(
+    f"{MERGE_APART}(Tensor[] parts, int[] layout) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _merge_apart(parts: list[torch.Tensor], layout: list[int]) -> torch.Tensor:
+    joined = torch.cat([part.flatten() for part in parts])
+    return merge_joined(joined, None, [part.shape[1] for part in parts], layout)
+
+
+_library.impl(MERGE_APART, _merge_apart, "CompositeExplicitAutograd")
+torch.library.register_fake(f"tmm::{MERGE_APART}", _merge_shape, lib=_library)
+
+merge_apart: Callable[[list[torch.Tensor], list[int]], torch.Tensor] = getattr(
+    torch.ops.tmm, MERGE_APART
+).default
+"""What ``merge`` gives, by ``merge_joined``."""
+
+
+def _merge_in_place(on: type[Lowered], parts: list[Any], layout: list[int]) -> Any:
+    """``merge_apart`` where kernels write partials into their places in one tensor.
+
+    Two modules may give the same tensor, and a sum hands its gradient to each operand: their
+    partials lie there once.
+    """
+    kept, places = on.distinct(parts)
+    shapes = [on.sizes(part) for part in kept]
+    starts = [0]
+    for partials, rows in shapes:
+        starts.append(starts[-1] + partials * rows)
+    joined = on.join(kept)
+    given = None
+    if len(kept) < len(parts):
+        given = on.integers([starts[place] for place in places], joined.get_device())
+    return on.call(merge_joined, joined, given, [shapes[place][1] for place in places], layout)
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Tell Inductor how partials are fused and joined. Not on import: Inductor takes seconds."""
+    register_lowering()
+    fuse_operator(merge_apart, _merge_in_place)
 
 
 def merge_parts(partials: Sequence[torch.Tensor], layout: Sequence[int]) -> torch.Tensor:
     """The rows of the partials of several tensors, as it is best for their device."""
     if partials[0].device.type == "cpu":
         return merge(list(partials), list(layout))
-    joined = torch.cat([part.reshape(-1) for part in partials])
-    return merge_joined(joined, [part.shape[1] for part in partials], list(layout))
+    return merge_apart(list(partials), list(layout))

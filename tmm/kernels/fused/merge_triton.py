@@ -16,7 +16,7 @@ import torch
 
 from tmm.core.metrics import TENSOR_COLUMNS
 from tmm.kernels.dense import on_device, packed_dtype
-from tmm.kernels.fused.merge_operator import parts_of
+from tmm.kernels.fused.merge_operator import ROUNDING, parts_of
 from tmm.kernels.fused.row_partials import PARTIALS
 from tmm.kernels.optional_triton import tl, triton
 
@@ -28,13 +28,14 @@ _CONSTANTS = {
     "HEAD": _HEAD,
     "PARTIALS": len(PARTIALS),
     "BLOCK": _BLOCK,
+    "ROUNDING": ROUNDING,
     "num_warps": 8,
 }
 """What the kernel is compiled for."""
 
 
 def merge_joined_with_triton(
-    joined: torch.Tensor, rows: Sequence[int], layout: Sequence[int]
+    joined: torch.Tensor, starts: torch.Tensor | None, rows: Sequence[int], layout: Sequence[int]
 ) -> torch.Tensor | None:
     """What ``tmm::merge_joined`` gives, on one GPU; None where its dtype is not expected."""
     device = joined.device
@@ -43,7 +44,8 @@ def merge_joined_with_triton(
     table, width = _table(tuple(map(int, rows)), tuple(layout), device)
     result = torch.empty(width, dtype=torch.float64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        _merge_parts[(len(rows),)](joined, table, result, **_CONSTANTS)
+        first, step = (table, _ENTRY) if starts is None else (starts, 1)
+        _merge_parts[(len(rows),)](joined, table, first, step, result, **_CONSTANTS)
     return result
 
 
@@ -54,7 +56,7 @@ def prepare(rows: tuple[int, ...], layout: tuple[int, ...], device: torch.device
     """
     with torch.cuda.device(device):
         _table(rows, layout, device)
-        given = torch.float32, torch.int64, torch.float64
+        given = torch.float32, torch.int64, torch.int64, _ENTRY, torch.float64
         _merge_parts.warmup(*given, **_CONSTANTS, grid=(1,))
 
 
@@ -89,36 +91,42 @@ def _partial(data, places, number, rows, start, lanes, otherwise):
 
 
 @triton.jit
-def _moments(data, places, rows, length, start, lanes):
+def _moments(data, places, rows, length, start, lanes, ROUNDING: tl.constexpr):  # noqa: N803
     """The mean of each row, and mean powers of the deviation from it."""
     unit = _partial(data, places, 1, rows, start, lanes, 1.0)
     one = _partial(data, places, 2, rows, start, lanes, 0.0) * unit / length
     two = _partial(data, places, 3, rows, start, lanes, 0.0) * unit * unit / length
+    two += _partial(data, places, 15, rows, start, lanes, 0.0) / length
     three = _partial(data, places, 4, rows, start, lanes, 0.0) * unit * unit * unit / length
     four = _partial(data, places, 5, rows, start, lanes, 0.0) * unit * unit * unit * unit / length
     mean = _partial(data, places, 0, rows, start, lanes, 0.0) + one
     second = two - one * one
     # A constant row: what is left is the rounding of its centre. (NaN stays.)
     constant = (second < 0.0) | ((second <= 1e-5 * two) & (two < float("inf")))
+    is_half = tl.load(places + 15) >= 0
+    constant = constant | (is_half & (second <= ROUNDING * mean * mean))
     second = tl.where(constant, 0.0, second)
     third = three - 3.0 * one * two + 2.0 * one * one * one
     fourth = four - 4.0 * one * three + 6.0 * one * one * two - 3.0 * one * one * one * one
     return mean, second, tl.where(constant, 0.0, third), tl.where(constant, 0.0, fourth)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def _merge_parts(
     joined,
     table,
+    starts,
+    step,
     result,
     ENTRY: tl.constexpr,  # noqa: N803 -- Triton's way of writing constants
     HEAD: tl.constexpr,  # noqa: N803
     PARTIALS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    ROUNDING: tl.constexpr,  # noqa: N803
 ):
     """Write the row of one tensor; columns in the order of ``TENSOR_COLUMNS``."""
     entry = table + tl.program_id(0).to(tl.int64) * ENTRY
-    data = joined + tl.load(entry)
+    data = joined + tl.load(starts + tl.program_id(0).to(tl.int64) * step)
     rows = tl.load(entry + 1)
     length = tl.load(entry + 2).to(tl.float64)
     row = result + tl.load(entry + 3)
@@ -142,7 +150,7 @@ def _merge_parts(
     greatest = tl.full([BLOCK], -infinity, tl.float64)
     for start in range(0, rows, BLOCK):
         inside = start + lanes < rows
-        mean, second, _, _ = _moments(data, places, rows, length, start, lanes)
+        mean, second, _, _ = _moments(data, places, rows, length, start, lanes, ROUNDING)
         means += tl.where(inside, mean, 0.0)
         centres += _partial(data, places, 0, rows, start, lanes, 0.0)
         around_zero += tl.where(inside, second + mean * mean, 0.0)
@@ -171,7 +179,9 @@ def _merge_parts(
     if tl.load(outputs + 5) >= 0:
         for start in range(0, rows, BLOCK):
             inside = start + lanes < rows
-            mean, second, third, fourth = _moments(data, places, rows, length, start, lanes)
+            mean, second, third, fourth = _moments(
+                data, places, rows, length, start, lanes, ROUNDING
+            )
             delta = mean - mean_of_all
             square = delta * delta
             seconds += tl.where(inside, second + square, 0.0)

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tmm.core.inductor_private import fuse_operator
+from tmm.core.fusion_private import Lowered, fuse_operator
 from tmm.core.metrics import COLUMN_SEPARATOR, TENSOR_COLUMNS
 
 PARTIALS = (
@@ -37,12 +37,17 @@ PARTIALS = (
     "zeros",
     "nans",
     "infinities",
+    "spread",
 )
 """What is computed of a row of elements. ``centre`` is their mean, rounded, and ``power1`` to
 ``power4`` are sums of powers of the deviation from it, in units of ``unit``, 1 where there is none.
+``spread`` is ``power2`` of a row in half precision, which needs no ``power1``: such elements are
+equal, or differ by more than a centre is rounded by.
 """
 
 HALF = (torch.float16, torch.bfloat16)
+SHORT_ROW = 1024
+"""Elements of a row that a GPU keeps in its registers."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,13 @@ class FusedRow:
         length: Elements of a row that partials are computed of.
         is_wide: Whether partials are float64. Of float32 values, their sums neither overflow nor
             round then, but for the last digits. GPUs compute in float32.
+        is_half: Whether the elements are in half precision.
     """
 
     columns: tuple[str, ...]
     length: int
     is_wide: bool
+    is_half: bool = False
 
     def arguments(self, rows: Rows) -> tuple[list[int], int, str, bool]:
         """What ``partials_of`` takes besides the tensor."""
@@ -92,11 +99,14 @@ class FusedRow:
         """What is computed of each row, in the order of the partials' first dimension."""
         needed = set(self.columns) - {"count", "mean", "moment2", "moment3", "moment4"}
         if "mean" in self.columns:
-            needed |= {"centre", "power2"}
+            # Longer rows do not stay in registers: the mean of a part of one may be infinite.
+            is_short = self.length <= SHORT_ROW and "moment4" not in self.columns
+            has_spread = self.is_half and is_short and not self.is_wide
+            needed |= {"centre", "spread" if has_spread else "power2"}
             needed -= {"sum"}
             if "absmax" in self.columns:  # which tells infinities, as the moments do not
                 needed -= {"sum_squares"}
-            if not self.is_wide:
+            if not self.is_wide and not has_spread:
                 needed |= {"power1"}  # the centre's rounding
             if "moment4" in self.columns:
                 needed |= {"power3", "power4"}
@@ -112,79 +122,128 @@ class FusedRow:
         return [self.length, len(partials), *partials, len(columns), *columns]
 
 
-Apply: TypeAlias = Callable[..., Any]
-"""Applies an operator of ATen: to tensors, or to what Inductor keeps of them while it compiles."""
+class Plain:
+    """The operations of ``Lowered``, on tensors."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], *arguments: Any) -> Any:
+        """An operator of ATen."""
+        return function(*arguments)
+
+    @staticmethod
+    def sizes(x: torch.Tensor) -> list[int]:
+        """Those of its dimensions."""
+        return list(x.shape)
+
+    @staticmethod
+    def as_stored(x: torch.Tensor) -> torch.Tensor:
+        """The values in float32."""
+        return x.float()
+
+    @staticmethod
+    def reading(x: torch.Tensor) -> torch.Tensor:
+        """``x``."""
+        return x
+
+    rows_apart = reading
+
+    @staticmethod
+    def mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the last dimension: the mean, and the sum of squares of the deviations from it."""
+        mean = x.mean(-1)
+        return mean, (x - mean.unsqueeze(-1)).square().sum(-1)
+
+    @staticmethod
+    def join(parts: list[torch.Tensor]) -> torch.Tensor:
+        """One after the other and flat."""
+        return torch.cat([part.flatten() for part in parts])
+
+
+On: TypeAlias = type[Plain] | type[Lowered]
 
 
 def _partials(
-    apply: Apply,
-    as_stored: Callable[[Any], Any],
-    x: Any,
-    order: Sequence[int],
-    length: int,
-    partials: str,
-    is_wide: bool,
+    on: On, x: Any, order: Sequence[int], length: int, partials: str, is_wide: bool
 ) -> Any:
-    rows = apply(_aten.reshape.default, apply(_aten.permute.default, x, list(order)), [-1, length])
-    values = as_stored(rows)
+    names = partials.split(COLUMN_SEPARATOR)
+    rows = _rows(on, on.apply(_aten.permute.default, on.reading(x), list(order)), length)
+    if "spread" in names:
+        rows = on.rows_apart(rows)
+    values = on.as_stored(rows)
     if is_wide:
-        values = apply(_convert, values, torch.float64)
-    each = _each(apply, values, partials.split(COLUMN_SEPARATOR))
-    return apply(_aten.cat.default, [apply(_aten.unsqueeze.default, part, 0) for part in each], 0)
+        values = on.apply(_convert, values, torch.float64)
+    each = _each(on, values, names)
+    return on.apply(_aten.reshape.default, on.join(each), [len(each), -1])
 
 
-def _each(apply: Apply, values: Any, partials: Sequence[str]) -> list[Any]:
+def _rows(on: On, x: Any, length: int) -> Any:
+    """``x`` as rows: its last dimensions, or a piece of them, are the last one.
+
+    The others stay as they are: what else reads the tensor goes through them, and Inductor fuses
+    loops that look alike.
+    """
+    sizes, last = on.sizes(x), 1
+    while sizes and last < length:
+        last *= sizes.pop()
+    leading = sizes or [1]
+    return on.apply(_aten.reshape.default, x, [*(leading if last == length else [-1]), length])
+
+
+def _each(on: On, values: Any, partials: Sequence[str]) -> list[Any]:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
 
     def total(per_element: Any) -> Any:
-        return apply(_aten.sum.dim_IntList, per_element, [1])
+        return on.apply(_aten.sum.dim_IntList, per_element, [-1])
 
     def number(is_so: Any) -> Any:
-        return total(apply(_convert, is_so, dtype))
+        return total(on.apply(_convert, is_so, dtype))
 
     made: dict[str, Any] = {}
-    if "centre" in partials:
-        made |= _powers(apply, values, partials, total)
-    magnitudes = apply(_aten.abs.default, values)
+    if "spread" not in partials and "centre" in partials:
+        made |= _powers(on, values, partials, total)
+    magnitudes = on.apply(_aten.abs.default, values)
     plain: dict[str, Callable[[], Any]] = {
         "sum": lambda: total(values),
-        "sum_squares": lambda: total(apply(_aten.mul.Tensor, values, values)),
+        "sum_squares": lambda: total(on.apply(_aten.mul.Tensor, values, values)),
         "sum_absolute": lambda: total(magnitudes),
-        "absmax": lambda: apply(_aten.amax.default, magnitudes, [1]),
-        "minimum": lambda: apply(_aten.amin.default, values, [1]),
-        "maximum": lambda: apply(_aten.amax.default, values, [1]),
-        "zeros": lambda: number(apply(_aten.eq.Scalar, values, 0)),
-        "nans": lambda: number(apply(_aten.isnan.default, values)),
-        "infinities": lambda: number(apply(_aten.isinf.default, values)),
+        "absmax": lambda: on.apply(_aten.amax.default, magnitudes, [-1]),
+        "minimum": lambda: on.apply(_aten.amin.default, values, [-1]),
+        "maximum": lambda: on.apply(_aten.amax.default, values, [-1]),
+        "zeros": lambda: number(on.apply(_aten.eq.Scalar, values, 0)),
+        "nans": lambda: number(on.apply(_aten.isnan.default, values)),
+        "infinities": lambda: number(on.apply(_aten.isinf.default, values)),
     }
-    return [made[name] if name in made else plain[name]() for name in partials]
+    made |= {name: plain[name]() for name in partials if name in plain}
+    if "spread" in partials:  # last: in the other order one kernel of a GPT spilled registers
+        made["centre"], made["spread"] = on.mean_and_spread(values)
+    return [made[name] for name in partials]
 
 
 def _powers(
-    apply: Apply, values: Any, partials: Sequence[str], total: Callable[[Any], Any]
+    on: On, values: Any, partials: Sequence[str], total: Callable[[Any], Any]
 ) -> dict[str, Any]:
-    centre = apply(_aten.mean.dim, values, [1])
-    deviation = apply(_aten.sub.Tensor, values, apply(_aten.unsqueeze.default, centre, 1))
+    centre = on.apply(_aten.mean.dim, values, [-1])
+    deviation = on.apply(_aten.sub.Tensor, values, on.apply(_aten.unsqueeze.default, centre, -1))
     made = {"centre": centre}
     if "unit" in partials:
-        largest = apply(_aten.amax.default, apply(_aten.abs.default, deviation), [1])
-        is_constant = apply(_convert, apply(_aten.eq.Scalar, largest, 0), torch.float32)
-        made["unit"] = apply(_aten.add.Tensor, largest, is_constant)
-        unit = apply(_aten.unsqueeze.default, made["unit"], 1)
-        deviation = apply(_aten.div.Tensor, deviation, unit)
-    square = apply(_aten.mul.Tensor, deviation, deviation)
+        largest = on.apply(_aten.amax.default, on.apply(_aten.abs.default, deviation), [-1])
+        is_constant = on.apply(_convert, on.apply(_aten.eq.Scalar, largest, 0), torch.float32)
+        made["unit"] = on.apply(_aten.add.Tensor, largest, is_constant)
+        unit = on.apply(_aten.unsqueeze.default, made["unit"], -1)
+        deviation = on.apply(_aten.div.Tensor, deviation, unit)
+    square = on.apply(_aten.mul.Tensor, deviation, deviation)
     powers: dict[str, Callable[[], Any]] = {
         "power1": lambda: deviation,
         "power2": lambda: square,
-        "power3": lambda: apply(_aten.mul.Tensor, square, deviation),
-        "power4": lambda: apply(_aten.mul.Tensor, square, square),
+        "power3": lambda: on.apply(_aten.mul.Tensor, square, deviation),
+        "power4": lambda: on.apply(_aten.mul.Tensor, square, square),
     }
     return made | {name: total(power()) for name, power in powers.items() if name in partials}
 
 
 _aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 
-NAME = "partials_1"
+NAME = "partials_2"
 """With a version: compiled graphs are cached, and do not know how an operator was lowered."""
 
 _library = torch.library.Library("tmm", "FRAGMENT")
@@ -197,11 +256,7 @@ _library.define(
 def _eagerly(
     x: torch.Tensor, order: Sequence[int], length: int, partials: str, is_wide: bool
 ) -> torch.Tensor:
-    def apply(function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
-
-    made: torch.Tensor
-    made = _partials(apply, torch.Tensor.float, x, order, length, partials, is_wide)
+    made: torch.Tensor = _partials(Plain, x, order, length, partials, is_wide)
     return made
 
 

@@ -79,35 +79,6 @@ def _summarized(
     return torch.stack([rows[:, written.index(name)] for name in columns], dim=1)
 
 
-def compile_pairs_ahead(
-    own: torch.dtype,
-    other: torch.dtype,
-    columns: tuple[str, ...],
-    elements: int,
-    device: torch.device,
-) -> None:
-    """Compile what ``summarize_pairs_with_triton`` needs for one such pair, if it can read it.
-
-    Unless its tensors come to lie at addresses that are not aligned.
-    """
-    if own not in _DTYPES or other not in _DTYPES or not elements:
-        return
-    chunks, constants = -(-elements // _CHUNK), _constants(columns, is_pair=True)
-    with torch.cuda.device(device):
-        _reduce_stacked.warmup(
-            *(own, other, elements, chunks, torch.float64),
-            WIDE=_wide(own, other),
-            ALIGNMENT=_ALIGNMENT,
-            grid=(1,),
-            **constants,
-        )
-        merge_chunks.warmup(
-            *(torch.float64, torch.float64, chunks, torch.float64, torch.float64),
-            grid=(1,),
-            **_of_merging(constants, "mean" in columns, is_stacked=True),
-        )
-
-
 def _written(*, is_pair: bool) -> tuple[str, ...]:
     """The row that kernels write: reading the elements costs more than what is not asked for."""
     return COLUMN_ORDER if is_pair else TENSOR_COLUMNS
