@@ -4,8 +4,9 @@
 
 The training step of a GPT-2 124M (bfloat16, batch 8 x 1,024; forward, loss and backward), with five
 metrics of all modules: tmm's real programs (``benchmarks/plan/capture.py``), and forward hooks that
-``torch.compile`` traces. Bytes are those of the arguments of each launch, each once. In a plan, an
-operator of tmm is one line; "really" counts what it launches instead, from the plan of its kernel.
+``torch.compile`` traces. Bytes are those of the arguments of each launch, each once, or twice if it
+overwrites what it reads. In a plan, an operator of tmm is one line; "really" counts what it
+launches instead, from the plan of its kernel.
 
 The kernels are then compiled for sm_90 by Triton's own assembler: registers, spilled bytes and
 occupancy of those into which something was fused, beside those of the plain program. So are tmm's

@@ -614,7 +614,7 @@ class Attending(nn.Module):
 )
 def test_what_only_an_attention_reads(reader: str, grad: bool, is_so: bool) -> None:
     module = Attending(reader).requires_grad_(grad)
-    graph = trace(module, X)
+    graph = trace(module, X.detach().clone())
     applied(insert_reductions, graph, measure(module, "rms"))
     applied(remove_taps, graph)
     row, *_ = (node for node in graph.graph.nodes if node.target is summarize)

@@ -292,11 +292,11 @@ def test_programs_that_do_not_exist_are_refused() -> None:
         gpu_plan.chosen("nothing")
 
 
-def graph_of(*launches: Launch, real: list[Launch], uncounted: dict[str, int]) -> dict[str, Any]:
+def graph_of(*launches: Launch, real: list[Launch], operators: dict[str, int]) -> dict[str, Any]:
     return {
         "launches": [[one.name, one.kind, one.bytes] for one in launches],
         "real": [[one.name, one.kind, one.bytes] for one in real],
-        "uncounted": uncounted,
+        "operators": operators,
     }
 
 
@@ -306,7 +306,7 @@ def test_operators_count_by_what_they_launch() -> None:
         Launch("torch.ops.tmm.summarize", "tmm", 30),
         Launch("torch.ops.tmm.merge", "tmm", 7),
         real=[Launch("triton_red_fused_0", "triton", 31), Launch("cat", "library", 2)],
-        uncounted={"merge": 1},
+        operators={"summarize: 2 launches": 1},  # of the other it is not known
     )
     variant = {"graphs": [graph, graph]}
     assert gpu_plan.planned(variant) == Total(2, 4, 200, 74)
