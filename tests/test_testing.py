@@ -10,7 +10,7 @@ from torch import nn
 
 import tmm
 from tests.ways import WAYS, Way
-from tmm.instrumentation.twin import Twin
+from tmm.instrumentation.eager_rows import EagerRows
 from tmm.runtime import eager_functions as eager
 from tmm.testing import assert_matches_hooks
 from tmm.testing.eager_hooks import Recording
@@ -71,7 +71,7 @@ def test_a_value_that_is_wrong_by_more_than_the_tolerance_is_named(
 ) -> None:
     right = eager.reduce_eagerly
     monkeypatch.setattr(
-        "tmm.instrumentation.twin.reduce_eagerly",
+        "tmm.instrumentation.eager_rows.reduce_eagerly",
         lambda *given: right(*given) * (1 + 1e-3),
         raising=True,
     )
@@ -104,7 +104,7 @@ def test_a_missing_row_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(*given: Any) -> None:
         return None
 
-    monkeypatch.setattr(Twin, "_add_eagerly", forget)
+    monkeypatch.setattr(EagerRows, "_add", forget)
     with pytest.raises(AssertionError, match=r"missing: activation/inner\.0/norm"):
         assert_matches_hooks(
             broken(nn.Sequential(nn.Linear(4, 2))), BATCH, tmm.Spec(tmm.activation("norm"))

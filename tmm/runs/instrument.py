@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, get_args
@@ -147,12 +147,13 @@ def instrument(
     live = run if isinstance(run, LiveRun) else None
     joins = distributed and not per_rank and is_joined()
     scheduled = Scheduled.of(model)
+    group_of_all = cache(ProcessGroup)
     group: ProcessGroup | None = None
     if scheduled is not None:
         scheduled.check(spec, module, parts)
         for part in scheduled.parts.values():
             make_room(part, part, live)
-        group = ProcessGroup() if joins else None
+        group = group_of_all() if joins else None
         with _closing_on_error(group):
             measured: torch.nn.Module = scheduled.assembled(
                 module, None if group is None else group.everything
@@ -164,10 +165,8 @@ def instrument(
         root, regions = _regions(model, measured, module, parts, backend)
         tops = [measured]
     is_compiled = backend is None and any(r.settings is not None for r in (root, *regions))
-    if joins:
-        group = group or ProcessGroup()
     trace = trace or os.environ.get("TMM_TRACE")
-    with _on_all_ranks(group):
+    with _on_all_ranks(group_of_all if joins else None):
         plan = plan_of(measured, spec)
         reference = load_reference(measured, plan, spec.reference)
         trace_folder = None if trace is None else TraceFolder(Path(trace))
@@ -175,7 +174,8 @@ def instrument(
         if joins:
             check_distributed(measured)
     place, ranks = Ranks(), None
-    if group is not None:
+    if joins:
+        group = group_of_all()
         with _closing_on_error(group):
             place = Ranks.of(measured, group.everything, placements)
         ranks = CrossRank(group, end_seconds=min(600.0, group.patience))
@@ -192,7 +192,7 @@ def instrument(
     registry = registry_of(measured, plan, lambda family: spec.notes(family) or place.notes(family))
     siblings: list[Switch] = []
     try:
-        with _on_all_ranks(group):
+        with _on_all_ranks(group_of_all if joins else None):
             if live is not None:
                 recording = live.recording_of(registry)
             elif per_rank and run is not None:
@@ -404,20 +404,23 @@ def _closing_on_error(group: ProcessGroup | None) -> Iterator[None]:
 
 
 @contextmanager
-def _on_all_ranks(group: ProcessGroup | None) -> Iterator[None]:
+def _on_all_ranks(group_of_all: Callable[[], ProcessGroup] | None) -> Iterator[None]:
     """Let a fault of one rank in the block, where none waits for another, end it on all of them."""
-    with _closing_on_error(group):
-        try:
-            yield
-        except Exception as error:
-            if group is not None:
-                with suppress(Exception):  # a rank that has died
-                    group.everything(words(error))
-            raise
-        faults = [] if group is None else group.everything("")
-        for rank, fault in enumerate(faults):
-            if fault:
-                raise RuntimeError(f"tmm.instrument failed on rank {rank}: {fault}")
+    if group_of_all is None:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        # Ranks may not come, or have died.
+        with suppress(Exception), closing(group_of_all()) as group:
+            group.everything(words(error))
+        raise
+    group = group_of_all()
+    for rank, fault in enumerate(group.everything("")):
+        if fault:
+            group.close()
+            raise RuntimeError(f"tmm.instrument failed on rank {rank}: {fault}")
 
 
 def _take_off(siblings: list[Switch], scheduled: Scheduled | None, *, is_mark_left: bool) -> None:
