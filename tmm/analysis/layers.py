@@ -122,7 +122,8 @@ def has_activation(recorded: Recorded) -> set[str]:
 
 def trained(recorded: Recorded) -> list[Series]:
     """The sizes of updates of parameters, relative to these, but for those that move about zero."""
-    return [series for series in series_of(recorded, is_update) if not is_bias(series.site)]
+    found = series_of(recorded, is_update)
+    return [series for series in found if len(series.steps) and not is_bias(series.site)]
 
 
 def gap_of(series: Series) -> float:

@@ -54,7 +54,7 @@ def large_rates(
     for place in np.flatnonzero(~(begins >= 0.01 * usual_size)):  # those that begin at zero
         settled = np.flatnonzero(values[place] <= high)
         values[place, : settled[0] if len(settled) else None] = np.nan
-    series = _together(parts[0], steps, values)
+    series = _together(parts, steps, values)
     if not (series.values[:1] > high).any():
         yield from _of_one(parts, begins, usual_size, critical)
     jumped, usual = jumps(series.values, factor=jump, score=8.0, window=50, least=5)
@@ -94,7 +94,7 @@ def small_rates(
     steps, values = joined(parts)
     if len(steps) < least:
         return
-    series = _together(parts[0], steps, values)
+    series = _together(parts, steps, values)
     gaps = np.diff(steps, append=steps[-1] + 1)
     moves = np.nan_to_num(series.values)
     moved, largest = float((moves.clip(0, 1e9) * gaps).sum()), float(moves.max())
@@ -156,11 +156,11 @@ def _of_one(
     yield episode.anomaly("update_large", "critical", critical, text)
 
 
-def _together(first: Series, steps: np.ndarray, values: np.ndarray) -> Series:
+def _together(parts: list[Series], steps: np.ndarray, values: np.ndarray) -> Series:
     """The median over the parameters that had an update in a step."""
     # What begins at zero is infinite: it counts as large.
     middle = medians(np.where(np.isposinf(values), 1e9, values).T)
-    info = first.info
+    info = max(parts, key=lambda part: len(part.steps)).info  # has most of the steps
     return Series(type(info)(info.key, info.kind, ALL, info.position, ""), steps, middle)
 
 
