@@ -119,7 +119,7 @@ def test_every_architecture_agrees_with_eager_hooks(case: Case, backend: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if name in {case.name for case in CORE}])
+@pytest.mark.parametrize("name", CASES)
 def test_every_architecture_agrees_where_statistics_are_fused(name: str) -> None:
     case = CASES[name]
     module = case.build().train(False)
