@@ -42,7 +42,7 @@ class HeldByGraphs:
         self._modules = frozenset[torch.nn.Module]().union(*held.values()) - inside.keys()
         return self._modules
 
-    def has(self, region_module: torch.nn.Module) -> bool:
+    def holds_parts_of(self, region_module: torch.nn.Module) -> bool:
         """Whether modules inside of this one, which is that of a region, are not watched."""
         return region_module in self._callees
 

@@ -401,7 +401,7 @@ class Twin:
     ) -> None:
         if self.comparing is not None and self.comparing.is_repeating:
             return
-        if self._held.has(module):
+        if self._held.holds_parts_of(module):
             self._hooks.watch()  # Dynamo has left a region to Python
         if (inside := unwrapped(module)) is not module:
             self._frames.append(inside)  # the graphs that begin here are of what it wraps
