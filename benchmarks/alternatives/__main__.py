@@ -33,9 +33,9 @@ from benchmarks.timing import Timing, interleave, median_interval
 from benchmarks.workloads import Workload, training_step, usual_workload
 
 OURS = "tmm"
-AT_LEAST = {"forward hooks": 10.0, "torch-module-monitor": 10.0}
+AT_LEAST = {"forward hooks": 20.0, "torch-module-monitor": 20.0}
 """How many times what tmm adds these must add; asked for on a CPU."""
-LIMIT_ON_A_CPU = 1.025
+LIMIT_ON_A_CPU = 1.01
 NOT_QUICK = ("nnsight, compiled", "wandb.watch, compiled")  # they compile for long
 STALE = "fails: most values are the same in each step, so most of its functions are not run"
 Values = Callable[[], Mapping[str, float]]
