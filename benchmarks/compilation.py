@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.bill.imports import import_lines, time_imports
+from benchmarks.bill.imports import as_installed, import_lines, time_imports
 from benchmarks.bill.lines import COLD, FRESH, WARM, lines_of, table_of
 from benchmarks.bill.process import STEPS
 from benchmarks.bill.tasks import tasks
@@ -51,7 +50,7 @@ def run_process(arguments: Sequence[str], cache: Path) -> str:
     """What a process of its own prints, with that folder as Inductor's cache."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)},
+        env=as_installed(TORCHINDUCTOR_CACHE_DIR=str(cache)),
         cwd=ROOT,
         check=False,
         capture_output=True,

@@ -77,7 +77,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._marks: dict[tuple[torch.device, int], Mark] = {}
-        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._block: torch.Tensor | None = None
         self._used = 0
 
     def copy(self, tensor: torch.Tensor) -> HostCopy:
@@ -103,7 +103,7 @@ class HostCopies:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         size = tensor.numel() * tensor.element_size()
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if start + size > len(self._block):
+        if self._block is None or start + size > len(self._block):
             start, length = 0, max(_BLOCK, size)
             with torch.inference_mode(False):  # else it could not be written to outside of that
                 self._block = torch.empty(length, dtype=torch.uint8, device="cpu", pin_memory=True)

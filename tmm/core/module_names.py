@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -184,39 +182,28 @@ def modules_of(root: torch.nn.Module) -> Iterable[torch.nn.Module]:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class _Walked:
-    """A module and the children that it had."""
-
-    module: torch.nn.Module
-    names: tuple[str, ...]
-    children: tuple[torch.nn.Module | None, ...]
-
-    @classmethod
-    def now(cls, module: torch.nn.Module) -> _Walked:
-        children = module._modules
-        return cls(module, tuple(children.keys()), tuple(children.values()))
-
-    def has_changed(self) -> bool:
-        children = self.module._modules  # compared by identity: some classes define equality
-        return tuple(children.keys()) != self.names or not all(
-            map(operator.is_, children.values(), self.children)
-        )
-
-
 class ModuleTree:
     """A module and all that is in it, which may be others at each time one asks."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._walked: list[_Walked] = []
+        self._modules: tuple[torch.nn.Module, ...] = ()
+        self._children: list[tuple[object, ...]] = []
+        self._held: list[tuple[torch.nn.Module | None, ...]] = []  # so that no other has their id
 
     def has_changed(self) -> bool:
         """Whether any module has other children than when this was last asked, or nobody asked."""
-        if self._walked and not any(walked.has_changed() for walked in self._walked):
+        if self._modules and _children_of(self._modules) == self._children:
             return False
-        self._walked = [_Walked.now(module) for module in self._module.modules()]
+        self._modules = tuple(self._module.modules())
+        self._children = _children_of(self._modules)
+        self._held = [tuple(module._modules.values()) for module in self._modules]
         return True
+
+
+def _children_of(modules: Iterable[torch.nn.Module]) -> list[tuple[object, ...]]:
+    """The names of the children of each, and which they are: some classes define equality."""
+    return [(*m._modules, *map(id, m._modules.values())) for m in modules]
 
 
 class ParameterNames:

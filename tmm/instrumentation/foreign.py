@@ -81,7 +81,7 @@ def foreign_inputs(args: Iterable[object], kwargs: Mapping[str, object]) -> str 
 def _leaves(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, (dict, Mapping)):  # which an abstract class takes longer to say
         for item in value.values():
             yield from _leaves(item)
     elif isinstance(value, (list, tuple)):

@@ -94,10 +94,10 @@ class ParameterMonitor:
         self._average = GradientAverage(ranks, is_wanted=plan.spec.average_gradients)
         self._names = ParameterNames(module)
         self._localized = LocalizedParameters(self._names)
+        of_updates = [rule for rule in plan.spec.rules if rule.family == UPDATE.name]
+        self._measures_alignment = any(ALIGNMENT in rule.metrics for rule in of_updates)
         self._updates_are_read_in_pairs = all(
-            not rule.functions and HISTOGRAM not in rule.metrics
-            for rule in plan.spec.rules
-            if rule.family == UPDATE.name
+            not rule.functions and HISTOGRAM not in rule.metrics for rule in of_updates
         )
 
     def wants(self, family: str) -> bool:
@@ -227,6 +227,8 @@ class ParameterMonitor:
 
     def _add_alignment(self, now: Tensors, before: Tensors, measure: Callable[..., None]) -> None:
         """Measure the angle between what was added and what was there, some at a time."""
+        if not self._measures_alignment:
+            return
         wanted = {
             name: tensor
             for name, tensor in now.items()
