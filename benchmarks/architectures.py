@@ -3,8 +3,9 @@
     python -m benchmarks.architectures [--rounds 40] [--only NAME] [--quick] [--save]
 
 MLP, GPT, ResNet, vision transformer, and a chain of small modules. Ratios of a training step that
-is monitored to one of the plain compiled program, in turns; each lowering, and the plain program,
-has a copy of the model. All weights and data are random.
+is monitored to one of the plain compiled program, in turns, each behind one of the same program, as
+in a training; each lowering, and the plain program, has a copy of the model. All weights and data
+are random.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def measure(task: Task, rounds: int) -> tuple[list[Line], dict[str, object]]:
         with count_compiled() as found:
             step()
         compiled[name] = found.numbers()
-    timings = interleave({**steps, "read": reader(outputs)}, rounds)
+    timings = interleave({**steps, "read": reader(outputs)}, rounds, settle=1)
     parameters = size_of(parameters_of(module))
     before, after = peak_memory(plain), peak_memory(watched)
     values = len(monitors["auto"].get_step_metrics())

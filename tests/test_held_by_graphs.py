@@ -76,6 +76,18 @@ def check(model: nn.Module, net: Net, step: int, rows: int = 3) -> None:
     assert monitor.get_step_metrics() == pytest.approx(expected(net, x), rel=1e-5)
 
 
+def pass_between(model: nn.Module, step: int, rows: int = 3) -> None:
+    """A step that is not monitored, in the measured program."""
+    with tmm.monitor(model).step(step):
+        model(torch.randn(rows, 4)).sum().backward()
+
+
+def in_one_program(net: nn.Module, **options: Any) -> nn.Module:
+    """Compiled, and monitored in even steps."""
+    spec = tmm.Spec(*SPEC.rules, every=2)
+    return tmm.instrument(torch.compile(net, **options), spec, programs=1)
+
+
 def test_modules_of_a_whole_graph_carry_no_hooks_once_it_has_run() -> None:
     net = Net()
     backend, seen = hooks_at_each_call(net)
@@ -183,3 +195,65 @@ def test_a_model_that_is_compared_is_watched() -> None:
         with monitor.step(step):
             model(torch.randn(3, 4)).sum().backward()
     assert len(seen[-1]) == 9
+
+
+def test_passes_in_between_need_no_hook_where_graphs_hold_all() -> None:
+    net = Net()
+    backend, seen = hooks_at_each_call(net)
+    model = in_one_program(net, backend=backend)
+    for step in (2, 4):
+        check(model, net, step)
+        pass_between(model, step + 1)
+    assert [len(names) for names in seen] == [9, 0, 1, 0]
+
+
+@pytest.mark.parametrize("begins", [0, 1])
+def test_hooks_of_the_user_run_in_one_graph_of_all_steps(begins: int) -> None:
+    net = Net()
+    net.blocks[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    net.head.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    model = in_one_program(net, backend="aot_eager")
+    for step in range(begins, 6):
+        (pass_between if step % 2 else lambda *a: check(a[0], net, a[1]))(model, step)
+    assert len(tmm.explain(model).graphs) == 1
+
+
+def test_what_breaks_in_a_pass_in_between_is_measured() -> None:
+    net = Net()
+    model = in_one_program(net, backend="aot_eager")
+    check(model, net, 2)
+    pass_between(model, 3)
+    net.is_broken = True
+    pass_between(model, 5)
+    check(model, net, 6)
+    net.is_broken = False
+    pass_between(model, 7)
+    check(model, net, 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_left_to_python_in_a_pass_in_between_is_measured() -> None:
+    net = Net()
+    model = in_one_program(net, backend="aot_eager", dynamic=False)
+    check(model, net, 0)
+    for step in range(torch._dynamo.config.recompile_limit + 4):
+        pass_between(model, 2 * step + 1, rows=2 + step)
+    check(model, net, 100)
+    check(model, net, 102, rows=40)
+    pass_between(model, 103, rows=41)
+    with torch.compiler.set_stance("force_eager"):
+        pass_between(model, 105)
+        check(model, net, 106)
+    check(model, net, 108)
+
+
+def test_what_changes_in_a_pass_in_between_is_measured() -> None:
+    net = Net()
+    model = in_one_program(net, backend="aot_eager")
+    check(model, net, 2)
+    net.head = nn.Linear(4, 3)
+    pass_between(model, 3)
+    check(model, net, 4)
+    net.blocks[1] = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    pass_between(model, 5)
+    check(model, net, 6)

@@ -30,9 +30,11 @@ class ModuleHooks:
 
     ``enter`` is called with a module and its arguments before it runs between graphs, ``leave``
     with its output afterwards; both also with a wrapper of a module, whose forward may be where a
-    graph begins. With ``marks_inputs`` inputs are marked, too. With
-    ``spares_fused_layers`` nothing is inside of layers that torch computes as a whole where no
-    module has a hook.
+    graph begins. With ``marks_inputs`` inputs are marked, too. With ``spares_fused_layers`` nothing
+    is inside of layers that torch computes as a whole where no module has a hook.
+
+    ``are_guarded`` tells that a graph was traced where modules had hooks of the user's: it runs
+    again only where they have as many, with ours.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ModuleHooks:
         self._leave = leave
         self._marks_inputs = marks_inputs
         self._spares_fused_layers = spares_fused_layers
+        self.are_guarded = False
         self._standing: list[torch.nn.Module] = []
         self._wrapping: tuple[object, tuple[torch.nn.Module, ...]] | None = None
         self._hidden_calls: list[Replacement] = []
@@ -58,13 +61,16 @@ class ModuleHooks:
         """Mark what Dynamo traces from now on."""
         self.remove()  # from the modules known so far: there may be others now
         self._attribution.refresh()
+        self.are_guarded |= any(map(has_own_hooks, self._attribution.names))
         unhooked = []
         markable = set() if self._marks_inputs else markable_without_hooks(self._attribution.names)
         for module in self._hooked():
-            if module.__dict__.get(COMPILED_CALL) is not None:
-                # A part that is compiled on its own is traced like any other.
+            is_unhooked = module in markable and not has_own_hooks(module)
+            if not is_unhooked or module.__dict__.get(COMPILED_CALL) is not None:
+                # A part that is compiled on its own is traced like any other, and no guard says
+                # that the attribute is not there, which it is in a monitored step.
                 self._hidden_calls.append(Replacement(module, COMPILED_CALL, None))
-            if module in markable and not has_own_hooks(module):
+            if is_unhooked:
                 unhooked.append(module)
                 continue
             self._standing.append(module)

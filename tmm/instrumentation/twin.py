@@ -301,7 +301,9 @@ class Twin:
         outer = _running.set(self)
         frames, self._frames = self._frames, [unwrapped(self.module)]
         self.breaks.skip()
-        self._hooks.watch(self._held_by_graphs())
+        # Of a pass whose rows are dropped, what Dynamo traces alone needs to know whose frames run.
+        if not (self._is_unrecorded and self.is_whole) or self._hooks.are_guarded:
+            self._hooks.watch(self._held_by_graphs())
         callback_handler.register_start_callback(self._start_tracing)
         callback_handler.register_end_callback(self._end_tracing)
         try:
