@@ -326,6 +326,5 @@ def test_a_head_with_hooks_is_measured_in_a_model_that_is_traced_for_attention()
             chunked(model, net, x)
         found = monitor.get_step_metrics()
         assert {"activation/lm_head/rms", "activation_gradient/lm_head/norm"} <= found.keys()
-        assert any(key.endswith("/entropy") for key in found)
-    assert len(calls) == 6  # two items, one chunk each
+    assert len(calls) == 6  # two items, in chunks of one
     assert len(tmm.explain(model).graphs) == 1
