@@ -56,7 +56,7 @@ def test_runs_are_listed_read_and_compared(store: Any, tmp_path: Path) -> None:
     listed = json.loads(command("list", "--root", ROOT, "--json"))
     assert sorted(run["name"] for run in listed) == ["first", "second"]
     (record,) = (run for run in list_runs(ROOT) if run.name == "first")
-    with closing(tmm.open_run(str(record.path))) as run:
+    with closing(tmm.open_run(record.path)) as run:
         assert run.series("loss")[1].tolist() == [1.0, 1 / 2, 1 / 3]
     assert "loss" in command("compare", "first", "second", "--root", ROOT)
     page = tmp_path / "report.html"
@@ -66,8 +66,9 @@ def test_runs_are_listed_read_and_compared(store: Any, tmp_path: Path) -> None:
 
 def test_a_run_that_comes_later_and_one_that_goes(store: Any) -> None:
     assert len(list_runs(ROOT)) == 2
-    (folder,) = (run.path for run in list_runs(ROOT) if run.name == "second")
-    source = str(folder).removeprefix("s3://")
+    (address,) = (run.address for run in list_runs(ROOT) if run.name == "second")
+    assert address is not None
+    source = address.removeprefix("s3://")
     target = f"{BUCKET}/runs/second/later"
     store.copy(source, target, recursive=True)
     assert len(list_runs(ROOT)) == 3

@@ -39,7 +39,10 @@ def check(interpreters: Interpreters, folder: Path, way: str) -> None:
     assert all(rank["kinds"] == {"DTensor"} for rank in told)
     found = measured(told[0])
     assert found.keys() == expected.keys()
-    assert {"activation/lm_head/rms", "gradient_before_clip/transformer.wte.weight/norm"} <= found.keys()
+    assert {
+        "activation/lm_head/rms",
+        "gradient_before_clip/transformer.wte.weight/norm",
+    } <= found.keys()
     for key, values in expected.items():
         assert found[key].keys() == values.keys(), key
         if not any(part in key for part in OF_EACH_RANK):
@@ -55,4 +58,3 @@ def test_shards_of_a_trainer(tmp_path: Path, interpreters: Interpreters) -> None
 @pytest.mark.parametrize("way", ["accumulated", "compiled", "checkpointed"])
 def test_shards_in_other_ways(tmp_path: Path, interpreters: Interpreters, way: str) -> None:
     check(interpreters, tmp_path, way)
-
