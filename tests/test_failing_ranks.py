@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import tmm
 from tests.interpreters import ROOT, Interpreters
+from tmm.runs import instrument as instrument_module
+from tmm.runtime.ranks.gloo import ProcessGroup
 
 RANKS, FAILING = 3, 1
 SPEC = tmm.Spec(tmm.activation("rms"))
@@ -94,3 +98,19 @@ def test_a_fault_of_one_rank_ends_all_at_once(tmp_path: Path, interpreters: Inte
             begins = f"RuntimeError: tmm.instrument failed on rank {FAILING}: "
             assert text.startswith(begins) == (rank != FAILING), text
             assert re.search(message, text), text
+
+
+def test_a_rank_that_fails_alone_says_why_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instrument_module, "_SOON", 0.01)
+    waited = threading.Event()
+
+    def nobody_comes() -> ProcessGroup:
+        waited.wait(1.0)
+        raise RuntimeError("not all ranks called tmm.instrument")
+
+    with (
+        pytest.warns(tmm.MonitoringWarning, match="waits for the other ranks.*ValueError: wrong"),
+        pytest.raises(ValueError, match="wrong"),
+        instrument_module._on_all_ranks(nobody_comes),
+    ):
+        raise ValueError("wrong")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tmm
+from tmm.core.failures import Gaps
 from tmm.runs.delivery import Value
 from tmm.runs.instrument import steps_of
 
@@ -147,3 +148,20 @@ def test_steps_go_on_when_the_model_is_gone(recorded: Recorded) -> None:
     recorded.run.step()
     recorded.run.log({"loss": 4.0})
     recorded.check({0: {KEY: 2.0, "late": 1.0, "later": 2.0}, 1: {"loss": 3.0}, 2: {"loss": 4.0}})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed"),
+    ],
+)
+def test_a_failed_collective_is_not_said_to_end_no_training(error: Exception) -> None:
+    gaps = Gaps("raise")
+    with pytest.warns(tmm.MonitoringWarning, match="did not reach one another") as caught:
+        gaps.add_failure(3, error)
+    assert not any("the training goes on" in str(item.message) for item in caught)
+    gaps.close()
+    with pytest.warns(tmm.MonitoringWarning, match="step 4.*; the training goes on. ValueError"):
+        gaps.add_failure(4, ValueError("too large"))

@@ -256,3 +256,75 @@ def test_a_repetition_by_a_reentrant_checkpoint_does_not_count() -> None:
     with monitor.step(0):
         checkpoint(net.lm_head, model(x), use_reentrant=True).sum().backward()
     assert monitor.get_step_metrics()["activation/lm_head/count"] == 12
+
+
+@pytest.mark.parametrize("prepare", [as_it_is, whole, in_parts])
+def test_gradients_in_a_reentrant_checkpoint_are_named_as_missing(
+    prepare: Callable[[Net], nn.Module],
+) -> None:
+    torch._dynamo.reset()
+    net = Net()
+    model = tmm.instrument(prepare(net), SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    with monitor.step(0):
+        checkpoint(net.lm_head, model(x), use_reentrant=True).sum().backward()
+    found = monitor.get_step_metrics()
+    assert "activation/lm_head/rms" in found
+    assert "activation_gradient/lm_head/norm" not in found
+    assert "reentrant checkpoint" in tmm.explain(model).unmeasured["lm_head"]
+
+
+def by_a_compiled_function(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return head(hidden).square().sum()
+
+    return torch.compile(loss, backend="aot_eager")(hidden)  # type: ignore[no-any-return]
+
+
+def by_its_weight(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(hidden, head.weight, head.bias).square().sum()
+
+
+@pytest.mark.parametrize("loss", [by_a_compiled_function, by_its_weight])
+@pytest.mark.parametrize("prepare", [as_it_is, whole, in_parts])
+def test_a_head_that_nobody_sees_is_warned_of_though_its_gradients_are_cleared(
+    prepare: Callable[[Net], nn.Module],
+    loss: Callable[[nn.Linear, torch.Tensor], torch.Tensor],
+) -> None:
+    torch._dynamo.reset()
+    net = Net()
+    model = tmm.instrument(prepare(net), SPEC)
+    monitor, x = tmm.monitor(model), torch.randn(3, 8)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    monitor.watch(optimizer)
+    with pytest.warns(MonitoringWarning) as caught, monitor.step(0):
+        hidden = model(x)
+        for part in hidden.chunk(3):
+            loss(net.lm_head, part).backward(retain_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(str(w.message).startswith("lm_head: matched by a rule") for w in caught)
+    explanation = tmm.explain(model)
+    assert list(explanation.unmeasured) == ["lm_head"]
+    assert not explanation.not_called
+
+
+class Attentive(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x).unsqueeze(1)  # one head
+        return nn.functional.scaled_dot_product_attention(x, x, x).squeeze(1)
+
+
+def test_a_head_with_hooks_is_measured_in_a_model_that_is_traced_for_attention() -> None:
+    torch._dynamo.reset()
+    net, calls = Attentive(), []
+    net.lm_head.register_forward_hook(lambda *call: calls.append(call[0]))  # as fully_shard has
+    model = tmm.instrument(net, tmm.Spec(*SPEC.rules, tmm.attention("entropy")))
+    monitor, x = tmm.monitor(model), torch.randn(2, 6, 8)
+    for step in range(3):
+        with monitor.step(step):
+            chunked(model, net, x)
+        found = monitor.get_step_metrics()
+        assert {"activation/lm_head/rms", "activation_gradient/lm_head/norm"} <= found.keys()
+    assert len(calls) == 6  # two items, in chunks of one
+    assert len(tmm.explain(model).graphs) == 1

@@ -40,10 +40,12 @@ def check_killed(interpreters: Interpreters, ranks: int, folder: Path, way: str)
     # What gloo says of a connection that it has lost.
     assert any(word in told["error"] for word in ("peer", "Timed out", "pair closure"))
     assert told["seconds"] < 60
+    assert not any("the training goes on" in text for text in told["warnings"])
 
 
 def check_frozen(interpreters: Interpreters, ranks: int, folder: Path, way: str) -> None:
     told = failed(interpreters, ranks, folder, f"frozen_{way}")
+    assert not any("the training goes on" in text for text in told["warnings"])
     assert "imed out" in told["error"] or "timeout" in told["error"]
     # The training's own wait, and that of the end of a run that fails.
     assert PATIENCE - 1 < told["seconds"] < PATIENCE + 10 + 30

@@ -15,10 +15,13 @@ from tests.test_mesh_trainings import check
 from tests.titan_trainings import WITH_EXPERTS, one_process
 
 MODULE = "tests.titan_trainings"
-OF_TWO = ("full_checkpoints", "selective_checkpoints", "chunks", "tensor", "all_of_two", "experts")
+OF_TWO = (
+    *("full_checkpoints", "selective_checkpoints", "chunks", "chunks_uncompiled", "tensor"),
+    *("all_of_two", "experts"),
+)
 OF_FOUR = ("all_of_four", "experts_of_four")
 HAS_SEVERAL_MESHES = hasattr(_fsdp_common, "ShardPlacementResult")
-IN_CHUNKS = ("chunks", "all_of_two", "all_of_four", "experts_of_four")
+IN_CHUNKS = ("chunks", "chunks_uncompiled", "all_of_two", "all_of_four", "experts_of_four")
 
 
 @cache

@@ -218,6 +218,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "full_checkpoints": partial(parallelized, checkpointing="full"),
     "selective_checkpoints": partial(parallelized, checkpointing="selective"),
     "chunks": partial(parallelized, has_chunks=True),
+    "chunks_uncompiled": partial(parallelized, has_chunks=True, is_compiled=False),
     "tensor": partial(parallelized, degrees=Degrees(1, 2)),
     "experts": partial(parallelized, WITH_EXPERTS, Degrees(2, 1, 2)),
     "experts_together": partial(parallelized, WITH_EXPERTS, Degrees(2, 1, 2), is_together=True),

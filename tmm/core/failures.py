@@ -113,10 +113,16 @@ class Gaps:
                 self._warn_of_failure(step, error)
 
     def _warn_of_failure(self, step: int, error: Exception) -> None:
-        warn(
-            f"monitoring failed on step {step}, which is not recorded; the training goes on."
-            f" {words(error)}"
-        )
+        if is_of_collective(error):  # which the training needs as well
+            warn(
+                f"monitoring failed on step {step}, which is not recorded: processes did not reach"
+                f" one another. {words(error)}"
+            )
+        else:
+            warn(
+                f"monitoring failed on step {step}, which is not recorded; the training goes on."
+                f" {words(error)}"
+            )
 
     def warn_of_missed_forward(self, step: int, hint: str) -> None:
         """Warn, once, that no forward pass ran in a monitored step, and what to do."""
@@ -195,6 +201,12 @@ def words(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:  # the __str__ of a user's exception may fail
         return f"{type(error).__name__}, whose message cannot be written"
+
+
+def is_of_collective(error: BaseException) -> bool:
+    """Whether a collective has failed, as where a process is gone: the next one will fail, too."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or "gloo" in words(error)
 
 
 def levels_to_user() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tmm.core.autograd import is_in_autograd_function
 from tmm.core.metrics import Reduction
 from tmm.core.torch_private import is_batched
 from tmm.instrumentation.attribution import Attribution
@@ -22,6 +23,11 @@ from tmm.passes.metrics.gradient_probe import part_of_gradient, placements_of_gr
 from tmm.passes.metrics.gradient_rows import FAMILY as GRADIENT
 from tmm.runtime.eager_functions import reduce_eagerly
 from tmm.runtime.key_binding import Binding
+
+_REPEATED = (
+    "it runs inside of a reentrant checkpoint, without gradients, and is repeated for the backward"
+    " pass: use_reentrant=False has them"
+)
 
 
 class GradientHooks:
@@ -71,12 +77,14 @@ class GradientHooks:
         if sink is None:
             return
         selected = self._attribution.select_eagerly(module, output, GRADIENT)
+        is_repeated = not torch.is_grad_enabled() and is_in_autograd_function()
         for binding, tensor, reduction in selected:
-            if tensor.requires_grad and not torch.is_grad_enabled():
+            if is_repeated or (tensor.requires_grad and not torch.is_grad_enabled()):
+                reason = _REPEATED if is_repeated else WITHOUT_GRADIENT
                 for path, given in tensors_in(output):
                     if given is tensor:
                         name = self._attribution.name(module) + path
-                        self._attribution.unmeasured[name] = f"gradient: {WITHOUT_GRADIENT}"
+                        self._attribution.unmeasured[name] = f"gradient: {reason}"
             elif tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
                 # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self._recorder.gradient_factor(tensor.device)

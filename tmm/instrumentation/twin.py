@@ -455,7 +455,7 @@ class Twin:
             guarded = {
                 module
                 for region in regions
-                if region.settings is not None
+                if region.settings is not None and not region.settings.traced_for
                 for module in _modules_in(region, self.attribution.root)
                 if module._forward_hooks
             }

@@ -8,13 +8,14 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from threading import Timer
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar, get_args
 
 import torch
 
 from tmm.core.dynamo_private import OptimizedModule, innermost_fn
-from tmm.core.failures import OnError, words
+from tmm.core.failures import OnError, UserLine, words
 from tmm.instrumentation.compile_settings import CompilerFunction, settings_for, settings_of
 from tmm.instrumentation.eager_backend import eager, why_traced
 from tmm.instrumentation.pass_trace import TraceFolder
@@ -44,6 +45,9 @@ from tmm.steps.model_steps import ModelSteps
 from tmm.steps.monitor import Monitor
 from tmm.steps.monitored_model import MonitoredModel, Recording
 from tmm.steps.timeline import StepTimeline
+
+_SOON = 5.0
+"""Seconds that other ranks have to come before it is said what this one has failed of."""
 
 # To type checkers, torch.compile(module) is any callable, and a schedule of a pipeline is none.
 Model = TypeVar("Model")
@@ -413,7 +417,7 @@ def _on_all_ranks(group_of_all: Callable[[], ProcessGroup] | None) -> Iterator[N
         yield
     except Exception as error:
         # Ranks may not come, or have died.
-        with suppress(Exception), closing(group_of_all()) as group:
+        with suppress(Exception), _told_while_waiting(error), closing(group_of_all()) as group:
             group.everything(words(error))
         raise
     group = group_of_all()
@@ -421,6 +425,19 @@ def _on_all_ranks(group_of_all: Callable[[], ProcessGroup] | None) -> Iterator[N
         if fault:
             group.close()
             raise RuntimeError(f"tmm.instrument failed on rank {rank}: {fault}")
+
+
+@contextmanager
+def _told_while_waiting(error: Exception) -> Iterator[None]:
+    """Warn of ``error``, which is raised after the block, if that takes long."""
+    text = f"tmm.instrument failed, and waits for the other ranks to tell them: {words(error)}"
+    timer = Timer(_SOON, UserLine.here().warn, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _take_off(siblings: list[Switch], scheduled: Scheduled | None, *, is_mark_left: bool) -> None:

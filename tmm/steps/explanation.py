@@ -19,7 +19,7 @@ from tmm.passes.graph.printer import site_label
 from tmm.spec.program_choice import ProgramChoice
 from tmm.spec.rules import Rule
 from tmm.steps.own_functions import own_functions
-from tmm.steps.silent import silent_modules, used
+from tmm.steps.silent import HadGradient, silent_modules, used
 
 NOT_COMPILED = "it is not compiled"
 """Why a module is measured where it is called, and by no graph."""
@@ -105,11 +105,16 @@ class Explanation:
     programs: str = ""
 
     @staticmethod
-    def of(twin: Twin, programs: ProgramChoice, without_rows: dict[str, str]) -> Explanation:
+    def of(
+        twin: Twin,
+        programs: ProgramChoice,
+        without_rows: dict[str, str],
+        had_gradient: HadGradient,
+    ) -> Explanation:
         """The state of ``twin`` now, and of parameters ``without_rows``, with the reasons."""
         attribution = twin.attribution
         traced = _traced_modules(twin)
-        silent = silent_modules(twin) if attribution.rows else {}
+        silent = silent_modules(twin, had_gradient) if attribution.rows else {}
         eager = {
             attribution.name(module): twin.breaks.of(module, caller)
             if module in traced
@@ -118,13 +123,13 @@ class Explanation:
         }
         unmeasured = attribution.unmeasured | twin.recorder.registry.owners.refused
         unmeasured |= _compiled_methods(twin) | _eager_attention(twin)
+        idle = silent
         if twin.untraced is not None:
             eager = {attribution.name(module): NOT_COMPILED for module in twin.untraced.ran}
             unmeasured |= twin.untraced.uncalled.bypassed()
-            not_called = twin.untraced.uncalled.idle()
-        else:
-            unmeasured |= used(silent)
-            not_called = {name: why for name, why in silent.items() if name not in used(silent)}
+            idle = twin.untraced.uncalled.idle()
+        unmeasured = used(silent) | unmeasured
+        not_called = {name: why for name, why in idle.items() if name not in used(silent)}
         return Explanation(
             modules=tuple(
                 ModuleReport(

@@ -66,7 +66,8 @@ class ModelSteps:
         self.recorder = recorder
         self.twin, self.optimizers, self.archive = twin, optimizers, archive
         self._ranks, self._take_off, self._end_run = ranks, take_off, end_run
-        self._notices = Notices(twin, gaps, forgotten, is_bypassed, recorder.micro_batches)
+        had_gradient, batches = optimizers.parameters.had_gradient, recorder.micro_batches
+        self._notices = Notices(twin, gaps, forgotten, had_gradient, is_bypassed, batches)
         self._replicas = ReplicaWatch(twin.module, twin.plan.spec, gaps)
         self._open_block = OpenBlock(recorder, forgotten)
         archive.describe(describe_measured(twin.module, twin.plan.spec))
@@ -255,9 +256,8 @@ class ModelSteps:
 
     def explanation(self) -> Explanation:
         """What ``tmm.explain`` gives."""
-        return Explanation.of(
-            self.twin, self.recorder.shared.choice, self.optimizers.without_rows()
-        )
+        had_gradient, choice = self.optimizers.parameters.had_gradient, self.recorder.shared.choice
+        return Explanation.of(self.twin, choice, self.optimizers.without_rows(), had_gradient)
 
     def compare_with(self, reference: Reference | None) -> None:
         """Compare with another reference from now on; None for nothing.

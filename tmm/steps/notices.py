@@ -10,7 +10,7 @@ from tmm.instrumentation.micro_batches import MicroBatches
 from tmm.instrumentation.twin import Twin
 from tmm.runtime.step_collector import StepCollector
 from tmm.steps.forgotten import Forgotten
-from tmm.steps.silent import silent_modules, warning_of
+from tmm.steps.silent import HadGradient, silent_modules, warning_of
 
 _NO_ROWS = (
     "the instrumented function ran in the monitored step {step} and called no module that a rule of"
@@ -40,6 +40,7 @@ class Notices:
         twin: Twin,
         gaps: Gaps,
         forgotten: Forgotten,
+        had_gradient: HadGradient,
         is_bypassed: Callable[[], bool],
         micro_batches: MicroBatches | None,
     ) -> None:
@@ -47,6 +48,7 @@ class Notices:
         self._twin = twin
         self._gaps = gaps
         self._forgotten = forgotten
+        self._had_gradient = had_gradient
         self._is_bypassed = is_bypassed
         self._said: dict[str, None] = {}
         self._known = -1
@@ -70,7 +72,7 @@ class Notices:
         if not finished.ran_forward:
             return
         if is_first:
-            self._tell(finished.step, warning_of(silent_modules(self._twin)))
+            self._tell(finished.step, warning_of(silent_modules(self._twin, self._had_gradient)))
             self._look_for_rows(finished)
         self._tell(finished.step, self._news())
 

@@ -62,7 +62,8 @@ class ParameterMonitor:
     """Measures the parameters of one model, their gradients and their updates.
 
     What has no rows is noted in ``unmeasured``, with the reason, and what is to be known of rows in
-    ``remarks``; ``measured`` has, by family, the names of what had rows. Rows go to the collector
+    ``remarks``; ``measured`` has, by family, the names of what had rows, ``stepped`` of what had a
+    gradient when a watched optimizer stepped. Rows go to the collector
     that is given; norms of all gradients together, which several optimizers may add to, follow at
     the end of the step.
     """
@@ -83,6 +84,7 @@ class ParameterMonitor:
         self.unmeasured = unmeasured
         self.remarks = remarks
         self.measured: dict[str, set[str]] = {}
+        self.stepped: set[str] = set()
         self.written_later = WrittenLater()
         self.reference = reference
         self._statistics = NamedStatistics(registry, KnownFunctions().find)
@@ -107,6 +109,10 @@ class ParameterMonitor:
     def names(self) -> dict[torch.nn.Parameter, str]:
         """Names of the parameters that the model has now."""
         return {**self._localized.names, **self._names()} if self.is_taken_apart else self._names()
+
+    def had_gradient(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether a parameter of the model has a gradient, or had one when it was stepped."""
+        return parameter.grad is not None or self._names().get(parameter) in self.stepped
 
     @property
     def is_taken_apart(self) -> bool:

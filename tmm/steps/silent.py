@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 
 from tmm.core.module_names import display_name, is_container, unwrapped
 from tmm.instrumentation.twin import Twin
 
+HadGradient: TypeAlias = Callable[[torch.nn.Parameter], bool]
+"""Whether a parameter has a gradient, or had one in a monitored step."""
+
 _SHOWN = 6  # names in a warning
 _NOT_CALLED = "not called in a monitored step, or what it returned held no tensor"
 _UNSEEN = (
-    "its parameters have gradients, but no call of it was seen: it is called inside a function"
+    "its parameters got gradients, but no call of it was seen: it is called inside a function"
     " that is compiled by itself, or its parameters are used directly"
 )
 
 
-def silent_modules(twin: Twin) -> dict[str, str]:
+def silent_modules(twin: Twin, had_gradient: HadGradient) -> dict[str, str]:
     """Name to reason of modules that were matched and have no rows, nor another reason for it.
 
     Containers, which have no forward, are left out.
@@ -30,7 +36,9 @@ def silent_modules(twin: Twin) -> dict[str, str]:
         if attribution.how_measured(module) or name in known or name in attribution.unmeasured:
             continue
         if twin.measures_output(name):
-            found[name] = _UNSEEN if _was_used(twin, module, relative) else _NOT_CALLED
+            found[name] = (
+                _UNSEEN if _was_used(twin, module, relative, had_gradient) else _NOT_CALLED
+            )
     return found
 
 
@@ -52,8 +60,10 @@ def warning_of(silent: dict[str, str]) -> str | None:
     )
 
 
-def _was_used(twin: Twin, module: torch.nn.Module, relative: str) -> bool:
-    """Whether a parameter that no measured module holds as its own has a gradient.
+def _was_used(
+    twin: Twin, module: torch.nn.Module, relative: str, had_gradient: HadGradient
+) -> bool:
+    """Whether a parameter that no measured module holds as its own had a gradient.
 
     A module that runs itself may use those of its children, as ``nn.MultiheadAttention`` does.
     """
@@ -73,4 +83,4 @@ def _was_used(twin: Twin, module: torch.nn.Module, relative: str) -> bool:
         for parameter in other.parameters(recurse=False)
     }
     own = module.parameters(recurse=False)
-    return any(parameter.grad is not None and id(parameter) not in seen for parameter in own)
+    return any(id(parameter) not in seen and had_gradient(parameter) for parameter in own)

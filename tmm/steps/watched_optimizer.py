@@ -170,6 +170,7 @@ class WatchedOptimizer:
                 gathered.parameters |= parameters
                 gathered.before |= copies.of(parameters)
         gathered.stepped.update(own.values())
+        self._note_gradients(own)
         if not has_closure:
             self._take_gradients(collector, step, own)
 
@@ -177,12 +178,18 @@ class WatchedOptimizer:
         """Measure what a step has changed, if it is not inside of another one."""
         if has_closure:  # those of its last evaluation: there were none before
             own = self._named(own_parameters(self.optimizer))
+            self._note_gradients(own)
             taken = step.gathered.taken
             # Steps inside saw what this one may have cleared.
             own = {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
             self._take_gradients(collector, step, own)
         if step.is_outermost:
             self._record(collector, step.gathered, [held.optimizer for held in step.holders])
+
+    def _note_gradients(self, own: Mapping[torch.nn.Parameter, str]) -> None:
+        """They may be cleared before the step ends."""
+        known = self._parameters.stepped
+        known.update(n for p, n in own.items() if n not in known and p.grad is not None)
 
     def _take_gradients(
         self, collector: StepCollector, step: Step, own: Mapping[torch.nn.Parameter, str]
