@@ -5,6 +5,7 @@ Small passes over the same few graphs share this file; the golden texts are in `
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,11 @@ from tmm.passes.findings import GraphFindings
 from tmm.passes.fuse_reductions import fuse_reductions
 from tmm.passes.graph.attended import is_only_attended
 from tmm.passes.graph.copy import copy_graph
+from tmm.passes.graph.edits import add_placeholder
 from tmm.passes.graph.printer import node_lines
 from tmm.passes.graph.provenance import all_nodes, pass_of, sites_of
 from tmm.passes.graph.slots import slots_of
+from tmm.passes.graph.values import set_value
 from tmm.passes.insert_gradient_probes import insert_probes
 from tmm.passes.insert_reductions import insert_reductions
 from tmm.passes.lift_rows import lift_rows
@@ -487,6 +490,27 @@ def test_insert_probes_reaches_into_checkpoints_and_is_idempotent() -> None:
     assert len(nested) == 2
     for node in nested:
         assert sites_of(node)
+
+
+def test_inputs_that_are_added_are_told_apart_from_nodes_of_their_names() -> None:
+    graph = Graph()
+    pair = graph.placeholder("pair")
+    parts = [graph.call_function(operator.getitem, (pair, index)) for index in range(3)]
+    graph.output(tuple(parts))
+    module = GraphModule(nn.Module(), graph)
+    for node in graph.nodes:
+        set_value(node, None)
+    assert str(parts[-1]) == "getitem_2"
+    names = ("getitem_2", "getitem_3", "getitem_4", "pair", "pair_1", "x")
+    added = [add_placeholder(module, name, None) for name in names]
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((*parts, *added),)
+    graph.lint()
+    module.recompile()
+    given = ([1, 2, 3], *range(4, 10))
+    assert module(*given) == tuple(range(1, 10))
+    assert torch.fx.Interpreter(module).run(*given) == tuple(range(1, 10))
+    assert len({node.target for node in graph.find_nodes(op="placeholder")}) == 7
 
 
 def test_the_gradient_of_the_extra_input_holds_the_rows() -> None:

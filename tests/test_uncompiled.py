@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -538,3 +539,61 @@ def test_a_tied_module_that_nobody_calls_is_not_called() -> None:
     explanation = tmm.explain(model)
     assert not explanation.unmeasured
     assert "shared" in explanation.not_called
+
+
+class Blocks(nn.Module):
+    """Attention and a layer behind it, each block of which is checkpointed in its own way."""
+
+    def __init__(self, ways: Sequence[str]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({n: nn.Linear(4, 12 if n == "qkv" else 4) for n in PARTS}) for _ in ways
+        )
+        self.ways = ways
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block, way in zip(self.blocks, self.ways, strict=True):
+
+            def run(x: torch.Tensor, block: nn.ModuleDict = block) -> torch.Tensor:
+                # Nodes without names of their own, as those of rows.
+                parts = block["qkv"](x).unflatten(-1, (2, 6)).transpose(1, 2).chunk(3, -1)
+                attended = nn.functional.scaled_dot_product_attention(*parts)
+                x = x + block["out"](attended.transpose(1, 2).flatten(2))
+                pieces = block["narrow"](x).split(2, -1)
+                return x + block["wide"](torch.cat([piece.tanh() for piece in pieces], -1))
+
+            again = partial(checkpoint, use_reentrant=False)
+            x = {"plain": run, "once": partial(again, run), "twice": partial(again, again, run)}[
+                way
+            ](x)
+        return x
+
+
+PARTS = ("qkv", "out", "narrow", "wide")
+
+
+@pytest.mark.parametrize("ways", [("once", "once"), ("plain", "once", "once"), ("twice", "once")])
+def test_gradients_in_checkpoints_of_a_model_that_is_traced(ways: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    net = Blocks(ways)
+    x = noise(2, 3, 4)
+    found: dict[str, float] = {}
+    by_hooks = copy.deepcopy(net)
+    for name, module in by_hooks.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def look(_: object, __: object, output: torch.Tensor, name: str = name) -> None:
+                key = f"activation_gradient/{name}/norm"
+                output.register_hook(lambda gradient: found.update({key: gradient.norm().item()}))
+
+            module.register_forward_hook(look)
+    by_hooks(x).square().sum().backward()
+    model = tmm.instrument(net, tmm.Spec(tmm.attention("entropy"), tmm.activation_gradient("norm")))
+    monitor = tmm.monitor(model)
+    for step in range(2):
+        net.zero_grad()
+        with monitor.step(step):
+            model(x).square().sum().backward()
+        values = monitor.get_step_metrics()
+        assert {key: values[key] for key in found} == pytest.approx(found, rel=1e-5)
+    assert all(map(torch.equal, *([p.grad for p in m.parameters()] for m in (net, by_hooks))))

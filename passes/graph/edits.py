@@ -36,6 +36,7 @@ def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
     first = next(node for node in module.graph.nodes if node.op != "placeholder")
     with module.graph.inserting_before(first):
         node = module.graph.placeholder(name)
+    node.target = node.name  # code has both, and the name may be that of a later node
     without_source(node)
     set_value(node, example)
     return node
