@@ -187,7 +187,7 @@ def main(
     warm_up = 10  # blocks of ten begin with a monitored step
     timings = interleave({PLAIN: plain, **cadences, **reads}, rounds, warm_up, settle=1)
     pair = {BARE: everything.bare, OFF: lambda: everything.run(monitored=False)}
-    timings |= interleave(pair, 3 * rounds, settle=1)
+    timings |= interleave(pair, rounds, settle=1)
     parameters = size_of(parameters_of(module))
     steps = {
         name: lambda w=one: w.run(monitored=True)
