@@ -132,3 +132,14 @@ def test_what_is_refused(two: Path) -> None:
     parts = ("distributed=False", "reference_samples", "fully_shard")
     for part, error in zip(parts, errors, strict=True):
         assert part in error
+
+
+def test_norms_of_split_rows_are_those_of_each_part(two: Path) -> None:
+    found, model, given = result(two, "blocks_uncompiled"), net(), list[torch.Tensor]()
+    model.blocks[0].down.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))  # type: ignore[union-attr]
+    with torch.no_grad():
+        model(floats_given()[0][0])
+    for rank, part in enumerate(given[0].chunk(2, dim=-1)):
+        expected = part.norm(dim=-1).mean().item()
+        key = f"RCC x_t/blocks.0.down[rank {rank}]/l2norm"
+        assert found[0][key] == pytest.approx(expected, rel=1e-5)

@@ -37,6 +37,8 @@ Lose = Callable[[Measurement, str], None]
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype)
 _CONTAINERS = (tuple, list, dict)
 
+_IN_PARTS = "ranks share the model (tensor parallel), and it is called outside of graphs"
+
 
 @dataclass(eq=False)
 class _Entered:
@@ -77,7 +79,10 @@ class EagerComparison:
                 "it is called outside of graphs with an object that a second call could change"
             )
             return
-        if reason := why_not_repeated(module):
+        reason = why_not_repeated(module)
+        if self._follower.reference.is_shared:
+            reason = _IN_PARTS  # not all ranks might run its collectives once more
+        if reason:
             self._attribution.unmeasured[f"{name}, refined coordinate check"] = reason
             return
         self._entered[-1].mixed = dict(tensors_in(self._repeat(module, arguments, keywords)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tmm.spec.ranks import forward_meshes, fsdp_groups
+from tmm.spec.ranks import fsdp_groups
 
 
 class WithoutHooks(torch.nn.Module):
@@ -30,8 +30,6 @@ def why_not_repeated(module: torch.nn.Module) -> str:
     """Why a module cannot be run once more with other parameters; empty if it can."""
     if any(is_gathered(child) for child in module.modules() if child is not module):
         return "modules in it gather parameters by hooks, which a second call would run again"
-    if forward_meshes(module):
-        return "ranks share its parameters (tensor parallel), and it is called outside of graphs"
     for group in fsdp_groups(module) if is_gathered(module) else ():
         policies = {parameter.mp_policy for parameter in group.fsdp_params}
         if any(policy.param_dtype or policy.output_dtype for policy in policies):
