@@ -123,6 +123,19 @@ def blocks(*, compiles: bool, reference: Any = "init") -> Metrics:
     return both(build, floats_given(), reference, ALL, placements=alike)
 
 
+def outside_of_graphs() -> Metrics:
+    """Blocks that Dynamo leaves alone: all that their hooks do with DTensors is followed."""
+
+    def build() -> Case:
+        model = net_in_parts()
+        for block in model.blocks:
+            block.forward = torch.compiler.disable(block.forward)  # type: ignore[method-assign]
+        return of_net(model, model)
+
+    alike = {ALIKE: "replicate"}
+    return both(build, floats_given(), other_state(), DIFFERENCES, placements=alike)
+
+
 def sequence(kind: str, rules: tuple[tmm.Rule, ...], reference: Any = "init") -> Metrics:
     """Tensor and sequence parallel; compiled as a whole, block by block, or not at all."""
 
@@ -190,6 +203,7 @@ TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "blocks": lambda _: blocks(compiles=True),
     "blocks_uncompiled": lambda _: blocks(compiles=False),
     "blocks_other": lambda _: blocks(compiles=True, reference=other_state()),
+    "outside_of_graphs": lambda _: outside_of_graphs(),
     "whole_sequence": lambda _: sequence("whole", DIFFERENCES),
     "sequence_by_blocks": lambda _: sequence("blocks", DIFFERENCES, other_decoder()),
     "sequence_uncompiled": lambda _: sequence("uncompiled", ALL),

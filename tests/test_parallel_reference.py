@@ -92,6 +92,11 @@ def test_columns_and_rows(two: Path, name: str) -> None:
     assert found[2]["activation_difference/blocks.0.up/relative_norm"] > 0.01
 
 
+def test_blocks_that_no_graph_holds(two: Path) -> None:
+    expected = alone("blocks", is_other=True)
+    check(result(two, "outside_of_graphs"), expected, least=180, has_checks=False)
+
+
 @pytest.mark.parametrize(
     "name",
     ["whole_sequence", "sequence_by_blocks", "sequence_uncompiled", "sequence_uncompiled_other"],
