@@ -82,7 +82,7 @@ def _compare(
         written = {i: node for i, node in enumerate(placeholders) if storages([node]) & memory}
         written = {i: node for i, node in written.items() if node in substitutes}
     branch.copy([*returned.values(), *written.values()])
-    rows = Comparisons(module, modules, asked, branch, parameters, wanted)
+    rows = Comparisons(module, modules, asked, branch, parameters, wanted, found.placements)
     found.unmeasured += rows.insert()
     outputs = tuple(
         position

@@ -276,9 +276,8 @@ def mixed_precision() -> Metrics:
 
 
 def tensor_parallel() -> Metrics:
-    """Differences of parameters; what follows the forward pass is refused."""
+    """Differences of parameters."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    errors = []
     for source, given in (("init", "init"), ("other", other_state())):
         model = net()
         for block in model.blocks:
@@ -287,14 +286,9 @@ def tensor_parallel() -> Metrics:
         chosen = tmm.parameter_difference("relative_norm", "norm", "absmax")
         metrics, _, called = train(model, spec(given, chosen), lambda batch: [batch])
         tmm.remove(called)
-        for rule in (tmm.activation_difference("rms"), tmm.rcc(modules="first")):
-            try:
-                tmm.instrument(model, spec("init", rule))
-            except ValueError as error:
-                errors.append(str(error))
         if source == "init":
             first = metrics
-    return {0: {"init": first, "other": metrics, "errors": errors}}
+    return {0: {"init": first, "other": metrics}}
 
 
 def ddp() -> Metrics:

@@ -83,6 +83,7 @@ TORCH_IN_CORE = {
     "tmm.core.recorded_values",
     "tmm.core.rng",
     "tmm.core.torch_private",
+    "tmm.core.wrapped_tensors",
 }
 """The files of core that are about torch, and import it; no other one does."""
 

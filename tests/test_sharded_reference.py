@@ -117,8 +117,6 @@ def test_tensor_parallel(two: Path) -> None:
     for name, source in (("init", "init"), ("other", other_state())):
         expected = plain_differences(source, chosen)
         check(found[name], expected, least=20)
-    assert len(found["errors"]) == 4
-    assert all("tmm.parameter_difference can be measured" in error for error in found["errors"])
 
 
 def plain_differences(source: Any, chosen: tuple[tmm.Rule, ...]) -> Metrics:

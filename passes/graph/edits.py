@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tmm.core.torch_private import FakeTensor, without_source
+from tmm.core.wrapped_tensors import is_wrapper, like_wrapper
 from tmm.passes.graph.values import local_example, set_value, value_of
 
 SHARED_MEMORY = "tmm_shared_memory"
@@ -44,6 +45,8 @@ def add_placeholder(module: GraphModule, name: str, example: object) -> Node:
 
 def example_like(example: object) -> object:
     """A traced tensor of the same shape and dtype that shares nothing with it."""
+    if is_wrapper(example):
+        return like_wrapper(example, example_like)
     if not isinstance(example, FakeTensor) or example.is_nested:
         return example
     with example.fake_mode, torch.no_grad():

@@ -13,6 +13,7 @@ from tmm.core.records import Share
 from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.request import PlacementRequest
 
+_CUT_ROWS = "its norms are of rows, which are split over ranks"
 _UNSUMMED = "its elements are sums over ranks, of which each has a part"
 
 
@@ -73,6 +74,11 @@ class Placed:
             placement.is_replicate() or placement.is_partial() for placement in self.placements
         )
 
+    def share_of_rows(self, dimensions: int, share: Share) -> Share:
+        """What this rank has of the norms of the rows, the last of so many dimensions."""
+        is_cut = share.kind == "part" and any(p.is_shard(dimensions - 1) for p in self.placements)
+        return Share("unknown", _CUT_ROWS) if is_cut else share
+
     def share(self, ranks: frozenset[int], *, is_first: bool) -> Share:
         """What this rank has of the tensor, in a model that ``ranks`` share."""
         if any(placement.is_partial() for placement in self.placements):
@@ -112,6 +118,12 @@ def why_unsummed(example: object) -> str | None:
     if placed is None or not any(placement.is_partial() for placement in placed.placements):
         return None
     return _UNSUMMED
+
+
+def has_mask(example: object) -> bool:
+    """Whether torch keeps a mask, of an embedding in parts, until ranks sum these."""
+    placed = Placed.of(example)
+    return placed is not None and any(hasattr(how, "mask_buffer") for how in placed.placements)
 
 
 def declared_by(user: Node, tensor: Node) -> Placed | None:
@@ -159,6 +171,11 @@ class Placements:
             return Share("unknown", "computed from the parts of tensors that this rank has")
         shares = {self.share_of(placed) for placed in found}
         return shares.pop() if len(shares) == 1 else Share("unknown", "placed on several meshes")
+
+    def share_of_rows(self, mark: Node, tensor: Node) -> Share:
+        """What this rank has of the norms of the rows, the last dimension, of a marked tensor."""
+        placed, share = self.known.get(mark), self.share(mark)
+        return share if placed is None else placed.share_of_rows(value_of(tensor).dim(), share)
 
     def first_head(self, *nodes: Node) -> int | None:
         """The number, among all ranks' heads, of the first one of this rank; None if not known.

@@ -20,6 +20,7 @@ from tmm.passes.graph.edits import add_body_input, add_body_output, example_like
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.provenance import add_site, all_nodes, sites_of
 from tmm.passes.graph.rewriter import Rewriter
+from tmm.passes.graph.sharding import has_mask
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark
 from tmm.passes.graph.values import module_stack, origin_of, set_value, value_of
@@ -280,6 +281,10 @@ class Copier:
     def _copy_operation(self, node: Node) -> None:
         with self.module.graph.inserting_after(node):
             copied = self.module.graph.node_copy(node, self._counterpart)
+        for source in node.all_input_nodes:
+            counterpart = self.copies.get(source, source)
+            if has_mask(value_of(source)) and [*counterpart.users] == [copied]:
+                copied.prepend(counterpart)  # the program has read the mask of its own by then
         if node.target is functional.batch_norm or node.target is functional.instance_norm:
             without_statistics(copied)
         self._describe(copied, node)

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tmm.core.families import ACTIVATION, ATTENTION
+from tmm.core.families import ACTIVATION, ATTENTION, RCC
 from tmm.core.metrics import FloatArray, KnownMetric, Reduction
 
 StepArray: TypeAlias = npt.NDArray[np.int64]
@@ -24,6 +24,9 @@ LOGGED = "logged"
 
 ALONE = "of this rank alone (rank 0): what the others have differs"
 """The note on keys that are not of the whole batch, though several processes share a training."""
+
+_INPUT_FAMILIES = (RCC.of("x_t"), RCC.of("(x_t-x_0)"))
+_INPUT_PATHS = ("/x_t", "/x_t-x_0")
 
 ATTENTION_MARK = " (attention)"
 """What the paths of attentions that have no rows end with."""
@@ -180,6 +183,12 @@ class Measurement:
         """Whether it is of an attention: of its distributions, or of a tensor inside of it."""
         inside = self.family == ACTIVATION.name and self.site.path.startswith(".")
         return (inside and not self.site.is_shown) or ATTENTION.begins(self.family)
+
+    @property
+    def is_of_input(self) -> bool:
+        """Whether it is of what a module was given, and not of what it gave."""
+        is_normalized = RCC.begins(self.family) and self.site.path.endswith(_INPUT_PATHS)
+        return self.family in _INPUT_FAMILIES or is_normalized
 
 
 @dataclass(frozen=True)

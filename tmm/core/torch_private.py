@@ -17,6 +17,7 @@ import torch._functorch.pyfunctorch
 import torch._ops
 import torch._subclasses.fake_tensor
 import torch.distributed
+import torch.distributed._functional_collectives
 import torch.fx._symbolic_trace
 import torch.fx.graph
 import torch.fx.graph_module
@@ -54,6 +55,12 @@ exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
 """What Dynamo writes into graphs where ``torch.inference_mode`` ends."""
 
 # Tensors and operators
+
+AsyncCollectiveTensor = torch.distributed._functional_collectives.AsyncCollectiveTensor
+"""What a collective gives: a tensor that whoever reads it waits for."""
+
+wait_tensor = torch.distributed._functional_collectives.wait_tensor
+"""Waits for the collective that a tensor comes from, if it does from one."""
 
 FakeTensor = torch._subclasses.fake_tensor.FakeTensor
 """A tensor without elements, as traced graphs have for their values."""

@@ -40,7 +40,7 @@ from tmm.core.records import (
     Site,
 )
 from tmm.instrumentation.backend import Comparison, MeasuredGraph, Scope
-from tmm.instrumentation.eager_shares import share_outside
+from tmm.instrumentation.eager_shares import share_of_rows_outside, share_outside
 from tmm.instrumentation.outputs import tensors_in
 from tmm.kernels.pairs import Normalization
 from tmm.kernels.unreadable import why_unmeasurable
@@ -192,15 +192,20 @@ class Attribution:
         """A site, named as in keys, is not compared with the reference in a forward pass.
 
         Its row of the step is left out by the binding: other forward passes would be a part of it.
+        So are those of other ranks that share the tensor, whichever name they have: what they
+        measure was computed from what this rank has.
         """
-        site = self.ranks.placed(measurement, self.by_rank)
-        lost = None if site is None else self._registry.site(measurement.family, site)
-        if lost is None:
+        shared, places = self.ranks.tensor_parallel, [measurement.site]
+        if shared is not None:
+            places += [replace(measurement.site, rank=rank) for rank in sorted(shared.ranks)]
+        found = (self._registry.site(measurement.family, place) for place in places)
+        lost = tuple(name for name in found if name is not None)
+        if not lost:
             return Binding((), ())
         name = measurement.site.module + measurement.site.path
         self.unmeasured[f"{name}, compared with the reference"] = reason
         self._warn_once(name, reason)
-        return Binding((), (), (lost,))
+        return Binding((), (), lost)
 
     def _warn_once(self, name: str, reason: str) -> None:
         if not self._has_warned:
@@ -408,6 +413,15 @@ class Attribution:
         """What this rank has of a tensor outside of every graph, where ranks share tensors."""
         shared = self.ranks.tensor_parallel
         return None if shared is None else share_outside(tensor, shared, of_gradient=of_gradient)
+
+    def compared(self, measurement: Measurement, tensor: torch.Tensor) -> Measurement:
+        """A measurement of a tensor outside of every graph, with what this rank has of that."""
+        shared = self.ranks.tensor_parallel
+        if shared is None:
+            return measurement
+        if measurement.reduction.is_row_norm:
+            return replace(measurement, share=share_of_rows_outside(tensor, shared))
+        return replace(measurement, share=share_outside(tensor, shared, of_gradient=False))
 
 
 def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedModule | None:

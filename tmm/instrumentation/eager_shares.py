@@ -20,3 +20,10 @@ def share_outside(tensor: torch.Tensor, shared: TensorParallel, *, of_gradient: 
     return (
         _NOTHING_TELLS if placed is None else placed.share(shared.ranks, is_first=shared.is_first)
     )
+
+
+def share_of_rows_outside(tensor: torch.Tensor, shared: TensorParallel) -> Share:
+    """What this rank has of the norms of the rows, the last dimension, of a tensor."""
+    share = share_outside(tensor, shared, of_gradient=False)
+    placed = placed_edge(tensor).tensor
+    return share if placed is None else placed.share_of_rows(tensor.dim(), share)

@@ -172,7 +172,7 @@ def instrument(
     trace = trace or os.environ.get("TMM_TRACE")
     with _on_all_ranks(group_of_all if joins else None):
         plan = plan_of(measured, spec)
-        reference = load_reference(measured, plan, spec.reference)
+        reference = load_reference(measured, plan, spec.reference, is_joined=joins)
         trace_folder = None if trace is None else TraceFolder(Path(trace))
         check_placements(placements, plan.modules)
         if joins:

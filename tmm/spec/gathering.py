@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tmm.spec.ranks import forward_meshes, fsdp_groups, whole_of
+from tmm.spec.spec import Spec
 
 
 class Gathering:
@@ -25,25 +27,46 @@ class Gathering:
         self._current: int | None = None
         self._here: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keeps the ids valid
 
-    def check(self, *, runs_branch: bool, device: str | torch.device | None) -> None:
+    def check(self, spec: Spec, *, runs_branch: bool, is_joined: bool) -> None:
         """Raise ``ValueError`` for what cannot be compared.
 
-        ``runs_branch`` says that the reference runs forward passes of its own, on ``device``.
+        ``runs_branch`` says that the reference runs forward passes of its own; ``is_joined`` that
+        all ranks do.
         """
-        if runs_branch and (meshes := forward_meshes(self._module)):
+        meshes = forward_meshes(self._module) if runs_branch else []
+        if meshes and (reason := self._why_not_split(spec, is_joined=is_joined)):
             raise ValueError(
                 "reference=: the forward pass of the model is split over ranks (tensor parallel,"
-                f" {meshes[0]}), and a reference cannot follow it; of such a model"
-                " tmm.parameter_difference can be measured. With fully_shard alone the others can"
+                f" {meshes[0]}), and {reason}; tmm.parameter_difference can be measured"
             )
-        if device is not None and self._has_shards():
+        if spec.reference_device is not None and self._has_shards():
             raise ValueError(
                 "reference_device=: the parameters of the model are sharded, and those of the"
                 " reference lie where these do; leave it out"
             )
 
+    def _why_not_split(self, spec: Spec, *, is_joined: bool) -> str:
+        """Why a forward pass that is split over ranks cannot be followed; empty if it can."""
+        if not is_joined:
+            return (
+                "all ranks compute that of the reference together, which distributed=False and"
+                " per_rank=True do not promise"
+            )
+        if self._groups:
+            return "its parameters are gathered by fully_shard as well; a reference follows one way"
+        if any(getattr(child, "device_mesh", None) for child in _replicas(self._module)):
+            return "DistributedDataParallel with a mesh takes the parameters out of the modules"
+        if spec.reference_samples is not None:
+            return "reference_samples= cannot tell apart the items of tensors that ranks share"
+        return ""
+
     def _has_shards(self) -> bool:
         return any(isinstance(p, DTensor) for p in self._module.parameters())
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the model gathers parameters at all."""
+        return bool(self._groups)
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Each sharded parameter, and the tensor that it has been gathered to at some time."""
@@ -79,3 +102,7 @@ class Gathering:
         """Give up what was gathered."""
         self._here.clear()
         self._current = None
+
+
+def _replicas(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
+    return (child for child in module.modules() if isinstance(child, DistributedDataParallel))

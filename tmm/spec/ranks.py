@@ -169,9 +169,9 @@ class Ranks:
         if share is None or self.tensor_parallel is None:
             return site
         kind, reason = share.kind, share.reason
-        if kind == "unknown":
+        if kind == "unknown" and not measurement.is_of_input:
             declared = self.tensor_parallel.placement(site.module)
-            if declared == "shard":
+            if declared == "shard" and not measurement.reduction.is_row_norm:
                 kind = "part"
             elif declared == "replicate" and measurement.family != "activation_gradient":
                 kind = "whole" if self.tensor_parallel.is_first else "copy"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from tmm.core.failures import warn
 from tmm.core.families import BRANCH_FAMILIES, PARAMETER_DIFFERENCE
 from tmm.core.module_names import unwrapped
+from tmm.core.wrapped_tensors import held_by
 from tmm.spec.gathering import Gathering
 from tmm.spec.likeness import differences
 from tmm.spec.module_state import ModelState, is_plain
@@ -37,6 +38,7 @@ class Reference:
         self._gathering = gathering
         self._kept = dict(kept)
         self._names: dict[int, tuple[str, torch.Tensor]] = {}  # keeps the ids valid
+        self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._here: dict[int, torch.Tensor] = {}
         self._memory = {_memory(tensor) for tensor in self._kept.values()}
         self._places: dict[int, list[torch.Tensor]] = {}
@@ -54,6 +56,8 @@ class Reference:
             for key in replaced:
                 del self._here[key]
         self._names = names
+        # What this rank has of a parameter that ranks share; not where it is gathered to be used.
+        self._parts = {} if self._gathering.is_needed else dict(self._look_inside())
         self._places.clear()
         self._shared = {key: shared for key, shared in self._shared.items() if key in names}
 
@@ -62,6 +66,9 @@ class Reference:
         key = id(own)
         if key in self._here:
             return self._here[key]
+        if key in self._parts:
+            whole = self.of(self._parts[key][0])
+            return None if whole is None else local_part(whole)
         if not self.holds(own) or not isinstance(own, torch.Tensor):
             return None
         kept = self._kept.get(self._names[key][0])
@@ -76,6 +83,11 @@ class Reference:
         self._memory.add(_memory(self._here[key]))
         return self._here[key]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether ranks share the tensors of a forward pass, and each computes its part."""
+        return bool(self._parts)
+
     def stays(self, own: object) -> bool:
         """Whether the counterpart of a tensor is kept as it is asked for, in the same place."""
         if id(own) not in self._names or not isinstance(own, torch.Tensor):
@@ -85,7 +97,7 @@ class Reference:
 
     def holds(self, own: object) -> bool:
         """Whether the model holds a tensor under a name, with a counterpart or without."""
-        if id(own) in self._names:
+        if id(own) in self._names or id(own) in self._parts:
             return True
         if self._gathering.is_new(own):
             self._name_gathered(self._names)
@@ -93,6 +105,8 @@ class Reference:
 
     def has(self, own: object) -> bool:
         """Whether a tensor has a counterpart, which is not brought over, or gathered, to know."""
+        if id(own) in self._parts:
+            own = self._parts[id(own)][0]
         if not self.holds(own) or not isinstance(own, torch.Tensor):
             return False
         kept = self._kept.get(self._names[id(own)][0])
@@ -100,6 +114,12 @@ class Reference:
             return True
         shared, version = self._shared.get(id(own), (None, 0))
         return shared is own and own._version == version
+
+    def _look_inside(self) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+        for _, own in self._names.values():
+            if is_distributed(own):
+                (part,) = held_by(own)
+                yield id(part), (own, part)
 
     def _name_gathered(self, names: dict[int, tuple[str, torch.Tensor]]) -> None:
         """Let a parameter and what it is gathered to have one name."""
@@ -113,6 +133,8 @@ class Reference:
         """Why a tensor that the model holds under a name has no counterpart; None if it has."""
         if not self.holds(own) or self.has(own):
             return None
+        if id(own) in self._parts:
+            own = self._parts[id(own)][0]
         name, tensor = self._names[id(own)]
         if (kept := self._kept.get(name)) is None:
             return f"the model has {name}, which the reference does not have"
@@ -126,9 +148,9 @@ class Reference:
     def lying_in(self, storage: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The model's tensors that lie in a piece of memory, with their counterparts."""
         if not self._places:
-            for _, own in self._names.values():
-                if is_plain(own):
-                    self._places.setdefault(own.untyped_storage()._cdata, []).append(own)
+            plain = [own for _, own in self._names.values() if is_plain(own)]
+            for own in (*plain, *(part for _, part in self._parts.values())):
+                self._places.setdefault(own.untyped_storage()._cdata, []).append(own)
         held = ((own, self.of(own)) for own in self._places.get(storage, ()))
         return [(own, kept) for own, kept in held if kept is not None]
 
@@ -155,13 +177,16 @@ def _serves(kept: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def _memory(tensor: torch.Tensor) -> int:
+    tensor = local_part(tensor)
     return tensor.untyped_storage()._cdata if is_plain(tensor) else 0
 
 
 def load_reference(
-    module: torch.nn.Module, plan: Plan, source: ReferenceSource | None
+    module: torch.nn.Module, plan: Plan, source: ReferenceSource | None, *, is_joined: bool = True
 ) -> Reference | None:
     """The reference for ``module`` that ``source`` gives; None without one.
+
+    Where ranks share tensors, ``is_joined`` says that all of them are monitored together.
 
     It shares memory with nothing, unless the spec follows what a reference module comes to be.
 
@@ -175,7 +200,7 @@ def load_reference(
         return None
     needs_all = any(spec.measures(family) for family in BRANCH_FAMILIES)
     gathering = Gathering(module)
-    gathering.check(runs_branch=needs_all, device=spec.reference_device)
+    gathering.check(spec, runs_branch=needs_all, is_joined=is_joined)
     state = ModelState(module, everything=needs_all)
     names: dict[torch.Tensor, list[str]] = {}
     shards = {id(whole): shard for shard, whole in gathering.pairs()}  # what is gathered just now

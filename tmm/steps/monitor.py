@@ -212,7 +212,11 @@ class Monitor:
             OSError: if a file cannot be read.
         """
         check_reference(reference)
-        self._steps.compare_with(load_reference(self.module, self._steps.twin.plan, reference))
+        twin = self._steps.twin
+        is_joined = twin.attribution.ranks.size > 1
+        self._steps.compare_with(
+            load_reference(self.module, twin.plan, reference, is_joined=is_joined)
+        )
 
     def remove_reference(self) -> None:
         """Compare with nothing from now on, and give up the reference's memory.

@@ -37,6 +37,7 @@ class Comparing:
         self.batch: Batch | None = None
         self.lost = ""
         self.inputs = ReferenceInputs()
+        self._unfollowed = ""
         self._attribution = attribution
         self._follower = Follower(reference)
         self._runs_branch = any(map(spec.measures, BRANCH_FAMILIES))
@@ -70,7 +71,7 @@ class Comparing:
     def _look_back(self) -> None:
         """Learn of what the forward pass leaves on the model."""
         self._kept_numbers.end(has_read=self._follower.has_read)
-        if self._follower.lost:
+        if self._follower.is_over:
             return
         self.reference.look()
         for tensor in self.reference.lacking():
@@ -87,22 +88,23 @@ class Comparing:
         self, ends: ReferenceEnds, inputs: Sequence[object], owner: torch.nn.Module
     ) -> list[torch.Tensor]:
         """What the reference's branch of a graph takes for these inputs."""
-        self.lost = self._follower.lost
-        found = []
+        follower, found = self._follower, []
+        self._unfollowed = ""
         with self._follower.paused():
             for position in (*ends.parameters, *ends.inputs):
                 tensor = inputs[position]
                 assert isinstance(tensor, torch.Tensor)
-                counterpart = self._follower.counterpart(tensor)
+                counterpart = follower.counterpart(tensor)
                 if counterpart is None:
-                    self.lost = self.lost or self._follower.why_unknown(tensor)
+                    self._unfollowed = self._unfollowed or follower.why_unfollowed(tensor)
                 elif counterpart.shape != tensor.shape:
-                    self.lost = self.lost or (
+                    self._unfollowed = self._unfollowed or (
                         f"a graph takes a tensor of shape {tuple(tensor.shape)}, in the reference"
                         f" of shape {tuple(counterpart.shape)}"
                     )
                     counterpart = None
                 found.append(tensor.detach() if counterpart is None else counterpart)
+        self.lost = follower.lost or self._unfollowed
         return found
 
     def take(
@@ -120,7 +122,7 @@ class Comparing:
             return
         returned = [outputs[position] for position in ends.outputs]
         overwritten = [inputs[position] for position in ends.overwritten]
-        if self.lost:
+        if follower.is_over or self._unfollowed:
             follower.forget((returned, overwritten), self.lost)
         else:
             follower.pair(returned, added[: len(returned)])

@@ -22,10 +22,11 @@ from tmm.instrumentation.reference.gathered_calls import (
     why_not_repeated,
 )
 from tmm.kernels.unreadable import why_unmeasurable
+from tmm.passes.graph.sharding import why_unsummed
 from tmm.passes.reference.comparison_rows import Operand, Term, comparison_rows, input_rows
 from tmm.passes.request import CheckedModule
 from tmm.runtime.eager_functions import apply_function
-from tmm.spec.ranks import whole_of
+from tmm.spec.ranks import local_part, whole_of
 
 Add = Callable[[Measurement, torch.Tensor], None]
 """Takes one row, or all values of a metric."""
@@ -35,6 +36,8 @@ Lose = Callable[[Measurement, str], None]
 
 _PLAIN = (torch.Tensor, str, bytes, int, float, complex, bool, type(None), torch.dtype)
 _CONTAINERS = (tuple, list, dict)
+
+_IN_PARTS = "ranks share the model (tensor parallel), and it is called outside of graphs"
 
 
 @dataclass(eq=False)
@@ -76,7 +79,10 @@ class EagerComparison:
                 "it is called outside of graphs with an object that a second call could change"
             )
             return
-        if reason := why_not_repeated(module):
+        reason = why_not_repeated(module)
+        if self._follower.reference.is_shared:
+            reason = _IN_PARTS  # not all ranks might run its collectives once more
+        if reason:
             self._attribution.unmeasured[f"{name}, refined coordinate check"] = reason
             return
         self._entered[-1].mixed = dict(tensors_in(self._repeat(module, arguments, keywords)))
@@ -133,7 +139,7 @@ class EagerComparison:
 
     def _counterpart(self, tensor: torch.Tensor) -> torch.Tensor | None:
         with self._follower.paused():
-            return self._follower.counterpart(tensor)
+            return None if self._follower.lost else self._follower.counterpart(tensor)
 
     def _biases(self, module: torch.nn.Module) -> dict[Operand, torch.Tensor]:
         bias = getattr(module, "bias", None)
@@ -143,20 +149,33 @@ class EagerComparison:
             return {n: whole_of(b) for n, b in biases.items() if isinstance(b, torch.Tensor)}
 
     def _measure(self, terms: Iterable[Term], operands: Mapping[Operand, torch.Tensor]) -> None:
+        live = operands["live"]
+        here = {name: local_part(tensor).detach() for name, tensor in operands.items()}
         with torch.no_grad(), self._follower.paused():
             for term in terms:
-                values = [operands[o].detach() for o in term.given(operands.keys()).operands]
+                measurement = self._attribution.compared(term.measurement, live)
+                if reason := self._why_unsummed(measurement, live):
+                    self._lose(measurement, reason)
+                    continue
+                values = [here[o] for o in term.given(operands.keys()).operands]
+                if term.reduction.function is not None and not values[0].numel():
+                    continue  # an empty part of a tensor, of which functions need not know
                 if term.reduction.function is None:
                     row = term.computation(*values)
                 else:  # it may change its arguments in place
                     row = apply_function(term.reduction, *(value.clone() for value in values))
-                self._add(term.measurement, row)
+                self._add(measurement, row)
+
+    def _why_unsummed(self, measurement: Measurement, tensor: torch.Tensor) -> str | None:
+        if measurement.share is not None and measurement.share.kind == "unsummed":
+            return measurement.share.reason
+        return why_unsummed(tensor)
 
     def _lose_all(self, terms: Iterable[Term], tensor: torch.Tensor) -> None:
         with self._follower.paused():
             reason = self._follower.why_unknown(tensor)
         for term in terms:
-            self._lose(term.measurement, reason)
+            self._lose(self._attribution.compared(term.measurement, tensor), reason)
 
     def _repeat(self, module: torch.nn.Module, arguments: Any, keywords: Any) -> Any:
         """What the module gives with the reference's parameters, changing nothing."""

@@ -17,11 +17,15 @@ from tmm.core.torch_private import (
     get_current_dispatch_mode,
     pop_mode_temporarily,
     tree_flatten,
+    tree_leaves,
     tree_map,
 )
+from tmm.core.wrapped_tensors import innermost, is_wrapper, like_wrapper
 from tmm.instrumentation.reference.operations import (
     Place,
+    awaited,
     difference,
+    followed_in,
     is_followed,
     place_of,
     written_by,
@@ -46,6 +50,9 @@ class Follower(TorchDispatchMode):
     a value from a tensor that is another one in the reference, the reference would go on in
     another way: the rest of the forward pass is ``lost``, for a reason that it tells. ``has_read``
     says that such a value was read, whether it was another one or not.
+
+    What is lost on one rank need not be on another. Where ranks share tensors, operations are
+    repeated even so (``is_over`` stays false): each collective of a rank needs those of others.
     """
 
     supports_higher_order_operators = True  # they run as they are, and are lost sight of
@@ -71,8 +78,7 @@ class Follower(TorchDispatchMode):
         """Forget the last forward pass; ``inputs`` are what this one is given."""
         self.end()
         self.lost, self.has_read = "", False
-        given = [value for value in tree_flatten(inputs)[0] if is_followed(value)]
-        self._inputs = {place_of(tensor) for tensor in given}
+        self._inputs = {place_of(tensor) for tensor in followed_in(inputs)}
         self.reference.look()
 
     def end(self) -> None:
@@ -102,8 +108,7 @@ class Follower(TorchDispatchMode):
 
     def pair(self, own: object, counterpart: object) -> None:
         """Remember the counterparts of the tensors in ``own``."""
-        counterparts = tree_flatten(counterpart)[0]
-        for tensor, other in zip(tree_flatten(own)[0], counterparts, strict=True):
+        for tensor, other in zip(innermost(own), innermost(counterpart), strict=True):
             if is_followed(tensor) and tensor is not other:
                 self._pairs[place_of(tensor)] = (tensor, other)  # holds on to the memory
 
@@ -119,35 +124,57 @@ class Follower(TorchDispatchMode):
 
     def forget(self, tensors: object, reason: str) -> None:
         """Know no counterpart of these tensors, nor of what lies in the same memory."""
-        for tensor in tree_flatten(tensors)[0]:
-            if is_followed(tensor):
-                self._unknown[tensor.untyped_storage()._cdata] = (tensor, reason)
+        for tensor in followed_in(tensors):
+            self._unknown[tensor.untyped_storage()._cdata] = (tensor, reason)
 
     def note_independent(self, tensors: object, *, is_constant: bool) -> None:
         """These tensors, which may come to require a gradient, depend on no parameter."""
-        for tensor in tree_flatten(tensors)[0]:
-            if is_followed(tensor):
-                storage = tensor.untyped_storage()
-                known = self._independent.get(storage._cdata, (None, True))[1]
-                self._independent[storage._cdata] = StorageWeakRef(storage), is_constant and known
+        for tensor in followed_in(tensors):
+            storage = tensor.untyped_storage()
+            known = self._independent.get(storage._cdata, (None, True))[1]
+            self._independent[storage._cdata] = StorageWeakRef(storage), is_constant and known
 
     def counterpart(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The counterpart of a tensor; None where ``why_unknown`` gives a reason."""
-        if self.why_unknown(tensor):
+        if self.is_over or self.why_unfollowed(tensor):
             return None
-        known = self._known(tensor)
+        known = self._within(tensor) if is_wrapper(tensor) else self._known(tensor)
         return tensor.detach() if known is None else known
 
+    def _within(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The counterpart of a tensor that holds others; None where those are their own."""
+        if all(self._known(inner) is None for inner in followed_in(tensor)):
+            return None
+
+        def counterpart(inner: torch.Tensor) -> torch.Tensor:
+            known = self._within(inner) if is_wrapper(inner) else self._known(inner)
+            return inner.detach() if known is None else known
+
+        return like_wrapper(tensor, counterpart)
+
     def why_unknown(self, tensor: torch.Tensor) -> str:
+        """Why a tensor is not compared with its counterpart; empty if it is."""
+        return self.lost or self.why_unfollowed(tensor)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is followed in the rest of the forward pass."""
+        return bool(self.lost) and not self.reference.is_shared
+
+    def why_unfollowed(self, tensor: torch.Tensor) -> str:
         """Why the counterpart of a tensor is not known; empty if it is."""
-        if self.lost:
-            return self.lost
+        if is_wrapper(tensor):
+            return self._why_unknown_within(tensor)
         if not is_followed(tensor):
             return f"a {type(tensor).__name__} of layout {tensor.layout} is not followed"
         return self._why_unknown(tensor)
 
     def read(self, tensor: torch.Tensor) -> None:
         """Python reads all values of a tensor."""
+        if is_wrapper(tensor):
+            for inner in followed_in(tensor):
+                self.read(inner)
+            return
         if self._paused or self.lost or not is_followed(tensor):
             return
         with self.paused(), torch.no_grad():
@@ -160,7 +187,7 @@ class Follower(TorchDispatchMode):
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was made in this forward pass, of no other tensor."""
-        if self.lost or not is_followed(tensor):
+        if self.is_over or not is_followed(tensor):
             return False
         storage = tensor.untyped_storage()._cdata
         is_other = storage in self._storages or storage in self._unknown
@@ -171,7 +198,16 @@ class Follower(TorchDispatchMode):
         """Whether a tensor depends on a parameter, or may."""
         return bool(self.why_unknown(tensor)) or self._known(tensor) is not None
 
-    def _why_unknown(self, tensor: torch.Tensor) -> str:
+    def _why_unknown_within(self, wrapper: torch.Tensor) -> str:
+        """The same of a tensor that holds others: which need no gradient where it needs one."""
+        held = list(innermost(wrapper))
+        if not all(map(is_followed, held)):
+            return f"a {type(wrapper).__name__} of other tensors is not followed"
+        needs_gradient = wrapper.requires_grad
+        reasons = (self._why_unknown(t, needs_gradient=needs_gradient) for t in held)
+        return next(filter(None, reasons), "")
+
+    def _why_unknown(self, tensor: torch.Tensor, *, needs_gradient: bool = False) -> str:
         storage = tensor.untyped_storage()._cdata
         if storage in self._unknown:
             return self._unknown[storage][1]
@@ -182,7 +218,8 @@ class Follower(TorchDispatchMode):
         if (reason := self.reference.why_not(tensor)) is not None:
             return reason
         # What a gradient flows to depends on a parameter.
-        is_seen = not tensor.requires_grad or place_of(tensor) in self._inputs
+        needs_gradient = needs_gradient or tensor.requires_grad
+        is_seen = not needs_gradient or place_of(tensor) in self._inputs
         return "" if is_seen or storage in self._independent else UNSEEN
 
     def _known(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -225,10 +262,15 @@ class Follower(TorchDispatchMode):
         """Run ``func``, and once more on the counterparts if it has any."""
         kwargs = kwargs or {}
         in_backward = current_graph_task_id() != -1
-        if self._paused or self.lost or in_backward or torch.compiler.is_compiling():
+        if self._paused or self.is_over or in_backward or torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        given = [value for value in tree_flatten((args, kwargs))[0] if is_followed(value)]
         is_operator = isinstance(func, OpOverload)
+        if is_operator and (wrappers := [*filter(is_wrapper, tree_leaves((args, kwargs)))]):
+            reasons = (self._why_unknown_within(wrapper) for wrapper in wrappers)
+            if UNSEEN in reasons:
+                self.lose(UNSEEN)
+            return NotImplemented  # what it does with the tensors inside is seen
+        given = list(followed_in((args, kwargs)))
         if reason := self._why_not(func, given):
             result = func(*args, **kwargs)
             self._give_up(func, args, kwargs, result, reason)
@@ -255,12 +297,13 @@ class Follower(TorchDispatchMode):
             before.restore()
         try:
             counterpart = func(*other_args, **other_kwargs)
+            awaited(func, counterpart)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             # The program would fail, or would not have come here.
             self.lose(f"{func} fails for the reference: {str(error).partition(chr(10))[0]}")
-            return result
+            counterpart = _as_own(result)
         finally:
             if after is not None:
                 after.restore()
@@ -269,7 +312,10 @@ class Follower(TorchDispatchMode):
             self.has_read = self.has_read or not all(map(is_followed, leaves))
         if reason := difference(func, result, counterpart):
             self.lose(reason)
-        elif not written or torch.Tag.inplace_view in func.tags:  # it lies elsewhere now
+            counterpart = _as_own(result)
+        if not self.is_over and (
+            not written or torch.Tag.inplace_view in func.tags
+        ):  # it lies elsewhere now
             self.pair(result, counterpart)
         return result
 
@@ -303,3 +349,8 @@ class Follower(TorchDispatchMode):
             return known.clone() if name in _STATISTICS else known
 
         return tree_map(counterpart, value)
+
+
+def _as_own(result: object) -> Any:
+    """What goes on as the counterpart of a result where there is none, and nothing is compared."""
+    return tree_map(lambda one: one.detach() if isinstance(one, torch.Tensor) else one, result)

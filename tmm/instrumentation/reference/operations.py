@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from tmm.core.torch_private import OpOverload, tree_flatten
+from tmm.core.torch_private import OpOverload, wait_tensor
+from tmm.core.wrapped_tensors import innermost
 from tmm.spec.module_state import is_plain
 
 Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -16,7 +17,7 @@ Place: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype
 
 def difference(func: Any, result: object, counterpart: object) -> str:
     """What of two results can take the program another way, or cannot be followed; else empty."""
-    own, others = tree_flatten(result)[0], tree_flatten(counterpart)[0]
+    own, others = list(innermost(result)), list(innermost(counterpart))
     if len(own) != len(others):
         return f"{func} gave {len(own)} tensors, in the reference {len(others)}"
     for value, other in zip(own, others, strict=True):
@@ -35,6 +36,11 @@ def difference(func: Any, result: object, counterpart: object) -> str:
     return ""
 
 
+def followed_in(values: object) -> Iterator[torch.Tensor]:
+    """The ordinary tensors in nested values; of a ``DTensor`` what this rank has of it."""
+    return filter(is_followed, innermost(values))
+
+
 def is_followed(value: object) -> bool:
     """Whether a value is an ordinary tensor, whose memory can be looked at."""
     return isinstance(value, torch.Tensor) and is_plain(value)
@@ -46,6 +52,13 @@ def place_of(tensor: torch.Tensor) -> Place:
     return storage, offset, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 
+def awaited(func: Any, result: object) -> None:
+    """Wait for the tensors of a collective: nobody else reads those of the reference."""
+    if func.namespace == "_c10d_functional":
+        for tensor in followed_in(result):
+            wait_tensor(tensor)  # type: ignore[no-untyped-call]
+
+
 def written_by(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that an operation writes to, with the names of the arguments."""
     if not isinstance(func, OpOverload):
@@ -54,6 +67,5 @@ def written_by(func: Any, args: Sequence[Any], kwargs: Any) -> Iterator[tuple[st
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     for argument in arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:
-            for tensor in tree_flatten(values.get(argument.name))[0]:
-                if is_followed(tensor):
-                    yield argument.name, tensor
+            for tensor in followed_in(values.get(argument.name)):
+                yield argument.name, tensor
