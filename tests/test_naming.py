@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -118,3 +119,25 @@ def test_parameter_names_follow_the_module() -> None:
     del module[1]
     module.add_module("renamed", inner)  # the same module by another name
     check()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_are_named_anew_where_children_change() -> None:
+    net = nn.Sequential(torch.jit.script(nn.Linear(2, 2)), nn.Linear(2, 2))
+    names = ParameterNames(net)
+    expected = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert list(names().values()) == expected
+    net[1] = nn.Linear(2, 3)
+    assert names()[net[1].weight] == "1.weight"
+    net.add_module("last", nn.Linear(3, 2, bias=False))
+    assert list(names().values()) == [*expected, "last.weight"]
+    net[1].register_module("inner", net[0])
+    delattr(net, "0")
+    assert list(names().values()) == [
+        "1.weight",
+        "1.bias",
+        "1.inner.weight",
+        "1.inner.bias",
+        "last.weight",
+    ]
+    assert names().keys() == set(net.parameters())

@@ -174,11 +174,19 @@ def test_placements_that_cannot_be(placements: dict[str, str], message: str) -> 
 
 
 @pytest.mark.usefixtures("four")
-def test_what_is_not_supported_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("asked", "options", "reason"),
+    [
+        ({}, {"distributed": False}, "all ranks compute that of the reference together"),
+        ({"reference_samples": 1}, {}, "reference_samples= cannot tell apart"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    asked: dict[str, Any], options: dict[str, Any], reason: str
+) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
-    spec = tmm.Spec(tmm.activation_difference("rms"), reference="init")
+    spec = tmm.Spec(tmm.activation_difference("rms"), reference="init", **asked)
     net = parallelize_module(nn.Sequential(nn.Linear(4, 4)), mesh["tp"], {"0": ColwiseParallel()})
-    with pytest.raises(
-        ValueError, match="reference=: the forward pass of the model is split over ranks"
-    ):
-        tmm.instrument(net, spec)
+    text = f"reference=: the forward pass of the model is split over ranks .*{reason}"
+    with pytest.raises(ValueError, match=text):
+        tmm.instrument(net, spec, **options)

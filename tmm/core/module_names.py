@@ -203,7 +203,8 @@ class ModuleTree:
 
 def _children_of(modules: Iterable[torch.nn.Module]) -> list[tuple[object, ...]]:
     """The names of the children of each, and which they are: some classes define equality."""
-    return [(*m._modules, *map(id, m._modules.values())) for m in modules]
+    # Those of script modules can be asked for keys, and not be iterated.
+    return [(*m._modules.keys(), *map(id, m._modules.values())) for m in modules]
 
 
 class ParameterNames:
