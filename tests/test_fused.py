@@ -402,8 +402,16 @@ def rows_of_training(
     return values, gradients
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PROGRAMS)
+DTYPES_OF_PROGRAMS = [
+    pytest.param(name, dtype, marks=marks, id=f"{name}-{dtype}")
+    for place, name in enumerate(PROGRAMS)
+    for turn, dtype in enumerate((torch.float32, torch.bfloat16))
+    for marks in [() if place % 2 == turn else pytest.mark.slow]
+]
+"""Each program by default in one of them, by turns: compiling takes long."""
+
+
+@pytest.mark.parametrize(("name", "dtype"), DTYPES_OF_PROGRAMS)
 def test_a_training_as_by_operators(name: str, dtype: torch.dtype) -> None:
     right, gradients = rows_of_training(name, "operator", dtype=dtype)
     assert len([key for key in right if "activation_gradient/" in key]) > 10
