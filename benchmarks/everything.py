@@ -1,6 +1,7 @@
 """What it costs to measure everything, how often one does, and what steps in between cost.
 
     python -m benchmarks.everything [--rounds 300] [--quick] [--save]
+    python -m benchmarks.everything --default-only [--rounds 900]
 
 Activations, their gradients, gradients, parameters (five statistics of each), updates and the
 entropy of attention, of all modules; for comparison activations alone, these with kurtosis, and
@@ -141,6 +142,20 @@ def lines_of(timings: Mapping[str, Timing], cadences: Mapping[str, Cadence]) -> 
     return [*lines, with_goal(line, at_most=1.03)]
 
 
+def lines_of_default(timing: Timing) -> list[Line]:
+    """Blocks of ten steps, and both kinds of steps in them."""
+    places = range(len(timing.seconds))
+    lines = [with_goal(timed(DEFAULT, timing.in_blocks(10)), at_most=1.01)]
+    for name, chosen in (
+        ("its steps that are monitored", [i for i in places if i % 10 == 0]),
+        ("the others", [i for i in places if i % 10]),
+    ):
+        pairs = [(timing.seconds[i], timing.baseline[i]) for i in chosen]
+        own, plain = zip(*pairs, strict=True)
+        lines.append(timed(name, Timing(own, plain), f"{len(own)} rounds"))
+    return lines
+
+
 def memory_lines(peaks: Mapping[str, int], parameters: int) -> list[Line]:
     """Ratios of the most bytes that steps hold, parameters included."""
     whole = parameters + peaks[PLAIN]
@@ -165,6 +180,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 300,
     quick: Annotated[bool, typer.Option(help="Few rounds.")] = False,
     toy: Annotated[bool, typer.Option(help="A toy model: only shows that it runs.")] = False,
+    default_only: Annotated[bool, typer.Option(help="Nothing but tmm.default_spec().")] = False,
     save: Annotated[bool, typer.Option(help="Keep the report in benchmarks/results.")] = False,
 ) -> None:
     """Measure what it costs to measure everything."""
@@ -172,6 +188,13 @@ def main(
     rounds = 20 if toy else 60 if quick else rounds
     module, tokens = workload.model(), workload.tokens()
     plain = training_step(module, torch.compile(module), tokens)
+    if default_only:
+        cadence = Cadence(watch(module, workload, SPECS[DEFAULT]), 10)
+        timings = interleave({PLAIN: plain, DEFAULT: cadence}, rounds, warm_up=10, settle=1)
+        lines = [timed(PLAIN, timings[PLAIN]), *lines_of_default(timings[DEFAULT])]
+        title = f"tmm.default_spec(): {workload.name}"
+        finish("default-spec", workload.device, lines, save=save, title=title, rounds=rounds)
+        return
     watched = {name: watch(module, workload, spec) for name, spec in SPECS.items()}
     everything = watched[EVERYTHING]
     cadences = {
