@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
@@ -123,6 +124,13 @@ def blocks(*, compiles: bool, reference: Any = "init") -> Metrics:
     return both(build, floats_given(), reference, ALL, placements=alike)
 
 
+def saved(folder: Path) -> str:
+    """A folder of torch.distributed.checkpoint with the state of another model."""
+    name = str(folder / "other")
+    checkpoint.save(other_state(), checkpoint_id=name)
+    return name
+
+
 def outside_of_graphs() -> Metrics:
     """Blocks that Dynamo leaves alone: all that their hooks do with DTensors is followed."""
 
@@ -202,7 +210,7 @@ def refused() -> Metrics:
 TRAININGS: dict[str, Callable[[Path], Metrics]] = {
     "blocks": lambda _: blocks(compiles=True),
     "blocks_uncompiled": lambda _: blocks(compiles=False),
-    "blocks_other": lambda _: blocks(compiles=True, reference=other_state()),
+    "blocks_file": lambda folder: blocks(compiles=True, reference=saved(folder)),
     "outside_of_graphs": lambda _: outside_of_graphs(),
     "whole_sequence": lambda _: sequence("whole", DIFFERENCES),
     "sequence_by_blocks": lambda _: sequence("blocks", DIFFERENCES, other_decoder()),

@@ -83,9 +83,9 @@ def check(found: Metrics, expected: Metrics, least: int, *, has_checks: bool = T
     assert compared >= least
 
 
-@pytest.mark.parametrize("name", ["blocks", "blocks_uncompiled", "blocks_other"])
+@pytest.mark.parametrize("name", ["blocks", "blocks_uncompiled", "blocks_file"])
 def test_columns_and_rows(two: Path, name: str) -> None:
-    found, expected = result(two, name), alone("blocks", is_other=name == "blocks_other")
+    found, expected = result(two, name), alone("blocks", is_other=name == "blocks_file")
     check(found, expected, least=200)
     assert "RCC (W_t-W_0)x_t/blocks.0.down/l2norm" in found[2]
     assert "RCC (W_t-W_0)x_t/blocks.0.up[rank 1]/l2norm" in found[2]
