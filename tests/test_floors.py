@@ -80,6 +80,7 @@ TORCH_IN_CORE = {
     "tmm.core.fusion_private",
     "tmm.core.inductor_private",
     "tmm.core.module_names",
+    "tmm.core.partitioner_private",
     "tmm.core.recorded_values",
     "tmm.core.rng",
     "tmm.core.torch_private",
@@ -87,7 +88,9 @@ TORCH_IN_CORE = {
 }
 """The files of core that are about torch, and import it; no other one does."""
 
-PRIVATE = {f"tmm.core.{name}_private" for name in ("dynamo", "fusion", "inductor", "torch")}
+PRIVATE = {
+    f"tmm.core.{name}_private" for name in ("dynamo", "fusion", "inductor", "partitioner", "torch")
+}
 """The files that know private names of torch, so that a new version is looked at there."""
 
 

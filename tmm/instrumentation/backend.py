@@ -39,6 +39,8 @@ from tmm.passes.graph.dropout_functions import draws_random_numbers
 from tmm.passes.graph.printer import NodeLine, node_lines, runnable_code
 from tmm.passes.graph.readings import hinted_elements, readings
 from tmm.passes.graph.values import argument_of, value_of
+from tmm.passes.hide_from_partitioner import VERSION as HIDING_VERSION
+from tmm.passes.hide_from_partitioner import hide_measuring, show_measuring
 from tmm.passes.metrics.gradient_probe import VERSION as PROBE_VERSION
 from tmm.passes.metrics.gradient_probe import probe, spread_rows
 from tmm.passes.pipeline import Rewritten, rewrite
@@ -412,7 +414,10 @@ class MeasuringBackend:
         ours |= dict.fromkeys((*MASKED, *MASKED.values()), MASKED_VERSION)
         cacheable = {f"{f.__module__}.{f.__name__}": version for f, version in ours.items()} | known
         notes.attempt(subject, partial(compile_kernels, rewritten.module), None)
-        with inductor_config().patch(unsafe_marked_cacheable_functions=cacheable):
+        settings = {"unsafe_marked_cacheable_functions": cacheable}
+        if self.settings.uses_inductor:
+            settings |= _partitioned_as_unmeasured()
+        with inductor_config().patch(settings):
             run = self.settings.backend(rewritten.module, [*inputs, *examples])
         own = self.settings.draws_its_own_random_numbers and draws_random_numbers(module)
         graph = MeasuredGraph(
@@ -446,6 +451,17 @@ def _counterpart_stays(reference: Reference, node: Node) -> bool:
     """Whether what a graph is given as the counterpart of an input lies where it lay before."""
     argument = argument_of(node)
     return argument is not None and reference.stays(argument.example)
+
+
+def _partitioned_as_unmeasured() -> dict[str, object]:
+    """Settings of Inductor that have it keep what it would for the backward pass; see the pass."""
+    name = "custom_partitioner_fn"
+    users = getattr(inductor_config(), name, ...)
+    if users is ...:
+        return {}  # a torch without them
+    from tmm.core.partitioner_private import ChangedPartitioner
+
+    return {name: ChangedPartitioner(hide_measuring, show_measuring, HIDING_VERSION, users)}
 
 
 def _nothing() -> None:
