@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 
@@ -210,26 +210,34 @@ def _children_of(modules: Iterable[torch.nn.Module]) -> list[tuple[object, ...]]
 class ParameterNames:
     """The names of a module's parameters, which may be others at each call.
 
-    Its modules are walked again only where one has other children than at the last walk.
+    Its modules are walked again only where one has other children than at the last walk, and names
+    are put together again only where one has other parameters.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._tree = ModuleTree(module)
         self._owners: list[tuple[torch.nn.Module, str]] = []
+        self._held: list[tuple[object, ...]] = []
+        self._names: dict[torch.nn.Parameter, str] = {}  # which keeps their ids
 
-    def __call__(self) -> dict[torch.nn.Parameter, str]:
+    def __call__(self) -> Mapping[torch.nn.Parameter, str]:
         """Each parameter with its dotted name; a shared one has the first of its names."""
-        names: dict[torch.nn.Parameter, str] = {}
-        for owner, prefix in self.owners():
-            for name, parameter in owner._parameters.items():
-                if parameter is not None:
-                    names.setdefault(parameter, prefix + name)
-        return names
+        owners = self.owners()
+        held = [(*o._parameters.keys(), *map(id, o._parameters.values())) for o, _ in owners]
+        if held != self._held:
+            names: dict[torch.nn.Parameter, str] = {}
+            for owner, prefix in owners:
+                for name, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        names.setdefault(parameter, prefix + name)
+            self._held, self._names = held, names
+        return self._names
 
     def owners(self) -> Sequence[tuple[torch.nn.Module, str]]:
         """Each module with what the names of its tensors begin with."""
         if self._tree.has_changed():
+            self._held = []
             self._owners = [
                 (owner, f"{name}." if name else "")
                 for owner, name in owner_names(self._module).items()

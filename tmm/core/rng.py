@@ -70,38 +70,59 @@ def _states_of_accelerators() -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
 
 @dataclass(frozen=True, eq=False)
 class PassState:
-    """What tells whether a pass that has failed can be run once more, and lets it.
+    """What tells whether a pass of ``module`` that has failed can be run once more, and lets it.
 
     ``versions`` are how often tensors had been written to: buffers, and of a pass that trains
     parameters and gradients, too. ``without_gradient`` are the parameters that had none.
     """
 
     random: RandomState
+    module: torch.nn.Module
     versions: tuple[tuple[torch.Tensor, int], ...]
     without_gradient: tuple[torch.Tensor, ...] = ()
 
-    @staticmethod
-    def capture(module: torch.nn.Module, *, trains: bool, of_torch_only: bool = False) -> PassState:
-        """The state now; ``of_torch_only`` leaves out the generators of Python and NumPy."""
-        parameters = tuple(module.parameters()) if trains else ()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        buffers = [
-            buffer
-            for part in modules_of(module)
-            for buffer in part._buffers.values()
-            if buffer is not None
-        ]
-        return PassState(
-            RandomState.capture(of_torch_only=of_torch_only),
-            tuple((t, t._version) for t in (*buffers, *parameters, *gradients)),
-            tuple(parameter for parameter in parameters if parameter.grad is None),
+    def is_written_to(self) -> bool:
+        """Whether the pass may have begun to write, so that it cannot be run once more."""
+        known = {id(tensor) for tensor, _ in self.versions}
+        return (
+            any(tensor._version != version for tensor, version in self.versions)
+            or any(parameter.grad is not None for parameter in self.without_gradient)
+            or any(id(buffer) not in known for buffer in _buffers_of(self.module))
         )
 
-    def is_written_to(self) -> bool:
-        """Whether the pass has begun to write, so that it cannot be run once more."""
-        return any(tensor._version != version for tensor, version in self.versions) or any(
-            parameter.grad is not None for parameter in self.without_gradient
+
+class PassStates:
+    """Captures the state of a module before passes of it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._buffers: tuple[torch.Tensor, ...] | None = None
+
+    def capture(
+        self, *, trains: bool, of_torch_only: bool = False, looks: bool = True
+    ) -> PassState:
+        """The state now; ``of_torch_only`` leaves out the generators of Python and NumPy.
+
+        Without ``looks`` the buffers are those of the last time: a pass that fails is not run once
+        more if there are others.
+        """
+        if looks or self._buffers is None:
+            self._buffers = tuple(_buffers_of(self._module))
+        parameters = tuple(self._module.parameters()) if trains else ()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return PassState(
+            RandomState.capture(of_torch_only=of_torch_only),
+            self._module,
+            tuple([(t, t._version) for t in (*self._buffers, *parameters, *gradients)]),
+            tuple([parameter for parameter in parameters if parameter.grad is None]),
         )
+
+
+def _buffers_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for part in modules_of(module):
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                yield buffer
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -119,11 +120,21 @@ def _named(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """The arguments with the names that the function gives them."""
-    try:
-        parameters = tuple(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = ()
-    places = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    places = _names_of_places(forward)
     for place, value in enumerate(args):
         yield (places[place] if place < len(places) else f"argument_{place}"), value
     yield from kwargs.items()
+
+
+def _names_of_places(forward: Callable[..., Any]) -> Sequence[str]:
+    """The names of the parameters that arguments without names go to, in their order."""
+    function = getattr(forward, "__func__", forward)
+    if isinstance(function, FunctionType) and not vars(function):  # as most are, and much faster
+        code = function.__code__
+        return code.co_varnames[function is not forward : code.co_argcount]
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]

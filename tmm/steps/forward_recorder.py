@@ -11,7 +11,6 @@ import torch
 
 from tmm.core.dynamo_private import TorchDynamoException
 from tmm.core.failures import FAULT_OF_COMPILING, Gaps
-from tmm.core.rng import PassState
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import PASSED_BY, foreign_inputs
 from tmm.instrumentation.micro_batches import MicroBatches
@@ -250,7 +249,7 @@ class ForwardRecorder:
                 error.add_note(FAULT_OF_COMPILING)
                 raise
         is_function = region.module is None
-        before = PassState.capture(self._module, trains=is_function, of_torch_only=twin.is_whole)
+        before = self.shared.states.capture(trains=is_function, of_torch_only=twin.is_whole)
         try:
             return twin.run(region, *args, **kwargs)
         except Exception as error:

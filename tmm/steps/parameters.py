@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -106,7 +106,7 @@ class ParameterMonitor:
         """Whether the spec has a rule of that family."""
         return self.plan.spec.measures(family)
 
-    def names(self) -> dict[torch.nn.Parameter, str]:
+    def names(self) -> Mapping[torch.nn.Parameter, str]:
         """Names of the parameters that the model has now."""
         return {**self._localized.names, **self._names()} if self.is_taken_apart else self._names()
 

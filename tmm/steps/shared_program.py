@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tmm.core.failures import Gaps, words
-from tmm.core.rng import PassState
+from tmm.core.rng import PassStates
 from tmm.instrumentation.apart import apart_from_the_program
 from tmm.instrumentation.foreign import foreign_inputs
 from tmm.instrumentation.regions import Region
@@ -27,13 +27,14 @@ class SharedProgram:
 
     Attributes:
         choice: whether it is to, and why.
+        states: what lets a pass that has failed be run once more.
     """
 
     def __init__(
         self, module: torch.nn.Module, timeline: StepTimeline, gaps: Gaps, choice: ProgramChoice
     ) -> None:
         self.choice = choice
-        self._module = module
+        self.states = PassStates(module)
         self._timeline = timeline
         self._gaps = gaps
 
@@ -64,7 +65,7 @@ class SharedProgram:
         if is_foreign or self._gaps.are_certain:
             return plain(*args, **kwargs)
         is_function = region.module is None
-        before = PassState.capture(self._module, trains=is_function, of_torch_only=twin.is_whole)
+        before = self.states.capture(trains=is_function, of_torch_only=twin.is_whole, looks=False)
         try:
             return twin.run_unrecorded(region, *args, **kwargs)
         except Exception as error:

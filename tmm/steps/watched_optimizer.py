@@ -49,7 +49,10 @@ class GatheredStep:
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """``method``, without keeping its object alive: an optimizer may live longer than a model."""
+    """``method``, without keeping its object alive: an optimizer may live longer than a model.
+
+    Dynamo compiles nothing of it.
+    """
     reference = weakref.WeakMethod(method)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -125,7 +128,6 @@ class WatchedOptimizer:
         for part in (scaled,) if inverse is None else bounded_parts(scaled):
             yield [(name, _unscaled(gradient, inverse)) for name, gradient in part.items()]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         if collector is None or collector.failed:
@@ -138,7 +140,6 @@ class WatchedOptimizer:
                 step.gathered.forget()  # the step itself needs memory
                 self._note_failure(error)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         collector = self._collector()
         step = None if collector is None else self._steps.end(self)
