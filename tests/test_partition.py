@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -248,6 +249,16 @@ def test_what_the_program_reads_stays() -> None:
     before = text(graph)
     assert not hide_measuring(graph, 1).names
     assert text(graph) == before
+
+
+def test_what_is_equal_is_computed_once() -> None:
+    """Modules that give back what they are given have rows of one tensor, which is read once."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.0), nn.Identity(), nn.GELU())
+    compiled = tmm.instrument(torch.compile(model), SPECS["histograms, own functions"])
+    with fresh_cache(), tmm.monitor(compiled).step(0):
+        _, (code, *_) = run_and_get_code(compiled, torch.randn(8, 16, requires_grad=True))
+    assert code.count("torch.ops.tmm.histogram.default(") == 2
 
 
 @pytest.mark.parametrize("lowering", ["operator", "fused"])

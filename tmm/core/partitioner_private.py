@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch._functorch import config
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule
@@ -32,6 +34,10 @@ class ChangedPartitioner(CustomPartitionerFn):
         self, gm: GraphModule, joint_inputs: Sequence[object], **options: Any
     ) -> tuple[GraphModule, GraphModule]:
         """The graphs of both passes."""
+        if self.users is None and config.cse:
+            # As the partitioner does first: what is hidden is to be computed once, too.
+            gm.graph.eliminate_dead_code()
+            gm.graph = fx_graph_cse(gm.graph)
         told = self.before(gm, options["num_fwd_outputs"])
         partition = self.users or min_cut_rematerialization_partition
         forward, backward = partition(gm, joint_inputs, **options)
