@@ -621,3 +621,63 @@ def test_a_tensor_that_is_only_measured_later_is_measured_as_it_is_then(
     found = tmm.monitor(model).get_step_metrics()
     key = "activation/part[under its first name]/rms"
     assert found[key] == pytest.approx(expected, rel=1e-6)
+
+
+def _penalty(loss: torch.Tensor, x: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    (gradient,) = torch.autograd.grad(7 * loss, x, create_graph=True)
+    return gradient.square().sum()
+
+
+def _adversarial(loss: torch.Tensor, x: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    (7 * loss).backward(inputs=[x], retain_graph=True)
+    return loss.new_zeros(())
+
+
+def _inner_step(loss: torch.Tensor, x: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    gradients = torch.autograd.grad(7 * loss, list(net.parameters()), retain_graph=True)
+    return gradients[0].sum().detach()
+
+
+class Residual(nn.Module):
+    """Blocks whose parameters lie behind others, and one that a break of the graph leaves alone."""
+
+    def __init__(self, *, is_broken: bool, is_frozen: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.blocks[1].requires_grad_(not is_frozen)
+        self.last = nn.Softplus()
+        self.is_broken = is_broken
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+            if self.is_broken:
+                torch._dynamo.graph_break()
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "is_broken"), [(None, False), ("eager", False), ("eager", True)]
+)
+@pytest.mark.parametrize("also", [_penalty, _adversarial, _inner_step])
+def test_gradients_that_are_asked_for_by_themselves_are_not_those_of_the_loss(
+    also: Any, backend: str | None, is_broken: bool, is_frozen: bool
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Residual(is_broken=is_broken, is_frozen=is_frozen).double()
+    if is_frozen and also is _inner_step:
+        net.blocks[1].requires_grad_(True)
+    compiled: Any = net if backend is None else torch.compile(net, backend=backend)
+    model = tmm.instrument(compiled, tmm.Spec(tmm.activation_gradient("norm")))
+    monitor = tmm.monitor(model)
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    with monitor.step(0):
+        output = model(x)
+        (output.square().sum() + also(output.sum(), x, net)).backward()
+    found = monitor.get_step_metrics()
+    want = (2 * output).norm().item()
+    assert found["activation_gradient/[root module]/norm"] == pytest.approx(want, rel=1e-12)
+    assert found["activation_gradient/last/norm"] == pytest.approx(want, rel=1e-12)
+    assert {f"activation_gradient/blocks.{i}/norm" for i in range(3)} <= found.keys()

@@ -248,6 +248,10 @@ def test_log_scalar_takes_one_number() -> None:
         (lambda m: m.log_scalar("loss", 1.0, "median"), ValueError, "aggregate='median'"),
         (lambda m: m.log_scalars([("loss", 1.0)]), TypeError, "give a dictionary"),
         (lambda m: m.log_tensor("x", [1.0]), TypeError, "'x'.*not a tensor"),
+        (lambda m: m.log_scalar("x", 10**400), ValueError, "'x'.*too large"),
+        (lambda m: m.log_scalar("x", torch.tensor(3 + 4j)), ValueError, "'x'.*complex.*abs"),
+        (lambda m: m.log_tensor("x", torch.ones(2) * 1j), ValueError, "'x'.*complex.*abs"),
+        (lambda m: m.log_scalar("x", torch.ones((), device="meta")), ValueError, "'x'.*meta"),
         (lambda m: m.begin_step(2**63), ValueError, "does not fit in 64 bits"),
     ],
 )
@@ -257,6 +261,16 @@ def test_what_cannot_be_logged_is_named(
     _, monitor = instrumented()
     with pytest.raises(error, match=message):
         log(monitor)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_count_as_dense_ones(layout: torch.layout) -> None:
+    _, monitor = instrumented()
+    gradient = torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    with monitor.step(0):
+        monitor.log_tensor("gradient", gradient.to_sparse(layout=layout))
+        monitor.log_scalar("one", torch.ones(1).to_sparse())
+    assert monitor.get_step_metrics() == {"gradient": 1.0, "one": 1.0}
 
 
 class Fault:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,3 +156,69 @@ def test_unusual_outputs_are_measured_or_named(
         expected["activation/[root module]/norm"] = float(output.detach().norm())
     assert monitor.get_step_metrics() == pytest.approx(expected, rel=1e-6)
     assert tmm.explain(model).unmeasured == unmeasured
+
+
+class Rotary(nn.Module):
+    """Turns pairs of numbers, as complex ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        angles = torch.arange(pairs.shape[-1], device=x.device, dtype=x.dtype)
+        return pairs * torch.polar(torch.ones_like(angles), angles)
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.rfft(x)
+
+
+class Complex(nn.Module):
+    """Holds a module whose output is complex, between two whose outputs are real."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.first, self.middle = nn.Linear(8, 8), middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        middle = self.middle(self.first(x))
+        tmm.record("spectrum", middle)
+        return middle.abs() if x.dim() == 2 else middle
+
+
+@pytest.mark.parametrize("lowering", ["fused", "operator"])
+@pytest.mark.parametrize("kind", [Rotary, Spectrum])
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+def test_complex_outputs_under_inductor(
+    kind: type[nn.Module], shape: tuple[int, ...], lowering: Any
+) -> None:
+    net, x = Complex(kind()), torch.randn(shape)
+    spec = tmm.Spec(tmm.activation("rms", "absmax", "histogram"), tmm.activation_gradient("rms"))
+    model = tmm.instrument(torch.compile(net), spec, lowering=lowering)
+    monitor = tmm.monitor(model)
+    with monitor.step(0):
+        model(x).abs().sum().backward()
+    found = monitor.get_step_metrics()
+    seen = net.middle(net.first(x)).abs()
+    rms = seen.square().mean().sqrt().item()
+    for name in ("middle", "[root module]"):
+        assert found[f"activation/{name}/rms"] == pytest.approx(rms, rel=1e-4)
+        assert found[f"activation/{name}/absmax"] == pytest.approx(seen.max().item(), rel=1e-4)
+        assert np.sum(found[f"activation/{name}/histogram"]) == seen.numel()
+    assert found["spectrum"] == pytest.approx(seen.mean().item(), rel=1e-4)
+    assert found["activation_gradient/middle/rms"] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Rotary, Spectrum])
+def test_complex_outputs_against_a_reference_under_inductor(kind: type[nn.Module]) -> None:
+    net, x = Complex(kind()), torch.randn(4, 8)
+    before = net.middle(net.first(x))
+    spec = tmm.Spec(tmm.activation_difference("norm"), reference="init")
+    model = tmm.instrument(torch.compile(net), spec)
+    monitor = tmm.monitor(model)
+    with torch.no_grad():
+        net.first.weight.mul_(1.5)
+    with monitor.step(0):
+        model(x).sum().backward()
+    norm = (net.middle(net.first(x)) - before).abs().norm().item()
+    found = monitor.get_step_metrics()
+    assert found["activation_difference/middle/norm"] == pytest.approx(norm, rel=1e-4)

@@ -137,6 +137,85 @@ def test_parts_that_are_called_by_methods_are_measured(
     assert "4 of 5 modules" in str(explanation)
 
 
+@pytest.mark.parametrize("way", ["whole", "blocks", "one block"])
+def test_the_module_that_torch_compile_wraps_may_be_called_by_itself(way: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = Coder().double()
+    parts: dict[str, nn.Module] = {}
+    if way == "whole":
+        parts[""] = net
+    else:
+        for name in ("encoder", "decoder") if way == "blocks" else ("decoder",):
+            parts[name] = getattr(net, name)
+            setattr(net, name, torch.compile(parts[name], backend="aot_eager"))
+    model = tmm.instrument(whole(net) if way == "whole" else net, SPEC)
+    monitor = tmm.monitor(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MonitoringWarning)
+        for step in range(3):
+            with monitor.step(step):
+                outputs = {name: [part(x)] for name, part in parts.items()}
+                model(x).sum().backward()
+                sum(output.square().sum() for (output,) in outputs.values()).backward()  # type: ignore[union-attr]
+    found, calls = monitor.get_step_metrics(), dict[str, list[torch.Tensor]]()
+    names = {part: name or "[root module]" for name, part in parts.items()}
+    handles = [
+        part.register_forward_hook(
+            lambda module, inputs, output: calls.setdefault(names[module], []).append(output)
+        )
+        for part in parts.values()
+    ]
+    with torch.compiler.set_stance("force_eager"):
+        net(x)
+        for part in parts.values():
+            part(x)
+    for handle in handles:
+        handle.remove()
+    for name, seen in calls.items():
+        assert len(seen) == 2
+        expected = torch.cat(seen).square().mean().sqrt().item()
+        assert found[f"activation/{name}/rms"] == pytest.approx(expected, rel=1e-12)
+        assert f"activation_gradient/{name}/norm" in found
+    assert not tmm.explain(model).unmeasured
+
+
+@pytest.mark.parametrize("way", ["whole", "blocks", "not compiled"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_other_tensors_in_the_place_of_parameters(way: str, count: int) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = nn.Sequential(Coder(), Coder()).double()
+    prefix = ""
+    if way == "blocks":
+        for block in net:
+            block.compile(backend="aot_eager")
+    compiled: nn.Module = net
+    if way == "whole":
+        compiled, prefix = whole(net), "_orig_mod."
+    model = tmm.instrument(compiled, SPEC)
+    monitor = tmm.monitor(model)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    outputs: list[torch.Tensor] = []
+    with monitor.step(0):
+        for index in range(count):
+            others = {
+                prefix + name: (parameter * (2 + index)).detach().requires_grad_()
+                for name, parameter in net.named_parameters()
+            }
+            outputs.append(torch.func.functional_call(model, others, (x,)))
+            outputs[-1].square().sum().backward()
+    found = monitor.get_step_metrics()
+    expected = torch.cat(outputs).square().mean().sqrt().item()
+    for name in ("[root module]", "1", "1.decoder"):
+        assert found[f"activation/{name}/rms"] == pytest.approx(expected, rel=1e-12)
+        norm = (2 * torch.cat(outputs)).norm().item()
+        assert found[f"activation_gradient/{name}/norm"] == pytest.approx(norm, rel=1e-12)
+    assert {f"activation/{name}/rms" for name in ("0.encoder.0", "1.encoder.1")} <= found.keys()
+    assert not tmm.explain(model).unmeasured
+
+
 def test_what_a_compiled_loss_calls_is_named_and_warned_of_once() -> None:
     torch._dynamo.reset()
     net = Net()

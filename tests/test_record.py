@@ -140,6 +140,27 @@ def test_what_cannot_be_recorded(
         model(torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x.detach().to_sparse(), "sparse_coo output"),
+        (lambda x: x.detach().to_sparse_csr(), "sparse_csr output"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[0, :1]]), "nested output"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_ends_no_training(
+    change: Callable[[torch.Tensor], torch.Tensor], reason: str
+) -> None:
+    module = Naming(lambda x: tmm.record("x", change(x)))
+    model = tmm.instrument(module, RMS)
+    monitor = tmm.monitor(model)
+    with monitor.step(0):
+        assert torch.equal(model(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+    assert "x" not in monitor.get_step_metrics()
+    assert "activation/[root module]/rms" in monitor.get_step_metrics()
+    assert tmm.explain(model).unmeasured["x"] == reason
+
+
 @pytest.mark.parametrize("aggregate", ["mean", torch.median])
 def test_a_name_that_is_logged_as_well(aggregate: Any) -> None:
     module = Naming(lambda x: tmm.record("x", x, aggregate))

@@ -19,14 +19,21 @@ from torch.nn import functional
 
 from tmm.core.torch_private import attention_math
 from tmm.passes.graph.provenance import all_nodes
+from tmm.passes.graph.random_operators import known_to_draw
 from tmm.passes.graph.values import value_of
 
-VERSION = "1"
+VERSION = "2"
 """To be changed with what these functions compute: compiled graphs with them are cached."""
 
 Arguments: TypeAlias = Mapping[str, Any]
 
-_BY_CHANNEL = (functional.dropout1d, functional.dropout2d, functional.dropout3d)
+_BY_CHANNEL: Mapping[Callable[..., Any], int | None] = {
+    functional.dropout1d: 3,
+    functional.dropout2d: None,
+    functional.dropout3d: 5,
+}
+"""Dropouts of whole channels, and how many dimensions a batch has: without, it is one item."""
+
 _ATTENTION = functional.scaled_dot_product_attention
 ATTENTIONS = (_ATTENTION,)
 """The functions that compute an attention as a whole, with the arguments of torch's."""
@@ -66,10 +73,23 @@ def dropout_in_place_with_mask(input: torch.Tensor, p: float) -> tuple[torch.Ten
     return input.mul_(noise), noise
 
 
-def channel_dropout_with_mask(input: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``dropout1d`` and its siblings, of training, and the mask."""
-    noise = torch.feature_dropout(torch.ones_like(input), p, True)
+def channel_dropout_with_mask(
+    input: torch.Tensor, p: float, dimensions: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``dropout1d`` and its siblings, of training, and the mask; a batch has ``dimensions``."""
+    ones = torch.ones_like(input)
+    if dimensions is None or input.dim() == dimensions:
+        noise = torch.feature_dropout(ones, p, True)
+    else:
+        noise = torch.feature_dropout(ones.unsqueeze(0), p, True).squeeze(0)
     return input * noise, noise
+
+
+def channel_dropout_by_mask(
+    mask: torch.Tensor, input: torch.Tensor, p: float, dimensions: int | None
+) -> torch.Tensor:
+    """The same with a mask that is given."""
+    return input * mask
 
 
 def attention_with_mask(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +178,7 @@ def _attention_weights(
 FUNCTIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     dropout_with_mask: dropout_by_mask,
     dropout_in_place_with_mask: dropout_by_mask,
-    channel_dropout_with_mask: dropout_by_mask,
+    channel_dropout_with_mask: channel_dropout_by_mask,
     attention_with_mask: attention_by_mask,
     multi_head_attention_with_mask: multi_head_attention_by_mask,
 }
@@ -209,10 +229,16 @@ def random_function(target: Any, args: Any, kwargs: Any) -> str | None:
     name = str(getattr(target, "__name__", target))
     drops = target in (functional.dropout, torch.dropout, *_BY_CHANNEL, *ATTENTIONS, _MULTI_HEAD)
     if not drops and target not in _RANDOM:
-        return name if name in _RANDOM_METHODS else None
-    arguments = bind(target, args, kwargs)
+        if name in _GENERATORS:
+            return None  # what they draw depends on a shape only
+        forms = known_to_draw(target, args, kwargs)
+        return name if name in _RANDOM_METHODS or any(map(_is_active, forms)) else None
+    return name if _is_active(bind(target, args, kwargs)) else None
+
+
+def _is_active(arguments: Arguments) -> bool:
     active = arguments.get("training", arguments.get("train", True)) is not False
-    return name if active and _probability(arguments) != 0 else None
+    return active and _probability(arguments) != 0
 
 
 def _shared(target: Any, args: Any, kwargs: Any) -> SharedMask | None:
@@ -231,13 +257,14 @@ def _shared(target: Any, args: Any, kwargs: Any) -> SharedMask | None:
     needed = {"input": arguments["input"], "p": p}
     in_place = arguments.get("inplace") is True
     if not plain:
-        return None if in_place else SharedMask(channel_dropout_with_mask, needed)
+        dimensions = {"dimensions": _BY_CHANNEL[target]}
+        return None if in_place else SharedMask(channel_dropout_with_mask, needed | dimensions)
     return SharedMask(dropout_in_place_with_mask if in_place else dropout_with_mask, needed)
 
 
 def _probability(arguments: Arguments) -> Any:
     default = 0.0 if "query" in arguments else 0.5
-    return arguments.get("p", arguments.get("dropout_p", default))
+    return arguments.get("p", arguments.get("dropout_p", arguments.get("dropout", default)))
 
 
 def _on_cpu(arguments: Arguments) -> bool:

@@ -31,7 +31,7 @@ def write_rows(module: GraphModule, rows: Sequence[Node]) -> Node:
     set_value(together, values[0].new_empty(length))
     start, waiting = 0, _Waiting(graph, together)
     for row, value in zip(rows, values, strict=True):
-        if row.target is summarize and not row.users:
+        if row.target is summarize and not row.users and not _is_of_complex(row):
             waiting.put()
             arguments = (together, start, *row.args)
             copy_sites(row, _call_nothing(graph, row, summarize_into, arguments))
@@ -41,6 +41,12 @@ def write_rows(module: GraphModule, rows: Sequence[Node]) -> Node:
         start += value.numel()
     waiting.put()
     return together
+
+
+def _is_of_complex(row: Node) -> bool:
+    """Whether a complex tensor is reduced: Inductor cannot compile what gets one and writes."""
+    (source, *_) = row.args
+    return isinstance(source, Node) and value_of(source).is_complex()
 
 
 class _Waiting:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import get_gradient_edge
 
-from tmm.core.torch_private import peek_interpreter_stack, will_engine_execute_node
+from tmm.core.torch_private import (
+    current_graph_task_id,
+    peek_interpreter_stack,
+    will_engine_execute_node,
+)
 
+Node: TypeAlias = torch.autograd.graph.Node
+
+_LEAF = "torch::autograd::AccumulateGrad"
 _DEPTH = 4  # of containers and objects that are looked into
 _ITEMS = 1000  # of each: lists of numbers may be long
 
@@ -55,6 +62,41 @@ def _is_reached(parameter: torch.Tensor) -> bool:
         reached: bool = will_engine_execute_node(get_gradient_edge(parameter).node)
     except RuntimeError:
         return True  # torch's way to say that torch.autograd.grad was asked for this one
+    return reached
+
+
+def nearest_leaf(tensor: torch.Tensor) -> Node | None:
+    """The node of the nearest parameter that ``tensor`` was computed of; of a leaf if of none.
+
+    A parameter tells more: other leaves are what ``backward(inputs=...)`` is mostly asked for.
+    """
+    nodes: list[Node] = [get_gradient_edge(tensor).node]
+    seen, other = set(nodes), None
+    for node in nodes:
+        if node.name() == _LEAF:
+            if isinstance(node.variable, torch.nn.Parameter):  # type: ignore[attr-defined]
+                return node
+            other = other or node
+        for source, _ in node.next_functions:
+            if source is not None and source not in seen:
+                seen.add(source)
+                nodes.append(source)
+    return other
+
+
+def goes_on_to(leaf: Node | None) -> bool:
+    """Whether the backward pass that is running accumulates the gradient of ``leaf``.
+
+    That of ``torch.autograd.grad`` does not. True where nobody can tell.
+    """
+    if leaf is None or torch.compiler.is_compiling() or peek_interpreter_stack():
+        return True
+    if current_graph_task_id() == -1:
+        return True
+    try:
+        reached: bool = will_engine_execute_node(leaf)
+    except RuntimeError:
+        return False  # torch's way to say that torch.autograd.grad was asked for this one
     return reached
 
 

@@ -71,6 +71,9 @@ FakeTensorMode = torch._subclasses.fake_tensor.FakeTensorMode
 OpOverload = torch._ops.OpOverload
 """What dispatch modes are given: an operator such as ``torch.ops.aten.add.Tensor``."""
 
+OpOverloadPacket = torch._ops.OpOverloadPacket
+"""All forms of an operator, such as ``torch.ops.aten.add``."""
+
 has_storage = torch._C._has_storage
 """Whether a tensor has memory of its own to tell it by."""
 

@@ -443,8 +443,10 @@ def checked_module(plan: Plan, name: str, module: torch.nn.Module) -> CheckedMod
     return replace(checked, has_operand_rows=True, normalization=normalization)
 
 
-def _parameter(module: torch.nn.Module, name: str) -> torch.nn.Parameter | None:
+def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """What stands in the place of a parameter: ``functional_call`` puts other tensors there."""
+    owner, _, own_name = name.rpartition(".")
     try:
-        return module.get_parameter(name)
+        return module.get_submodule(owner)._parameters.get(own_name)
     except AttributeError:
         return None

@@ -16,6 +16,7 @@ from tmm.instrumentation.handing_over import HandingOver
 from tmm.instrumentation.recorder import Recorder
 from tmm.instrumentation.untraced import Untraced
 from tmm.kernels.ops import summarize_attention
+from tmm.kernels.unreadable import why_unreadable
 from tmm.passes.graph.sharding import why_unsummed
 from tmm.passes.insert_attention import SHOWN
 from tmm.runtime.eager_functions import reduce_eagerly
@@ -68,7 +69,7 @@ class EagerRows:
         reduction = self.values.reductions.get(name)
         if reduction is None:
             return  # the declaration was refused
-        if reason := why_unsummed(tensor):
+        if reason := why_unreadable(tensor) or why_unsummed(tensor):
             self._attribution.unmeasured[name] = reason
             return
         share = self._attribution.share_of(tensor)

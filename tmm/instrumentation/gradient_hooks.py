@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tmm.core.autograd import is_in_autograd_function
+from tmm.core.autograd import Node, goes_on_to, is_in_autograd_function, nearest_leaf
 from tmm.core.metrics import Reduction
 from tmm.core.torch_private import is_batched
 from tmm.instrumentation.attribution import Attribution
@@ -89,7 +89,8 @@ class GradientHooks:
                 # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self._recorder.gradient_factor(tensor.device)
                 placements = placements_of_gradient(tensor)
-                measure = partial(self._reduce, sink, binding, reduction, factor, placements)
+                leaf = nearest_leaf(tensor)
+                measure = partial(self._reduce, sink, binding, reduction, factor, placements, leaf)
                 tensor.register_hook(partial(self._handing_over.attempt, measure))
 
     def _sink(self) -> GradientSink | None:
@@ -106,10 +107,11 @@ class GradientHooks:
         reduction: Reduction,
         factor: torch.Tensor | None,
         placements: tuple[Any, ...] | None,
+        leaf: Node | None,
         gradient: torch.Tensor | None,
     ) -> None:
-        if gradient is None:
-            return  # nothing that the loss depends on used the tensor
+        if gradient is None or not goes_on_to(leaf):
+            return  # nothing that the loss depends on used the tensor, or it is not backward()
         gradient = part_of_gradient(gradient, placements)
         if reduction.function is not None and not gradient.numel():
             return

@@ -445,7 +445,8 @@ class Twin:
         """Measure modules that are called by themselves from now on, too."""
         regions = (self.root, *self.regions)
         if self._matched[0] is not self.attribution.names:
-            own = {part for region in regions for part in (region.callee, region.holder)}
+            # What torch.compile wraps is another object than its wrapper, and callable by itself.
+            own = {r.callee if r.holder is None else r.holder for r in regions}
             names = self.attribution.names.items()
             asked_for = (m for m, name in names if self.measures_output(display_name(name)))
             self._matched = (self.attribution.names, tuple(m for m in asked_for if m not in own))
@@ -472,6 +473,7 @@ class Twin:
         families = *families_of_outputs(), GRADIENT
         return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _shows_call(self) -> bool:
         return (
             _running.get() is None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tmm.core.autograd import Node, goes_on_to, nearest_leaf
 from tmm.core.families import families_of_outputs
 from tmm.core.module_names import ModuleTree, display_name
 from tmm.core.records import Measurement, Site
@@ -287,9 +288,8 @@ class Untraced:
             # Of a view whose base was written to, torch makes the node when it is asked for it; it
             # crashes if a hook comes first.
             if tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
-                tensor.register_hook(
-                    partial(self._reduce_gradient, current, wanted, current.factors[device])
-                )
+                factor, leaf = current.factors[device], nearest_leaf(tensor)
+                tensor.register_hook(partial(self._reduce_gradient, current, wanted, factor, leaf))
 
     def _select(
         self, module: torch.nn.Module, output: object, family: str
@@ -330,11 +330,12 @@ class Untraced:
         current: Pass,
         wanted: tuple[Wanted, ...],
         factor: torch.Tensor | None,
+        leaf: Node | None,
         gradient: torch.Tensor | None,
     ) -> None:
         """Hook of a tensor."""
-        if gradient is None:
-            return  # nothing that the loss depends on used the tensor
+        if gradient is None or not goes_on_to(leaf):
+            return  # nothing that the loss depends on used the tensor, or it is not backward()
         if current.is_running and not self._is_step_function:
             return  # of what the forward pass itself differentiates, not of the loss
         if runs_under_modes():

@@ -27,15 +27,30 @@ def one_number(caller: str, key: str, value: object) -> torch.Tensor:
             if isinstance(value, torch.Tensor)
             else torch.as_tensor(value, dtype=torch.float64, device="cpu")
         )
+    except OverflowError as error:
+        raise ValueError(f"{caller}({key!r}): the value is too large for a float64") from error
     except (TypeError, ValueError) as error:
         raise TypeError(f"{caller}({key!r}): {value!r} is not a number") from error
-    number = values_here(caller, key, number)
+    number = real_values(caller, key, number)
     if number.numel() != 1:
         raise ValueError(
             f"{caller}({key!r}): the value has shape {tuple(number.shape)}, not one number;"
             " log_tensor joins all elements"
         )
     return number
+
+
+def real_values(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """``values_here`` of what holds real numbers, written out; raises ``ValueError`` for others."""
+    tensor = values_here(caller, key, tensor)
+    if tensor.is_complex():
+        raise ValueError(f"{caller}({key!r}): the value is complex; log its abs() or its real part")
+    if tensor.is_meta or tensor.is_quantized:
+        kind = "on the meta device" if tensor.is_meta else "quantized"
+        raise ValueError(f"{caller}({key!r}): the value is {kind}; log one with numbers in memory")
+    if tensor.layout not in (torch.strided, torch.jagged):
+        return tensor.to_dense()
+    return tensor
 
 
 def values_here(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:

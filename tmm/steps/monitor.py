@@ -14,7 +14,7 @@ from tmm.core.metrics import Aggregate
 from tmm.spec.reference import load_reference
 from tmm.spec.spec import ReferenceSource, Spec, check_reference
 from tmm.steps.archive import Value
-from tmm.steps.logged_values import check_logged, one_number, values_here
+from tmm.steps.logged_values import check_logged, one_number, real_values
 from tmm.steps.model_steps import ModelSteps
 from tmm.steps.step_block import StepBlock
 
@@ -178,7 +178,7 @@ class Monitor:
             raise TypeError(
                 f"log_tensor({key!r}): {tensor!r} is not a tensor; torch.as_tensor(...) makes one"
             )
-        tensor = values_here("log_tensor", key, tensor)
+        tensor = real_values("log_tensor", key, tensor)
         if self._steps.recorder.recording:
             self._steps.timeline.require("log_tensor").log(key, tensor, aggregate)
 
