@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,13 +26,19 @@ def pytest_collection_finish() -> None:
 
 leave_guards_untimed()
 
+# Pytest gives a handler to each logger that does not propagate. With one, torch writes a trace of
+# each compilation, which takes long and which nobody reads.
+logging.getLogger("torch.__trace").propagate = True
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """No test sees what another one compiled, nor its random numbers."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # for devices that are not there, it would keep stacks
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         yield

@@ -116,14 +116,16 @@ class Interpreter:
 
 
 class Interpreters:
-    """A server of interpreters."""
+    """A server of interpreters; ``settings`` are variables that torch or tmm read when imported."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        self._settings = settings
         self._channel, theirs = socket.socketpair()
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 cwd=ROOT,
+                env=os.environ | settings,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -148,7 +150,7 @@ class Interpreters:
         request = Request(
             program,
             tuple(map(str, arguments)),
-            dict(os.environ if environment is None else environment),
+            dict(os.environ | self._settings if environment is None else environment),
             str(folder or Path.cwd()),
             terminal is not None,
             warns,

@@ -93,9 +93,7 @@ def _plan(name: str, is_measured: bool) -> Plan:
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, tuple[Plan, Plan]]:
-    found = json.loads(
-        printed_by("tests.test_fused_plans", "print_plans", **mocked_gpu.ENVIRONMENT)
-    )
+    found = json.loads(printed_by("tests.test_fused_plans", "print_plans", mocked_gpu.ENVIRONMENT))
     return {name: (Plan(**plain), Plan(**own)) for name, (plain, own) in found.items()}
 
 

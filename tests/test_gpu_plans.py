@@ -50,7 +50,7 @@ def print_plans() -> None:
 def plans() -> dict[str, Plan]:
     of_users = {"TORCHINDUCTOR_CUDAGRAPHS": "1", "TORCHINDUCTOR_CPP_WRAPPER": "1"}
     found = json.loads(
-        printed_by("tests.test_gpu_plans", "print_plans", **mocked_gpu.ENVIRONMENT, **of_users)
+        printed_by("tests.test_gpu_plans", "print_plans", mocked_gpu.ENVIRONMENT | of_users)
     )
     return {name: Plan(**plan) for name, plan in found.items()}
 
@@ -229,14 +229,14 @@ def print_group_ahead() -> None:
 
 def test_the_kernel_of_groups_is_compiled_ahead() -> None:
     found = json.loads(
-        printed_by("tests.test_gpu_plans", "print_group_ahead", **mocked_gpu.ENVIRONMENT)
+        printed_by("tests.test_gpu_plans", "print_group_ahead", mocked_gpu.ENVIRONMENT)
     )
     assert found == [1, 1]
 
 
 def test_the_kernel_of_pairs_is_compiled_ahead() -> None:
     found = json.loads(
-        printed_by("tests.test_gpu_plans", "print_pairs_ahead", **mocked_gpu.ENVIRONMENT)
+        printed_by("tests.test_gpu_plans", "print_pairs_ahead", mocked_gpu.ENVIRONMENT)
     )
     # Of 2**31 elements and more another one is needed, whose sizes have 64 bits.
     assert found == [2, 4]

@@ -45,13 +45,10 @@ def print_spilling() -> None:
 
 
 def compiled(capability: int, tmp_path: Path, *, quick: bool) -> list[dict[str, Any]]:
-    variables = {
-        **mocked_gpu.ENVIRONMENT,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        CAPABILITY: str(capability),
-        QUICK: str(int(quick)),
-    }
-    printed = printed_by("tests.test_kernel_resources", "print_resources", **variables)
+    variables = {"TRITON_CACHE_DIR": tmp_path, CAPABILITY: capability, QUICK: int(quick)}
+    printed = printed_by(
+        "tests.test_kernel_resources", "print_resources", mocked_gpu.ENVIRONMENT, **variables
+    )
     found: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
     return found
 
@@ -98,8 +95,8 @@ def test_no_kernel_is_left_out() -> None:
 
 
 def test_a_kernel_that_spills_is_told(tmp_path: Path) -> None:
-    variables = {**mocked_gpu.ENVIRONMENT, "TRITON_CACHE_DIR": str(tmp_path)}
-    printed = printed_by("tests.test_kernel_resources", "print_spilling", **variables)
+    given = "tests.test_kernel_resources", "print_spilling", mocked_gpu.ENVIRONMENT
+    printed = printed_by(*given, TRITON_CACHE_DIR=tmp_path)
     one, *_ = json.loads(printed.splitlines()[-1])
     assert one["registers"] <= 32
     with pytest.raises(AssertionError, match="_reduce_chunks"):

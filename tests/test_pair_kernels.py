@@ -16,7 +16,7 @@ from benchmarks.parameters import peak_memory
 from tests.mocked_device import Interpreted, mocked_device, to_device
 from tests.test_group import ALL, EIGHT, check, exact, sample
 from tests.test_waits import Many
-from tests.triton_interpreter import check_in_the_interpreter, printed_by
+from tests.triton_interpreter import check_in_the_interpreter
 from tmm.core.metrics import PAIR_COLUMNS
 from tmm.kernels.ops import summarize_difference
 from tmm.kernels.pairs import reduce_pair
@@ -129,7 +129,7 @@ def check_triton() -> None:
 
 
 def test_stacked_tensors_need_no_table_in_the_interpreter() -> None:
-    printed_by("tests.test_pair_kernels", "check_stacked", TRITON_INTERPRET="1")
+    check_in_the_interpreter("tests.test_pair_kernels", "check_stacked")
 
 
 def check_stacked() -> None:
@@ -156,7 +156,7 @@ def check_stacked() -> None:
 
 
 def test_an_update_takes_the_copy_before_the_step_and_nothing_else() -> None:
-    printed_by("tests.test_pair_kernels", "check_update", TRITON_INTERPRET="1")
+    check_in_the_interpreter("tests.test_pair_kernels", "check_update")
 
 
 def check_update() -> None:

@@ -349,7 +349,7 @@ def print_toy_plans() -> None:
 
 @pytest.fixture(scope="module")
 def printed() -> dict[str, Any]:
-    text = printed_by("tests.test_plan_accounts", "print_toy_plans", **mocked_gpu.ENVIRONMENT)
+    text = printed_by("tests.test_plan_accounts", "print_toy_plans", mocked_gpu.ENVIRONMENT)
     found: dict[str, Any] = json.loads(text.splitlines()[-1])
     return found
 
