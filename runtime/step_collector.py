@@ -88,6 +88,7 @@ class StepCollector:
         self.has_gradients_before_clip = False
         self.has_watched_gradients = False
         self.has_stepped = False  # an optimizer that is watched
+        self.has_trained = False  # such a one had gradients, as far as one can tell
         self.skipped: list[HostCopy] = []
         self._copies = HostCopies()
         self._arrivals: list[_Arrival] = []

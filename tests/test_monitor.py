@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,3 +355,33 @@ def test_prepare_compiles_ahead() -> None:
         model(batch(1.0, 2.0))
     assert len(tmm.explain(model).graphs) == 1
     assert monitor.get_step_metrics()["activation/scale/max"] == 4
+
+
+@pytest.mark.parametrize("when", ["before any step", "between steps", "after the last one"])
+@pytest.mark.parametrize("kind", ["scalar", "scalars", "tensor"])
+def test_what_is_logged_while_no_step_is_open_is_told_once(kind: str, when: str) -> None:
+    monitor = tmm.monitor(tmm.instrument(nn.Linear(2, 2), tmm.Spec(tmm.activation("rms"), every=2)))
+
+    def log() -> None:
+        if kind == "scalars":
+            monitor.log_scalars({"loss": 1.0})
+        else:
+            value = torch.ones(3) if kind == "tensor" else 1.0
+            getattr(monitor, f"log_{kind}")("loss", value)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MonitoringWarning)
+        for step in range(3):
+            if when == "before any step" or (when == "between steps" and step):
+                log()
+            with monitor.step(step):
+                monitor.module(torch.ones(1, 2))
+                log()  # also in one that is not monitored, as the spec says
+        if when == "after the last one":
+            log()
+            log()
+    texts = [str(w.message) for w in caught if w.category is MonitoringWarning]
+    (text,) = [text for text in texts if "while no step was open" in text]
+    name = "log_tensor" if kind == "tensor" else "log_scalar"
+    assert text.count(f"{name}('loss')") == 1
+    assert "with monitor.step(n)" in text

@@ -122,6 +122,45 @@ def test_what_is_no_gap(way: str) -> None:
     assert not tmm.explain(model).unmeasured
 
 
+@pytest.mark.parametrize(
+    "way", ["cleared", "cleared, to zero", "detached", "one of two", "closure"]
+)
+def test_steps_that_find_no_gradient_are_told_once(way: str) -> None:
+    """Gradients that are zero are some, and one optimizer of several may have none."""
+    module = network()
+    model = tmm.instrument(torch.compile(module, backend="aot_eager"), tmm.Spec(*RULES))
+    monitor = tmm.monitor(model)
+    optimizers = [SGD(module[place].parameters(), lr=0.1) for place in (0, 2)]
+    for optimizer in optimizers:
+        monitor.watch(optimizer)
+
+    def evaluate() -> float:
+        module.zero_grad()
+        loss = model(VECTORS).square().mean()
+        loss.backward()
+        return float(loss)
+
+    def step() -> None:
+        if way in ("cleared", "closure"):
+            module.zero_grad()
+        if way == "cleared, to zero":
+            module.zero_grad(set_to_none=False)
+        if way == "detached":
+            for parameter in module.parameters():
+                parameter.grad = None
+        if way == "one of two":
+            module[0].zero_grad()
+        for optimizer in optimizers:
+            optimizer.step(evaluate if way == "closure" else None)
+
+    found = told(train(monitor, model, step, step))
+    assert len(found) == (way in ("cleared", "detached"))
+    for text in found:
+        assert "optimizer.step() found no gradient in step 0" in text
+        assert "rules of gradient, update have no rows" in text
+        assert "not between backward() and optimizer.step()" in text
+
+
 def interpolated(module: nn.Module, slow: list[Tensor]) -> None:
     with torch.no_grad():
         for p, old in zip(module.parameters(), slow, strict=True):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from tmm.core.failures import Gaps
 from tmm.core.metrics import AGGREGATE_NAMES
 from tmm.spec.ranks import is_distributed, local_part
+from tmm.steps.timeline import StepTimeline
 
 
 def check_logged(caller: str, key: object, aggregate: object) -> None:
@@ -66,3 +68,14 @@ def values_here(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
             " full_tensor()"
         )
     return local_part(tensor)
+
+
+def tell_of_no_step(caller: str, key: str, timeline: StepTimeline, gaps: Gaps) -> None:
+    """Say, once, that what is logged while no step is open is not recorded."""
+    if not timeline.is_open:
+        gaps.warn_once(
+            "logged between steps",
+            timeline.begun or 0,
+            f"{caller}({key!r}) was called while no step was open, so that nothing is recorded."
+            " Call it in `with monitor.step(n):`, or between begin_step and end_step",
+        )

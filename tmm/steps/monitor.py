@@ -14,7 +14,7 @@ from tmm.core.metrics import Aggregate
 from tmm.spec.reference import load_reference
 from tmm.spec.spec import ReferenceSource, Spec, check_reference
 from tmm.steps.archive import Value
-from tmm.steps.logged_values import check_logged, one_number, real_values
+from tmm.steps.logged_values import check_logged, one_number, real_values, tell_of_no_step
 from tmm.steps.model_steps import ModelSteps
 from tmm.steps.step_block import StepBlock
 
@@ -144,8 +144,8 @@ class Monitor:
     ) -> None:
         """Record a number under ``key``; several of one step are joined by ``aggregate``.
 
-        A tensor on an accelerator is not waited for. Nothing happens outside of a monitored step;
-        ``force=True`` records in any open step.
+        A tensor on an accelerator is not waited for. Nothing happens in a step that is not
+        monitored, but with ``force=True``; where no step is open, a warning says so, once.
 
         Raises:
             ValueError: if ``value`` is not one number, or for a key or aggregate that cannot be.
@@ -155,6 +155,8 @@ class Monitor:
         number = one_number("log_scalar", key, value)
         if self._steps.recorder.recording or force:
             self._steps.timeline.require("log_scalar").log(key, number, aggregate)
+        else:
+            tell_of_no_step("log_scalar", key, self._steps.timeline, self._steps.gaps)
 
     def log_scalars(self, values: Mapping[str, float | torch.Tensor], force: bool = False) -> None:
         """``log_scalar`` for each item."""
@@ -181,6 +183,8 @@ class Monitor:
         tensor = real_values("log_tensor", key, tensor)
         if self._steps.recorder.recording:
             self._steps.timeline.require("log_tensor").log(key, tensor, aggregate)
+        else:
+            tell_of_no_step("log_tensor", key, self._steps.timeline, self._steps.gaps)
 
     def get_step_metrics(self) -> dict[str, Value]:
         """Key to value of the step that ended last; empty if it was not monitored.

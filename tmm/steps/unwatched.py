@@ -60,6 +60,7 @@ class Unwatched:
             gaps.warn_once("written later", collector.step, text)
         self._look_at_others(collector, watched)
         self._look_at_unheld(collector, held)
+        self._look_at_gradients(collector)
         if (
             collector.has_stepped
             and any(name.startswith("optimizer_state") for name in self._parameters.unmeasured)
@@ -97,6 +98,21 @@ class Unwatched:
                 collector.step,
                 f"{reason}, so that rules of {', '.join(missing)} have no rows. {fix}",
             )
+
+    def _look_at_gradients(self, collector: StepCollector) -> None:
+        """Say, once, that an optimizer stepped without any gradient."""
+        families = [family for family in ("gradient", "update") if self._parameters.wants(family)]
+        is_idle = collector.has_stepped and not collector.has_trained
+        if not (families and is_idle and collector.ran_forward) or collector.has_gradients:
+            return
+        self._gaps.warn_once(
+            "no gradients at the step",
+            collector.step,
+            f"optimizer.step() found no gradient in step {collector.step}, so that it trained"
+            f" nothing, and rules of {', '.join(families)} have no rows of it. Call"
+            " optimizer.zero_grad() after optimizer.step() or before backward(), not between"
+            " backward() and optimizer.step()",
+        )
 
     def _look_at_others(
         self, collector: StepCollector, watched: Collection[WatchedOptimizer]

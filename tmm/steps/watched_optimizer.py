@@ -171,7 +171,7 @@ class WatchedOptimizer:
                 gathered.parameters |= parameters
                 gathered.before |= copies.of(parameters)
         gathered.stepped.update(own.values())
-        self._note_gradients(own)
+        self._note_gradients(collector, own)
         if not has_closure:
             self._take_gradients(collector, step, own)
 
@@ -179,7 +179,7 @@ class WatchedOptimizer:
         """Measure what a step has changed, if it is not inside of another one."""
         if has_closure:  # those of its last evaluation: there were none before
             own = self._named(own_parameters(self.optimizer))
-            self._note_gradients(own)
+            self._note_gradients(collector, own)
             taken = step.gathered.taken
             # Steps inside saw what this one may have cleared.
             own = {p: name for p, name in own.items() if taken.get(name, -1) <= step.place}
@@ -187,8 +187,11 @@ class WatchedOptimizer:
         if step.is_outermost:
             self._record(collector, step.gathered, [held.optimizer for held in step.holders])
 
-    def _note_gradients(self, own: Mapping[torch.nn.Parameter, str]) -> None:
+    def _note_gradients(
+        self, collector: StepCollector, own: Mapping[torch.nn.Parameter, str]
+    ) -> None:
         """They may be cleared before the step ends."""
+        collector.has_trained |= not own or any(p.grad is not None for p in own)
         known = self._parameters.stepped
         known.update(n for p, n in own.items() if n not in known and p.grad is not None)
 
