@@ -383,13 +383,8 @@ def rows_of_training(
     changes: bool = True,
     **options: Any,
 ) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """The values of two steps, and of a third one if the size ``changes``; the last gradients.
-
-    What is measured by operators is the reference, which no compiler of C++ has a part in.
-    """
+    """The values of two steps, and of a third one if the size ``changes``; the last gradients."""
     torch._dynamo.reset()
-    if lowering == "operator":
-        options["backend"] = "aot_eager"
     build, shape = PROGRAMS[name]
     torch.manual_seed(0)
     module = build().to(dtype)
@@ -428,7 +423,8 @@ def programs_of_trainings() -> list[Any]:
         kinds = [usual, *((dtype, True) for dtype in dtypes if (dtype, True) != usual)]
         for kind in kinds:
             marks = () if kind == usual else pytest.mark.slow
-            parameters.append(pytest.param(name, *kind, marks=marks))
+            identity = f"{name}-{kind[0]}-{'changing' if kind[1] else 'fixed'}"
+            parameters.append(pytest.param(name, *kind, marks=marks, id=identity))
     return parameters
 
 
@@ -437,7 +433,7 @@ def test_a_training_as_by_operators(name: str, dtype: torch.dtype, changes: bool
     right, gradients = rows_of_training(name, "operator", dtype=dtype, changes=changes)
     assert len([key for key in right if "activation_gradient/" in key]) > 10
     exact = dtype == torch.float32
-    # Without a GPU, "auto" is one program of operators, whose sizes are tested where they change.
+    # Without a GPU, "auto" chooses operators as well.
     for lowering in ("fused", "auto") if changes else ("fused",):
         values, own = rows_of_training(name, lowering, dtype=dtype, changes=changes)
         assert values.keys() == right.keys()
@@ -495,9 +491,7 @@ def test_references_and_the_coordinate_check(lowering: str) -> None:
             *(tmm.activation("std"), tmm.activation_difference("relative_norm"), tmm.rcc()),
             reference="init",
         )
-        backend = "aot_eager" if lowering == "operator" else "inductor"
-        compiled = torch.compile(module, backend=backend)
-        model = tmm.instrument(compiled, spec, lowering=lowering)  # type: ignore[arg-type]
+        model = tmm.instrument(torch.compile(module), spec, lowering=lowering)  # type: ignore[arg-type]
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
         monitor = tmm.monitor(model)
         for step in range(3):

@@ -46,6 +46,8 @@ def script(root: Path, interpreters: Interpreters) -> Iterator[Script]:
     def begin(body: str) -> Interpreter:
         code = f"""
 import os, sys, tmm
+from tmm.runs import run_steps
+run_steps.WAIT_FOR_DISK = 60.0  # a step is written before its process is killed, however slowly
 run = tmm.start_run("p", root={str(root)!r}, system_seconds=None)
 run.log({{"loss": 1.0}})
 run.step()
