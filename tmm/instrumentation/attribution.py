@@ -23,6 +23,7 @@ from tmm.core.families import (
 from tmm.core.keys import parts_of
 from tmm.core.metrics import Reduction
 from tmm.core.module_names import (
+    Assembly,
     display_name,
     owner_names,
     parameter_names,
@@ -97,6 +98,14 @@ class Attribution:
         self.rows: dict[Measurement, None] = {}
         self._measured: dict[str, dict[str, None]] = {}
         self._has_warned = False
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a backward pass may leave gradients of parameters to a later one.
+
+        Schedules of pipelines do, by ``torch.autograd.grad``.
+        """
+        return isinstance(self.root, Assembly)
 
     @property
     def notes(self) -> dict[str, str]:

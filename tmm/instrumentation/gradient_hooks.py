@@ -89,7 +89,7 @@ class GradientHooks:
                 # Asked for first: torch crashes on a hook of a view whose base was written to.
                 factor = self._recorder.gradient_factor(tensor.device)
                 placements = placements_of_gradient(tensor)
-                leaf = nearest_leaf(tensor)
+                leaf = None if self._attribution.splits_backward else nearest_leaf(tensor)
                 measure = partial(self._reduce, sink, binding, reduction, factor, placements, leaf)
                 tensor.register_hook(partial(self._handing_over.attempt, measure))
 

@@ -288,7 +288,8 @@ class Untraced:
             # Of a view whose base was written to, torch makes the node when it is asked for it; it
             # crashes if a hook comes first.
             if tensor.requires_grad and (tensor.grad_fn is not None or tensor.is_leaf):
-                factor, leaf = current.factors[device], nearest_leaf(tensor)
+                factor = current.factors[device]
+                leaf = None if self._attribution.splits_backward else nearest_leaf(tensor)
                 tensor.register_hook(partial(self._reduce_gradient, current, wanted, factor, leaf))
 
     def _select(
