@@ -7,8 +7,9 @@ other tensors than those of the model's own program, and run other kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -42,8 +43,7 @@ def hide_measuring(joint: GraphModule, forward_outputs: int) -> Hidden:
     whole, output = copy_graph(joint), joint.graph.output_node()
     hidden = _measuring(joint.graph, forward_outputs)
     names = frozenset(node.name for node in hidden)
-    (returned,) = output.args
-    assert isinstance(returned, (tuple, list))
+    returned = _returned(joint.graph)
     outputs = {place: node.name for place, node in enumerate(returned) if node in hidden}
     output.args = ([None if node in hidden else node for node in returned],)
     for node in hidden:  # readers first
@@ -56,7 +56,8 @@ def show_measuring(forward: GraphModule, hidden: Hidden) -> None:
     """Put it back where it stood, in the graph of the forward pass."""
     graph, whole = forward.graph, hidden.whole.graph
     own = _same_nodes(whole, graph, hidden)
-    missing = _missing(whole, hidden, own)
+    taken_out = (node for node in whole.nodes if node.name in hidden.names)
+    missing = _with_sources(taken_out, known=own)  # some sources only the backward pass has
     order = {node: place for place, node in enumerate(graph.nodes)}
     behind, last = next(iter(graph.nodes)), -1  # the last of what comes before, and its place
     for node in whole.nodes:
@@ -67,12 +68,11 @@ def show_measuring(forward: GraphModule, hidden: Hidden) -> None:
                 behind = own[node] = graph.node_copy(node, own.__getitem__)
         elif node in own and order[own[node]] > last:
             behind, last = own[node], order[own[node]]
-    output = graph.output_node()
-    (returned,) = output.args
-    assert isinstance(returned, (tuple, list))
     shown = {node.name: own[node] for node in missing}
-    places = hidden.outputs
-    output.args = ([shown[places[i]] if i in places else x for i, x in enumerate(returned)],)
+    returned = _returned(graph)
+    for place, name in hidden.outputs.items():
+        returned[place] = shown[name]
+    graph.output_node().args = (returned,)
     forward.recompile()
 
 
@@ -87,24 +87,10 @@ def _same_nodes(whole: Graph, forward: Graph, hidden: Hidden) -> dict[Node, Node
     return found
 
 
-def _missing(whole: Graph, hidden: Hidden, own: Mapping[Node, Node]) -> set[Node]:
-    """What was taken out of a graph, and what that reads which the forward pass has not."""
-    found: set[Node] = set()
-    pending = [node for node in whole.nodes if node.name in hidden.names]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(read for read in node.all_input_nodes if read not in own)
-    return found
-
-
 def _measuring(graph: Graph, forward_outputs: int) -> dict[Node, None]:
     """The nodes of a forward pass from which nothing but measurements comes, the last one first."""
-    output = graph.output_node()
-    (returned,) = output.args
-    assert isinstance(returned, (tuple, list))
-    forward = _ancestors(node for node in returned[:forward_outputs] if isinstance(node, Node))
+    output, returned = graph.output_node(), _returned(graph)
+    forward = _with_sources(node for node in returned[:forward_outputs] if isinstance(node, Node))
     from_ours: set[Node] = set()
     for node in graph.nodes:
         if _is_ours(node) or not from_ours.isdisjoint(node.all_input_nodes):
@@ -120,16 +106,23 @@ def _measuring(graph: Graph, forward_outputs: int) -> dict[Node, None]:
     return found
 
 
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """These nodes, and all that they are computed from."""
+def _with_sources(nodes: Iterable[Node], known: Collection[Node] = ()) -> set[Node]:
+    """These nodes and all that they are computed from, as far back as to what is known."""
     found: set[Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(source for source in node.all_input_nodes if source not in known)
     return found
+
+
+def _returned(graph: Graph) -> list[Any]:
+    """What a graph returns."""
+    (returned,) = graph.output_node().args
+    assert isinstance(returned, (tuple, list))
+    return list(returned)
 
 
 def _is_ours(node: Node) -> bool:

@@ -251,6 +251,22 @@ def test_what_the_program_reads_stays() -> None:
     assert text(graph) == before
 
 
+def test_a_constant_that_only_a_measurement_reads() -> None:
+    """The forward pass has no such attribute while nothing is measured."""
+
+    def joint(primals: list[torch.Tensor], tangents: list[torch.Tensor]) -> list[torch.Tensor]:
+        measured = primals[0].sin() * weights
+        return [primals[0].exp(), summarize(measured, "sum"), tangents[0] * primals[0]]
+
+    x, weights = torch.randn(8), torch.arange(8.0)
+    graph: GraphModule = make_fx(joint)([x], [torch.ones(8)])
+    hidden = hide_measuring(graph, 2)
+    forward, _ = min_cut_rematerialization_partition(graph, [], num_fwd_outputs=2)
+    assert not forward.graph.find_nodes(op="get_attr", target="_tensor_constant0")
+    show_measuring(forward, hidden)
+    assert forward(x)[1].tolist() == pytest.approx([float((x.sin() * weights).sum())])
+
+
 def test_what_is_equal_is_computed_once() -> None:
     """Modules that give back what they are given have rows of one tensor, which is read once."""
     torch._dynamo.reset()

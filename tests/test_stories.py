@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from tmm.analysis import Anomaly, RecordedSeries, Story, find_anomalies, find_st
 from tmm.analysis.advice import KNOWLEDGE, known_of
 from tmm.analysis.anomaly import SEVERITIES
 from tmm.analysis.story import tell
+from tmm.steps.ends_of_model import names_of_places
 
 NOISE = np.random.default_rng(0).standard_normal(1000)
 RECORD = RecordedSeries({"loss": (np.arange(100), 1 + 0.01 * NOISE[:100])})
@@ -182,6 +186,32 @@ def test_inputs_are_measured_as_they_are(tmp_path: Path, options: dict[str, Any]
         assert run.keys()[0].startswith("model_input/")
         assert 0 < run.series("model_output/output/spread")[1][0] < 2
         assert run.findings() == ()
+
+
+class Called:
+    def __call__(self, x: object, /, y: object) -> None:
+        """Another object than a function."""
+
+    def method(self, x: object, y: object = 1, *rest: object, z: object = 2) -> None:
+        """With all kinds of parameters."""
+
+    @functools.wraps(method)
+    def wrapped(self, *arguments: object, **keywords: object) -> None:
+        """Has the parameters of what it wraps."""
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(Called(), Called().method, Called().wrapped, Called.method),
+        *(functools.partial(Called.method, Called()), len, lambda *values: None),
+    ],
+)
+def test_inputs_have_the_names_of_the_parameters(forward: Callable[..., object]) -> None:
+    known = inspect.signature(forward).parameters.values()
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    right = [parameter.name for parameter in known if parameter.kind in kinds]
+    assert list(names_of_places(forward)) == right
 
 
 def test_evaluations_are_not_inputs_of_the_training(tmp_path: Path) -> None:

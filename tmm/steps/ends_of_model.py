@@ -120,18 +120,18 @@ def _named(
     forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """The arguments with the names that the function gives them."""
-    places = _names_of_places(forward)
+    places = names_of_places(forward)
     for place, value in enumerate(args):
         yield (places[place] if place < len(places) else f"argument_{place}"), value
     yield from kwargs.items()
 
 
-def _names_of_places(forward: Callable[..., Any]) -> Sequence[str]:
+def names_of_places(forward: Callable[..., Any]) -> Sequence[str]:
     """The names of the parameters that arguments without names go to, in their order."""
     function = getattr(forward, "__func__", forward)
     if isinstance(function, FunctionType) and not vars(function):  # as most are, and much faster
-        code = function.__code__
-        return code.co_varnames[function is not forward : code.co_argcount]
+        code, is_bound = function.__code__, function is not forward
+        return code.co_varnames[is_bound : code.co_argcount]
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (TypeError, ValueError):

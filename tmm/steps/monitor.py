@@ -168,8 +168,8 @@ class Monitor:
     def log_tensor(self, key: str, tensor: torch.Tensor, aggregate: Aggregate = "mean") -> None:
         """Record under ``key`` the elements of ``tensor``, joined by ``aggregate``.
 
-        All elements logged under the key in one step are joined. Nothing happens outside of a
-        monitored step.
+        All elements logged under the key in one step are joined. Nothing happens in a step that is
+        not monitored; where no step is open, a warning says so, once.
 
         Raises:
             ValueError: for a key or aggregate that cannot be.
