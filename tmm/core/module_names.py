@@ -188,23 +188,32 @@ class ModuleTree:
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._modules: tuple[torch.nn.Module, ...] = ()
-        self._children: list[tuple[object, ...]] = []
+        self._children: list[object] = []
         self._held: list[tuple[torch.nn.Module | None, ...]] = []  # so that no other has their id
 
     def has_changed(self) -> bool:
         """Whether any module has other children than when this was last asked, or nobody asked."""
-        if self._modules and _children_of(self._modules) == self._children:
+        if self._modules and self._children_now() == self._children:
             return False
         self._modules = tuple(self._module.modules())
-        self._children = _children_of(self._modules)
+        self._children = self._children_now()
         self._held = [tuple(module._modules.values()) for module in self._modules]
         return True
 
+    def _children_now(self) -> list[object]:
+        return _contents_of([module._modules for module in self._modules])
 
-def _children_of(modules: Iterable[torch.nn.Module]) -> list[tuple[object, ...]]:
-    """The names of the children of each, and which they are: some classes define equality."""
-    # Those of script modules can be asked for keys, and not be iterated.
-    return [(*m._modules.keys(), *map(id, m._modules.values())) for m in modules]
+
+def _contents_of(held: Iterable[Mapping[str, object]]) -> list[object]:
+    """How many each holds, their names, and which they are: some classes define equality."""
+    contents: list[object] = []
+    for named in held:
+        contents.append(len(named))
+        if named:
+            # Those of script modules can be asked for keys, and not be iterated.
+            contents.extend(named.keys())
+            contents.extend(map(id, named.values()))
+    return contents
 
 
 class ParameterNames:
@@ -218,13 +227,13 @@ class ParameterNames:
         self._module = module
         self._tree = ModuleTree(module)
         self._owners: list[tuple[torch.nn.Module, str]] = []
-        self._held: list[tuple[object, ...]] = []
+        self._held: list[object] = []
         self._names: dict[torch.nn.Parameter, str] = {}  # which keeps their ids
 
     def __call__(self) -> Mapping[torch.nn.Parameter, str]:
         """Each parameter with its dotted name; a shared one has the first of its names."""
         owners = self.owners()
-        held = [(*o._parameters.keys(), *map(id, o._parameters.values())) for o, _ in owners]
+        held = _contents_of([owner._parameters for owner, _ in owners])
         if held != self._held:
             names: dict[torch.nn.Parameter, str] = {}
             for owner, prefix in owners:

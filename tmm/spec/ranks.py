@@ -26,6 +26,8 @@ Placement = Literal["shard", "replicate"]
 Exchange = Callable[[object], list[Any]]
 """Gives the values of all ranks, in order."""
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
 _AT_ONCE = 1 << 20  # elements that are read in float64
 
 _STRANGERS = (
@@ -159,6 +161,12 @@ class Ranks:
             if placement.is_replicate()
         )
 
+    def owned(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those that this rank measures, see ``owns``."""
+        if self.size == 1:
+            return dict(tensors)
+        return {name: tensor for name, tensor in tensors.items() if self.owns(tensor, name)}
+
     def placed(self, measurement: Measurement, reasons: dict[str, str]) -> Site | None:
         """The site under which this rank records a measurement; None if another one does.
 
@@ -223,6 +231,11 @@ def other_rank() -> int | None:
 def is_distributed(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     """Whether it is a ``DTensor``, of which each rank holds a part."""
     return isinstance(tensor, DTensor)
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether none of them is a ``DTensor``, nor of any other class of its own: quickly told."""
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -299,12 +299,12 @@ class Plan:
         self, name: str, dtype: torch.dtype, family: str = "activation"
     ) -> tuple[Reduction, ...]:
         """The reductions, in a family, of a tensor of that dtype of that module or parameter."""
-        family = rule_family(family)
         key = (family, name, dtype.is_complex)
-        if key not in self._reductions:
-            matching = self._matching(name, family)
-            self._reductions[key] = _reductions(name, matching, dtype.is_complex)
-        return self._reductions[key]
+        known = self._reductions.get(key)
+        if known is None:
+            matching = self._matching(name, rule_family(family))
+            known = self._reductions[key] = _reductions(name, matching, dtype.is_complex)
+        return known
 
     def attention(self, name: str) -> tuple[AttentionRequest, ...]:
         """What is asked of the attentions that the module of that name calls."""

@@ -31,9 +31,9 @@ class GradientAverage:
         Raises:
             RuntimeError: if ranks have gradients of different parameters.
         """
-        plain = {name: g for name, g in gradients.items() if not is_distributed(g)}
         if not self._is_needed or not gradients:
             return dict(gradients)
+        plain = {name: g for name, g in gradients.items() if not is_distributed(g)}
         self._check(plain)
         averages = dict(gradients)
         for name, gradient in plain.items():

@@ -39,7 +39,8 @@ def spread(output: torch.Tensor) -> torch.Tensor:
     """
     rows = output.detach().flatten(0, -2)
     rows = rows[:: -(-len(rows) // _ROWS)].to(packed_dtype(rows.device))
-    return (rows - rows.mean(0)).square().mean().sqrt() / rows.square().mean().sqrt()
+    apart: torch.Tensor = torch.linalg.vector_norm(rows - rows.mean(0))
+    return apart / torch.linalg.vector_norm(rows)
 
 
 _SPREAD = function_reduction("spread", spread, "mean")

@@ -25,7 +25,7 @@ from tmm.runtime.key_binding import KeyRegistry
 from tmm.runtime.ranks.replica_rows import FOLLOWING
 from tmm.runtime.step_collector import StepCollector
 from tmm.runtime.tensor_copies import parts_of
-from tmm.spec.ranks import Ranks, is_sharded, summed
+from tmm.spec.ranks import Ranks, are_plain, is_sharded, summed
 from tmm.spec.reference import Reference
 from tmm.spec.spec import Plan
 from tmm.steps.averaged_gradients import GradientAverage
@@ -152,10 +152,11 @@ class ParameterMonitor:
         if not self.wants(GRADIENT.name) or not gradients:
             return Gradients()
         gradients = self._localized.as_dtensors(gradients)
-        gradients = {name: summed(gradient) for name, gradient in gradients.items()}
+        if not are_plain(gradients.values()):
+            gradients = {name: summed(gradient) for name, gradient in gradients.items()}
         gradients = self._average.of(gradients)
         family = (GRADIENT_BEFORE_CLIP if before_clip else GRADIENT).name
-        owned = {n: gradient for n, gradient in gradients.items() if self.ranks.owns(gradient, n)}
+        owned = self.ranks.owned(gradients)
         measured = self._measure(family, owned, rules=GRADIENT.name)
         known: set[str] = set()
         squares: list[tuple[Names, torch.Tensor]] = []
@@ -164,11 +165,7 @@ class ParameterMonitor:
             if found is not None:  # each gradient counts once, whatever else has its squares
                 squares += _of_new_names(*found, known)
                 known.update(found[0])
-        others = {
-            name: tensor
-            for name, tensor in gradients.items()
-            if name not in known and self.ranks.owns(tensor, name)
-        }
+        others = {name: tensor for name, tensor in owned.items() if name not in known}
         squares += squares_of(others)
         replicas = tuple(self.replicas.numbers(gradients, squares))
         return Gradients(tuple(measured), tuple(squares), replicas)
@@ -270,7 +267,7 @@ class ParameterMonitor:
         if reference is not None:
             reference = self._localized.as_dtensors(reference)
         if not is_own:
-            tensors = {n: tensor for n, tensor in tensors.items() if self.ranks.owns(tensor, n)}
+            tensors = self.ranks.owned(tensors)
         measured = self._measure(family, tensors, rules=rules, reference=reference, choose=choose)
         for rows in measured:
             collector.add(rows.binding, rows.outputs, unless=unless)
@@ -294,7 +291,9 @@ class ParameterMonitor:
             return tuple(r for r in selected if choose is None or choose(r))
 
         self.measured.setdefault(rules or family, set()).update(tensors)
-        sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
+        sharded: frozenset[str] = frozenset()
+        if not are_plain(tensors.values()):
+            sharded = frozenset(filter(lambda name: is_sharded(tensors[name]), tensors))
         chosen = (rules, choose, sharded)
         return self._statistics.measure(family, tensors, select, chosen, reference=reference)
 
@@ -306,12 +305,13 @@ class ParameterMonitor:
             return
         for family, parts in squares.items():
             device = parts[0][1].device
-            names = tuple(name for some, _ in parts for name in some)
-            values = torch.cat([some.to(device, non_blocking=True) for _, some in parts])
+            names = tuple([name for some, _ in parts for name in some])
+            values = parts[0][1]
+            if len(parts) > 1:
+                values = torch.cat([some.to(device, non_blocking=True) for _, some in parts])
             norms = self._norms_of(family, names, device)
-            of_blocks = values.new_zeros(len(norms.keys) - 1)
-            of_blocks.index_add_(0, norms.places, values)
-            sums = torch.cat([values.sum().reshape(1), of_blocks])
+            of_blocks = values.new_zeros(len(norms.keys) - 1).index_add_(0, norms.places, values)
+            sums = torch.cat([values.sum(0, keepdim=True), of_blocks])
             collector.add_numbers(norms.keys, sums.sqrt_(), "norm")
 
     def _norms_of(self, family: str, names: Names, device: torch.device) -> _Norms:
