@@ -18,21 +18,16 @@ from tmm.core.dynamo_private import (
     InternalTorchDynamoError,
     callback_handler,
 )
-from tmm.core.families import (
-    ACTIVATION_DIFFERENCE,
-    BRANCH_FAMILIES,
-    families_of_outputs,
-)
-from tmm.core.module_names import display_name, unwrapped
+from tmm.core.families import BRANCH_FAMILIES
+from tmm.core.module_names import unwrapped
 from tmm.core.recorded_values import RecordError
 from tmm.core.records import Measurement, Site
 from tmm.core.replacement import Replacement
-from tmm.core.torch_private import current_graph_task_id
 from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.backend import MeasuredGraph, Scope
 from tmm.instrumentation.eager_backend import EagerAnswers
 from tmm.instrumentation.eager_rows import EagerRows
-from tmm.instrumentation.foreign import PASSED_BY, foreign_pass
+from tmm.instrumentation.foreign import PASSED_BY
 from tmm.instrumentation.gradient_hooks import GradientHooks
 from tmm.instrumentation.graph_breaks import GraphBreaks
 from tmm.instrumentation.handing_over import HandingOver
@@ -122,8 +117,6 @@ class Twin:
         self._evaluations = 0
         self._discarding = False
         self._is_unrecorded = False
-        self._matched: tuple[object, tuple[torch.nn.Module, ...]] = (None, ())
-        self._outside = OutsideCalls(self._shows_call, self._show_call)
         self._held = HeldByGraphs()
         self._handing_over = HandingOver(attribution, recorder)
         self._gradients = GradientHooks(
@@ -131,6 +124,12 @@ class Twin:
         )
         self.eager_rows = EagerRows(
             *(attribution, recorder, self._handing_over, lambda: self._is_discarding, self._watched)
+        )
+        self.outside = OutsideCalls(
+            *((root, *regions), attribution, recorder, self.eager_rows, self._gradients),
+            is_running=lambda: running_twin() is not None,
+            compares=lambda: self.comparing is not None,
+            note=self._note_outside,
         )
         self._hooks = ModuleHooks(
             *(self.attribution, self._enter_module, self._leave_module),
@@ -435,70 +434,16 @@ class Twin:
         if self._is_in_function():
             self.recorder.end_pass(output)
 
-    def _is_in_function(self) -> bool:
-        """Whether a step function is running, and no module that it calls."""
-        return len(self._frames) == self._function_depth and not self._discarding
-
-    # Calls past the forward of the model
-
-    def begin_step(self) -> None:
-        """Measure modules that are called by themselves from now on, too."""
-        regions = (self.root, *self.regions)
-        if self._matched[0] is not self.attribution.names:
-            # What torch.compile wraps is another object than its wrapper, and callable by itself.
-            own = {r.callee if r.holder is None else r.holder for r in regions}
-            names = self.attribution.names.items()
-            asked_for = (m for m, name in names if self.measures_output(display_name(name)))
-            self._matched = (self.attribution.names, tuple(m for m in asked_for if m not in own))
-        matched = self._matched[1]
-        if any(module._forward_hooks for module in matched):
-            # A program that the user compiled has guards on its modules with hooks of the user.
-            guarded = {
-                module
-                for region in regions
-                if region.settings is not None and not region.settings.traced_for
-                for module in _modules_in(region, self.attribution.root)
-                if module._forward_hooks
-            }
-            matched = tuple(module for module in matched if module not in guarded)
-        self._outside.begin(matched)
-
-    def end_step(self) -> None:
-        """Leave the modules as they were."""
-        self._outside.end()
-
-    def measures_output(self, name: str) -> bool:
-        """Whether a rule asks for the output of the module of that name, or for its gradient."""
-        dtypes = torch.float32, torch.complex64
-        families = *families_of_outputs(), GRADIENT
-        return any(self.plan.select(name, dtype, f) for dtype in dtypes for f in families)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _shows_call(self) -> bool:
-        return (
-            _running.get() is None
-            and self.recorder.is_monitoring()
-            and current_graph_task_id() == -1  # no repetition for a backward pass
-            and foreign_pass() is None
-        )
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _show_call(self, module: torch.nn.Module, output: object) -> None:
+    def _note_outside(self, module: torch.nn.Module) -> None:
+        """A module was called past the forward of the model."""
         if self.untraced is not None:
             self.untraced.note_call(module)
         else:
             self.eager_modules.setdefault(module, unwrapped(self.module))
-        with self.recorder.outside_pass(module, output):
-            self.eager_rows.measure(module, output)
-            if self.plan.spec.measures(GRADIENT):
-                self._gradients.probe(module, output)
-        name = self.attribution.name(module)
-        if self.comparing is not None and self.plan.select(
-            name, torch.float32, ACTIVATION_DIFFERENCE.name
-        ):
-            self.attribution.unmeasured[f"{name} against the reference"] = (
-                "it is called past the model's own forward, which the reference repeats"
-            )
+
+    def _is_in_function(self) -> bool:
+        """Whether a step function is running, and no module that it calls."""
+        return len(self._frames) == self._function_depth and not self._discarding
 
     # Measuring
 
@@ -588,9 +533,3 @@ def _fault_of_the_user(error: BaseException | None) -> Exception | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _modules_in(region: Region, root: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The modules that the program of a region may call; of a function, any of the model."""
-    callee: object = region.callee
-    return (callee if isinstance(callee, torch.nn.Module) else root).modules()

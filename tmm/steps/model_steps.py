@@ -98,7 +98,7 @@ class ModelSteps:
         collector.raises_clashes = self.gaps.are_raised
         self.recorder.recording = monitored
         if monitored:
-            self.twin.begin_step()
+            self.twin.outside.begin()
         return monitored
 
     def _leave_open_step(self, step: int) -> None:
@@ -297,4 +297,4 @@ class ModelSteps:
     def _close_step(self) -> None:
         self.recorder.recording = False
         self._open_block.nested.clear()
-        self.twin.end_step()
+        self.twin.outside.end()

@@ -35,7 +35,7 @@ def silent_modules(twin: Twin, had_gradient: HadGradient) -> dict[str, str]:
             continue
         if attribution.how_measured(module) or name in known or name in attribution.unmeasured:
             continue
-        if twin.measures_output(name):
+        if twin.outside.asks_for(name):
             found[name] = (
                 _UNSEEN if _was_used(twin, module, relative, had_gradient) else _NOT_CALLED
             )
