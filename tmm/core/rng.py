@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,7 @@ class PassState:
         return (
             any(tensor._version != version for tensor, version in self.versions)
             or any(parameter.grad is not None for parameter in self.without_gradient)
-            or any(id(buffer) not in known for buffer in _buffers_of(self.module))
+            or any(id(buffer) not in known for buffer in _buffers_in(modules_of(self.module)))
         )
 
 
@@ -96,31 +96,32 @@ class PassStates:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
-        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._owners: tuple[torch.nn.Module, ...] | None = None
 
     def capture(
         self, *, trains: bool, of_torch_only: bool = False, looks: bool = True
     ) -> PassState:
         """The state now; ``of_torch_only`` leaves out the generators of Python and NumPy.
 
-        Without ``looks`` the buffers are those of the last time: a pass that fails is not run once
-        more if there are others.
+        Without ``looks`` buffers are those of the modules that had some when somebody last looked:
+        a pass that fails is not run once more if there are others.
         """
-        if looks or self._buffers is None:
-            self._buffers = tuple(_buffers_of(self._module))
+        if looks or self._owners is None:
+            self._owners = tuple(part for part in modules_of(self._module) if part._buffers)
+        buffers = _buffers_in(self._owners)
         parameters = tuple(self._module.parameters()) if trains else ()
         gradients = [p.grad for p in parameters if p.grad is not None]
         return PassState(
             RandomState.capture(of_torch_only=of_torch_only),
             self._module,
-            tuple([(t, t._version) for t in (*self._buffers, *parameters, *gradients)]),
+            tuple([(t, t._version) for t in (*buffers, *parameters, *gradients)]),
             tuple([parameter for parameter in parameters if parameter.grad is None]),
         )
 
 
-def _buffers_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for part in modules_of(module):
-        for buffer in part._buffers.values():
+def _buffers_in(modules: Iterable[torch.nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        for buffer in module._buffers.values():
             if buffer is not None:
                 yield buffer
 

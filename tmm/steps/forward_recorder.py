@@ -248,8 +248,10 @@ class ForwardRecorder:
             except (TorchDynamoException, PassError) as error:
                 error.add_note(FAULT_OF_COMPILING)
                 raise
-        is_function = region.module is None
-        before = self.shared.states.capture(trains=is_function, of_torch_only=twin.is_whole)
+        is_function, is_whole = region.module is None, twin.is_whole
+        before = self.shared.states.capture(
+            trains=is_function, of_torch_only=is_whole, looks=not is_whole
+        )
         try:
             return twin.run(region, *args, **kwargs)
         except Exception as error:
