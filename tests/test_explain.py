@@ -270,7 +270,7 @@ def test_what_only_explains_does_not_break_a_step(
         raise AttributeError("no name")
 
     for name in ("node_lines", "runnable_code", "_extra_bytes", "end_of_graph"):
-        monkeypatch.setattr(f"tmm.instrumentation.backend.{name}", fails)
+        monkeypatch.setattr(f"tmm.instrumentation.graph_report.{name}", fails)
     monkeypatch.setattr("tmm.instrumentation.pass_trace.node_lines", fails)
     monkeypatch.setattr(tmm.Explanation, "__str__", fails)
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())

@@ -15,7 +15,7 @@ from torch import nn
 import tmm
 from tests.browser import REQUIRED, errors, open_browser, show_as
 from tests.lazily import Lazily
-from tmm.instrumentation.backend import GraphReport
+from tmm.instrumentation.graph_report import GraphReport
 from tmm.passes.graph.printer import NodeLine
 from tmm.steps.explanation import Explanation, ModuleReport, RuleReport
 from tmm.views.explain_page import page

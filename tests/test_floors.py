@@ -43,7 +43,6 @@ RANK = {folder: rank for rank, floor in enumerate(FLOORS) for folder in floor}
 LONG = {
     "tmm.core.metrics",
     "tmm.instrumentation.attribution",
-    "tmm.instrumentation.backend",
     "tmm.instrumentation.reference.follower",
     "tmm.instrumentation.twin",
     "tmm.instrumentation.untraced",

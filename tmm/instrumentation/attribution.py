@@ -40,9 +40,10 @@ from tmm.core.records import (
     Share,
     Site,
 )
-from tmm.instrumentation.backend import Comparison, MeasuredGraph, Scope
 from tmm.instrumentation.eager_shares import share_of_rows_outside, share_outside
+from tmm.instrumentation.measured_graph import MeasuredGraph
 from tmm.instrumentation.outputs import tensors_in
+from tmm.instrumentation.scope import Comparison, Scope
 from tmm.kernels.pairs import Normalization
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.graph.sharding import why_unsummed

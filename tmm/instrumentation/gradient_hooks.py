@@ -12,8 +12,8 @@ from tmm.core.autograd import Node, goes_on_to, is_in_autograd_function, nearest
 from tmm.core.metrics import Reduction
 from tmm.core.torch_private import is_batched
 from tmm.instrumentation.attribution import Attribution
-from tmm.instrumentation.backend import MeasuredGraph
 from tmm.instrumentation.handing_over import HandingOver
+from tmm.instrumentation.measured_graph import MeasuredGraph
 from tmm.instrumentation.outputs import tensors_in
 from tmm.instrumentation.recorder import GradientSink, Recorder
 from tmm.kernels.dense import packed_dtype

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from tmm.core.dynamo_private import GuardFilterEntry, innermost_fn, isolation_id
-from tmm.instrumentation.backend import Host, MeasuringBackend
+from tmm.instrumentation.backend import MeasuringBackend
 from tmm.instrumentation.compile_settings import HAS_ISOLATION, CompileSettings, compile_separately
 from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
+from tmm.instrumentation.measured_graph import Host
 from tmm.instrumentation.module_hooks import has_own_hooks, keep_guard
 from tmm.instrumentation.reference.batch_prefix import Sampling
 from tmm.instrumentation.regions import Region

@@ -24,7 +24,6 @@ from tmm.core.recorded_values import RecordError
 from tmm.core.records import Measurement, Site
 from tmm.core.replacement import Replacement
 from tmm.instrumentation.attribution import Attribution
-from tmm.instrumentation.backend import MeasuredGraph, Scope
 from tmm.instrumentation.eager_backend import EagerAnswers
 from tmm.instrumentation.eager_rows import EagerRows
 from tmm.instrumentation.foreign import PASSED_BY
@@ -32,6 +31,7 @@ from tmm.instrumentation.gradient_hooks import GradientHooks
 from tmm.instrumentation.graph_breaks import GraphBreaks
 from tmm.instrumentation.handing_over import HandingOver
 from tmm.instrumentation.held_by_graphs import HeldByGraphs
+from tmm.instrumentation.measured_graph import MeasuredGraph
 from tmm.instrumentation.module_hooks import ModuleHooks
 from tmm.instrumentation.notes import Notes
 from tmm.instrumentation.outside import OutsideCalls
@@ -40,6 +40,7 @@ from tmm.instrumentation.recorder import Recorder
 from tmm.instrumentation.reference.comparison import Comparing
 from tmm.instrumentation.region_programs import RegionPrograms, own_forward, runs_hooks_outside
 from tmm.instrumentation.regions import COMPILED_CALL, Region
+from tmm.instrumentation.scope import Scope
 from tmm.instrumentation.untraced import Untraced
 from tmm.kernels.dropped_rows import rows_dropped
 from tmm.kernels.fused.choose_lowering import Lowering

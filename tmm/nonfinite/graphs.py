@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from tmm.core.dynamo_private import GuardFilterEntry, aot_autograd, default_partition
-from tmm.instrumentation.backend import Handle
 from tmm.instrumentation.compile_settings import CompileSettings, compile_separately
+from tmm.instrumentation.handle import Handle
 from tmm.instrumentation.kept_by_dynamo import KeptByDynamo
 from tmm.nonfinite.places import counterparts, place_of_node
 from tmm.nonfinite.watcher import Watcher

@@ -39,8 +39,9 @@ def spread(output: torch.Tensor) -> torch.Tensor:
     """
     rows = output.detach().flatten(0, -2)
     rows = rows[:: -(-len(rows) // _ROWS)].to(packed_dtype(rows.device))
-    apart: torch.Tensor = torch.linalg.vector_norm(rows - rows.mean(0))
-    return apart / torch.linalg.vector_norm(rows)
+    apart, whole = (torch.linalg.vector_norm(x) for x in (rows - rows.mean(0), rows))
+    quotient: torch.Tensor = apart / whole
+    return quotient
 
 
 _SPREAD = function_reduction("spread", spread, "mean")

@@ -12,8 +12,8 @@ import torch
 from tmm.core.families import VALUE_FAMILY
 from tmm.core.keys import key_of
 from tmm.core.module_names import display_name
-from tmm.instrumentation.backend import GraphReport
 from tmm.instrumentation.compile_settings import settings_of
+from tmm.instrumentation.graph_report import GraphReport
 from tmm.instrumentation.twin import Twin
 from tmm.passes.graph.printer import site_label
 from tmm.spec.program_choice import ProgramChoice

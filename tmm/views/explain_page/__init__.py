@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from tmm.core.keys import key_of, parts_of
 from tmm.core.records import ROOT_NAME
-from tmm.instrumentation.backend import GraphReport
+from tmm.instrumentation.graph_report import GraphReport
 from tmm.passes.graph.printer import NodeLine
 
 if TYPE_CHECKING:
