@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import closing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core; torch reads it once
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # others have the other cores; torch reads it once
 
 os.environ["TMM_INDEX"] = ""  # what tests list leaves nothing in the home of who runs them
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from tests import truth_table
-from tests.interpreters import Interpreters, leave_guards_untimed
+from tests.interpreters import Interpreters, collect_garbage_seldom, leave_guards_untimed
 
 
 @pytest.hookimpl(trylast=True)
@@ -25,6 +27,7 @@ def pytest_collection_finish() -> None:
 
 
 leave_guards_untimed()
+collect_garbage_seldom()
 
 # Pytest gives a handler to each logger that does not propagate. With one, torch writes a trace of
 # each compilation, which takes long and which nobody reads.
