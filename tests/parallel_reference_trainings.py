@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,31 +98,46 @@ def other_decoder() -> dict[str, Tensor]:
     return {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in state.items()}
 
 
+Given = Callable[[], list[tuple[Tensor, Tensor]]]
+
+
+@cache
+def unmeasured(build: Callable[..., Case], given: Given, *how: Any) -> list[Any]:
+    """Losses and parameters without tmm, once for all that measure the same program."""
+    torch._dynamo.reset()
+    return train(build(*how), given(), None)[1]
+
+
 def both(
-    build: Callable[[], Case],
-    given: list[tuple[Tensor, Tensor]],
+    build: Callable[..., Case],
+    given: Given,
     reference: Any,
     rules: tuple[tmm.Rule, ...],
+    *how: Any,
+    reads_on: int | None = None,
     **options: Any,
 ) -> Metrics:
-    """Train without tmm and with it."""
+    """Train without tmm and with it; that rank reads a value, which changes none."""
+    plain = unmeasured(build, given, *how)
     torch._dynamo.reset()
-    _, plain = train(build(), given, None)
-    torch._dynamo.reset()
-    metrics, found = train(build(), given, spec(reference, *rules), **options)
+    case = build(*how)
+    if reads_on is not None:
+        reading(case, reads_on)
+    metrics, found = train(case, given(), spec(reference, *rules), **options)
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, all(map(torch.equal, plain, found)))
     return {**metrics, UNDISTURBED: {"ranks": everywhere}}
 
 
-def blocks(*, compiles: bool, reference: Any = "init") -> Metrics:
-    def build() -> Case:
-        model = net_in_parts()
-        called: Any = torch.compile(model, backend=BACKEND) if compiles else model
-        return of_net(model, called)
+def case_of_blocks(compiles: bool) -> Case:
+    model = net_in_parts()
+    called: Any = torch.compile(model, backend=BACKEND) if compiles else model
+    return of_net(model, called)
 
+
+def blocks(*, compiles: bool, reference: Any = "init") -> Metrics:
     alike = {ALIKE: "replicate"}
-    return both(build, floats_given(), reference, ALL, placements=alike)
+    return both(case_of_blocks, floats_given, reference, ALL, compiles, placements=alike)
 
 
 def saved(folder: Path) -> str:
@@ -141,22 +157,22 @@ def outside_of_graphs() -> Metrics:
         return of_net(model, model)
 
     alike = {ALIKE: "replicate"}
-    return both(build, floats_given(), other_state(), DIFFERENCES, placements=alike)
+    return both(build, floats_given, other_state(), DIFFERENCES, placements=alike)
+
+
+def case_in_sequence(kind: str) -> Case:
+    """Tensor and sequence parallel; compiled as a whole, block by block, or not at all."""
+    model = in_sequence(decoder(FULL), world())
+    called: Any = model
+    if kind == "whole":
+        called = torch.compile(model, backend=BACKEND)
+    elif kind == "blocks":
+        by_blocks(model)
+    return Case(model, called)
 
 
 def sequence(kind: str, rules: tuple[tmm.Rule, ...], reference: Any = "init") -> Metrics:
-    """Tensor and sequence parallel; compiled as a whole, block by block, or not at all."""
-
-    def build() -> Case:
-        model = in_sequence(decoder(FULL), world())
-        called: Any = model
-        if kind == "whole":
-            called = torch.compile(model, backend=BACKEND)
-        elif kind == "blocks":
-            by_blocks(model)
-        return Case(model, called)
-
-    return both(build, batches(), reference, rules)
+    return both(case_in_sequence, batches, reference, rules, kind)
 
 
 def gathered_output() -> Metrics:
@@ -168,22 +184,23 @@ def gathered_output() -> Metrics:
         parallelize_module(model, mesh, {"first": ColwiseParallel(output_layouts=Replicate())})
         return of_net(model, model)
 
-    return both(build, floats_given(), "init", (tmm.rcc(modules="first$"),))
+    return both(build, floats_given, "init", (tmm.rcc(modules="first$"),))
 
 
-def reads_on(rank: int) -> Metrics:
-    """Between graphs, one rank reads values, which ends the comparison there and not elsewhere."""
+def reading(case: Case, rank: int) -> None:
+    """One rank reads what the first layer gives."""
 
     def read(module: nn.Module, arguments: Any, output: Tensor) -> None:
         if dist.get_rank() == rank:
             output.sum().item()
 
-    def build() -> Case:
-        model = by_blocks(in_sequence(decoder(FULL), world()))
-        model.layers["0"].register_forward_hook(torch.compiler.disable(read))
-        return Case(model, model)
+    case.net.layers["0"].register_forward_hook(torch.compiler.disable(read))  # type: ignore[index, union-attr, operator]
 
-    return both(build, batches(), other_decoder(), DIFFERENCES)
+
+def reads_on(rank: int) -> Metrics:
+    """Between graphs, one rank reads values, which ends the comparison there and not elsewhere."""
+    given = other_decoder(), DIFFERENCES
+    return both(case_in_sequence, batches, *given, "blocks", reads_on=rank)
 
 
 def refused() -> Metrics:

@@ -18,6 +18,7 @@ import torch._inductor.config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.interpreters import Interpreters
 from tmm.core.inductor_private import cache_folder
 from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
 from tmm.kernels import build, kept_library
@@ -411,7 +412,9 @@ def test_rows_that_are_dropped_are_not_computed() -> None:
     assert summarize(x, columns).equal(known)
 
 
-def test_without_a_compiler_plain_operations_serve(tmp_path: Path) -> None:
+def test_without_a_compiler_plain_operations_serve(
+    tmp_path: Path, interpreters: Interpreters
+) -> None:
     code = """
 import warnings
 import torch
@@ -436,7 +439,8 @@ assert all("plain torch operations, which is slower" in text for text in said), 
 assert "measures attention" in said[0], said
 """
     folder = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **folder})
+    done = interpreters.run(code, environment={**os.environ, **folder})
+    assert done.returncode == 0, done.stderr
 
 
 def test_waiting_for_a_compilation_leaves_errors_and_ends_in_a_forked_child() -> None:
@@ -452,7 +456,9 @@ def test_waiting_for_a_compilation_leaves_errors_and_ends_in_a_forked_child() ->
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_compiler_that_fails_in_the_background_is_warned_of_once(tmp_path: Path) -> None:
+def test_a_compiler_that_fails_in_the_background_is_warned_of_once(
+    tmp_path: Path, interpreters: Interpreters
+) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\ntest "$1" = --version && exec g++ --version\nexit 1\n')
     compiler.chmod(0o755)
@@ -473,4 +479,5 @@ with warnings.catch_warnings(record=True) as caught:
 (warning,) = [w for w in caught if "plain torch operations" in str(w.message)]
 """
     folder = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **folder})
+    done = interpreters.run(code, environment={**os.environ, **folder})
+    assert done.returncode == 0, done.stderr

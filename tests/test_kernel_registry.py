@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.interpreters import Interpreters
 from tmm.kernels import kernel_registry
 from tmm.kernels.kernel_registry import (
     ANY,
@@ -71,7 +70,7 @@ def test_what_a_kernel_does_not_serve_is_left_to_the_next_one() -> None:
     assert torch.equal(rows, summarize_with_torch(x, ("sum",)))
 
 
-def test_what_is_chosen_without_a_compiler(tmp_path: Path) -> None:
+def test_what_is_chosen_without_a_compiler(tmp_path: Path, interpreters: Interpreters) -> None:
     code = """
 from torch._inductor import config
 config.cpp.cxx = ("no-such-compiler",)
@@ -80,10 +79,10 @@ print(*(chosen(operation, "cpu").language for operation in OPERATIONS))
 """
     folder = tmp_path / "cache"
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-c", code]
 
     def run() -> str:
-        done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+        done = interpreters.run(code, environment=environment)
+        assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     assert run() == "torch torch torch torch torch torch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -161,13 +162,18 @@ def kept_of(
     return keeping
 
 
+@cache
+def kept_unmeasured(model: str, *, dynamic: bool | None = None) -> Keeping:
+    """The same of the plain program: names and shapes, which no value of a parameter changes."""
+    return kept_of(MODELS[model](), None, dynamic=dynamic)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("model", MODELS)
 def test_what_is_kept_is_what_the_plain_program_keeps(model: str, spec: str) -> None:
-    module = MODELS[model]()
-    plain = kept_of(module, None)
+    plain = kept_unmeasured(model)
     assert plain.kept
-    assert kept_of(module, SPECS[spec]).kept == plain.kept
+    assert kept_of(MODELS[model](), SPECS[spec]).kept == plain.kept
 
 
 @pytest.mark.parametrize(
@@ -177,13 +183,13 @@ def test_what_is_kept_is_what_the_plain_program_keeps(model: str, spec: str) -> 
 )
 @pytest.mark.parametrize("model", ["blocks", "gated", "checkpointed"])
 def test_what_is_kept_with_other_measurements(model: str, options: dict[str, Any]) -> None:
-    module, dynamic = MODELS[model](), options.get("dynamic")
+    dynamic = options.get("dynamic")
     own = {name: value for name, value in options.items() if name == "lowering"}
     spec = SPECS["and gradients"]
     if options.get("reference"):
         spec = tmm.Spec(tmm.activation("rms"), tmm.activation_difference("norm"), reference="init")
-    plain = kept_of(module, None, dynamic=dynamic)
-    assert kept_of(module, spec, dynamic=dynamic, **own).kept == plain.kept
+    plain = kept_unmeasured(model, dynamic=dynamic)
+    assert kept_of(MODELS[model](), spec, dynamic=dynamic, **own).kept == plain.kept
 
 
 def test_what_is_kept_in_half_precision() -> None:
