@@ -27,7 +27,7 @@ class PathRun:
     """
 
     def __init__(self, path: Path, *, resume: bool, rank: int | None = None) -> None:
-        claimed = claim(path, resume=resume)
+        claimed = claim(path.absolute(), resume=resume)  # the program may go to another folder
         self.notice = claimed.notice
         self._close_at_exit = AtExit()
         held = HeldFolder(claimed.path, claimed.lock)
