@@ -131,7 +131,7 @@ def _place(
     example = value_of(tensor)
     site = site_of(mark, request.modules) if mark.target is tap else None
     requires_grad, is_grad_enabled = mark.args[2:] or (example.requires_grad, True)
-    if site is None or not requires_grad or why_unmeasurable(example) or example.is_nested:
+    if site is None or not requires_grad or why_unmeasurable(example):
         return None
     if mark.meta.get(_PROBED):
         return None

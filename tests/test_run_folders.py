@@ -554,7 +554,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_of_a_program_that_goes_to_another_folder(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sinks: list[Any] = ["csv", tmm.sinks.JSONLinesSink("lines.jsonl"), tmm.sinks.TensorBoardSink("board")]
+    sinks: list[Any] = [
+        "csv",
+        tmm.sinks.JSONLinesSink("lines.jsonl"),
+        tmm.sinks.TensorBoardSink("board"),
+    ]
     run = start(Path("runs"), sinks=sinks)
     model = run.watch(network(), tmm.Spec(tmm.activation("rms"), every=1))
     for step in range(4):
@@ -614,9 +618,7 @@ def test_a_run_at_a_path_of_a_program_that_goes_to_another_folder(
         assert list((here / "trace").iterdir())
 
 
-def test_a_run_is_read_where_it_was_found(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_read_where_it_was_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(Path("example"), range(2))
     with tmm.open_run("example") as run:
         monkeypatch.chdir(elsewhere)
