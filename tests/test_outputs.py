@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -188,6 +189,42 @@ def test_gradients_of_jagged_tensors(how: str, backend: str | None) -> None:
             largest = sum(float(g.abs().amax()) for g in found) / len(found)
             assert got[f"{key}/largest"] == pytest.approx(largest, rel=1e-5)
     assert tmm.explain(model).unmeasured == {}
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("how", ["returned", "transposed", "checkpointed"])
+@pytest.mark.filterwarnings("ignore")
+def test_jagged_tensors_are_compared_with_a_reference(how: str, backend: str | None) -> None:
+    """In graphs; between them a warning says that they are not followed."""
+    torch._dynamo.reset()
+    net = Ragged(how)
+    first = copy.deepcopy(net)
+    spec = tmm.Spec(
+        tmm.activation_difference("norm", "cosine", least=lambda a, b: (a - b).abs().amin()),
+        tmm.rcc(modules="linear"),
+        reference="init",
+    )
+    callee = net if backend is None else torch.compile(net, backend=backend)
+    model = tmm.instrument(callee, spec)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    given = [torch.randn(length, 8) for length in (3, 1, 4)]
+    with tmm.monitor(model).step(0):
+        model(torch.nested.nested_tensor(given, layout=torch.jagged)).values().sum().backward()
+    got = tmm.monitor(model).get_step_metrics()
+    x = y = torch.cat(given)
+    own = first.linear.weight
+    changed = (x @ (net.linear.weight - own).T + net.linear.bias - first.linear.bias).norm(dim=-1)
+    key = "RCC (W_t-W_0)x_t/linear/l2norm"
+    assert got[key] == pytest.approx(float(changed.mean()), rel=1e-4)
+    for name in ("linear", "norm", "gelu"):
+        x, y = getattr(net, name)(x), getattr(first, name)(y)
+        key = f"activation_difference/{name}"
+        assert got[f"{key}/norm"] == pytest.approx(float((x - y).norm()), rel=1e-4)
+        assert got[f"{key}/least"] == pytest.approx(float((x - y).abs().amin()), abs=1e-5)
+        cosine = torch.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+        assert got[f"{key}/cosine"] == pytest.approx(float(cosine), rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
