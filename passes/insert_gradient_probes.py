@@ -10,8 +10,8 @@ from torch.fx import GraphModule, Node
 from tmm.core.metrics import Reduction
 from tmm.core.records import Share
 from tmm.core.torch_private import FakeTensor
-from tmm.kernels.fused.choose_lowering import fused_row
-from tmm.kernels.fused.row_partials import FusedRow, Rows
+from tmm.kernels.fused.choose_lowering import Lowering, fused_row
+from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
 from tmm.kernels.ops import tap
 from tmm.kernels.unreadable import why_unmeasurable
 from tmm.passes.findings import GraphFindings
@@ -131,7 +131,7 @@ def _place(
     example = value_of(tensor)
     site = site_of(mark, request.modules) if mark.target is tap else None
     requires_grad, is_grad_enabled = mark.args[2:] or (example.requires_grad, True)
-    if site is None or not requires_grad or why_unmeasurable(example) or example.is_nested:
+    if site is None or not requires_grad or why_unmeasurable(example):
         return None
     if mark.meta.get(_PROBED):
         return None
@@ -211,7 +211,18 @@ def _fused(
         return "a histogram"
     if any(not isinstance(size, int) for size in example.shape):
         return "its sizes change"  # the stand-ins for its partials are made before it is
-    return fused_row(example, reduction.columns, example.numel(), request.lowering)
+    is_apart = request.lowering == "auto" and _stays_unwritten(example)
+    lowering: Lowering = "fused" if is_apart else request.lowering
+    return fused_row(example, reduction.columns, example.numel(), lowering)
+
+
+def _stays_unwritten(example: torch.Tensor) -> bool:
+    """Whether a gradient is better not written to memory for an operator.
+
+    Inductor (torch 2.13, AVX-512) sums an image in half precision that is written contiguously,
+    beside one with channels last, to NaN: parameters of a batch norm got such gradients.
+    """
+    return example.device.type == "cpu" and example.dtype in HALF and example.dim() >= 4
 
 
 def _first(rows: torch.Tensor) -> torch.Tensor:

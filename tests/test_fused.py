@@ -521,3 +521,53 @@ def test_explain_says_how_each_site_is_measured() -> None:
     (graph,) = explanation.graphs
     assert NAME in graph.diff
     assert "merge" in graph.diff
+
+
+class Images(nn.Module):
+    """The beginning of a ResNet. Its convolutions get channels last under Inductor."""
+
+    def __init__(self, width: int, *, inplace: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace)
+        self.pool, self.last = nn.MaxPool2d(2), nn.Conv2d(width, 48, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.last(self.pool(self.relu(self.norm(self.stem(x)))))
+        return output.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "inplace"),
+    [(torch.bfloat16, 32, True), (torch.bfloat16, 64, False), (torch.float16, 32, False)],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_images_in_half_precision(
+    dtype: torch.dtype, width: int, *, inplace: bool
+) -> None:
+    """Written down for an operator, they made Inductor's sums NaN, and so the training."""
+    torch.manual_seed(0)
+    net, x = Images(width, inplace=inplace), torch.randn(4, 3, 16, 16)
+    plain, gradients = copy.deepcopy(net), {}
+
+    def step(callee: Callable[..., torch.Tensor]) -> None:
+        with torch.autocast("cpu", dtype=dtype):
+            loss = callee(x).float().square().mean()
+        loss.backward()
+
+    def see(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradients.update(norm=gradient.float()))
+
+    plain.norm.register_forward_hook(see)
+    step(plain)
+    torch._dynamo.reset()
+    model = tmm.instrument(torch.compile(net), tmm.Spec(tmm.activation_gradient("rms")))
+    with tmm.monitor(model).step(0):
+        step(model)
+    rms = float(gradients["norm"].square().mean().sqrt())
+    got = tmm.monitor(model).get_step_metrics()["activation_gradient/norm/rms"]
+    assert got == pytest.approx(rms, rel=0.02)
+    for own, other in zip(net.parameters(), plain.parameters(), strict=True):
+        assert own.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(own.grad, other.grad, rtol=0.05, atol=1e-3)

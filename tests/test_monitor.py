@@ -264,6 +264,28 @@ def test_what_cannot_be_logged_is_named(
         log(monitor)
 
 
+@pytest.mark.parametrize("made", ["jagged", "with holes", "strided", "empty"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_all_elements_of_nested_tensors_are_logged(made: str) -> None:
+    """And none of what lies between them."""
+    rows = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    if made == "with holes":
+        values, offsets = torch.tensor([1.0, 2.0, 9.0, 3.0]), torch.tensor([0, 3, 4])
+        nested = torch.nested.nested_tensor_from_jagged(
+            values[:, None], offsets, lengths=torch.tensor([2, 1])
+        )
+    else:
+        layout = torch.jagged if made == "jagged" else torch.strided
+        nested = torch.nested.nested_tensor([] if made == "empty" else rows, layout=layout)
+    model = tmm.instrument(nn.Linear(1, 1), tmm.Spec(tmm.activation("rms")))
+    monitor = tmm.monitor(model)
+    with monitor.step(0):
+        model(torch.ones(1))
+        monitor.log_tensor("lengths", nested, "sum")
+        monitor.log_tensor("lengths", torch.tensor([10.0]), "sum")
+    assert monitor.get_step_metrics()["lengths"] == (10.0 if made == "empty" else 16.0)
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 def test_sparse_tensors_count_as_dense_ones(layout: torch.layout) -> None:
     _, monitor = instrumented()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tmm
 from tmm.instrumentation.outputs import tensors_in
@@ -124,6 +126,129 @@ def to_sparse(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def jagged(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
     output: torch.Tensor = fc(torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged))
     return output.values()
+
+
+class Same(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class Ragged(nn.Module):
+    """Works on sequences of different lengths; ``how`` they go through its layers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.norm, self.gelu = nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()
+        self.how = how
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.gelu(self.norm(self.linear(x)))
+        return output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "checkpointed":
+            return checkpoint(self.layers, x, use_reentrant=False)  # type: ignore[no-any-return]
+        y = self.layers(x)
+        if self.how == "called twice":
+            y = self.layers(y)
+        if self.how == "overwritten":
+            y = y.mul_(2)
+        return y if self.how == "returned" else y.transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "how", ["returned", "transposed", "checkpointed", "called twice", "overwritten"]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_jagged_tensors(how: str, backend: str | None) -> None:
+    torch._dynamo.reset()
+    net = Ragged(how)
+    spec = tmm.Spec(tmm.activation_gradient("norm", "histogram", largest=lambda g: g.abs().amax()))
+    callee = net if backend is None else torch.compile(net, backend=backend)
+    model = tmm.instrument(callee, spec)
+    monitor = tmm.monitor(model)
+    for step, lengths in enumerate([(3, 1, 4), (2, 5)]):
+        given = [torch.randn(length, 8) for length in lengths]
+        jagged = torch.nested.nested_tensor(given, layout=torch.jagged)
+        with monitor.step(step):
+            model(jagged).values().square().sum().backward()
+        got = monitor.get_step_metrics()
+        gradients: dict[str, list[torch.Tensor]] = {}
+        y = torch.cat(given)
+        for _ in range(1 + (how == "called twice")):
+            for name in ("linear", "norm", "gelu"):
+                y = getattr(net, name)(y)
+                y.register_hook(gradients.setdefault(name, []).append)
+        (y * (2 if how == "overwritten" else 1)).square().sum().backward()
+        for name, found in gradients.items():
+            all_of_it = torch.cat(found)
+            key = f"activation_gradient/{name}"
+            assert got[f"{key}/norm"] == pytest.approx(float(all_of_it.norm()), rel=1e-5)
+            assert got[f"{key}/histogram"].sum() == all_of_it.numel()
+            largest = sum(float(g.abs().amax()) for g in found) / len(found)
+            assert got[f"{key}/largest"] == pytest.approx(largest, rel=1e-5)
+    assert tmm.explain(model).unmeasured == {}
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("how", ["returned", "transposed", "checkpointed"])
+@pytest.mark.filterwarnings("ignore")
+def test_jagged_tensors_are_compared_with_a_reference(how: str, backend: str | None) -> None:
+    """In graphs; between them a warning says that they are not followed."""
+    torch._dynamo.reset()
+    net = Ragged(how)
+    first = copy.deepcopy(net)
+    spec = tmm.Spec(
+        tmm.activation_difference("norm", "cosine", least=lambda a, b: (a - b).abs().amin()),
+        tmm.rcc(modules="linear"),
+        reference="init",
+    )
+    callee = net if backend is None else torch.compile(net, backend=backend)
+    model = tmm.instrument(callee, spec)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    given = [torch.randn(length, 8) for length in (3, 1, 4)]
+    with tmm.monitor(model).step(0):
+        model(torch.nested.nested_tensor(given, layout=torch.jagged)).values().sum().backward()
+    got = tmm.monitor(model).get_step_metrics()
+    x = y = torch.cat(given)
+    own = first.linear.weight
+    changed = (x @ (net.linear.weight - own).T + net.linear.bias - first.linear.bias).norm(dim=-1)
+    key = "RCC (W_t-W_0)x_t/linear/l2norm"
+    assert got[key] == pytest.approx(float(changed.mean()), rel=1e-4)
+    for name in ("linear", "norm", "gelu"):
+        x, y = getattr(net, name)(x), getattr(first, name)(y)
+        key = f"activation_difference/{name}"
+        assert got[f"{key}/norm"] == pytest.approx(float((x - y).norm()), rel=1e-4)
+        assert got[f"{key}/least"] == pytest.approx(float((x - y).abs().amin()), abs=1e-5)
+        cosine = torch.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+        assert got[f"{key}/cosine"] == pytest.approx(float(cosine), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("made", ["narrowed", "of lengths"])
+@pytest.mark.filterwarnings("ignore")
+def test_jagged_tensors_with_holes_are_named(made: str, backend: str | None) -> None:
+    """What lies between their rows is none of theirs."""
+    torch._dynamo.reset()
+    net, starts, lengths = Same(), torch.tensor([0, 2]), torch.tensor([1, 3])
+    x = torch.randn(2, 6, 4)
+    if made == "narrowed":
+        given = torch.nested.narrow(x, 1, starts, lengths, layout=torch.jagged)
+    else:
+        offsets = torch.tensor([0, 2, 6])
+        given = torch.nested.nested_tensor_from_jagged(x[0], offsets, lengths=lengths)
+    model = tmm.instrument(
+        net if backend is None else torch.compile(net, backend=backend),
+        tmm.Spec(tmm.activation("norm"), diagnosis=True),
+    )
+    with tmm.monitor(model).step(0):
+        model(given)
+    found = tmm.monitor(model).get_step_metrics()
+    assert not [key for key in found if key.startswith(("activation", "model_input"))]
+    assert "holes" in tmm.explain(model).unmeasured["[root module]"]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -539,6 +539,95 @@ def test_a_folder_that_vanishes_before_the_end(tmp_path: Path) -> None:
     assert run.is_finished
 
 
+# Programs that go to another folder
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program is in the folder ``here``; gives where it may go to."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "elsewhere"
+
+
+def test_a_run_of_a_program_that_goes_to_another_folder(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinks: list[Any] = [
+        "csv",
+        tmm.sinks.JSONLinesSink("lines.jsonl"),
+        tmm.sinks.TensorBoardSink("board"),
+    ]
+    run = start(Path("runs"), sinks=sinks)
+    model = run.watch(network(), tmm.Spec(tmm.activation("rms"), every=1))
+    for step in range(4):
+        model(X)
+        run.log_samples(step, {"text": "a"})
+        run.step()
+        if step == 1:
+            monkeypatch.chdir(elsewhere)
+    run.finish()
+    here = elsewhere.with_name("here")
+    assert run.path.is_relative_to(here / "runs")
+    assert sorted(rms(run.path)) == [0, 1, 2, 3]
+    assert find_run(run.path).status == "finished"
+    with tmm.open_run(run.path) as recorded:
+        assert recorded.sample_steps == [0, 1, 2, 3]
+        assert "activation" in recorded.text("explain.txt")
+    assert "\n3,activation" in (run.path / "values.csv").read_text()
+    assert len((here / "lines.jsonl").read_text().splitlines()) == 4
+    assert list((here / "board").iterdir())
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_run_that_is_resumed_and_goes_to_another_folder(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(Path("runs"), name="first")
+    first.log({"loss": 1.0})
+    first.finish()
+    run = start(Path("runs"), resume="first")
+    run.log({"loss": 2.0})
+    run.step()
+    monkeypatch.chdir(elsewhere)
+    run.log({"loss": 3.0})
+    run.finish()
+    with tmm.open_run(first.path) as recorded:
+        assert recorded.series("loss")[1].tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"trace": "trace"}])
+def test_a_run_at_a_path_of_a_program_that_goes_to_another_folder(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    if options.get("resume"):
+        record(Path("example"), range(1))
+    compiled = torch.compile(network(), backend="eager")
+    model = tmm.instrument(compiled, RMS, run="example", **options)
+    monkeypatch.chdir(elsewhere)
+    for step in range(1, 3):
+        with tmm.monitor(model).step(step):
+            model(X)
+    here = elsewhere.with_name("here")
+    assert tmm.monitor(model).path == here / "example"
+    tmm.remove(model)
+    assert sorted(rms(here / "example"))[-2:] == [1, 2]
+    assert not list(elsewhere.iterdir())
+    if "trace" in options:
+        assert list((here / "trace").iterdir())
+
+
+def test_a_run_is_read_where_it_was_found(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(Path("example"), range(2))
+    with tmm.open_run("example") as run:
+        monkeypatch.chdir(elsewhere)
+        assert run.series("activation/[root module]/rms")[1].tolist() == [3.0, 3.0]
+        assert run.state is not None
+        assert "activation" in run.text("explain.txt")
+        assert run.path == elsewhere.with_name("here") / "example"
+
+
 # Full disks
 
 

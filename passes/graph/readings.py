@@ -11,14 +11,14 @@ from torch.fx import GraphModule, Node
 from tmm.kernels.ops import REDUCTIONS, summarize_into
 from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.graph.provenance import all_nodes
-from tmm.passes.graph.values import value_of
+from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.metrics.gradient_probe import probe
 
 
 def hinted_elements(example: torch.Tensor) -> int:
     """Elements of a traced tensor; dynamic dimensions have the size that they had in the trace."""
     elements = 1
-    for size in example.shape:
+    for size in (local_example(example) if example.is_nested else example).shape:
         hint = size.node.hint if isinstance(size, torch.SymInt) else size
         elements *= int(hint or 0)
     return elements

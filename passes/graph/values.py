@@ -21,11 +21,16 @@ def value_of(node: Node) -> Any:
 
 
 def local_example(example: Any) -> Any:
-    """What this rank has of a traced ``DTensor``; anything else as it is."""
-    if not isinstance(example, DTensor):
-        return example
+    """What this rank has of a traced ``DTensor``, or the values of a jagged tensor.
+
+    Anything else comes as it is.
+    """
     with torch.no_grad():
-        return example.to_local()
+        if isinstance(example, DTensor):
+            return example.to_local()
+        if isinstance(example, torch.Tensor) and example.layout is torch.jagged:
+            return example.values()
+    return example
 
 
 def has_value(node: Node) -> bool:

@@ -17,7 +17,7 @@ from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.graph.sharding import of_gradient
 from tmm.passes.metrics.trace import TracedFunction
 
-VERSION = "5"
+VERSION = "6"
 """To be changed with what a probe computes: compiled graphs with probes are cached."""
 
 Fused: TypeAlias = tuple[list[int], int, str, bool] | Literal["together"] | None
@@ -113,11 +113,11 @@ class _Options:
     def rows_of(
         self, gradient: torch.Tensor, factor: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        measured = gradient
+        measured = gradient.values() if gradient.is_nested else gradient
         if factor is not None:
             # Half precision would underflow.
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            measured = gradient.to(wide) * factor.to(wide)
+            wide = torch.promote_types(measured.dtype, torch.float32)
+            measured = measured.to(wide) * factor.to(wide)
         functions = self.functions or (None,) * len(self.columns)
         rows = []
         for columns, fused, function in zip(self.columns, self.fused, functions, strict=True):

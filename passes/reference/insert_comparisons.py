@@ -218,7 +218,11 @@ class _Place:
 
 
 def _local(at: Rewriter, tensor: Node) -> Node:
-    return at.call("to_local", tensor) if is_distributed(value_of(tensor)) else tensor
+    """What this rank has of a tensor, and the values of a jagged one."""
+    example = value_of(tensor)
+    if is_distributed(example):
+        return at.call("to_local", tensor)
+    return at.call("values", tensor) if example.is_nested else tensor
 
 
 def _one_after_the_other(own: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class RunReader(KnownKeys):
     """
 
     def __init__(self, path: str | os.PathLike[str], rank: int | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # it reads later, too, when the program may be elsewhere
         self.rank = rank
         if not self.path.is_dir():
             raise FileNotFoundError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tmm.core.torch_private import is_batched
@@ -10,7 +12,7 @@ from tmm.core.torch_private import is_batched
 def why_unmeasurable(tensor: torch.Tensor) -> str | None:
     """Why an output has no rows, in a few words; None for one that has.
 
-    Of a nested tensor with jagged layout the values are measured.
+    Of a nested tensor with jagged layout the values are measured, where they are its elements.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return f"{str(tensor.dtype).removeprefix('torch.')} output"
@@ -26,4 +28,12 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
     ):
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         return f"{kind} output"
+    if tensor.layout is torch.jagged and _has_holes(tensor):
+        return "nested output with holes, whose values hold more than its elements"
     return None
+
+
+def _has_holes(jagged: torch.Tensor) -> bool:
+    """Whether rows are shorter than the pieces of its values, as those of a narrowed tensor."""
+    lengths: Callable[[], torch.Tensor | None] = jagged.lengths  # type: ignore[attr-defined]
+    return lengths() is not None

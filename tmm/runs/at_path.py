@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tmm.core.metrics import HISTOGRAM_EDGES
-from tmm.runs.claim import claim
+from tmm.runs.claim import check_is_here, claim
 from tmm.runs.held import HeldFolder
 from tmm.runtime.store.run_writer import RunWriter
 from tmm.spec.environment import describe_environment
@@ -27,7 +27,8 @@ class PathRun:
     """
 
     def __init__(self, path: Path, *, resume: bool, rank: int | None = None) -> None:
-        claimed = claim(path, resume=resume)
+        check_is_here(path, "run")
+        claimed = claim(path.absolute(), resume=resume)  # the program may go to another folder
         self.notice = claimed.notice
         self._close_at_exit = AtExit()
         held = HeldFolder(claimed.path, claimed.lock)

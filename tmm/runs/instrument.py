@@ -173,7 +173,7 @@ def instrument(
     with _on_all_ranks(group_of_all if joins else None):
         plan = plan_of(measured, spec)
         reference = load_reference(measured, plan, spec.reference, is_joined=joins)
-        trace_folder = None if trace is None else TraceFolder(Path(trace))
+        trace_folder = None if trace is None else TraceFolder(Path(trace).absolute())
         check_placements(placements, plan.modules)
         if joins:
             check_distributed(measured)
@@ -204,7 +204,7 @@ def instrument(
                 timeline = StepTimeline(registry, listener=RankClock())
                 recording = Recording(timeline, own.writer, own.earlier)
             elif run is not None and place.rank > 0:
-                writer = SilentWriter(Path(run))  # type: ignore[arg-type]
+                writer = SilentWriter(Path(run).absolute())  # type: ignore[arg-type]
                 recording = Recording(StepTimeline(registry), writer)
             elif run is not None:
                 own = PathRun(Path(run), resume=resume)  # type: ignore[arg-type]

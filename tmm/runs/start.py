@@ -78,12 +78,13 @@ def start_run(
     if step is not None and step < 0:
         raise ValueError(f"step={step} is negative")
     check_is_here(root, "root")
+    root = Path(root).absolute()  # the program may go to another folder while it trains
     if (rank := other_rank()) is not None:
-        return _silent(Path(root) / project / f"rank-{rank}", project, step or 0)
+        return _silent(root / project / f"rank-{rank}", project, step or 0)
     found = find_sinks(sinks)
     if resume is not None:
-        return _resumed(Path(root), resume, step, system_seconds, found)
-    folder = Path(root) / _checked_project(project) / _new_id()
+        return _resumed(root, resume, step, system_seconds, found)
+    folder = root / _checked_project(project) / _new_id()
     tags = _checked_tags(tags)
     if system_seconds is not None and not isinstance(system_seconds, (int, float)):
         raise TypeError(f"system_seconds={system_seconds!r} is not a number of seconds")

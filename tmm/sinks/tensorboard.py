@@ -40,7 +40,9 @@ class TensorBoardSink:
 
     def open(self, run: RunInfo) -> OpenTensorBoard:
         """Start to write; raises ImportError and OSError."""
-        return OpenTensorBoard(Path(self.folder or run.path / "tensorboard"), self.keys, run)
+        return OpenTensorBoard(
+            Path(self.folder or run.path / "tensorboard").absolute(), self.keys, run
+        )
 
 
 class OpenTensorBoard:

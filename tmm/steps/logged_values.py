@@ -50,7 +50,10 @@ def real_values(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_meta or tensor.is_quantized:
         kind = "on the meta device" if tensor.is_meta else "quantized"
         raise ValueError(f"{caller}({key!r}): the value is {kind}; log one with numbers in memory")
-    if tensor.layout not in (torch.strided, torch.jagged):
+    if tensor.is_nested:
+        parts = tensor.unbind()  # its values may hold more than its elements
+        return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
+    if tensor.layout is not torch.strided:
         return tensor.to_dense()
     return tensor
 
