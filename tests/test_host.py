@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.interpreters import Interpreters
 from tmm.core.inductor_private import cache_folder
-from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS
+from tmm.core.metrics import PAIR_COLUMNS, TENSOR_COLUMNS, builtin_reductions, finalize
 from tmm.kernels import build, kept_library
 from tmm.kernels.build import _Started
 from tmm.kernels.dropped_rows import rows_dropped
@@ -225,6 +225,20 @@ def test_an_error_of_what_is_left_to_python_keeps_its_message() -> None:
     summarize(torch.ones(1), "count")
     with pytest.raises(RuntimeError, match="not in tuple"):
         summarize(torch.ones(1, dtype=torch.int64), "count,median")
+
+
+@pytest.mark.parametrize("size", [2, 1_000, 9_000, 100_000])
+def test_squares_beyond_the_range_of_float64(size: int) -> None:
+    signs = torch.ones(size, dtype=torch.float64)
+    signs[::2] = -1
+    for centre in (0.0, 3e200):
+        got = row_of(signs * 1e200 + centre)
+        assert got["moment2"] == got["sum_squares"] == np.inf
+        assert got["mean"] == pytest.approx(centre, abs=1e188)
+        assert got["absmax"] == pytest.approx(1e200 + centre)
+        std = builtin_reductions(("std",), is_complex=False)[0]
+        rows = np.array([[got[column] for column in std.columns]])
+        assert finalize(std, rows)[0, 0] == np.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -516,6 +516,27 @@ def test_a_folder_that_vanishes_is_noticed_at_the_next_step(tmp_path: Path, way:
     assert path.exists() == (way == "replaced")
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
+def test_a_file_that_is_cut_off_is_noticed_at_the_next_step(tmp_path: Path, kept: float) -> None:
+    """HDF5 would go on to write where its file ends no longer."""
+    model = tmm.instrument(network(), RMS, run=tmp_path / "r")
+    monitor = tmm.monitor(model)
+    for step in range(2):
+        with monitor.step(step):
+            model(X)
+    (path,) = (tmp_path / "r").glob("*.h5")
+    os.truncate(path, int(kept * path.stat().st_size))
+    size = path.stat().st_size
+    with pytest.raises(OSError, match="was cut off while it was recorded") as raised:
+        with monitor.step(2):
+            model(X)
+        with monitor.step(3):
+            model(X)
+    assert "step 2" in str(raised.value)
+    tmm.remove(model)
+    assert path.stat().st_size == size
+
+
 def test_a_folder_that_vanishes_from_a_run_of_start_run(tmp_path: Path) -> None:
     run = start(tmp_path)
     run.log({"loss": 1.0})

@@ -77,6 +77,7 @@ class SegmentWriter:
             self._file.flush()
             temporary.rename(self.path)
             self._links = os.fstat(self._descriptor).st_nlink  # some file systems count none
+            self._size = 0  # when the last step was written
         except Exception as error:  # HDF5 reports a failing disk under many classes
             self.abandon()
             with suppress(OSError):  # the first error says why
@@ -101,12 +102,11 @@ class SegmentWriter:
         """
         if self._descriptor < 0:
             raise OSError(errno.EBADF, f"cannot write step {record.step}: {self.path} is closed")
-        if not self._is_in_place():
+        if (what := self._what_happened()) is not None:
             self.abandon()
             raise OSError(
                 errno.ENOENT,
-                f"cannot write step {record.step}: {self.path} was deleted or moved while it was"
-                " recorded",
+                f"cannot write step {record.step}: {self.path} was {what} while it was recorded",
             )
         if not -(2**63) <= record.step < 2**63:
             raise ValueError(f"step {record.step} does not fit in 64 bits")
@@ -117,15 +117,19 @@ class SegmentWriter:
         self._check_keys(record)
         try:
             self._append(record, scalars, histograms)
+            self._size = os.fstat(self._descriptor).st_size
         except Exception as error:  # as above
             self.abandon()
             message = f"cannot write step {record.step} to {self.path}"
             raise _storage_error(message, error) from error
 
-    def _is_in_place(self) -> bool:
-        """Whether others find the file: what is written to one that was deleted is lost."""
-        links = os.fstat(self._descriptor).st_nlink
-        return (links > 0 or links == self._links) and os.path.exists(self.path)
+    def _what_happened(self) -> str | None:
+        """What somebody did to the file, so that what is written to it is lost; None if nothing."""
+        status = os.fstat(self._descriptor)
+        is_linked = status.st_nlink > 0 or status.st_nlink == self._links
+        if not (is_linked and os.path.exists(self.path)):
+            return "deleted or moved"
+        return "cut off" if status.st_size < self._size else None
 
     def _check_keys(self, record: StepRecord) -> None:
         if self._scalars.knows(record.scalars) and self._histograms.knows(record.histograms):

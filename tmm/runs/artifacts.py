@@ -128,7 +128,7 @@ _TEXT, _ARRAY = "text:", "array:"
 
 def _entry(name: object, value: object) -> tuple[str, _Array]:
     if not isinstance(name, str) or not name:
-        raise ValueError(f"log_samples: the name {name!r} is not text")
+        raise ValueError(f"log_samples: the name {name!r} is not text, or empty")
     escaped = name.replace("%", "%25").replace("/", "%2F")
     if isinstance(value, str):
         return _TEXT + escaped, np.frombuffer(value.encode("utf-8", "surrogatepass"), np.uint8)

@@ -116,7 +116,7 @@ class _Numbers:
             except UnicodeEncodeError as error:
                 raise ValueError(
                     f"the key {key!r} is no Unicode text, as which {name} holds keys; export as"
-                    " hdf5, or leave it out by pattern="
+                    " hdf5, or leave it out by pattern= (--key of `tmm runs export`)"
                 ) from error
 
 

@@ -26,7 +26,7 @@ def numbers_in(
         raise TypeError(f"log({values!r}): give a dictionary, such as {{'loss': 0.5}}")
     for key, value in values.items():
         if not isinstance(key, str) or not key:
-            raise ValueError(f"log: the key {key!r} is not text")
+            raise ValueError(f"log: the key {key!r} is not text, or empty")
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and prefix.count("/") > _MOST_LEVELS:
             raise ValueError(f"log: {name[:40]!r}... is nested too deeply, or holds itself")

@@ -13,7 +13,7 @@ from tmm.steps.timeline import StepTimeline
 def check_logged(caller: str, key: object, aggregate: object) -> None:
     """Raise ``ValueError`` for a key or an aggregate under which nothing can be logged."""
     if not isinstance(key, str) or not key:
-        raise ValueError(f"{caller}: the key {key!r} is not text")
+        raise ValueError(f"{caller}: the key {key!r} is not text, or empty")
     if not callable(aggregate) and aggregate not in AGGREGATE_NAMES:
         raise ValueError(
             f"{caller}({key!r}): aggregate={aggregate!r} is neither callable nor one of"

@@ -115,6 +115,10 @@ Needs needs_of(int64_t columns, const int64_t* order) {
 // arbitrary-order statistical moments", eq. 2.1.
 void merge(Row& left, const Row& right) {
   if (right.count == 0) return;
+  if (left.count == 0) {  // a difference to nothing, whose square may overflow, has no weight
+    left = right;
+    return;
+  }
   const double count = left.count + right.count;
   const double delta = right.mean - left.mean, square = delta * delta;
   const double b = right.count / count, a = 1 - b, cross = left.count * b;
