@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from tmm.core.metrics import Reduction
 from tmm.core.records import Share
 from tmm.core.torch_private import FakeTensor
-from tmm.kernels.fused.choose_lowering import Lowering, fused_row
+from tmm.kernels.fused.choose_lowering import fused_row
 from tmm.kernels.fused.row_partials import HALF, FusedRow, Rows
 from tmm.kernels.ops import tap
 from tmm.kernels.unreadable import why_unmeasurable
@@ -37,6 +37,12 @@ from tmm.passes.request import GraphRequest
 
 WITHOUT_GRADIENT = "the module gives back what it was given, inside of torch.no_grad"
 """Why a tensor that requires a gradient has no probe: it would hand on none."""
+
+IMAGE_IN_HALF = (
+    "an image in half precision, beside which Inductor sums other gradients wrongly on a CPU;"
+    " measure it with backend='aot_eager', or in float32"
+)
+"""Why such gradients have no rows: to measure them would change the training."""
 
 NOT_JOINED = (
     "each process is measured by itself, and the gradient of a DTensor may be a sum over processes"
@@ -155,6 +161,9 @@ def _place(
     if place.share is not None and place.share.kind == "unsummed":
         place.refusal = place.share.reason
         return place
+    if request.writes_in_place and _is_image_in_half(example):
+        place.refusal = IMAGE_IN_HALF
+        return place
     if not isinstance(local_example(example), FakeTensor):
         place.refusal = "inside a function transform"
         return place
@@ -166,6 +175,16 @@ def _place(
     ):
         place.refusal = "the tensor is overwritten or returned, and has other names"
     return place
+
+
+def _is_image_in_half(example: torch.Tensor) -> bool:
+    """Whether Inductor would compute what else needs the gradient wrongly.
+
+    Where it writes an image in half precision contiguously, or sums its rows, in the same loops as
+    sums of one with channels last, these sums are anything (torch 2.13, AVX-512). Parameters of a
+    batch norm got such gradients.
+    """
+    return example.device.type == "cpu" and example.dtype in HALF and example.dim() >= 4
 
 
 def _has_other_names(module: GraphModule, tensor: Node, mark: Node, is_overwritten: bool) -> bool:
@@ -211,18 +230,7 @@ def _fused(
         return "a histogram"
     if any(not isinstance(size, int) for size in example.shape):
         return "its sizes change"  # the stand-ins for its partials are made before it is
-    is_apart = request.lowering == "auto" and _stays_unwritten(example)
-    lowering: Lowering = "fused" if is_apart else request.lowering
-    return fused_row(example, reduction.columns, example.numel(), lowering)
-
-
-def _stays_unwritten(example: torch.Tensor) -> bool:
-    """Whether a gradient is better not written to memory for an operator.
-
-    Inductor (torch 2.13, AVX-512) sums an image in half precision that is written contiguously,
-    beside one with channels last, to NaN: parameters of a batch norm got such gradients.
-    """
-    return example.device.type == "cpu" and example.dtype in HALF and example.dim() >= 4
+    return fused_row(example, reduction.columns, example.numel(), request.lowering)
 
 
 def _first(rows: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from tests.eager_hooks import (
 from tests.test_host import check_row, expected
 from tests.triton_interpreter import check_in_the_interpreter
 from tmm.core.metrics import TENSOR_COLUMNS
-from tmm.kernels.fused.choose_lowering import fused_row, rows_of
+from tmm.kernels.fused.choose_lowering import Lowering, fused_row, rows_of
 from tmm.kernels.fused.merge_operator import merge, merge_joined_with_torch, merge_with_torch
 from tmm.kernels.fused.row_partials import NAME, FusedRow, Rows, partials_of
 
@@ -419,7 +419,9 @@ def programs_of_trainings() -> list[Any]:
     parameters = []
     for place, name in enumerate(PROGRAMS):
         dtypes = torch.float32, torch.bfloat16
-        usual = dtypes[place % 2], place % 3 == 0
+        # Gradients of images in half precision have no rows.
+        own = torch.float32 if name == "convolutions" else dtypes[place % 2]
+        usual = own, place % 3 == 0
         kinds = [usual, *((dtype, True) for dtype in dtypes if (dtype, True) != usual)]
         for kind in kinds:
             marks = () if kind == usual else pytest.mark.slow
@@ -431,8 +433,9 @@ def programs_of_trainings() -> list[Any]:
 @pytest.mark.parametrize(("name", "dtype", "changes"), programs_of_trainings())
 def test_a_training_as_by_operators(name: str, dtype: torch.dtype, changes: bool) -> None:
     right, gradients = rows_of_training(name, "operator", dtype=dtype, changes=changes)
-    assert len([key for key in right if "activation_gradient/" in key]) > 10
     exact = dtype == torch.float32
+    has_gradients = exact or name != "convolutions"
+    assert (len([key for key in right if "activation_gradient/" in key]) > 10) == has_gradients
     # Without a GPU, "auto" chooses operators as well; of layers, `test_sizes_that_change` has it.
     for lowering in ("fused", "auto") if changes and name != "layers" else ("fused",):
         values, own = rows_of_training(name, lowering, dtype=dtype, changes=changes)
@@ -537,36 +540,33 @@ class Images(nn.Module):
         return output.mean((2, 3))
 
 
+@pytest.mark.parametrize("lowering", ["auto", "operator", "fused"])
 @pytest.mark.parametrize(
     ("dtype", "width", "inplace"),
     [(torch.bfloat16, 32, True), (torch.bfloat16, 64, False), (torch.float16, 32, False)],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_of_images_in_half_precision(
-    dtype: torch.dtype, width: int, *, inplace: bool
+    dtype: torch.dtype, width: int, lowering: Lowering, *, inplace: bool
 ) -> None:
-    """Written down for an operator, they made Inductor's sums NaN, and so the training."""
+    """Measured in one way or another, they made Inductor's sums anything, and so the training."""
     torch.manual_seed(0)
     net, x = Images(width, inplace=inplace), torch.randn(4, 3, 16, 16)
-    plain, gradients = copy.deepcopy(net), {}
+    plain = copy.deepcopy(net)
 
     def step(callee: Callable[..., torch.Tensor]) -> None:
         with torch.autocast("cpu", dtype=dtype):
             loss = callee(x).float().square().mean()
         loss.backward()
 
-    def see(_: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        output.register_hook(lambda gradient: gradients.update(norm=gradient.float()))
-
-    plain.norm.register_forward_hook(see)
     step(plain)
-    torch._dynamo.reset()
-    model = tmm.instrument(torch.compile(net), tmm.Spec(tmm.activation_gradient("rms")))
+    spec = tmm.Spec(tmm.activation_gradient("rms"))
+    model = tmm.instrument(torch.compile(net), spec, lowering=lowering)
     with tmm.monitor(model).step(0):
         step(model)
-    rms = float(gradients["norm"].square().mean().sqrt())
-    got = tmm.monitor(model).get_step_metrics()["activation_gradient/norm/rms"]
-    assert got == pytest.approx(rms, rel=0.02)
+    assert "activation_gradient/norm/rms" not in tmm.monitor(model).get_step_metrics()
+    unmeasured = tmm.explain(model).unmeasured
+    assert "an image in half precision" in unmeasured["norm"]
     for own, other in zip(net.parameters(), plain.parameters(), strict=True):
         assert own.grad is not None
         assert other.grad is not None

@@ -52,7 +52,8 @@ def real_values(caller: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{caller}({key!r}): the value is {kind}; log one with numbers in memory")
     if tensor.is_nested:
         parts = tensor.unbind()  # its values may hold more than its elements
-        return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0)
+        flat = [part.reshape(-1) for part in parts]
+        return torch.cat(flat) if flat else torch.empty(0, device=tensor.device)
     if tensor.layout is not torch.strided:
         return tensor.to_dense()
     return tensor
