@@ -39,7 +39,8 @@ _NONE_MONITORED = (
 
 _NO_BACKWARD = (
     "no gradient of an activation came in the monitored step {step}, so that rules of"
-    " activation_gradient have no rows in it: end a step after loss.backward()"
+    " activation_gradient have no rows in it: end a step after loss.backward();"
+    " tmm.explain(model).unmeasured names those that cannot be measured"
 )
 _IN_VAIN = (
     "watch(optimizer): nothing is measured at its steps, as the spec has no rule of gradients,"
