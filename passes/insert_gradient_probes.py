@@ -181,7 +181,7 @@ def _is_image_in_half(example: torch.Tensor) -> bool:
     """Whether Inductor would compute what else needs the gradient wrongly.
 
     Where it writes an image in half precision contiguously, or sums its rows, in the same loops as
-    sums of one with channels last, these sums are anything (torch 2.13, AVX-512). Parameters of a
+    sums of one with channels last, these sums are anything (torch 2.13). Parameters of a
     batch norm got such gradients.
     """
     return example.device.type == "cpu" and example.dtype in HALF and example.dim() >= 4
