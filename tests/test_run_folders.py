@@ -486,6 +486,18 @@ def test_a_run_that_was_resumed_meanwhile_is_not_deleted(tmp_path: Path) -> None
 # Folders that vanish
 
 
+def fails_at_step_2(model: nn.Module, message: str) -> None:
+    """The step that is recorded next cannot be, which is told at the one after it at the latest."""
+    monitor = tmm.monitor(model)
+    with pytest.raises(OSError, match=message) as raised:
+        with monitor.step(2):
+            model(X)
+        with monitor.step(3):
+            model(X)
+    assert "step 2" in str(raised.value)
+    tmm.remove(model)
+
+
 @pytest.mark.parametrize("way", ["deleted", "moved", "replaced"])
 def test_a_folder_that_vanishes_is_noticed_at_the_next_step(tmp_path: Path, way: str) -> None:
     path = tmp_path / "r"
@@ -501,13 +513,7 @@ def test_a_folder_that_vanishes_is_noticed_at_the_next_step(tmp_path: Path, way:
     if way == "replaced":
         record(path, range(7))
     before = rms(path) if way == "replaced" else {}
-    with pytest.raises(OSError, match="was deleted or moved while it was recorded") as raised:
-        with monitor.step(2):
-            model(X)
-        with monitor.step(3):
-            model(X)
-    assert "step 2" in str(raised.value)
-    tmm.remove(model)
+    fails_at_step_2(model, "was deleted or moved while it was recorded")
     if way == "replaced":
         assert rms(path) == before
         assert find_run(path).status == "finished"
@@ -527,13 +533,7 @@ def test_a_file_that_is_cut_off_is_noticed_at_the_next_step(tmp_path: Path, kept
     (path,) = (tmp_path / "r").glob("*.h5")
     os.truncate(path, int(kept * path.stat().st_size))
     size = path.stat().st_size
-    with pytest.raises(OSError, match="was cut off while it was recorded") as raised:
-        with monitor.step(2):
-            model(X)
-        with monitor.step(3):
-            model(X)
-    assert "step 2" in str(raised.value)
-    tmm.remove(model)
+    fails_at_step_2(model, "was cut off while it was recorded")
     assert path.stat().st_size == size
 
 
