@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -537,10 +538,18 @@ def test_a_file_that_is_cut_off_is_noticed_at_the_next_step(tmp_path: Path, kept
     assert path.stat().st_size == size
 
 
+def wait_for_a_file(path: Path) -> None:
+    """Until the thread that writes has made one, which takes long on a busy machine."""
+    end = time.monotonic() + 60
+    while not list(path.glob("*.h5")) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def test_a_folder_that_vanishes_from_a_run_of_start_run(tmp_path: Path) -> None:
     run = start(tmp_path)
     run.log({"loss": 1.0})
     run.step()
+    wait_for_a_file(run.path)
     shutil.rmtree(run.path)
     with pytest.raises(OSError, match="was deleted or moved"):
         for _ in range(3):
@@ -554,6 +563,7 @@ def test_a_folder_that_vanishes_before_the_end(tmp_path: Path) -> None:
     run = start(tmp_path)
     run.log({"loss": 1.0})
     run.step()
+    wait_for_a_file(run.path)
     shutil.rmtree(run.path)
     with pytest.raises(OSError, match="was deleted or moved"):
         run.finish()

@@ -37,7 +37,7 @@ class CSVSink:
 
     def open(self, run: RunInfo) -> StepFile:
         """Start to write; raises OSError."""
-        path = Path(self.path or run.path / "values.csv").absolute()
+        path = Path(self.path or run.path / "values.csv")
         return StepFile(path, run, self.keys, _rows, _HEADER)
 
 

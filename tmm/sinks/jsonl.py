@@ -37,9 +37,7 @@ class JSONLinesSink:
 
     def open(self, run: RunInfo) -> StepFile:
         """Start to write; raises OSError."""
-        return StepFile(
-            Path(self.path or run.path / "values.jsonl").absolute(), run, self.keys, _line
-        )
+        return StepFile(Path(self.path or run.path / "values.jsonl"), run, self.keys, _line)
 
 
 def _line(step: int, values: Mapping[str, Value]) -> bytes:
