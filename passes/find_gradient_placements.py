@@ -13,10 +13,11 @@ from tmm.core.records import Share
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
+from tmm.passes.graph.known_functions import name_of
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.placed_edges import PlacedEdge, PlacedEnds
 from tmm.passes.graph.provenance import all_nodes
-from tmm.passes.graph.sharding import Placed, Placements, declared_by, name_of, shape_of
+from tmm.passes.graph.sharding import Placed, Placements, declared_by, shape_of
 from tmm.passes.graph.subgraphs import nested_calls
 from tmm.passes.graph.taps import is_mark
 from tmm.passes.graph.values import value_of

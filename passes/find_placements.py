@@ -9,51 +9,19 @@ from dataclasses import replace
 import torch
 from torch.distributed.tensor import Replicate
 from torch.fx import GraphModule, Node
-from torch.nn import functional
 
-from tmm.core.torch_private import nn_functions
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.dropout_functions import random_function
 from tmm.passes.graph.edits import storages
+from tmm.passes.graph.known_functions import is_of_torch, kind_of, name_of
 from tmm.passes.graph.mutation import overwritten_by
 from tmm.passes.graph.placed_edges import placed_edge
-from tmm.passes.graph.sharding import Placed, Placements, declared_by, name_of, shape_of
+from tmm.passes.graph.sharding import Placed, Placements, declared_by, shape_of
 from tmm.passes.graph.split_dimensions import split_dimension
 from tmm.passes.graph.subgraphs import nested_calls, returns_body_outputs
 from tmm.passes.graph.taps import is_mark
 from tmm.passes.graph.values import argument_of, value_of
 from tmm.passes.request import GraphRequest, PlacementRequest
-
-# Each element of the result comes from the elements at the same place.
-_POINTWISE = (
-    *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "truediv"),
-    *("iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"),
-    *("neg", "abs", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "pow", "reciprocal"),
-    *("sin", "cos", "tanh", "sigmoid", "relu", "relu_", "relu6", "gelu", "silu", "elu", "selu"),
-    *("celu", "mish", "softplus", "logsigmoid", "hardswish", "hardsigmoid", "hardtanh", "erf"),
-    *("leaky_relu", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "where", "dropout"),
-    *("contiguous", "clone", "detach", "float", "half", "bfloat16", "double", "type_as", "to"),
-)
-
-# Made of their operands alone, and not by cutting something out, which each rank may do elsewhere.
-_DETERMINISTIC = (
-    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"),
-    *("layer_norm", "rms_norm", "group_norm", "normalize", "softmax", "log_softmax", "embedding"),
-    *("mean", "sum", "var", "std", "norm", "amax", "amin", "scaled_dot_product_attention"),
-    *("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"),
-    *("expand", "cat", "stack", "t", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"),
-)
-
-_NAMESPACES = (torch, functional, operator, nn_functions)
-
-
-def _functions(names: Sequence[str]) -> frozenset[object]:
-    found = (getattr(space, name, None) for space in _NAMESPACES for name in names)
-    return frozenset(function for function in found if function is not None)
-
-
-_POINTWISE_FUNCTIONS = _functions(_POINTWISE)
-_DETERMINISTIC_FUNCTIONS = _functions(_DETERMINISTIC)
 
 _OF_AN_INPUT = "an input of the graph, of which no DTensor says how ranks share it"
 
@@ -286,20 +254,6 @@ class _Forward:
             if self.now[operand] != parts and not _is_along(own, parts, len(shape)):
                 return None, f"made by {name} of a part of a tensor and a whole one"
         return parts, ""
-
-
-def is_of_torch(node: Node) -> bool:
-    """Whether a node calls a method, or a function of torch."""
-    if node.op == "call_method":
-        return True
-    return any(getattr(space, name_of(node), None) is node.target for space in _NAMESPACES)
-
-
-def kind_of(node: Node) -> tuple[bool, bool]:
-    """Whether an operation is pointwise, and whether its result depends on its operands alone."""
-    if node.op == "call_method":
-        return node.target in _POINTWISE, node.target in _DETERMINISTIC
-    return node.target in _POINTWISE_FUNCTIONS, node.target in _DETERMINISTIC_FUNCTIONS
 
 
 def _left(node: Node, whole: Placed) -> tuple[Placed | None, str]:

@@ -14,6 +14,7 @@ from tmm.kernels.ops import summarize
 from tmm.kernels.summarize.many import summarize_many
 from tmm.passes.findings import GraphFindings
 from tmm.passes.graph.attended import is_only_attended
+from tmm.passes.graph.between_products import is_between_products
 from tmm.passes.graph.edits import storages, written
 from tmm.passes.graph.fused_rows import set_fused
 from tmm.passes.graph.mutation import overwritten_by
@@ -53,7 +54,10 @@ def _fuse(
         assert isinstance(tensor, Node)
         example = value_of(tensor)
         names = str(columns).split(COLUMN_SEPARATOR)
-        fused = fused_row(example, names, hinted_elements(example), request.lowering)
+        elements = hinted_elements(example)
+        fused = fused_row(
+            example, names, elements, request.lowering, is_free=is_between_products(tensor)
+        )
         is_overwritten = any(writes.get(s, -1) > index for s in storages([tensor]))
         if node in attended and not isinstance(fused, str) and not is_overwritten:
             fused = _ATTENDED

@@ -51,7 +51,6 @@ LONG = {
     "tmm.module_monitor.module_monitor",
     "tmm.nonfinite.watcher",
     "tmm.passes.attention.softmax_pattern",
-    "tmm.passes.find_placements",
     "tmm.passes.reference.clone_nodes",
     "tmm.runs.instrument",
     "tmm.runs.live",

@@ -208,6 +208,41 @@ def test_rows_are_those_of_memory(name: str) -> None:
         check_row(row_of(x, FIVE, rows.length, order=rows.order), x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "length"),
+    [
+        ((8, 1024, 3072), 4 * 3072),
+        ((2048, 1536), 2 * 1536),  # a thousand rows are left
+        ((6000, 3000), 5 * 3000),
+        ((1500, 3000), 3000),
+        ((4099, 3000), 3000),  # a prime number of rows
+        ((4096, 1024), 1024),  # stays in registers
+        ((4096, 50304), 50304),
+        ((8, 1024, 12, 256), 256),
+    ],
+)
+def test_long_rows_that_nothing_needs_are_joined(shape: tuple[int, ...], length: int) -> None:
+    x = torch.empty(shape, device="meta", dtype=torch.bfloat16)
+    order = tuple(range(x.dim()))
+    assert rows_of(x, is_free=True) == Rows(order, length)
+    assert rows_of(x) == Rows(order, shape[-1])
+    found = fused_row(x, FIVE, x.numel(), "auto", is_free=True)
+    assert not isinstance(found, str)
+    assert found[1].length == length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-3, 10.0), (0.0, 3.0), (100.0, -7.0)])
+def test_joined_rows_measure_as_well(dtype: torch.dtype, scale: float, offset: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(2, 1024, 1280) * scale + offset).to(dtype)
+    x[1, 5, 7] = 0.0
+    rows = rows_of(x, is_free=True)
+    assert rows == Rows((0, 1, 2), 2 * 1280)
+    for by in (merge, merge_with_torch):
+        check_row(row_of(x, FIVE, rows.length, is_wide=False, by=by), x)
+
+
 def test_why_an_operator_stays() -> None:
     x = torch.empty(8, 256)
 

@@ -48,12 +48,18 @@ def images(x: torch.Tensor, measure: Measure) -> torch.Tensor:
     return measure(x.view(8, 16, 16, 32).relu())
 
 
+def hidden(x: torch.Tensor, measure: Measure) -> torch.Tensor:
+    """The inside of a multilayer perceptron, whose rows no kernel of it sums."""
+    return measure(functional.gelu(measure(x.repeat(64, 2)), approximate="tanh"))
+
+
 PROGRAMS: dict[str, tuple[Callable[..., torch.Tensor], torch.dtype, tuple[str, ...]]] = {
     "scaled": (scaled, torch.float16, COUNTS),
     "gelu": (gelu, torch.bfloat16, FIVE),
     "residual_and_norm": (residual_and_norm, torch.bfloat16, FIVE),
     "twice": (twice, torch.bfloat16, FIVE),
     "images": (images, torch.float32, FIVE),
+    "hidden": (hidden, torch.bfloat16, FIVE),
 }
 
 
@@ -72,7 +78,7 @@ def _plan(name: str, is_measured: bool) -> Plan:
 
         def measure(y: torch.Tensor) -> torch.Tensor:
             if is_measured:
-                found = fused_row(y, columns, y.numel(), "auto")
+                found = fused_row(y, columns, y.numel(), "auto", is_free=name == "hidden")
                 assert not isinstance(found, str), found
                 rows, row = found
                 times = 2 if name == "twice" else 1  # as two modules give one tensor
@@ -107,6 +113,13 @@ def test_partials_ride_in_the_kernels_that_are_there(
     assert measured.other_launches == plain.other_launches + 1  # merge_joined
     assert "torch.ops.tmm.merge_joined" in measured.text
     assert measured.readings == plain.readings
+
+
+def test_rows_that_nothing_needs_are_joined(plans: dict[str, tuple[Plan, Plan]]) -> None:
+    _, measured = plans["hidden"]
+    sizes = re.findall(r"empty_strided_cuda\(\((\d+), \), \(1, \), torch.float32", measured.text)
+    partials, rows = 5, 64 * 64 // 4
+    assert sizes == [str(2 * partials * rows)]
 
 
 def test_half_precision_is_rounded_where_nobody_stores_it(

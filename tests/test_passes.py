@@ -21,6 +21,7 @@ from tmm.kernels.ops import summarize, tap, tap_value
 from tmm.passes.findings import GraphFindings
 from tmm.passes.fuse_reductions import fuse_reductions
 from tmm.passes.graph.attended import is_only_attended
+from tmm.passes.graph.between_products import is_between_products
 from tmm.passes.graph.copy import copy_graph
 from tmm.passes.graph.edits import add_placeholder
 from tmm.passes.graph.printer import node_lines
@@ -645,3 +646,59 @@ def test_what_only_an_attention_reads(reader: str, grad: bool, is_so: bool) -> N
     (tensor, _) = row.args
     assert isinstance(tensor, Node)
     assert is_only_attended(tensor) == is_so
+
+
+class Hidden(nn.Module):
+    """A product that becomes another one's operand, by way of what ``kind`` names."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(4)
+        self.kind = kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up(x)
+        hidden = nn.functional.gelu(up)
+        if self.kind == "gate":
+            hidden = hidden * self.gate(x).sigmoid()
+        elif self.kind == "dropout":
+            hidden = nn.functional.dropout(hidden.float(), 0.5).to(x.dtype)
+        elif self.kind == "number":
+            hidden = hidden * (up.sum().item() + 1)
+        elif self.kind == "norm":
+            hidden = self.norm(hidden)
+        elif self.kind == "softmax":
+            hidden = hidden * up.softmax(-1)
+        elif self.kind == "rows":
+            hidden = hidden - up.mean(-1, keepdim=True)
+        elif self.kind == "broadcast":
+            hidden = hidden * torch.stack([up, up])
+        out = self.down(hidden)
+        return out + up.sum() if self.kind == "sum" else out
+
+
+@pytest.mark.parametrize("has_probes", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "is_so"),
+    [
+        *(("", True), ("gate", True), ("dropout", True)),
+        *(("norm", False), ("softmax", False), ("rows", False), ("broadcast", False)),
+        *(("sum", False), ("number", False)),
+    ],
+)
+def test_what_lies_between_products(kind: str, *, is_so: bool, has_probes: bool) -> None:
+    module = Hidden(kind)
+    graph = trace(module, X.detach().clone())
+    request = measure(module, "rms")
+    if has_probes:
+        request = replace(request, select_gradient=request.select)
+        applied(insert_probes, graph, request)
+    applied(insert_reductions, graph, request)
+    applied(remove_taps, graph)
+    found = {}
+    for node in graph.graph.nodes:
+        if node.target is summarize and isinstance(tensor := node.args[0], Node):
+            found |= {site.module: is_between_products(tensor) for _, site in sites_of(node)}
+    assert found["up"] == is_so
+    assert ("gate" not in found) or found["gate"]

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.fx import Node
 
 from tmm.core.records import Share
+from tmm.passes.graph.known_functions import name_of
 from tmm.passes.graph.values import local_example, value_of
 from tmm.passes.request import PlacementRequest
 
@@ -138,11 +139,6 @@ def declared_by(user: Node, tensor: Node) -> Placed | None:
 def shape_of(node: Node) -> tuple[str, ...]:
     """The shape of a traced tensor, to compare: numbers of dynamic shapes would be guarded on."""
     return tuple(map(str, value_of(node).shape))
-
-
-def name_of(node: Node) -> str:
-    """The name of what a node calls."""
-    return str(getattr(node.target, "__name__", node.target))
 
 
 @dataclass

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Node
 
 from tmm.passes.graph.dropout_functions import random_function
-from tmm.passes.graph.sharding import name_of, shape_of
+from tmm.passes.graph.known_functions import name_of
+from tmm.passes.graph.sharding import shape_of
 from tmm.passes.graph.values import value_of
 
 Split: TypeAlias = Mapping[Node, int]

@@ -18,6 +18,10 @@ SHORT = 128
 """Elements of a row below which it is joined with its neighbours, where these are whole rows of the
 next dimension: partials take memory, too."""
 
+LONG = 1 << 14
+"""Elements of a long row and of those that are joined with it, where nothing needs it alone."""
+
+_MANY = 1024  # rows that keep a GPU busy
 _SHORTEST = 32
 _FEW = 4096  # elements of a tensor whose rows may be shorter
 _LONGEST = 1 << 18  # of a row: a vocabulary has no more
@@ -51,12 +55,18 @@ def in_groups(items: Iterable[Item], elements: Callable[[Item], int]) -> Iterato
 
 
 def fused_row(
-    example: torch.Tensor, columns: Sequence[str], elements: int, lowering: Lowering
+    example: torch.Tensor,
+    columns: Sequence[str],
+    elements: int,
+    lowering: Lowering,
+    *,
+    is_free: bool = False,
 ) -> tuple[Rows, FusedRow] | str:
     """How the row of a tensor is fused; or why it is not, in a few words.
 
     ``elements`` are those that it had when it was traced. No size is asked for that may change: a
-    graph would be compiled anew for another one.
+    graph would be compiled anew for another one. With ``is_free`` no kernel of the program takes
+    the tensor row by row.
     """
     if lowering == "operator":
         return "as lowering= asks for"
@@ -66,7 +76,7 @@ def fused_row(
         return TOGETHER if is_small else "large: on a CPU an operator reads it faster"
     if example.dtype not in (torch.float32, *HALF):
         return f"its dtype is {str(example.dtype).removeprefix('torch.')}"
-    rows = rows_of(example)
+    rows = rows_of(example, is_free=is_free and not is_wide)
     if isinstance(rows, str):
         return rows
     if not is_wide and "moment4" in columns and rows.length > SHORT_ROW:
@@ -74,8 +84,11 @@ def fused_row(
     return rows, FusedRow(tuple(columns), rows.length, is_wide, example.dtype in HALF)
 
 
-def rows_of(example: torch.Tensor) -> Rows | str:
-    """The rows of a tensor in the order of its memory, or why it has none."""
+def rows_of(example: torch.Tensor, *, is_free: bool = False) -> Rows | str:
+    """The rows of a tensor in the order of its memory, or why it has none.
+
+    With ``is_free`` long ones are joined with their neighbours.
+    """
     if example.layout is not torch.strided or example.is_nested:
         return "it has no strides"
     sizes = [_known(size) for size in example.shape]
@@ -101,6 +114,9 @@ def rows_of(example: torch.Tensor) -> Rows | str:
         length = next((n for n in range(_PIECE, SHORT, -1) if dense % n == 0), length)
         if length < _SHORTEST:
             return f"its rows are {length} elements long"
+    if is_free and SHORT_ROW < length <= LONG:
+        most = min(LONG // length, dense // (length * _MANY))
+        length *= next((n for n in range(most, 1, -1) if dense // length % n == 0), 1)
     if length > _LONGEST or (length == elements and length > _PIECE):
         return f"it is one row of {length} elements"
     return Rows(tuple(order), length)
