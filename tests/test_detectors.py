@@ -85,6 +85,24 @@ def test_a_jump_above_its_own_history(key: str, severity: str) -> None:
     assert found(exploding_gradients, key, [*noisy, 3.0]) == []  # within its usual noise
 
 
+def test_where_little_is_left_to_learn_norms_vary_by_any_factor() -> None:
+    key = "gradient/a.weight/norm"
+    rested = [*np.geomspace(1.0, 1e-3, 30), *[1e-4] * 150]
+    assert found(exploding_gradients, key, [*rested, 2e-3]) == []
+    assert spans(found(exploding_gradients, key, [*rested, 0.5])) == [("medium", 180, 180)]
+
+
+@pytest.mark.parametrize("size", [30.0, 178.0, 1.4e4, -1e3])
+def test_gradients_are_of_the_scale_of_the_loss(size: float) -> None:
+    key, loss = "step/gradient_norm", [size] * 20
+    usual = np.array([0.5 * abs(size)] * 20)
+    assert list(exploding_gradients(record({key: usual, "loss": loss}))) == []
+    high = np.where(np.arange(20) == 8, 15 * abs(size), usual)
+    (anomaly,) = exploding_gradients(record({key: high, "loss": loss}))
+    assert (anomaly.severity, anomaly.step) == ("high", 8)
+    assert spans(list(exploding_gradients(record({key: [150.0] * 5, "loss": [3.0] * 5}))))
+
+
 def test_a_converged_gradient_may_return_to_what_it_was() -> None:
     falling = list(np.geomspace(1, 1e-6, 100))
     assert found(exploding_gradients, "step/gradient_norm", [*falling, 1e-4]) == []
@@ -153,6 +171,20 @@ def test_spikes_of_negative_and_noisy_losses() -> None:
     noisy = [*(2 * np.exp(0.1 * NOISE[:60])), 5.0, 6.0]
     assert spans(found(loss_spikes, "loss", noisy)) == [("medium", 60, 61)]
     assert found(loss_spikes, "loss", 2 * np.exp(0.1 * NOISE)) == []
+
+
+def test_one_value_in_a_long_tail_is_no_spike_and_two_are() -> None:
+    calm = list(2 * np.exp(0.1 * NOISE[:60]))
+    level = float(np.median(calm[-10:]))
+    spreads = [
+        s
+        for s in np.arange(0.3, 1.5, 0.02)
+        if found(loss_spikes, "loss", [*calm, level * np.exp(s)])
+    ]
+    least = level * float(np.exp(spreads[0]))
+    below = 0.9 * least
+    assert found(loss_spikes, "loss", [*calm, below, level]) == []
+    assert spans(found(loss_spikes, "loss", [*calm, below, below, below])) == [("medium", 60, 62)]
 
 
 @pytest.mark.parametrize("length", [3.0, 20.0, 300.0])
@@ -349,6 +381,30 @@ def test_exploding_activations() -> None:
     assert spans([anomaly]) == [("high", 10, 12)]
     growing = np.geomspace(1, 1e4, 200)
     assert found(exploding_activations, "activation/a/rms", growing) == []
+    takes_off = [*[0.1] * 18, 0.15, 0.25, 0.4, 0.7, *[1.1] * 10]
+    assert found(exploding_activations, "activation/a/rms", takes_off) == []
+    jumps = [*[0.1] * 18, 0.4, *[1.1] * 3, *[0.1] * 9]  # to four times, then ten
+    assert found(exploding_activations, "activation/a/rms", jumps) == []
+    assert spans(found(exploding_activations, "activation/a/rms", [*jumps, 2.0])) == [
+        ("high", 31, 31)
+    ]
+
+
+def test_outputs_that_reach_large_targets() -> None:
+    outputs = {"activation/a/absmax": np.linspace(1, 300, 50)}
+    assert spans(list(activation_outliers(record({**outputs, "loss": [2.0] * 50}))))
+    assert list(activation_outliers(record({**outputs, "loss": [1.4e4] * 50}))) == []
+
+
+def test_a_sparse_output_is_not_dead() -> None:
+    shares = [0.3] * 5 + [0.93] * 8
+
+    def judged(sizes: Values) -> list[tuple[str, int, int]]:
+        series = {"activation/a/zero_fraction": shares, "activation/a/rms": sizes}
+        return spans(list(dead_units(record(series))))
+
+    assert judged([1.0] * 13) == [("low", 5, 12)]
+    assert judged([1.0] * 5 + [0.1] * 8) == [("medium", 5, 12)]
 
 
 # Updates and memory

@@ -201,6 +201,35 @@ def test_parameters_that_nothing_trains_are_told_by_reason() -> None:
     ]
 
 
+def _cut(steps: np.ndarray, late: np.ndarray, **more: Any) -> list[tuple[str, str, str, int]]:
+    """Gradients of 0.0 at some steps, of 1 at all."""
+    everywhere = np.arange(60)
+    series = {
+        "activation/0.0/rms": (late, np.ones(len(late))),
+        "activation/1/rms": (everywhere, np.ones(60)),
+        "gradient/0.0.weight/norm": (steps, np.ones(len(steps))),
+        "gradient/0.0.bias/norm": (steps, np.ones(len(steps))),
+        "gradient/1.weight/norm": (everywhere, np.ones(60)),
+    }
+    return told(list(untrained_parameters(RecordedSeries(series | more))))
+
+
+def test_a_gradient_that_is_lost_on_the_way() -> None:
+    everywhere = np.arange(60)
+    lost = [("parameter_without_gradient", "medium", "0.0", 40)]
+    assert _cut(everywhere[:40], everywhere) == lost
+    assert not _cut(everywhere[:55], everywhere)  # not for long
+    assert not _cut(everywhere[:40:3], everywhere)  # an expert that is chosen now and then
+    assert not _cut(everywhere[:40], everywhere[:40])  # a network whose turn is over
+    assert not _cut(everywhere, everywhere)
+    frozen = {
+        f"step/frozen/0.0.{name}": (np.array([40]), np.ones(1)) for name in ("weight", "bias")
+    }
+    assert [kind for kind, *_ in _cut(everywhere[:40], everywhere, **frozen)] == [
+        "parameter_frozen"
+    ]
+
+
 def test_weights_that_a_resume_untied() -> None:
     steps, late = np.arange(40), np.arange(20, 40)
     series: dict[str, Any] = {
@@ -287,6 +316,40 @@ def test_something_else_writes_to_a_parameter() -> None:
     ]
     moves[20] = 400.0  # its optimizer did
     assert not list(jumping_parameters(record(series)))
+
+
+def test_a_bias_that_changes_its_sign_was_written_to_by_its_optimizer() -> None:
+    values = np.linspace(0.1, -0.1, 40) + 2e-3  # it passes through zero in one step
+    moves = np.abs(np.diff(values, prepend=0.107)) / np.abs(np.append(0.107, values[:-1]))
+    for every in (1, 2, 3, 10):
+        for first in range(every):
+            sizes = np.abs(values)[first::every]
+            series = {
+                "parameter/0.bias/rms": sizes,
+                "update/0.bias/relative_norm": moves[first::every],
+            }
+            steps = np.arange(40)[first::every]
+            recorded = RecordedSeries({key: (steps, some) for key, some in series.items()})
+            assert not list(jumping_parameters(recorded))
+    moves = np.full(40, 0.02)
+    sizes = np.where(np.arange(40) < 20, 0.1, 0.001)
+    series = {"parameter/0.bias/rms": sizes, "update/0.bias/relative_norm": moves}
+    assert [found.step for found in jumping_parameters(record(series))] == [20]
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-3])
+def test_weights_that_were_zeroed(left: float) -> None:
+    """They are measured after the step that follows, whose update is all that there is."""
+    sizes = np.where(np.arange(40) < 20, 0.2, left * (np.arange(40) - 19))
+    moves = np.full(40, 0.01)
+    if left:
+        moves[20:] = [np.inf, *1 / np.arange(1, 20)]
+    series = {"parameter/0.weight/rms": sizes, "update/0.weight/relative_norm": moves}
+    assert told(list(jumping_parameters(record(series)))) == [
+        ("parameter_jump", "high", "0.weight", 20)
+    ]
+    growing = {key: values[20:] for key, values in series.items()}  # a layer that begins at zero
+    assert not list(jumping_parameters(record(growing)))
 
 
 # Gradients

@@ -61,6 +61,15 @@ def test_of_one_step_the_data_come_before_what_they_do() -> None:
     assert "It explains 4 more" in story.text
 
 
+@pytest.mark.parametrize("kind", ["input_jump", "parameter_jump", "initialisation"])
+def test_what_overflows_comes_before_the_nan_of_its_step(kind: str) -> None:
+    nan, other = anomaly("nonfinite", 37, "critical"), anomaly("loss_spike", 37)
+    (story,) = tell([nan, other, anomaly(kind, 37)], RECORD)
+    assert (story.cause.kind, story.severity) == (kind, "critical")
+    stories = tell([nan, anomaly("update_large", 37), anomaly(kind, 37, "low")], RECORD)
+    assert stories[0].cause.kind == "nonfinite"
+
+
 def test_what_comes_long_after_is_another_story() -> None:
     found = [anomaly("loss_spike", 10), anomaly("dead_units", 15), anomaly("loss_spike", 60)]
     assert kinds(tell(found, RECORD)) == [("loss_spike", ["dead_units"]), ("loss_spike", [])]

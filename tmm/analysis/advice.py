@@ -133,6 +133,9 @@ OTHERWISE = Knowledge(_FORWARD, "")
 SELDOM_MEANT = frozenset(("gradient_idle", "loss_plateau"))
 """What is seldom the trouble that somebody looks for: it comes last of what is as grave."""
 
+OVERFLOWS = frozenset(("input_jump", "parameter_jump", "initialisation", "signal_growth"))
+"""What comes before a NaN of the same step: finite numbers that were too large."""
+
 NEVER_EXPLAINED = frozenset(
     (
         *("parameter_without_optimizer", "parameter_frozen", "data_repeated", "optimizer_reset"),

@@ -119,6 +119,16 @@ def runs(flags: BoolArray, least: int = 1) -> Iterator[slice]:
             yield slice(int(start), int(stop))
 
 
+def begun_suddenly(flags: BoolArray, values: FloatArray, factor: float, near: int = 3) -> BoolArray:
+    """The runs of flags whose first value is ``factor`` times the largest of ``near`` before it."""
+    result = flags.copy()
+    for places in runs(flags):
+        last = values[max(0, places.start - near) : places.start]
+        if len(last) and not values[places.start] >= factor * last.max():
+            result[places] = False
+    return result
+
+
 def bridged(flags: BoolArray, lasting: BoolArray) -> BoolArray:
     """The flags, and what lies between two of them where ``lasting`` holds throughout.
 

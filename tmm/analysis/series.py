@@ -9,12 +9,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tmm.core.keys import SKIPPED, metric_of
+from tmm.core.keys import SKIPPED, is_total_loss, metric_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
 from tmm.core.series_by_key import Recorded
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+
+_USUAL = 10.0  # which first losses of means seldom exceed: 10.8 is that of 50,000 classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,16 @@ def skipped_steps(recorded: Recorded) -> StepArray:
     """The steps that a ``GradScaler`` skipped: their gradients are infinite by design."""
     skipped = named(recorded, SKIPPED)
     return np.empty(0, dtype=np.int64) if skipped is None else skipped.steps[skipped.values > 0]
+
+
+def loss_unit(recorded: Recorded) -> float:
+    """How many times 10 the first loss is, 1 at the least.
+
+    A loss that is a sum, or one of targets far from 1, has gradients and outputs of its own scale.
+    A mean of usual terms begins below 10.
+    """
+    firsts = (s.finite().values[:1] for s in series_of(recorded, is_total_loss))
+    return max(1.0, *(abs(float(values[0])) / _USUAL for values in firsts if len(values)), 1.0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tmm.analysis.advice import NEVER_EXPLAINED, SELDOM_MEANT, known_of
+from tmm.analysis.advice import NEVER_EXPLAINED, OVERFLOWS, SELDOM_MEANT, known_of
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity
 from tmm.analysis.detectors.learning_rate import ALL
 from tmm.analysis.layers import is_update, trained
@@ -195,7 +195,15 @@ class Draft:
 
 def in_causal_order(found: Iterable[Anomaly], ranks: Mapping[str, Rank]) -> list[Anomaly]:
     """Findings by the step at which they begin, and by where in a step their kind comes about."""
-    return sorted(found, key=lambda anomaly: _order(anomaly, ranks))
+    some = list(found)
+    failed = {anomaly.step for anomaly in some if _is_origin(anomaly)}
+
+    def order(anomaly: Anomaly) -> tuple[int, int, Rank, int, str]:
+        step, place, rank, weight, kind = _order(anomaly, ranks)
+        is_before = kind in OVERFLOWS and anomaly.severity != "low" and step in failed
+        return step, -2 if is_before else place, rank, weight, kind
+
+    return sorted(some, key=order)
 
 
 def link(anomaly: Anomaly, drafts: list[Draft], recorded: Recorded) -> None:
@@ -244,10 +252,15 @@ def _lies_in(site: str, other: str) -> bool:
 
 def _order(anomaly: Anomaly, ranks: Mapping[str, Rank]) -> tuple[int, int, Rank, int, str]:
     place = known_of(anomaly.kind).place
-    if anomaly.kind == "nonfinite" and anomaly.severity == "critical":
+    if _is_origin(anomaly):
         place = -1
     weight = -SEVERITIES.index(anomaly.severity)
     return anomaly.step, place, ranks.get(anomaly.key, _LAST), weight, anomaly.kind
+
+
+def _is_origin(anomaly: Anomaly) -> bool:
+    """Whether it is where NaN or infinity began."""
+    return anomaly.kind == "nonfinite" and anomaly.severity == "critical"
 
 
 def _weight(anomaly: Anomaly) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from tmm.analysis.anomaly import SEVERITIES, Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, jumping
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, early_median, jumps
-from tmm.analysis.series import is_metric, series_of
+from tmm.analysis.robust import begun_suddenly, bridged, early_median, jumps
+from tmm.analysis.series import is_metric, loss_unit, series_of
+from tmm.core.keys import is_total_loss
 from tmm.core.series_by_key import Recorded
 
 _LARGE = 100.0
@@ -30,12 +33,16 @@ def activation_outliers(
 ) -> Iterator[Anomaly]:
     """Outputs with large values.
 
-    An ``absmax`` or ``rms`` above ``medium`` is medium, above ``high`` high; one severity less
-    where it has been above from the first recorded step on without growing to ``growth`` times
-    the median of its first ten values, as the scale of a tensor. What falls to no less than half of
-    ``medium`` in between is one episode. A ``kurtosis`` above ``kurtosis`` is medium: few elements
-    carry everything (a normal distribution has 3).
+    These are counted in units of the square root of a tenth of the first loss, where that is above
+    10: outputs that have to reach targets of hundreds are as large. An ``absmax`` or ``rms``
+    above ``medium`` is medium, above ``high`` high; one severity less where it has been above
+    from the first recorded step on without growing to ``growth`` times the median of its first
+    ten values, as the scale of a tensor. What falls to no less than half of ``medium`` in
+    between is one episode. A ``kurtosis`` above ``kurtosis`` is medium: few elements carry
+    everything (a normal distribution has 3).
     """
+    unit = float(np.sqrt(loss_unit(recorded)))
+    medium, high = unit * medium, unit * high
     for series in series_of(recorded, _has_size):
         sizes = series.finite()
         early = early_median(sizes.values)
@@ -73,11 +80,13 @@ def exploding_activations(
     """Outputs whose ``rms`` jumped: high.
 
     At least ``factor`` times the median of the ``window`` recorded values before (of ``least`` at
-    the least), more than ``score`` spreads above it in decades.
+    the least), more than ``score`` spreads above it in decades. Half of that way it goes at once:
+    outputs that begin small grow as far over some steps, when a training takes off.
     """
     for series in series_of(recorded, _has_rms):
         sizes = series.finite()
         jumped, usual = jumps(sizes.values, factor=factor, score=score, window=window, least=least)
+        jumped = begun_suddenly(jumped, sizes.values, np.sqrt(factor))
         for episode in episodes(sizes, jumped):
             level = usual[episode.worst]
             text = (
@@ -94,7 +103,7 @@ def _jumping(newest: Newest) -> Ending:
 
 
 OUTLIERS_END = (
-    EndsWith("activation_outlier", "high", _has_size, Ending.above(_LARGE)),
+    EndsWith("activation_outlier", "high", _has_size, Ending.above(_LARGE), None, is_total_loss),
     EndsWith("activation_outlier", "medium", _has_tails, Ending.above(_TAILS)),
 )
 EXPLOSIONS_END = (EndsWith("activation_explosion", "high", _has_rms, _jumping),)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tmm.analysis.anomaly import Anomaly, episodes, number
+from tmm.analysis.anomaly import Anomaly, Episode, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith
+from tmm.analysis.layers import is_output
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, runs
-from tmm.analysis.series import BoolArray, Series, is_metric, series_of
+from tmm.analysis.robust import bridged, early_median, median, runs
+from tmm.analysis.series import BoolArray, Series, is_metric, named, series_of
+from tmm.core.keys import key_of
 from tmm.core.series_by_key import Recorded
 
 _DEAD = 0.9
@@ -23,6 +25,7 @@ def dead_units(
     medium: float = _DEAD,
     high: float = 0.99,
     alive: float = 0.8,
+    part: float = 0.5,
     least: int = 5,
 ) -> Iterator[Anomaly]:
     """Modules whose output is mostly exact zeros, in ``least`` recorded steps in a row.
@@ -31,7 +34,8 @@ def dead_units(
     ``alive`` in a step before; so what is sparse by design, such as a dropout, is none. Until it is
     below ``alive`` again it is one episode. High is also what has been above ``high`` in every
     recorded step, unless its share of zeros is always the same and not all of it, as that of
-    one-hot vectors.
+    one-hot vectors. Medium becomes low where the root mean square of the output is then still
+    ``part`` of its early median: the few units that are left carry on, a sparse code.
     """
     for series in series_of(recorded, _is_share):
         shares = series.finite()
@@ -51,7 +55,24 @@ def dead_units(
             else:
                 lowest = float(shares.values[: episode.places.start].min())
                 text += f"before, it was as little as {number(100 * lowest)} %."
-            yield episode.anomaly("dead_units", "high" if of_all else "medium", limit, text)
+            severity: Severity = "high" if of_all else "medium"
+            if not of_all and _carries_on(recorded, episode, part):
+                severity, text = (
+                    "low",
+                    text + " The size of its output is what it was: it is sparse.",
+                )
+            yield episode.anomaly("dead_units", severity, limit, text)
+
+
+def _carries_on(recorded: Recorded, episode: Episode, part: float) -> bool:
+    """Whether an output is about as large as it was at first."""
+    info = episode.series.info
+    sizes = named(recorded, key_of(info.kind, info.site, "rms"))
+    if sizes is None:
+        return False
+    values = sizes.on(episode.series.steps[episode.places])
+    early = early_median(sizes.finite().values)
+    return bool(np.isfinite(values).all() and early > 0 and median(values) >= part * early)
 
 
 def _is_constant(shares: Series) -> bool:
@@ -64,4 +85,4 @@ def _dead(newest: Newest) -> Ending:
     return Ending.of(newest, newest.values >= _DEAD)
 
 
-DEATHS_END = (EndsWith("dead_units", "high", _is_share, _dead),)
+DEATHS_END = (EndsWith("dead_units", "high", _is_share, _dead, None, is_output),)

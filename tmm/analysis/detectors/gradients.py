@@ -9,10 +9,10 @@ import numpy as np
 from tmm.analysis.anomaly import Anomaly, Severity, episodes, number
 from tmm.analysis.ending import Ending, EndsWith, any_finite, jumping
 from tmm.analysis.recent import Newest
-from tmm.analysis.robust import bridged, jumps
-from tmm.analysis.series import BoolArray, Series, named, series_of, skipped_steps
+from tmm.analysis.robust import bridged, early_median, jumps
+from tmm.analysis.series import BoolArray, Series, loss_unit, named, series_of, skipped_steps
 from tmm.core.families import GRADIENT, GRADIENT_BEFORE_CLIP, STEP
-from tmm.core.keys import GRAD_SCALE, block_of_norm, is_total_norm, metric_of
+from tmm.core.keys import GRAD_SCALE, block_of_norm, is_total_loss, is_total_norm, metric_of
 from tmm.core.metrics import FloatArray
 from tmm.core.records import KeyInfo, StepArray
 from tmm.core.series_by_key import Recorded
@@ -21,6 +21,7 @@ _FAMILIES = (GRADIENT.name, GRADIENT_BEFORE_CLIP.name)
 _LARGE = 100.0
 _FACTOR, _SCORE, _WINDOW, _LEAST = 10.0, 8.0, 50, 10
 _SMALLEST = 1e-6
+_PART = 0.15
 _SMALL = 1e-7
 
 
@@ -34,18 +35,24 @@ def exploding_gradients(
     window: int = _WINDOW,
     least: int = _LEAST,
     smallest: float = _SMALLEST,
+    part: float = _PART,
 ) -> Iterator[Anomaly]:
     """Norms of gradients, all together, of blocks and of parameters, that are or become large.
 
-    A norm above ``high`` is high, above ``critical`` critical. So is a jump: at least ``factor``
-    times the median of the ``window`` recorded values before (of ``least`` at the least) and more
-    than ``score`` spreads above it, in decades: high for all gradients or a block, medium for one
-    parameter; what stays below ``smallest`` is no jump. A norm that falls to no less than half of
-    ``high`` in between is one episode. Steps that a ``GradScaler`` skipped are left out, and so are
+    A norm above ``high`` is high, above ``critical`` critical; as many times more as the first
+    loss was above 10, for the scale of the loss, such as of a sum, is that of its gradients.
+    So is a jump: at least ``factor`` times the median of the ``window`` recorded values before
+    (of ``least`` at the least) and more than ``score`` spreads above it, in decades: high for
+    all gradients or a block, medium for one parameter; what stays below ``smallest``, or below
+    ``part`` of what it was at first (the median of ten), is no jump: where hardly anything is
+    left to learn, norms vary by any factor. A norm that falls to no less than half of ``high``
+    in between is one episode. Steps that a ``GradScaler`` skipped are left out, and so are
     jumps that vanish when norms are divided by ``step/grad_scale``.
     """
     skipped = skipped_steps(recorded)
     scale = named(recorded, GRAD_SCALE)
+    unit = loss_unit(recorded)
+    high, critical = unit * high, unit * critical
     for series in series_of(recorded, _is_norm):
         norms = series.without(skipped).finite()
         jumped, usual = jumps(norms.values, factor=factor, score=score, window=window, least=least)
@@ -53,7 +60,7 @@ def exploding_gradients(
             with np.errstate(over="ignore"):
                 scaled = norms.values / _scale_at(scale, norms)
             jumped &= jumps(scaled, factor=factor, score=score, window=window, least=least)[0]
-        jumped &= norms.values > smallest
+        jumped &= norms.values > max(smallest, part * early_median(norms.values))
         flagged = bridged(jumped | (norms.values > high), norms.values > high / 2)
         for episode in episodes(norms, flagged):
             value, place = episode.value, episode.worst
@@ -195,9 +202,13 @@ def _exploding(newest: Newest) -> Ending:
     jumps_now = jumping(newest, factor=_FACTOR, score=_SCORE, window=_WINDOW, least=_LEAST)
     large, counts = newest.values > _LARGE, newest.values > _SMALLEST
     jump = jumps_now.possible
+    unsure = jump & counts & ~large & (not newest.has_scaler)  # whose skipped steps do not count
+    for place in np.flatnonzero(unsure).tolist():
+        first = early_median(newest.series(place).finite().values)
+        counts[place] = newest.values[place] > _PART * first
     if newest.skipped_within(_WINDOW + 1):
         jump = counts  # what was skipped is to be left out of the median
-    sure = large if newest.has_scaler else large | (jumps_now.sure & counts)
+    sure = jumps_now.sure & counts & (not newest.has_scaler)  # for large is what the loss says
     return Ending.of(newest, large | (jump & counts), sure, unless_skipped=True)
 
 
@@ -213,6 +224,8 @@ def _vanishing(newest: Newest) -> Ending:
     return Ending.of(newest, small & np.array(is_small), unless_skipped=True)
 
 
-EXPLOSIONS_END = (EndsWith("gradient_explosion", "critical", _is_norm, _exploding),)
+EXPLOSIONS_END = (
+    EndsWith("gradient_explosion", "critical", _is_norm, _exploding, None, is_total_loss),
+)
 VANISHING_ENDS = (EndsWith("gradient_vanishing", "medium", _is_norm, _vanishing, _module),)
 IDLE_ENDS = (EndsWith("gradient_idle", "low", _is_norm, any_finite, _module),)

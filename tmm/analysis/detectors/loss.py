@@ -26,6 +26,7 @@ def loss_spikes(
     recorded: Recorded,
     *,
     medium: float = 6.0,
+    single: float = 8.0,
     high: float = 15.0,
     window: int = 50,
     least: int = 10,
@@ -35,11 +36,13 @@ def loss_spikes(
     """Losses far above those before.
 
     The rise is that above the median of the 10 values before, on a logarithmic scale where a loss
-    is always positive. It is compared with the rises of the ``window`` recorded values before: more
-    than ``medium`` of their spreads (1.4826 times the median absolute deviation) above their median
-    is medium, more than ``high`` high. The spread is ``floor`` of the loss at least, so that a jump
-    after a constant loss counts; the first ``least`` values are not judged. Where less than
-    ``part`` is left of the size that the loss had at first, a rise has to be of that size.
+    is always positive. It is compared with the rises of the ``window`` recorded values before:
+    more than ``medium`` of their spreads (1.4826 times the median absolute deviation) above
+    their median is medium, more than ``high`` high. A value alone has to be more than
+    ``single`` above it, for noise has long tails, but seldom twice in a row. The spread is
+    ``floor`` of the loss at least, so that a jump after a constant loss counts; the first
+    ``least`` values are not judged. Where less than ``part`` is left of the size that the loss
+    had at first, a rise has to be of that size.
     """
     for series in series_of(recorded, is_loss):
         losses = series.finite()
@@ -51,8 +54,11 @@ def loss_spikes(
         with np.errstate(over="ignore", invalid="ignore"):
             asked = part * abs(early_median(losses.values))
             is_large = (losses.values - levels > asked) | (np.abs(levels) > asked)
-        for episode in episodes(losses, (scores > medium) & is_large, badness=scores):
+        flagged = bridged((scores > medium) & is_large, scores > 0.75 * medium)
+        for episode in episodes(losses, flagged, badness=scores):
             place = episode.worst
+            if episode.count == 1 and not scores[place] > single:
+                continue
             severity: Severity = "high" if scores[place] > high else "medium"
             asked = high if severity == "high" else medium
             limit, level = near[place] + usual[place] + asked * spread[place], near[place]

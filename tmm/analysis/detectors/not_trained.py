@@ -9,11 +9,11 @@ import numpy as np
 
 from tmm.analysis.anomaly import Anomaly, Severity, episodes
 from tmm.analysis.ending import Ending, EndsWith
-from tmm.analysis.layers import has_activation
+from tmm.analysis.layers import has_activation, is_output
 from tmm.analysis.recent import Newest
 from tmm.analysis.series import Series, is_metric, named, series_of
-from tmm.core.families import PARAMETER
-from tmm.core.keys import OPTIMIZER_AGE, SKIPPED, untrained_of
+from tmm.core.families import GRADIENT, PARAMETER
+from tmm.core.keys import OPTIMIZER_AGE, SKIPPED, layer_of, untrained_of
 from tmm.core.records import KeyInfo
 from tmm.core.series_by_key import Recorded
 
@@ -25,13 +25,16 @@ _WORDS = {
     "without_gradient": "without a gradient when its optimizer steps",
 }
 _is_parameter = is_metric(PARAMETER.name, "rms")
+_is_norm = is_metric(GRADIENT.name, "norm")
 
 
 def untrained_parameters(recorded: Recorded) -> Iterator[Anomaly]:
     """Parameters that nothing trains: one row for each reason and step at which it is told.
 
     Without an optimizer: medium. Without a gradient: medium where the module runs, else low, for
-    it is not used. Frozen by ``requires_grad``: low, as it is mostly meant.
+    it is not used. Frozen by ``requires_grad``: low, as it is mostly meant. A gradient that
+    was there in nearly all recorded steps and is in none of the last ten, while the module
+    runs and others have theirs, has been lost: medium.
     """
     found: dict[tuple[str, int], list[Series]] = {}
     for series in series_of(recorded, lambda info: untrained_of(info) is not None):
@@ -54,6 +57,46 @@ def untrained_parameters(recorded: Recorded) -> Iterator[Anomaly]:
         kind = f"parameter_{reason}"
         key, place = some[0].key, _place(names)
         yield Anomaly(kind, severity, step, step, key, place, float(len(names)), 0.0, text)
+    known = {_parameter(series) for some in found.values() for series in some}
+    for (step, key), lost in _lost(recorded, known).items():
+        names = [series.site for series in lost]
+        shown = ", ".join(names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        before = int(lost[0].steps[-1])
+        text = (
+            f"{shown}{more}: without a gradient since step {step}; at step {before} there was one."
+        )
+        yield Anomaly(
+            *("parameter_without_gradient", "medium", step, step, key, _place(names)),
+            *(float(len(names)), 0.0, text),
+        )
+
+
+def _lost(
+    recorded: Recorded, told: set[str], *, least: int = 10, part: float = 0.9
+) -> dict[tuple[int, str], list[Series]]:
+    """The norms of gradients that end before those of others.
+
+    By the first step without, and the key of a module of them that ran in it.
+    """
+    norms = [series for series in series_of(recorded, _is_norm) if len(series.steps) >= least]
+    if len({int(series.steps[-1]) for series in norms}) < 2:
+        return {}
+    steps = np.unique(np.concatenate([series.steps for series in norms]))
+    outputs = {layer_of(s.info): s for s in series_of(recorded, is_output)}
+    found: dict[int, list[Series]] = {}
+    keys: dict[int, str] = {}
+    for series in norms:
+        first, last = series.steps[0], series.steps[-1]
+        later = steps[steps > last]
+        possible = int(((steps >= first) & (steps <= last)).sum())
+        output = outputs.get(series.site.rpartition(".")[0])
+        if len(later) < least or len(series.steps) < part * possible or series.site in told:
+            continue
+        if output is not None and np.isin(later[:least], output.steps).all():
+            found.setdefault(int(later[0]), []).append(series)
+            keys.setdefault(int(later[0]), output.key)
+    return {(step, keys[step]): some for step, some in found.items()}
 
 
 def skipped_optimizer_steps(recorded: Recorded, *, least: int = _SKIPS) -> Iterator[Anomaly]:

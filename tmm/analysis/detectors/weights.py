@@ -81,29 +81,40 @@ def decaying_parameters(
 def jumping_parameters(recorded: Recorded, *, factor: float = _JUMP) -> Iterator[Anomaly]:
     """Parameters that something else than their optimizer has written to: high.
 
-    The root mean square is ``factor`` times that at the recorded step before, or that part of it,
-    and more than the updates in between can have done. Without updates nothing is judged.
+    The root mean square is ``factor`` times that at the recorded step before, or that part of it
+    (or nothing), and more than the updates in between can have done. Without updates nothing is
+    judged.
     """
     for sizes in series_of(recorded, is_parameter):
         values = sizes.values
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             times = values[1:] / values[:-1]
             far = np.maximum(times, 1 / times)
-        if not (np.isfinite(far) & (far >= factor)).any():
+        far[~(np.isfinite(far) | (times == 0))] = 0.0
+        if not (far >= factor).any():
             continue
         updates = named(recorded, key_of("update", sizes.site, "relative_norm"))
         if updates is None:
             continue
         moves = updates.on(sizes.steps)
-        for place in np.flatnonzero(np.isfinite(far) & (far >= factor)) + 1:
-            near = moves[max(0, place - 5) : place + 1]
-            near = near[~np.isnan(near)]
-            move = float(near.max()) if len(near) else 0.0
-            if not np.isfinite(move):
+        for place in np.flatnonzero(far >= factor) + 1:
+            since = max(1, int(place) - 5)
+            near = slice(since, int(place) + 1)
+            moved = np.nan_to_num(moves[near], nan=0.0, posinf=np.inf)
+            if times[place - 1] < 1 and np.isfinite(moved[:-1]).all() and np.isinf(moved[-1]):
+                moved[-1] = 0.0  # it was not zero before, and was when its optimizer stepped
+            move = float(moved.max())
+            if not np.isfinite(move) or not np.isfinite(moves[0]):
                 continue  # it begins at zero, from which any size is near
             gap = int(sizes.steps[place] - sizes.steps[place - 1])
-            reach = min(gap * float(np.log1p(max(move, 0.0))), 600.0)
-            if np.log(far[place - 1]) <= np.log(factor) + reach:
+            # Updates multiply, or add up: what passes through zero is nothing for a moment.
+            reach = min(gap * float(np.log1p(move)), 600.0)
+            largest = np.maximum(values[near], values[since - 1 : place])
+            length = factor * gap * float((moved * largest).max())
+            if (
+                np.log(far[place - 1]) <= np.log(factor) + reach
+                or abs(values[place] - values[place - 1]) <= length
+            ):
                 continue
             flagged = np.arange(len(values)) == place
             (episode,) = episodes(sizes, flagged)
