@@ -441,6 +441,8 @@ class Twin:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
+        if not self.is_running():
+            return
         if self.comparing is not None and self.comparing.is_repeating:
             return
         inside = unwrapped(module)
