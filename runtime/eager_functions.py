@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Number
-
-import numpy as np
 import torch
 
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.core.rng import RandomState
 from tmm.kernels.ops import histogram, summarize
+from tmm.kernels.own_results import result_tensor
 from tmm.kernels.pairs import reduce_pair
 
 
@@ -71,11 +69,7 @@ def apply_function(
     state = state or RandomState.capture()
     try:
         with torch.no_grad():
-            result = reduction.function(*tensors)
-        if not isinstance(result, torch.Tensor):
-            if not isinstance(result, (Number, np.ndarray)):
-                raise TypeError(f"it gave {result!r}, which is neither a number nor a tensor")
-            result = torch.as_tensor(result, dtype=torch.float64, device="cpu")
+            result = result_tensor(reduction.function(*tensors))
     except Exception as error:
         raise RuntimeError(
             f"the metric {reduction.metrics[0]!r} failed on a tensor of shape"

@@ -207,3 +207,39 @@ def test_odd_texts_are_shown_as_they_are(tmm_command: Command, root: Path) -> No
     tmm_command("plot", odd, "--width", "0", status=2)
     tmm_command("list", "--limit", "0", status=2)
     tmm_command("runs", "prune", "--older-than", "99999999999d", status=1)
+
+
+DEEP = "gradient/base_model.model.model.layers.10.self_attn.q_proj.lora_A.default.weight/norm"
+
+
+@pytest.mark.parametrize("width", [50, 80, 100])
+@pytest.mark.parametrize("key", ["loss", DEEP.replace("gradient/", "own/"), "x" * 300])
+def test_numbers_are_shown_beside_keys_of_any_length(
+    tmm_command: Command, root: Path, monkeypatch: pytest.MonkeyPatch, key: str, width: int
+) -> None:
+    paths = []
+    for factor in (1, 2):
+        with tmm.start_run("p", root=root, system_seconds=None) as run:
+            for step in range(4):
+                run.log({key: 1234567.0 * factor + step, "accuracy": 0.5})
+                run.step()
+        paths.append(str(run.path))
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in (["show", paths[0]], ["compare", *paths], ["plot", paths[0], "."]):
+        shown = tmm_command(*command).stdout
+        table = shown[shown.rindex("─" * 5) :]
+        unbroken = "".join(table.split())
+        assert "0.5" in unbroken
+        if width >= 100:
+            assert "1.23457e+06" in table
+        assert len(table.splitlines()) < 200
+
+
+def test_ids_in_a_list_are_not_broken(
+    tmm_command: Command, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [record(root, name, FALLING, tags=["tag" * 9]) for name in ("short", "long " * 30)]
+    for width in (80, 100, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        shown = tmm_command("list").stdout
+        assert all(run.id in shown for run in runs)

@@ -249,6 +249,7 @@ def test_arguments_out_of_range(changes: dict[str, Any], message: str) -> None:
         ({"widths": (4.0, 8.0)}, "must be integers"),
         ({"make_model": nn.Linear(4, 4)}, "make_model=.* is not a function"),
         ({"loss": None}, "loss=None is not a function"),
+        ({"seeds": True}, "seeds=True is not a number of seeds"),
         ({"seeds": [0, 1]}, r"seeds=\[0, 1\] is not a number of seeds"),
         ({"batches": 3}, "neither iterable nor a function"),
         ({"batches": torch.zeros(3, 4)}, "pairs of inputs and targets, not Tensor"),
@@ -279,6 +280,107 @@ def test_layers_that_differ_between_widths() -> None:
     with pytest.raises(ValueError, match="other layers at width 16 than at width 8: 2; only sizes"):
         check(make_model=make)
     assert check(make_model=make, modules="[01]$").layers == ("0", "1")
+
+
+# Models that would give exponents which look right and are not
+
+
+def cached(make: Any) -> Any:
+    kept: dict[int, Any] = {}
+    return lambda width: kept.setdefault(width, make(width))
+
+
+def around_trained_layers(make: Any) -> Any:
+    head = nn.Linear(3, 3)
+
+    def around(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(make(width)[0], head)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    return around
+
+
+def with_another_optimizer(make: Any) -> Any:
+    model, _ = make(8)
+    return lambda width: (model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("again", [cached, around_trained_layers, with_another_optimizer])
+def test_parameters_that_were_trained_before_are_refused(again: Any) -> None:
+    with pytest.raises(ValueError, match="parameters that it had returned before"):
+        check(make_model=again(make_model), seeds=2)
+
+
+def test_what_no_optimizer_holds_may_be_the_same_in_all_models() -> None:
+    shared = nn.Linear(4, 4).requires_grad_(False)
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, optimizer = make_model(width)
+        return nn.Sequential(shared, *model), optimizer
+
+    assert check(make_model=make, seeds=2).layers == ("0", "1", "3")
+
+
+@pytest.mark.parametrize(
+    "size_of", [lambda width: 8, lambda width: width // 9 * 8, lambda width: min(width, 8)]
+)
+def test_sizes_that_do_not_depend_on_the_width_are_refused(size_of: Any) -> None:
+    with pytest.raises(ValueError, match="same sizes at width 8 and at width 16"):
+        check(make_model=lambda width: make_model(size_of(width + 1) or 1), widths=(8, 16))
+
+
+@pytest.mark.parametrize("where", ["model", "targets", "nowhere"])
+def test_what_is_written_to_a_batch_is_seen_by_no_other_training(where: str) -> None:
+    inputs, targets = torch.randn(6, 4), torch.rand(6, 3)
+    batches = [(inputs.clone(), targets.clone())]
+    seen: list[float] = []
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, optimizer = make_model(width)
+        if where == "model":
+            model.register_forward_pre_hook(lambda module, given: (given[0].mul_(2),))
+        return model, optimizer
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if where == "targets":
+            target.mul_(2)
+        seen.append(target.sum().item())
+        return (output - target).square().mean()
+
+    found = check(make_model=make, batches=batches, loss=loss, seeds=2)
+    again = check(make_model=make, batches=batches, loss=loss, seeds=2)
+    assert found == again
+    assert len(set(seen)) == 1
+    assert torch.equal(batches[0][0], inputs)
+    assert torch.equal(batches[0][1], targets)
+
+
+class Sharpness(torch.optim.SGD):
+    """Needs a closure, as LBFGS does."""
+
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("closure", ["needed", "taken", "unknown"])
+def test_optimizers_that_compute_gradients_themselves(closure: str) -> None:
+    class Unknown(torch.optim.SGD):
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+
+    kinds = {"needed": Sharpness, "taken": torch.optim.SGD, "unknown": Unknown}
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _ = make_model(width)
+        return model, kinds[closure](model.parameters(), lr=0.1)
+
+    assert check(make_model=make) == check()
+
+    def lbfgs(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _ = make_model(width)
+        return model, torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+
+    assert check(make_model=lbfgs).exponents(UPDATE).keys() == {"0", "2"}
 
 
 # Table and picture

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tmm.core.metrics import Reduction
 from tmm.core.torch_private import FakeTensor, OpOverload
+from tmm.kernels.own_results import ResultError, result_tensor
 from tmm.passes.graph.rewriter import Rewriter, computed
 from tmm.passes.graph.values import set_value, value_of
 
@@ -40,7 +41,7 @@ def trace_function(example: torch.Tensor, reduction: Reduction) -> TracedFunctio
     assert function is not None
 
     def traced_function(tensor: torch.Tensor) -> torch.Tensor:
-        result = torch.as_tensor(function(tensor))
+        result = result_tensor(function(tensor), tensor)
         return result.reshape(-1) if reduction.collects_values else result
 
     return trace(traced_function, (example,), reduction)
@@ -56,6 +57,8 @@ def trace(
         # Tensors from outside are let in, so that they can be named below.
         with torch.no_grad(), fake_mode, patch.object(fake_mode, "allow_non_fake_inputs", True):
             traced = make_fx(function)(*examples)
+    except ResultError as error:
+        raise MetricFunctionError(f"the metric {name!r} cannot be measured: {error}") from error
     except Exception as error:
         raise MetricFunctionError(
             f"the metric {name!r} cannot be traced into the graph: {error}\n"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice, pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from tmm.coordinate_check.made_models import MadeModels, MakeModel
+from tmm.coordinate_check.one_training import Batch, Loss, copied, forward, train
 from tmm.coordinate_check.result import TERMS, CoordinateCheck, Growth, Term
 from tmm.core.families import ACTIVATION, RCC
 from tmm.core.keys import info_of, key_of, metric_of
@@ -21,10 +22,7 @@ from tmm.runs.instrument import explain, instrument, monitor, remove
 from tmm.spec.rules import activation, check_pattern, rcc
 from tmm.spec.spec import Spec
 
-MakeModel: TypeAlias = Callable[[int], tuple[nn.Module, Optimizer]]
-Batch: TypeAlias = tuple[Any, Any]
 Batches: TypeAlias = Iterable[Batch] | Callable[[int], Iterable[Batch]]
-Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 _LISTED = 5  # differing names in a message
 _FUNCTIONS = {
@@ -56,12 +54,13 @@ def coord_check(
     exponents are 0.
 
     Args:
-        make_model: from a width to the module and its optimizer. Random numbers are seeded before.
+        make_model: from a width to a new module and its optimizer. Random numbers are seeded
+            before.
         widths: at least two, rising. The layers have the same names at each.
         batches: pairs of inputs and targets, the same for each width and seed; or a function from
             the seed (0, 1, ...) to such pairs. The first ``steps`` + 1 are taken; fewer are
             repeated. The module is called as ``module(inputs)``, or ``module(**inputs)`` for a
-            mapping.
+            mapping. What they write to tensors of a batch is seen by no other training.
         loss: from the module's output and the targets to a scalar.
         steps: optimizer steps before the measurement. A layer behind one that is zero at first
             starts to move a step later.
@@ -73,7 +72,8 @@ def coord_check(
 
     Raises:
         ValueError: for an argument that is out of range, no batch, layers that differ between
-            widths or a pattern that matches nothing.
+            widths, sizes that do not, a model that is returned twice, or a pattern that matches
+            nothing.
         TypeError: if ``make_model``, ``batches`` or ``loss`` give something else than said here.
     """
     for name, value in (("make_model", make_model), ("loss", loss)):
@@ -87,18 +87,21 @@ def coord_check(
     expected: list[str] | None = None
     unmeasured: dict[str, str] = {}
     points: dict[tuple[str, Term], list[float]] = {}
+    models = MadeModels(make_model)
     for width, seed in _shown(list(product(widths, range(seeds))), progress):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            module, optimizer = _make(make_model, width)
+            module, optimizer = models.make(width)
             layers = _layers(module, modules)
             if expected is None:
                 expected = layers
             _check_layers(expected, layers, widths[0], width)
             callee = module if backend is None else torch.compile(module, backend=backend)
             instrument(callee, _spec(layers))
-            _train(callee, optimizer, data[seed][:steps], loss)
-            sizes = _measure(callee, data[seed][steps][0], steps)
+            own = copied(data[seed])
+            train(callee, optimizer, own[:steps], loss)
+            models.check_sizes(module, width)
+            sizes = _measure(callee, own[steps][0], steps)
         if not points:
             unmeasured = _unmeasured(callee, layers, sizes)
             points = {key: [] for key in sizes}
@@ -135,7 +138,7 @@ def _check_arguments(widths: Sequence[int], steps: int, seeds: int, modules: str
     if widths[0] < 1 or any(a >= b for a, b in pairwise(widths)):
         raise ValueError(f"widths={widths!r} must be positive and rise; sort them, each once")
     for name, value in (("steps", steps), ("seeds", seeds)):
-        if not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name}={value!r} is not a number of {name}")
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -162,24 +165,6 @@ def _repeated(batches: Iterable[Batch], count: int) -> list[Batch]:
                 f"batches= must give pairs of inputs and targets, not {type(batch).__name__}"
             )
     return [found[index % len(found)] for index in range(count)]
-
-
-def _make(make_model: MakeModel, width: int) -> tuple[nn.Module, Optimizer]:
-    made: object = make_model(width)
-    if isinstance(made, tuple) and len(made) == 2:
-        module, optimizer = made
-        if isinstance(module, nn.Module) and isinstance(optimizer, Optimizer):
-            own = set(module.parameters())
-            if all(own.isdisjoint(group["params"]) for group in optimizer.param_groups):
-                raise ValueError(
-                    f"make_model({width}): the optimizer holds no parameter of the module that it"
-                    " was returned with; make it of that module's parameters()"
-                )
-            return module, optimizer
-    raise TypeError(
-        f"make_model({width}) must return the module and its optimizer,"
-        f" such as (model, torch.optim.Adam(model.parameters())); it returned {type(made).__name__}"
-    )
 
 
 def _layers(module: nn.Module, pattern: str | None) -> list[str]:
@@ -224,26 +209,10 @@ def _last_dimension(output: Tensor) -> int:
     return output.shape[-1] if output.dim() else 1
 
 
-def _train(
-    model: Callable[..., Any], optimizer: Optimizer, batches: Iterable[Batch], loss: Loss
-) -> None:
-    for inputs, targets in batches:
-        optimizer.zero_grad()
-        value: object = loss(_forward(model, inputs), targets)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise TypeError("loss= must return a tensor with one element, such as a mean")
-        value.backward()
-        optimizer.step()
-
-
-def _forward(model: Callable[..., Any], inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-
-
 def _measure(model: Callable[..., Any], inputs: Any, step: int) -> dict[tuple[str, Term], float]:
     """Sizes of a coordinate, layers in order of execution."""
     with torch.no_grad(), monitor(model).step(step):
-        _forward(model, inputs)
+        forward(model, inputs)
     values = monitor(model).get_step_metrics()
     sizes: dict[tuple[str, Term], float] = {}
     for key, dimension in values.items():

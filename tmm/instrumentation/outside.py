@@ -108,6 +108,7 @@ class OutsideCalls:
             and self._recorder.is_monitoring()
             and current_graph_task_id() == -1  # no repetition for a backward pass
             and foreign_pass() is None
+            and not self._recorder.is_elsewhere()
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -25,6 +25,9 @@ class Recorder(Protocol):
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
 
+    def is_elsewhere(self) -> bool:
+        """Whether another thread has the open step."""
+
     def outside_pass(self, module: torch.nn.Module, output: object) -> AbstractContextManager[None]:
         """Rows in the block are of a module that was called past the model's own forward."""
 

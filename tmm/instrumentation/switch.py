@@ -55,6 +55,9 @@ class Steps(Protocol):
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
 
+    def is_elsewhere(self) -> bool:
+        """Whether another thread has the open step."""
+
     @property
     def is_expected(self) -> bool:
         """Whether a forward pass that begins now is one of the program, not of its machinery."""
@@ -139,6 +142,8 @@ class Switch:
             if self.steps.is_unused and self.region is self.twin.root:
                 self.steps.note_unused_pass()
             is_monitored = self.steps.is_monitoring()
+            if self.steps.is_elsewhere():
+                return self.plain
             if is_monitored and (foreign := foreign_pass()) is not None:
                 self.steps.pass_by(foreign)
                 return self.plain

@@ -18,6 +18,7 @@ from tmm.core.dynamo_private import (
     InternalTorchDynamoError,
     callback_handler,
 )
+from tmm.core.failures import warn
 from tmm.core.families import BRANCH_FAMILIES
 from tmm.core.module_names import unwrapped
 from tmm.core.recorded_values import RecordError
@@ -27,6 +28,7 @@ from tmm.instrumentation.attribution import Attribution
 from tmm.instrumentation.eager_backend import EagerAnswers
 from tmm.instrumentation.eager_rows import EagerRows
 from tmm.instrumentation.foreign import PASSED_BY
+from tmm.instrumentation.frozen_values import FrozenValues
 from tmm.instrumentation.gradient_hooks import GradientHooks
 from tmm.instrumentation.graph_breaks import GraphBreaks
 from tmm.instrumentation.handing_over import HandingOver
@@ -118,6 +120,7 @@ class Twin:
         self._evaluations = 0
         self._discarding = False
         self._is_unrecorded = False
+        self._frozen = FrozenValues(plan.spec.rules)
         self._held = HeldByGraphs()
         self._handing_over = HandingOver(attribution, recorder)
         self._gradients = GradientHooks(
@@ -157,14 +160,34 @@ class Twin:
             if comparing.inputs.pairs and not comparing.inputs.are_traced:
                 comparing.inputs.are_traced = True
                 self.close()  # the graphs have no place for inputs of the reference
+        if self._frozen:
+            self._renew_frozen()
         # A function may hold the backward passes of others, whose rows count.
         drops_rows = self._is_unrecorded and region.module is not None
-        with (
-            self._hooked(),
-            rows_dropped(drops_rows),
-            comparing.forward((args, kwargs)) if comparing else nullcontext(),
-        ):
-            return self._run(region, *args, **kwargs)
+        try:
+            with (
+                self._hooked(),
+                rows_dropped(drops_rows),
+                comparing.forward((args, kwargs)) if comparing else nullcontext(),
+            ):
+                return self._run(region, *args, **kwargs)
+        finally:
+            if self._frozen:
+                self._frozen.note()
+
+    def _renew_frozen(self) -> None:
+        """Trace anew what holds numbers that are others by now."""
+        if not self.graphs:
+            self._frozen.note()
+        elif not self._discarding and (changes := self._frozen.changes()):
+            self.close()
+            if not self._frozen.is_told:
+                self._frozen.is_told = True
+                warn(
+                    f"{changes}. A graph holds such values as constants, so that the monitored"
+                    " program is compiled anew at each change. tmm.activation(..., trace=False)"
+                    " calls its function eagerly instead"
+                )
 
     def watch(
         self, untraced: Untraced, region: Region, *args: Any, **kwargs: Any
@@ -401,6 +424,8 @@ class Twin:
     def _enter_module(
         self, module: torch.nn.Module, arguments: Any, keywords: Mapping[str, Any] | None = None
     ) -> None:
+        if not self.is_running():
+            return  # another thread calls the module meanwhile
         if self.comparing is not None and self.comparing.is_repeating:
             return
         if self._held.holds_parts_of(module):
@@ -416,6 +441,8 @@ class Twin:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave_module(self, module: torch.nn.Module, arguments: object, output: object) -> None:
+        if not self.is_running():
+            return
         if self.comparing is not None and self.comparing.is_repeating:
             return
         inside = unwrapped(module)

@@ -9,6 +9,7 @@ import torch
 from tmm.core.metrics import COLUMN_SEPARATOR, Reduction
 from tmm.kernels.dense import packed_dtype
 from tmm.kernels.ops import histogram, summarize, summarize_difference
+from tmm.kernels.own_results import result_tensor
 from tmm.kernels.summarize.differences import difference
 
 ROW_NORM = Reduction(("l2norm",), ("count", "sum"))
@@ -22,7 +23,7 @@ def reduce_pair(own: torch.Tensor, reference: torch.Tensor, reduction: Reduction
     function gets both tensors. Works eagerly and while a graph is traced.
     """
     if reduction.function is not None:
-        result = torch.as_tensor(reduction.function(own, reference))
+        result = result_tensor(reduction.function(own, reference), own)
         return result.reshape(-1) if reduction.collects_values else _row(result, reduction.columns)
     if reduction.is_histogram:
         return histogram(difference(own, reference))

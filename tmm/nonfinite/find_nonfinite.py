@@ -82,13 +82,10 @@ def find_nonfinite(
     origins = search.origins()
     if own and not any(found.reaches for found in search.found):
         origins.insert(0, _COMPILED_ONLY)
-    is_function = not isinstance(model, torch.nn.Module)
-    if not origins and is_function and backward and search.ran.loss is None:
-        warn(
-            "find_nonfinite: only the forward pass was checked, in which all is finite, as the"
-            " function gave back no loss: let it return the loss, or give loss="
-        )
     if not origins:
+        asks_for_loss = loss is not None or not isinstance(model, torch.nn.Module)
+        if asks_for_loss and backward and not search.ran.went_back:
+            _tell_of_no_backward(search.ran)
         return None
     return Nonfinite(
         first=origins[0],
@@ -98,6 +95,19 @@ def find_nonfinite(
         own_program=own,
         notes=tuple(notes),
     )
+
+
+def _tell_of_no_backward(ran: Ran) -> None:
+    if ran.has_loss:
+        warn(
+            "find_nonfinite: only the forward pass was checked, in which all is finite, as the loss"
+            " does not require a gradient: do not detach it, nor compute it under torch.no_grad()"
+        )
+    else:
+        warn(
+            "find_nonfinite: only the forward pass was checked, in which all is finite, as the"
+            " function gave back no loss: let it return the loss, or give loss="
+        )
 
 
 class _NotTracedError(Exception):
@@ -204,12 +214,14 @@ def _own_program(
     with undisturbed(roots, written), torch.enable_grad():
         for tensor in search.written:
             written.keep(tensor)
+        buffers = [buffer for root in roots for buffer in root.buffers()]
+        results = [buffer for buffer in buffers if not _is_nonfinite(buffer)]
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
                 run_step(ran, model, batch, loss, backward=backward, modules=roots)
         except Exception:
             return None  # it was not compiled for such a batch, or refuses a NaN
-        results = [ran.loss] if ran.loss is not None else [t for _, t in tensors_in(ran.output)]
+        results += [ran.loss] if ran.loss is not None else [t for _, t in tensors_in(ran.output)]
         results += [gradient for _, gradient in ran.gradients]
         return any(map(_is_nonfinite, results))
 

@@ -151,10 +151,16 @@ class Nonfinite:
         graphs = f", {self.graphs} traced graphs" if self.graphs else ", eagerly"
         lines.append(f"checked: {self.checked}{graphs}")
         if self.own_program is not None:
-            verdict = "not finite either" if self.own_program else "finite: it rounds differently"
-            lines.append(f"the compiled program itself: {verdict}")
+            lines.append(f"the compiled program itself: {self._verdict}")
         lines += self.notes
         return "\n".join(lines)
+
+    @property
+    def _verdict(self) -> str:
+        if self.own_program:
+            return "not finite either"
+        is_affected = any(origin.reaches for origin in (self.first, *self.others))
+        return "finite: it rounds differently" if is_affected else "finite, as all that it gives"
 
     def _repr_html_(self) -> str:
         from tmm.views.report.card import card

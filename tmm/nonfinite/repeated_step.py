@@ -16,6 +16,7 @@ class StepError(ValueError):
     """A loss or a step function that does not do what it is to do."""
 
 
+_WENT_BACK = "the step function called backward(); let it give back the loss instead"
 _REENTRANT = "CheckpointFunctionBackward"
 
 
@@ -46,6 +47,7 @@ class Ran:
     output: object = None
     loss: torch.Tensor | None = None
     gradients: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    has_loss: bool = False
     went_back: bool = False
     note: str = ""
 
@@ -68,10 +70,11 @@ def run_step(
     before = _gradients(modules)
     ran.output = callee(*batch.args, **batch.kwargs)
     if _gradients(modules) != before:
-        raise StepError("the step function called backward(); let it give back the loss instead")
+        raise StepError(_WENT_BACK)
     ran.loss = loss_in(ran.output) if loss is None else loss(ran.output)
     if loss is not None and not is_number(ran.loss):
         raise StepError(f"loss= returned {_described(ran.loss)}; it must return one number")
+    ran.has_loss = ran.loss is not None
     if not backward:
         return
     if ran.loss is None:
@@ -79,7 +82,12 @@ def run_step(
     elif not ran.loss.requires_grad:
         ran.note = "no backward pass: the loss does not require a gradient"
     else:
-        ran.gradients = gradients_of(ran.loss, modules)
+        try:
+            ran.gradients = gradients_of(ran.loss, modules)
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise StepError(_WENT_BACK) from error  # and set its gradients to None again
+            raise
         ran.went_back = True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,6 +91,7 @@ class LiveRun:
         self.writer: RunWriter | SilentWriter = SilentWriter(run.path)
         self._held = HeldFolder(run.path, lock)
         self._is_finished = False
+        self._changing = threading.RLock()  # of steps, as other threads may log meanwhile
         if lock is not None:
             try:
                 self.writer = RunWriter(
@@ -151,12 +153,13 @@ class LiveRun:
         """
         self._require_open()
         numbers = dict(numbers_in(values))
-        if step is not None:
-            self._go_to(step)
-        collector = self._timeline.collector()
-        for key, number in numbers.items():
-            collector.log(key, number, last, of_all_ranks=False)
-            self._reminder.note_logged(collector.step, key, collector.times_logged(key))
+        with self._changing:
+            if step is not None:
+                self._go_to(step)
+            collector = self._timeline.collector()
+            for key, number in numbers.items():
+                collector.log(key, number, last, of_all_ranks=False)
+                self._reminder.note_logged(collector.step, key, collector.times_logged(key))
 
     def step(self, *, samples: int | None = None, tokens: int | None = None) -> int:
         """End the open step and give the number of the next one.
@@ -170,12 +173,13 @@ class LiveRun:
         """
         self._require_open()
         counts = checked_count("samples", samples), checked_count("tokens", tokens)
-        if self._steps is not None:
-            self._timeline.require("run.step")
-        self._reminder.note_step()
-        self._recorded.timing = self._recorded.clock.mark(*counts)
-        self._advance(self.current_step + 1)
-        return self.current_step
+        with self._changing:
+            if self._steps is not None:
+                self._timeline.require("run.step")
+            self._reminder.note_step()
+            self._recorded.timing = self._recorded.clock.mark(*counts)
+            self._advance(self.current_step + 1)
+            return self.current_step
 
     def log_samples(self, step: int, samples: Mapping[str, object]) -> None:
         """Keep small arrays or texts of a step; ``tmm.open_run(path).samples(step)`` reads them.
@@ -330,7 +334,8 @@ class LiveRun:
                 if status != "failed":
                     self._reminder.note_end(self.current_step)
             finally:
-                self._close(is_ended=status == "failed")  # by what failed, in a step
+                with self._changing:
+                    self._close(is_ended=status == "failed")  # by what failed, in a step
         except BaseException as error:
             failure = error
         lost = failure or self.writer.failure

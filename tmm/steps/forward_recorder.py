@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,7 +25,9 @@ from tmm.steps.forgotten import Forgotten
 from tmm.steps.forward_passes import EVALUATIONS, KEPT_APART, ForwardPasses
 from tmm.steps.gradient_scale import GradientScale
 from tmm.steps.shared_program import SharedProgram
+from tmm.steps.step_threads import StepThreads
 from tmm.steps.timeline import StepTimeline
+from tmm.steps.unrecorded import unrecorded
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -39,6 +41,7 @@ class ForwardRecorder:
         is_unused: no step was opened so far, and nobody was told so.
         shared: runs passes of the training that are not monitored, where it is to.
         keeps_evaluations_apart: forward passes of evaluations are left out of a step.
+        threads: tells passes of other threads.
         micro_batches: tells which passes of a pipeline's stages count; None without a pipeline.
     """
 
@@ -66,6 +69,11 @@ class ForwardRecorder:
         self._scale = scale
         self._unmeasured = unmeasured
         self._passes = ForwardPasses(module)
+        self.threads = StepThreads(timeline, gaps, unmeasured)
+
+    def is_elsewhere(self) -> bool:
+        """Whether another thread than this one has the step; what this one runs is none of it."""
+        return self.threads.pass_by(trains=self.recording and self._module.training)
 
     def is_monitoring(self) -> bool:
         """Whether a forward pass would be measured now."""
@@ -86,16 +94,9 @@ class ForwardRecorder:
         if torch.is_grad_enabled() and self._module.training and not self.recording:
             self.is_unused = not self._forgotten.note_pass()
 
-    @contextmanager
-    def no_monitor(self) -> Iterator[None]:
+    def no_monitor(self) -> AbstractContextManager[None]:
         """Do not measure forward passes in the block."""
-        recording, self.recording = self.recording, False
-        if self.timeline.open is not None:
-            self.timeline.open.expects_forward = False  # it may be one that is not to be measured
-        try:
-            yield
-        finally:
-            self.recording = recording and self.timeline.open is not None
+        return unrecorded(self)
 
     # Rows
 

@@ -91,12 +91,12 @@ class ModelSteps:
         if self.timeline.open is not None:
             self._leave_open_step(step)
         self.archive.prepare(step, is_first=self.forgotten.is_unused)
-        self.recorder.is_unused = False
         monitored = self.twin.plan.spec.is_step_monitored(step)
         self.forgotten.note_begin(monitored=monitored)
         collector = self.timeline.begin(step, monitored=monitored, is_of_run=is_of_run)
         collector.raises_clashes = self.gaps.are_raised
-        self.recorder.recording = monitored
+        self.recorder.threads.begin()  # before another thread can take the step for its own
+        self.recorder.recording, self.recorder.is_unused = monitored, False
         if monitored:
             self.twin.outside.begin()
         return monitored
