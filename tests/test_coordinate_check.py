@@ -311,12 +311,14 @@ def test_parameters_that_were_trained_before_are_refused(again: Any) -> None:
         check(make_model=again(make_model), seeds=2)
 
 
-def test_what_no_optimizer_holds_may_be_the_same_in_all_models() -> None:
+@pytest.mark.parametrize("is_held", [False, True])
+def test_what_no_optimizer_trains_may_be_the_same_in_all_models(*, is_held: bool) -> None:
     shared = nn.Linear(4, 4).requires_grad_(False)
 
     def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         model, optimizer = make_model(width)
-        return nn.Sequential(shared, *model), optimizer
+        whole = nn.Sequential(shared, *model)
+        return whole, torch.optim.SGD(whole.parameters(), lr=0.1) if is_held else optimizer
 
     assert check(make_model=make, seeds=2).layers == ("0", "1", "3")
 

@@ -71,6 +71,8 @@ class MadeModels:
                 " was returned with; make it of that module's parameters()"
             )
         for parameter in held:
+            if not parameter.requires_grad:
+                continue  # of a frozen layer, which may be in all models
             known = self._trained.get(id(parameter))
             if known is not None and known() is parameter:
                 raise ValueError(
