@@ -395,6 +395,20 @@ class Recomputed(nn.Module):
         return result + x
 
 
+class Positions(nn.Module):
+    """What is added to each item of a batch: its gradient is a sum over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Linear(16, 64), nn.Embedding(8, 64)
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(x) + self.positions(torch.arange(8, device=x.device))
+        result: torch.Tensor = self.head(self.norm(x))
+        return result
+
+
 PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layers": (
         lambda: nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8)),
@@ -406,6 +420,7 @@ PROGRAMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "unreached": (Unreached, (32, 16)),
     "breaking": (Breaking, (32, 16)),
+    "positions": (Positions, (6, 8, 16)),
     "recomputed": (Recomputed, (4, 8, 16)),
 }
 

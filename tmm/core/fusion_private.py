@@ -67,13 +67,18 @@ class Lowered:
 
         A copy in another order that a product reads is stored anyway. Computed once more it would
         be read in the order of the copy; what is stored, Inductor lets the kernel sum that copies.
+
+        Where the program sums over a batch, as for the gradient of what is added to each item, its
+        kernel holds no row whole. Inductor would part it for the sake of sums of rows.
         """
         owner, root = _owner(x), _root()
         is_copy = _is_one_of(root, (_aten.clone,)) and _is_pointwise(owner)
         if is_copy and any(_is_one_of(user, _PRODUCTS) for user in _readers()):
             owner.realize()
             owner.data.freeze_layout()  # in the order of the copy
-        return x
+        is_summed = _is_batch_sum(root) or any(map(_is_batch_sum, _readers()))
+        is_own = _is_computed(owner) and root.meta["val"].is_contiguous()
+        return _for_other_kernels(x) if is_summed and is_own else x
 
     @staticmethod
     def rows_apart(x: Any) -> Any:
@@ -118,7 +123,6 @@ class Lowered:
         copies views and what was made by ``aten.cat``. A tensor may not come twice.
         """
         from torch._inductor import ir
-        from torch._inductor.virtualized import V
 
         device, dtype = parts[0].get_device(), parts[0].get_dtype()
         total = sum(part.get_numel() for part in parts)
@@ -139,9 +143,7 @@ class Lowered:
                 pieces.append(made)
             else:
                 pieces.append(ir.ConcatKernel.realize_into(owner, place))
-        whole.inputs = ir.ConcatKernel.unwrap_storage(pieces)
-        whole.name = V.graph.register_buffer(whole)
-        V.graph.register_operation(whole)
+        _register(whole, pieces)
         return ir.TensorBox(box)
 
     @staticmethod
@@ -186,6 +188,39 @@ class Lowered:
         return fallback_handler(operator, add_to_fallback_set=False)(*arguments)
 
 
+def _for_other_kernels(x: Any) -> Any:
+    """``x`` as it is stored, which Inductor does not fuse with what computes it."""
+    from torch._inductor import ir
+
+    size = list(x.get_size())
+    strides = ir.FlexibleLayout.contiguous_strides(size)
+    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), size, strides)
+    whole = ir.ConcatKernel(name=None, layout=layout, inputs=[])
+    box = ir.StorageBox(whole)
+    place = ir.ReinterpretView(data=box, layout=layout)
+    _register(whole, [ir.ConcatKernel.realize_into(x, place)])
+    return ir.TensorBox(box)
+
+
+def _register(whole: Any, pieces: Any) -> None:
+    """Give a tensor the pieces that are written into their places in it."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    whole.inputs = ir.ConcatKernel.unwrap_storage(pieces)
+    whole.name = V.graph.register_buffer(whole)
+    V.graph.register_operation(whole)
+
+
+def _is_batch_sum(node: torch.fx.Node) -> bool:
+    """Whether a node sums over some of the dimensions before the last two."""
+    arguments: Any = node.args
+    if not _is_one_of(node, (_aten.sum,)) or len(arguments) < 2:
+        return False
+    rank = len(arguments[0].meta["val"].shape)
+    return bool(arguments[1]) and {n % rank for n in arguments[1]} <= set(range(rank - 2))
+
+
 def _owner(x: Any) -> Any:
     """What holds the memory of a tensor that may be a view."""
     from torch._inductor import ir
@@ -198,8 +233,21 @@ def _owner(x: Any) -> Any:
 def _is_pointwise(owner: Any) -> bool:
     from torch._inductor import ir
 
+    return isinstance(_made(owner), ir.Pointwise)
+
+
+def _is_computed(owner: Any) -> bool:
+    """Whether a kernel of Inductor's computes it: no input, and nothing of a library."""
+    from torch._inductor import ir
+
+    return isinstance(_made(owner), (ir.Pointwise, ir.Reduction))
+
+
+def _made(owner: Any) -> Any:
+    from torch._inductor import ir
+
     made = getattr(owner, "data", None)
-    return isinstance(made.data if isinstance(made, ir.ComputedBuffer) else made, ir.Pointwise)
+    return made.data if isinstance(made, ir.ComputedBuffer) else made
 
 
 def _root() -> torch.fx.Node:

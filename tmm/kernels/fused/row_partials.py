@@ -243,7 +243,7 @@ def _powers(
 
 _aten, _convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
 
-NAME = "partials_2"
+NAME = "partials_3"
 """With a version: compiled graphs are cached, and do not know how an operator was lowered."""
 
 _library = torch.library.Library("tmm", "FRAGMENT")
