@@ -259,11 +259,9 @@ def test_random_states_of_all_accelerators_stay(
 
 MAKING = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace")
 OF_USERS = {
-    "tmm.kernels.pairs": "what a user's function gives",
     "tmm.module_monitor.module_monitor": "what a user logs, in a traced graph",
     "tmm.passes.attention.head_rows": "what a user's function gives",
     "tmm.passes.metrics.recognize_eager": "a fake tensor",
-    "tmm.passes.metrics.trace": "what a user's function gives",
 }
 RUN_IN_STEPS = ("kernels", "passes", "runtime", "spec", "instrumentation", "steps", "runs")
 

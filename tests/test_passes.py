@@ -301,7 +301,7 @@ def test_rewrite_gives_the_outputs_and_then_the_rows() -> None:
         (lambda x: x.sum().item(), "cannot be traced"),
         (lambda x: x * torch.rand_like(x), "random numbers"),
         (lambda x: x @ torch.ones(7), "cannot be traced"),
-        (lambda x: "text", "cannot be traced"),
+        (lambda x: "text", "neither a number nor a tensor"),
     ],
 )
 def test_rewrite_names_a_function_that_cannot_be_traced(function: object, reason: str) -> None:

@@ -66,4 +66,4 @@ def _same(left: Aggregate, right: Aggregate) -> bool:
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    return tensor.abs() if tensor.is_complex() else tensor
