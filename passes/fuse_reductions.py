@@ -55,9 +55,8 @@ def _fuse(
         example = value_of(tensor)
         names = str(columns).split(COLUMN_SEPARATOR)
         elements = hinted_elements(example)
-        fused = fused_row(
-            example, names, elements, request.lowering, is_free=is_between_products(tensor)
-        )
+        is_free = example.device.type != "cpu" and is_between_products(tensor)
+        fused = fused_row(example, names, elements, request.lowering, is_free=is_free)
         is_overwritten = any(writes.get(s, -1) > index for s in storages([tensor]))
         if node in attended and not isinstance(fused, str) and not is_overwritten:
             fused = _ATTENDED

@@ -25,10 +25,12 @@ def is_between_products(tensor: Node) -> bool:
     would make them constants.
     """
     elements = _elements(tensor)
+    if elements is None:
+        return False
     known, pending = {tensor}, [tensor]
     while pending:
         node = pending.pop()
-        if len(known) > _FAR or _elements(node) is None or _elements(node) != elements:
+        if len(known) > _FAR or _elements(node) != elements:
             return False
         for neighbour in _neighbours(node):
             if neighbour is None:
